@@ -1,0 +1,129 @@
+"""A checkpoint's config.json as dataclasses. Numbers that follow from others are properties, so no option repeats them.
+
+Source of the fields: OpenGVLab/InternVL, internvl_chat/internvl/model/internvl_chat/configuration_*.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ivl.types import UserError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """InternViT. `norm_type` rms_norm with `qk_normalization` and no `qkv_bias` is the 6B variant."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int = 448
+    patch_size: int = 14
+    num_channels: int = 3
+    qkv_bias: bool = True
+    qk_normalization: bool = False
+    norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu"
+    drop_path_rate: float = 0.0
+    attention_dropout: float = 0.0
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"vision_config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.norm_type not in ("layer_norm", "rms_norm"):
+            raise UserError(f"vision_config.norm_type: expected layer_norm or rms_norm, found {self.norm_type!r}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A chat model of the released OpenGVLab layout (`architectures: ["InternVLChatModel"]`)."""
+
+    vision: VisionConfig
+    llm: dict[str, Any]
+    """`llm_config` as it stands; `ivl.model.llm` turns it into a transformers config"""
+    template: str
+    system_message: str | None = None
+    """The checkpoint's own; None: the one of the template"""
+    select_layer: int = -1
+    ps_version: Literal["v1", "v2"] = "v2"
+    downsample_ratio: float = 0.5
+    force_image_size: int | None = None
+    dynamic_image_size: bool = True
+    use_thumbnail: bool = True
+    min_dynamic_patch: int = 1
+    max_dynamic_patch: int = 12
+    pad2square: bool = False
+    raw: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The file as read, so that it can be written back with nothing lost"""
+
+    @property
+    def image_size(self) -> int:
+        """S: pixels a side of a tile."""
+        return self.force_image_size or self.vision.image_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """P: image tokens of one tile, after pixel shuffle."""
+        return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
+
+    @property
+    def llm_architecture(self) -> str:
+        """What `llm_config.architectures` names; a row of `ivl.families.LLMS`."""
+        names = self.llm.get("architectures") or ["?"]
+        return names[0]
+
+    @property
+    def projector_width(self) -> int:
+        """Width of what enters `mlp1`: the channels of 1 / downsample_ratio² patches."""
+        return int(self.vision.hidden_size * (1 / self.downsample_ratio) ** 2)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> Config:
+        """Read a released config. Raises UserError naming a missing key."""
+        for key in ("vision_config", "llm_config", "template"):
+            if key not in raw:
+                raise UserError(
+                    f"{where}: no {key!r}; expected the config of an InternVL chat model "
+                    f"(vision_config, llm_config, template)"
+                )
+        vision = _known(VisionConfig, raw["vision_config"])
+        top = _known(cls, {k: v for k, v in raw.items() if k not in ("vision", "llm", "raw")})
+        try:
+            return cls(vision=VisionConfig(**vision), llm=dict(raw["llm_config"]), raw=raw, **top)
+        except TypeError as error:
+            raise UserError(f"{where}: {error}") from error
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Config:
+        """Read `folder/config.json`. Raises UserError where there is none or it is not JSON."""
+        path = Path(folder) / "config.json"
+        return cls.from_dict(read_json(path), where=str(path))
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    return {k: v for k, v in values.items() if k in names}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint folder. Raises UserError with the path."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a checkpoint folder with config.json, weights and tokenizer")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); is the download complete?") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,166 @@
+"""The words the two halves of the package share: what a row says, what a model is given.
+
+Shapes: B rows, T tokens, N tiles of the whole batch, S pixels a side of a tile.
+`data/` makes these, `model/` reads them; neither imports the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is not trained on (torch's own default for cross entropy)."""
+
+
+class UserError(ValueError):
+    """Something only the user can mend. The message says where, what was expected, what was found and what to do.
+
+    The command line prints it as one line and exits with 2.
+    """
+
+
+@dataclass(frozen=True)
+class Media:
+    """An image or a video of a row, not yet opened.
+
+    `source` is a local path, an http(s) URL, a `data:` URI, bytes, or a PIL image (images),
+    a folder of frames (videos). `start` and `end` cut a video, in seconds.
+    """
+
+    kind: Literal["image", "video"]
+    source: Any
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of one speaker. `parts` holds text and media in reading order, so a mark can never be miscounted later.
+
+    `trained`: whether an assistant's message is learnt from; a user's message never is.
+    """
+
+    role: Literal["user", "assistant"]
+    parts: tuple[str | Media, ...]
+    trained: bool = True
+
+    @property
+    def text(self) -> str:
+        """The text alone, each medium written as its mark."""
+        return "".join(p if isinstance(p, str) else f"<{p.kind}>" for p in self.parts)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row after its format has been understood; `ivl.data.formats` makes it from every format.
+
+    `messages` alternate, a user's first. A last message by the user is a prompt: the answer is to be generated.
+    `system` None means the checkpoint's own system message; an empty string means none at all.
+    `where` is `file:line` for messages to people; `id` the row's own id where it has one.
+    `reference` is the expected answer of a prompt, kept for scoring and never shown to the model.
+    """
+
+    messages: tuple[Message, ...]
+    system: str | None = None
+    id: str | None = None
+    where: str = ""
+    reference: str | None = None
+    source: str = ""
+    """Name of the data set (the kind of row) it came from, for scores and losses per source."""
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """All media in order of appearance."""
+        return tuple(p for m in self.messages for p in m.parts if not isinstance(p, str))
+
+    def as_prompt(self) -> Conversation:
+        """The same conversation up to the last answer, which becomes the reference."""
+        last = self.messages[-1]
+        if last.role == "user":
+            return self
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Conversation(**values | {"messages": self.messages[:-1], "reference": last.text})
+
+
+@dataclass
+class Example:
+    """One row, ready for the model.
+
+    The image tokens of `input_ids` are exactly `len(tiles)` times the checkpoint's tokens per tile.
+    """
+
+    input_ids: Tensor
+    """(T,) int64"""
+    labels: Tensor
+    """(T,) int64, IGNORE where not trained on"""
+    tiles: Tensor
+    """(N, 3, S, S) uint8, RGB; N is 0 for a row without media"""
+    tiles_per_image: list[int]
+    """Tiles of each image (of each frame of a video), in order; sums to N"""
+    conversation: Conversation
+    notes: list[str] = field(default_factory=list)
+    """What was changed to make the row fit (`tiles 12 -> 6`, `dropped 1 turn`)"""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Labels that count for the loss; the first position has nothing before it to predict it from."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+
+@dataclass
+class Batch:
+    """What the model's forward takes, as keywords: `model(**batch)`. Only tensors are passed; `rows` stays behind.
+
+    Padded: B rows, right-padded. Packed: B is 1, rows follow one another, `position_ids` restart at 0 at each.
+    """
+
+    input_ids: Tensor
+    """(B, T) int64"""
+    attention_mask: Tensor
+    """(B, T) bool: True where there is a token of a row. Made from lengths, never from token ids."""
+    position_ids: Tensor
+    """(B, T) int64, from 0 within each row"""
+    labels: Tensor
+    """(B, T) int64, IGNORE where not trained on; the first label of every row is IGNORE"""
+    tiles: Tensor
+    """(N, 3, S, S) uint8, those of all rows in order"""
+    tiles_per_row: Tensor
+    """(rows,) int64 on the CPU: how many of the tiles belong to each row"""
+    row_ids: Tensor | None = None
+    """(B, T) int64 where packed: which row a token belongs to, -1 for padding; None where padded"""
+    rows: list[Conversation] = field(default_factory=list)
+    """What each row was made from, for messages, pictures and predictions"""
+
+    _tensors = ("input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids")
+
+    def keys(self) -> Iterator[str]:
+        return (k for k in self._tensors if getattr(self, k) is not None)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return getattr(self, key)
+
+    def __len__(self) -> int:
+        """Number of rows (in a packed batch: of rows, not of packs)."""
+        return len(self.tiles_per_row)
+
+    @property
+    def num_supervised(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+    def _map(self, fn) -> Batch:
+        moved = {k: fn(getattr(self, k)) for k in self.keys() if k != "tiles_per_row"}
+        return Batch(**moved, tiles_per_row=self.tiles_per_row, rows=self.rows)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda t: t.pin_memory())
