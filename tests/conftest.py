@@ -1,0 +1,26 @@
+"""Fixtures every test may use. Recorded references live outside the repository: tests that read them skip without."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("IVL_SHARED", REPO.parent / "shared"))
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of recorded references and media."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip(f"{SHARED}/golden is missing: recorded references (set IVL_SHARED)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    """Recorded inputs and outputs of the reference implementation."""
+    return shared / "golden"
