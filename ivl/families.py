@@ -48,3 +48,49 @@ def llm_family(architecture: str) -> LLMFamily:
             f"llm_config.architectures: {architecture!r} is not a language model this program knows; "
             f"expected one of {', '.join(sorted(LLMS))}"
         ) from None
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """A checkpoint people ask for by name."""
+
+    name: str
+    """As the document spells it, lower case"""
+    huggingface: str
+    """Its id on the Hugging Face hub"""
+    modelscope: str
+    """Its id on ModelScope"""
+
+    def id_on(self, hub: str) -> str:
+        return self.modelscope if hub == "modelscope" else self.huggingface
+
+
+_SIZES = {
+    "InternVL2": "1B 2B 4B 8B 26B 40B Llama3-76B",
+    "InternVL2_5": "1B 2B 4B 8B 26B 38B 78B",
+    "InternVL3": "1B 2B 8B 9B 14B 38B 78B",
+    "InternVL3_5": "1B 2B 4B 8B 14B 38B",
+}
+_V1_5 = (
+    "InternVL-Chat-V1-5",
+    "InternVL-Chat-V1-5-int8",
+    "Mini-InternVL-Chat-2B-V1-5",
+    "Mini-InternVL-Chat-4B-V1-5",
+)
+
+MODELS: tuple[ReleasedModel, ...] = tuple(
+    ReleasedModel(stem.lower().replace("v1-5", "v1_5"), f"OpenGVLab/{stem}", f"OpenGVLab/{stem}")
+    for stem in (*_V1_5, *(f"{family}-{size}" for family, sizes in _SIZES.items() for size in sizes.split()))
+)
+
+
+def find_model(name: str) -> ReleasedModel | None:
+    """The row of a name people use, whatever its case: `internvl2-2b`, `InternVL2-2B`, `OpenGVLab/InternVL2-2B`."""
+    key = _key(name)
+    return next((row for row in MODELS if key in (_key(row.name), _key(row.huggingface), _key(row.modelscope))), None)
+
+
+def _key(name: str) -> str:
+    owner, _, stem = name.rpartition("/")
+    stem = stem.lower().replace("_", "-").replace(".", "-")
+    return stem if owner.lower() in ("", "opengvlab", "ai-modelscope") else f"{owner.lower()}/{stem}"
