@@ -155,6 +155,11 @@ class Batch:
     def num_supervised(self) -> int:
         return int((self.labels != IGNORE).sum())
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of rows, padding not counted."""
+        return int(self.attention_mask.sum())
+
     def _map(self, fn) -> Batch:
         moved = {k: fn(getattr(self, k)) for k in self.keys() if k != "tiles_per_row"}
         return Batch(**moved, tiles_per_row=self.tiles_per_row, rows=self.rows)

@@ -1,0 +1,81 @@
+"""`python -m ivl COMMAND`: dispatch, and errors a person can act on."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+
+COMMANDS = {
+    "fit": ("ivl.lit.cli", "fine-tune a model                     --config configs/demo.yaml"),
+    "validate": ("ivl.lit.cli", "loss and scores on held-out rows      --ckpt_path RUN/checkpoints/last.ckpt"),
+    "test": ("ivl.lit.cli", "the same on the test rows"),
+    "predict": ("ivl.lit.cli", "answer rows, one JSON line each       --ckpt_path … --data.predict FILE.jsonl"),
+}
+
+USAGE = """usage: python -m ivl COMMAND [OPTIONS]
+
+InternVL in PyTorch Lightning: fine-tune, evaluate and run InternVL chat models from one config file.
+
+commands:
+{commands}
+
+`python -m ivl COMMAND --help` lists the options of a command; `--debug` shows where an error came from.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, or 2 for a mistake the message explains."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())), end="")
+        return 0
+    command = argv[0]
+    if command == "--version":
+        from ivl import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        return _fail(f"{command}: no such command; expected one of {', '.join(COMMANDS)}")
+    try:
+        module = importlib.import_module(COMMANDS[command][0])
+        if module.__name__ == "ivl.lit.cli":
+            from ivl.demo import prepare
+
+            return module.main(argv, prepare_demo=prepare)
+        return module.main(argv[1:])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        message = _explain(error)
+        if debug or message is None:
+            traceback.print_exc()
+        return _fail(message) if message is not None else 1
+
+
+def _explain(error: Exception) -> str | None:
+    """The one line of a user's mistake; None for a mistake of ours."""
+    from ivl.types import UserError
+
+    text = str(error).strip()
+    if isinstance(error, UserError):
+        # A loader worker's error arrives with the worker's traceback as its text; its last line is the message.
+        return text.rpartition("UserError: ")[2] if "Original Traceback" in text else text
+    kind = type(error).__name__
+    if kind == "ArgumentError":  # jsonargparse
+        return " ".join(text.removeprefix("error:").split())
+    if kind == "MisconfigurationException":  # Lightning
+        return text
+    return None
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

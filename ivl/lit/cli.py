@@ -1,0 +1,128 @@
+"""The command line of fit, validate, test and predict: Lightning's, with this package's links and defaults."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from ivl.lit.callbacks import Checkpoints, Pictures, PredictionWriter, Throughput
+from ivl.lit.datamodule import IvlData
+from ivl.lit.module import LitInternVL
+from ivl.types import UserError
+
+
+class IvlCLI(LightningCLI):
+    """LightningCLI with one link (`model.pretrained` → `data.pretrained`) and the callbacks every run has.
+
+    `prepare_demo` makes the embedded demo in a folder; it is passed in, since commands stand above this floor.
+    """
+
+    prepare_demo: Callable[[Path], None] | None = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--demo",
+            type=str | None,
+            default=None,
+            help="Make the embedded demo (data and a tiny model) in this folder first, where it is missing.",
+        )
+        parser.link_arguments("model.pretrained", "data.pretrained")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 1})
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+
+    def before_instantiate_classes(self) -> None:
+        folder = self.config[self.subcommand].demo if self.subcommand else self.config.demo
+        if folder and self.prepare_demo:
+            type(self).prepare_demo(Path(folder))
+
+    def after_fit(self) -> None:
+        self._report()
+        run = self.trainer.log_dir
+        checkpoint = (
+            self.trainer.checkpoint_callback.best_model_path or self.trainer.checkpoint_callback.last_model_path
+        )
+        self._say(
+            "\nNext:\n"
+            f"  tensorboard --logdir {run}\n"
+            f"  python -m ivl predict --ckpt_path {checkpoint} --data.predict FILE.jsonl"
+        )
+
+    def after_validate(self) -> None:
+        self._report()
+
+    after_test = after_validate
+
+    @rank_zero_only
+    def _report(self) -> None:
+        if self.model.scores:
+            print("\n" + scores_table(self.model.scores))
+
+    @rank_zero_only
+    def _say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def scores_table(scores: dict[str, dict[str, float]]) -> str:
+    """Held-out scores per kind of row, as text."""
+    lines = [f"{'held-out rows':<16}{'rows':>6}{'exact':>9}{'mean IoU':>10}"]
+    for kind, values in sorted(scores.items(), key=lambda item: (item[0] == "", item[0])):
+        exact = f"{100 * values['exact']:.1f} %" if "exact" in values else "-"
+        iou = f"{values['iou']:.3f}" if "iou" in values else "-"
+        lines.append(f"{kind or 'all':<16}{int(values['rows']):>6}{exact:>9}{iou:>10}")
+    return "\n".join(lines)
+
+
+def run_config(argv: list[str]) -> list[str]:
+    """The run's own config in front, where only a fitted run's checkpoint is given (`--ckpt_path`)."""
+    command, *rest = argv
+    if command == "fit" or any(a == "--config" or a.startswith(("--config=", "-c")) for a in rest):
+        return argv
+    for i, arg in enumerate(rest):
+        value = (
+            arg.partition("=")[2]
+            if arg.startswith("--ckpt_path=")
+            else rest[i + 1 : i + 2]
+            if arg == "--ckpt_path"
+            else None
+        )
+        if not value:
+            continue
+        checkpoint = Path(value if isinstance(value, str) else value[0])
+        for folder in checkpoint.parents[:3]:
+            if (folder / "config.yaml").is_file():
+                return [command, "--config", str(folder / "config.yaml"), *rest]
+        if checkpoint.suffix == ".ckpt":
+            raise UserError(f"{checkpoint}: no config.yaml of the run beside it; give the run's config with --config")
+    return argv
+
+
+def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
+    """Run one of Lightning's commands. Errors are raised: `ivl.__main__` prints them."""
+    IvlCLI.prepare_demo = staticmethod(prepare_demo)
+    sys.argv = ["ivl", *argv]
+    IvlCLI(
+        LitInternVL,
+        IvlData,
+        args=run_config(argv),
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        trainer_defaults={
+            "logger": TensorBoardLogger(save_dir="runs", name=None),
+            "callbacks": [Throughput(), Pictures(), LearningRateMonitor("step")],
+            "log_every_n_steps": 10,
+        },
+        parser_kwargs={
+            "prog": "python -m ivl",
+            "description": "Fine-tune, validate and run InternVL chat models.",
+            "exit_on_error": False,
+        },
+        save_config_kwargs={"save_to_log_dir": True},
+    )
+    return 0

@@ -1,0 +1,283 @@
+"""The training, validation and prediction steps: model, loss, log. No maths of its own but the loss's denominator."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ivl.data.grounding import parse_boxes
+from ivl.eval.metrics import exact_match, iou
+from ivl.lit.schedule import Warmup
+from ivl.model import tune as tuning
+from ivl.model.internvl import InternVL
+from ivl.model.tune import Tune
+from ivl.types import Batch, Conversation, UserError
+
+ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
+
+LOSS_UNIT = 1024.0
+"""Backward runs on the sum of token losses divided by this (a power of two, so it costs no rounding); the gradients
+are divided by the number of supervised tokens of the whole optimizer step once that is known."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated in validation and prediction."""
+
+    max_new_tokens: int = 128
+    """The longest answer, in tokens."""
+    min_new_tokens: int = 0
+    """No end of the answer before this many tokens."""
+    temperature: float = 0.0
+    """0 is greedy; above, tokens are sampled."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together have this probability."""
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that already occurred become less likely."""
+    seed: int = 0
+    """Of the sampling; each row has a generator of its own, so answers do not depend on batching."""
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Activation checkpointing: less memory, about a third more time in the part it is on for."""
+
+    vision_model: bool = False
+    """In the vision encoder."""
+    language_model: bool = False
+    """In the language model."""
+
+
+class LitInternVL(LightningModule):
+    """InternVL for fit, validate, test and predict.
+
+    Args:
+        pretrained: Checkpoint: a folder in the released layout, or a model's name.
+        tune: What trains, per part.
+        adapter: PEFT adapter folder to put on the model first (validate and predict).
+        dtype: What frozen weights are kept in; `auto` follows trainer.precision. What trains is float32.
+        attention: Attention kernel; `auto` takes the fastest that is installed and runs here.
+        checkpointing: Activation checkpointing per part.
+        optimizer: Made with the parameter groups of what trains.
+        schedule: Made with the optimizer and the number of optimizer steps; stepped once per optimizer step.
+        generation: How answers are generated in validation and prediction.
+        answer_rows: At most this many rows per validation are answered in words; the loss is of all. Unset: all.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        tune: Tune = Tune(),
+        adapter: str | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto",
+        checkpointing: Checkpointing = Checkpointing(),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
+        schedule: ScheduleCallable = lambda o, total_steps: Warmup(o, total_steps),
+        generation: Generation = Generation(),
+        answer_rows: int | None = None,
+    ):
+        super().__init__()
+        self.pretrained = pretrained
+        self.tune, self.adapter = tune, adapter
+        self.dtype_name, self.attention = dtype, attention
+        self.checkpointing = checkpointing
+        self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.generation = generation
+        self.answer_rows = answer_rows
+        self.model: InternVL | None = None
+        # A checkpoint holds only what trains; on_load_checkpoint is strict about that part.
+        self.strict_loading = False
+        self.scores: dict[str, dict[str, float]] = {}
+        self.answers: list[dict[str, Any]] = []
+        self._tally: dict[str, dict[str, float]] = {}
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        model = InternVL.from_pretrained(self.pretrained, dtype=self._weight_dtype(), attention=self.attention)
+        if self.adapter:
+            tuning.load_adapter(model, self.adapter)
+        else:
+            tuning.apply(model, self.tune)
+        model.set_checkpointing(self.checkpointing.vision_model, self.checkpointing.language_model)
+        self.model = model
+        if self.trainer.training:
+            rank_zero_info(f"{self.pretrained}\n{tuning.table(model)}")
+
+    def _weight_dtype(self) -> str:
+        if self.dtype_name != "auto":
+            return self.dtype_name
+        precision = str(self.trainer.precision)
+        return "bfloat16" if "bf16" in precision else "float16" if precision.startswith("16") else "float32"
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.make_optimizer(tuning.param_groups(self.model))
+        schedule = self.make_schedule(optimizer, self.trainer.datamodule.total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- fit -----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self._window_loss = torch.zeros((), device=self.device)
+        self._window_tokens = torch.zeros((), device=self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        out = self.model(**batch)
+        self._window_loss += out.loss_sum.detach()
+        self._window_tokens += out.num_supervised
+        # Lightning divides by the number of micro-batches; the right denominator follows in on_before_optimizer_step.
+        return out.loss_sum * (self.trainer.accumulate_grad_batches / LOSS_UNIT)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the gradients those of the mean over all supervised tokens: of all ranks and micro-batches."""
+        totals = torch.stack([self._window_loss, self._window_tokens])
+        ranks = self.trainer.world_size
+        if ranks > 1:
+            torch.distributed.all_reduce(totals)
+        loss, tokens = totals
+        scale = LOSS_UNIT * ranks / tokens.clamp(min=1)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        self.log("train/loss", loss / tokens.clamp(min=1), prog_bar=True, batch_size=1)
+        self._window_loss.zero_()
+        self._window_tokens.zero_()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {f"model.{n}" for n in tuning.trainable_state(self.model)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        checkpoint["pretrained"] = str(self.pretrained)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {f"model.{n}" for n in tuning.trainable_state(self.model)}
+        found = set(checkpoint["state_dict"])
+        if kept != found:
+            odd = sorted(kept ^ found)
+            raise UserError(
+                f"--ckpt_path: the checkpoint does not hold what model.tune trains: {len(kept - found)} tensors are "
+                f"missing and {len(found - kept)} unexpected, {odd[0]} among them; use the run's own config.yaml"
+            )
+
+    # -- validate and test ---------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._tally = defaultdict(lambda: defaultdict(float))
+        self.answers = []
+
+    def validation_step(self, batch: tuple[list[int], Batch, Batch], batch_idx: int) -> None:
+        indices, batch, prompts = batch
+        out = self.model(**batch)
+        total = self._tally[""]
+        total["loss"] += float(out.loss_sum)
+        total["tokens"] += int(out.num_supervised)
+        if self.answer_rows is not None and indices[0] >= self.answer_rows:
+            return
+        for index, row, answer in zip(indices, prompts.rows, self._generate(prompts)):
+            if index < 0:  # filled up so that all ranks have equally many batches
+                continue
+            scores = score(row, answer)
+            self.answers.append({"index": index, "row": row, "answer": answer, **scores})
+            for kind in {"", row.source or "rows"}:
+                tally = self._tally[kind]
+                tally["rows"] += 1
+                for name, value in scores.items():
+                    tally[name] += value
+                    tally[f"{name}_rows"] += 1
+
+    def on_validation_epoch_end(self) -> None:
+        tallies = [{k: dict(v) for k, v in self._tally.items()}]
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, tallies[0])
+            tallies = gathered
+        self.scores = summary(tallies)
+        total = self.scores.get("", {})
+        for name in ("loss", "exact", "iou"):
+            if name in total:
+                self.log(f"val/{name}", total[name], prog_bar=name != "iou", batch_size=1)
+        for kind, values in self.scores.items():
+            for name in ("exact", "iou"):
+                if kind and name in values:
+                    self.log(f"val/{kind}/{name}", values[name], batch_size=1)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    # -- predict -------------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: tuple[list[int], Batch], batch_idx: int) -> list[dict[str, Any]]:
+        indices, prompts = batch
+        processor = self.trainer.datamodule.processor
+        rows = []
+        for index, row, answer in zip(indices, prompts.rows, self._generate(prompts)):
+            if index < 0:
+                continue
+            found = [{"ref": ref, "boxes": boxes} for ref, boxes in parse_boxes(answer)]
+            rows.append(
+                {
+                    "index": index,
+                    "id": row.id,
+                    "where": row.where,
+                    "source": row.source or None,
+                    "prompt": processor.prompt_text(row),
+                    "response": answer,
+                    "reference": row.reference,
+                    "boxes": found,
+                }
+            )
+        return rows
+
+    def _generate(self, prompts: Batch) -> list[str]:
+        processor = self.trainer.datamodule.processor
+        settings = vars(self.generation) | {"eos_ids": processor.stop_ids}
+        return [processor.decode(ids) for ids in self.model.generate(prompts, **settings)]
+
+
+def score(row: Conversation, answer: str) -> dict[str, float]:
+    """Exact match with the reference, and IoU of the boxes where the reference has boxes.
+
+    Boxes are compared one by one in their order; a box that is missing or too many counts as 0.
+    """
+    if row.reference is None:
+        return {}
+    scores = {"exact": float(exact_match(answer, row.reference))}
+    wanted = [box for _, boxes in parse_boxes(row.reference) for box in boxes]
+    if wanted:
+        given = [box for _, boxes in parse_boxes(answer) for box in boxes]
+        hits = [iou(a, b) for a, b in zip(given, wanted)]
+        scores["iou"] = sum(hits) / max(len(given), len(wanted))
+    return scores
+
+
+def summary(tallies: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The sums of all ranks → means per kind of row; the kind "" is all rows."""
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for tally in tallies:
+        for kind, values in tally.items():
+            for name, value in values.items():
+                sums[kind][name] += value
+    means: dict[str, dict[str, float]] = {}
+    for kind in sorted(sums):
+        values = sums[kind]
+        means[kind] = {"rows": values["rows"]}
+        if values["tokens"]:
+            means[kind]["loss"] = values["loss"] / values["tokens"]
+        for name in ("exact", "iou"):
+            if values[f"{name}_rows"]:
+                means[kind][name] = values[name] / values[f"{name}_rows"]
+    return means

@@ -1,0 +1,42 @@
+"""Learning-rate schedules that are given the number of optimizer steps of the run."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class Warmup(LambdaLR):
+    """Linear warm-up, then cosine or linear decay, or constant.
+
+    Args:
+        optimizer: Whose rates are scheduled; each group keeps its own peak.
+        total_steps: Optimizer steps of the whole run.
+        warmup: Share of the steps (below 1) or number of steps (1 and more) of the warm-up.
+        decay: What follows the warm-up.
+        floor: Share of the peak rate that the decay ends at.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup: float = 0.03,
+        decay: Literal["cosine", "linear", "constant"] = "cosine",
+        floor: float = 0.0,
+    ):
+        steps = int(warmup if warmup >= 1 else warmup * total_steps)
+
+        def factor(step: int) -> float:
+            if step < steps:
+                return (step + 1) / (steps + 1)
+            if decay == "constant":
+                return 1.0
+            done = min(1.0, (step - steps) / max(1, total_steps - steps))
+            share = 0.5 * (1 + math.cos(math.pi * done)) if decay == "cosine" else 1 - done
+            return floor + (1 - floor) * share
+
+        super().__init__(optimizer, factor)

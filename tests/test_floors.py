@@ -1,0 +1,72 @@
+"""The architecture is the import table: nothing imports from a floor above, or from its neighbour on floor 1."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "ivl"
+
+# What each place may import from the package; more specific places first.
+ALLOWED = {
+    "ivl.types": set(),
+    "ivl.config": {"ivl.types"},
+    "ivl.families": {"ivl.types", "ivl.config"},
+    "ivl.hub": {"ivl.types", "ivl.config", "ivl.families"},
+    "ivl.model": {"ivl.types", "ivl.config", "ivl.families", "ivl.hub", "ivl.model"},
+    "ivl.data": {"ivl.types", "ivl.config", "ivl.families", "ivl.hub", "ivl.data"},
+    "ivl.eval": {"ivl.types", "ivl.config", "ivl.eval"},
+    "ivl.lit": {"ivl.types", "ivl.config", "ivl.families", "ivl.hub", "ivl.model", "ivl.data", "ivl.eval", "ivl.lit"},
+    "ivl": {"ivl"},  # commands, and the package's own front door
+}
+LIGHTNING = "ivl.lit"
+
+
+def _name(path: Path) -> str:
+    parts = ("ivl", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(p for p in parts if p != "__init__")
+
+
+def _inside(name: str, place: str) -> bool:
+    return name == place or name.startswith(place + ".")
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} if node.module != "ivl" else {f"ivl.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_the_walk_sees_the_package():
+    assert len(FILES) > 20
+    assert "ivl.model.internvl" in {_name(f) for f in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_imports_stay_on_their_floor(path: Path):
+    name = _name(path)
+    place = next(p for p in ALLOWED if _inside(name, p))
+    for imported in _imports(path):
+        if _inside(imported, "ivl"):
+            assert any(_inside(imported, a) for a in ALLOWED[place]), f"{name} imports {imported}"
+        if imported.split(".")[0] in ("lightning", "lightning_fabric"):
+            assert _inside(name, LIGHTNING), f"{name} imports {imported}; only {LIGHTNING} may"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_no_pickle_and_no_remote_code(path: Path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not {"pickle", "dill", "cloudpickle"} & {i.split(".")[0] for i in _imports(path)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert isinstance(node.value, ast.Constant) and node.value.value is False, path
+        if isinstance(node, ast.keyword) and node.arg == "weights_only":
+            assert not (isinstance(node.value, ast.Constant) and node.value.value is False), path
