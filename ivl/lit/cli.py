@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ivl.lit.callbacks import Checkpoints, Pictures, PredictionWriter, Throughput
@@ -38,7 +38,9 @@ class IvlCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
 
     def before_instantiate_classes(self) -> None:
-        folder = self.config[self.subcommand].demo if self.subcommand else self.config.demo
+        config = self.config[self.subcommand]
+        config.weights_only = True  # a checkpoint is never unpickled
+        folder = config.demo
         if folder and self.prepare_demo:
             type(self).prepare_demo(Path(folder))
 
@@ -82,47 +84,57 @@ def scores_table(scores: dict[str, dict[str, float]]) -> str:
 def run_config(argv: list[str]) -> list[str]:
     """The run's own config in front, where only a fitted run's checkpoint is given (`--ckpt_path`)."""
     command, *rest = argv
-    if command == "fit" or any(a == "--config" or a.startswith(("--config=", "-c")) for a in rest):
+    path = _value(rest, "--ckpt_path")
+    if command == "fit" or path is None or _value(rest, "--config") or _value(rest, "-c"):
         return argv
-    for i, arg in enumerate(rest):
-        value = (
-            arg.partition("=")[2]
-            if arg.startswith("--ckpt_path=")
-            else rest[i + 1 : i + 2]
-            if arg == "--ckpt_path"
-            else None
+    checkpoint = Path(path)
+    if not checkpoint.exists():
+        raise UserError(
+            f"--ckpt_path {checkpoint}: no such file; expected a checkpoint of a run, such as RUN/checkpoints/last.ckpt"
         )
-        if not value:
-            continue
-        checkpoint = Path(value if isinstance(value, str) else value[0])
-        for folder in checkpoint.parents[:3]:
-            if (folder / "config.yaml").is_file():
-                return [command, "--config", str(folder / "config.yaml"), *rest]
-        if checkpoint.suffix == ".ckpt":
-            raise UserError(f"{checkpoint}: no config.yaml of the run beside it; give the run's config with --config")
-    return argv
+    for folder in checkpoint.parents[:3]:
+        if (folder / "config.yaml").is_file():
+            return [command, "--config", str(folder / "config.yaml"), *rest]
+    raise UserError(f"{checkpoint}: no config.yaml of its run beside it; give the run's config with --config")
+
+
+def _value(argv: list[str], option: str) -> str | None:
+    """The value of an option as typed, `--option value` or `--option=value`."""
+    for i, arg in enumerate(argv):
+        if arg == option:
+            return argv[i + 1] if i + 1 < len(argv) else None
+        if arg.startswith(option + "="):
+            return arg.partition("=")[2]
+    return None
+
+
+PURPOSES = {
+    "fit": "Fine-tune a model.",
+    "validate": "Loss and scores on held-out rows (data.val).",
+    "test": "Loss and scores on test rows (data.test).",
+    "predict": "Answer rows (data.predict), one JSON line each.",
+}
 
 
 def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
     """Run one of Lightning's commands. Errors are raised: `ivl.__main__` prints them."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     IvlCLI.prepare_demo = staticmethod(prepare_demo)
-    sys.argv = ["ivl", *argv]
+    sys.argv = ["ivl", *run_config(argv)]  # Lightning reads it again when it starts further processes
+    common = {"exit_on_error": False}
+    usage = "python -m ivl {} --config FILE [--config FILE ...] [--OPTION VALUE ...]"
     IvlCLI(
         LitInternVL,
         IvlData,
-        args=run_config(argv),
         seed_everything_default=42,
         auto_configure_optimizers=False,
         trainer_defaults={
-            "logger": TensorBoardLogger(save_dir="runs", name=None),
+            "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": ""}},
             "callbacks": [Throughput(), Pictures(), LearningRateMonitor("step")],
             "log_every_n_steps": 10,
+            "use_distributed_sampler": False,  # the data module gives every rank its rows
         },
-        parser_kwargs={
-            "prog": "python -m ivl",
-            "description": "Fine-tune, validate and run InternVL chat models.",
-            "exit_on_error": False,
-        },
-        save_config_kwargs={"save_to_log_dir": True},
+        parser_kwargs=common
+        | {name: common | {"usage": usage.format(name), "description": text} for name, text in PURPOSES.items()},
     )
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -32,6 +32,11 @@ class RankBatches:
         self.epoch = 0
         self.done = 0
         """Batches of this epoch already used: where the next pass begins"""
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order of rows; called by Lightning before each epoch."""
+        self.epoch = epoch
 
     def _mine(self) -> list[int]:
         if self.shuffle:
@@ -50,6 +55,19 @@ class RankBatches:
         start, self.done = self.done, 0
         for i in range(start * self.batch_size, len(mine), self.batch_size):
             yield mine[i : i + self.batch_size]
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader whose position is saved with the run and found again without reading what was used."""
+
+    position: Callable[[], dict[str, int]] | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        return self.position() if self.position else {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch_sampler.epoch = state["epoch"]
+        self.batch_sampler.done = state["done"]
 
 
 class IvlData(LightningDataModule):
@@ -101,7 +119,6 @@ class IvlData(LightningDataModule):
             pretrained, max_tiles=max_tiles, max_length=max_length, on_too_long=on_too_long
         )
         self._rows: dict[str, Rows] = {}
-        self._train_batches: RankBatches | None = None
 
     def rows(self, split: str) -> Rows:
         """The rows of train, val, test or predict. Raises UserError where no file is named."""
@@ -138,7 +155,7 @@ class IvlData(LightningDataModule):
         )
 
     def _loader(self, split: str, batches: RankBatches, collate: Any, as_prompt: bool) -> DataLoader:
-        return DataLoader(
+        return ResumableLoader(
             _Indexed(self.rows(split), split, as_prompt),
             batch_sampler=batches,
             collate_fn=collate,
@@ -148,8 +165,17 @@ class IvlData(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        self._train_batches = batches = self._batches("train")
-        return self._loader("train", batches, partial(_training, self.processor, self.packing), False)
+        collate = partial(_training, self.processor, self.packing)
+        loader = self._loader("train", self._batches("train"), collate, False)
+        loader.position = self._position
+        return loader
+
+    def _position(self) -> dict[str, int]:
+        """Epoch and batches used so far, by the trainer's count: the loader's own runs ahead of it."""
+        loop = self.trainer.fit_loop
+        done = loop.epoch_loop.batch_progress.current.processed
+        epoch = loop.epoch_progress.current.processed
+        return {"epoch": epoch, "done": done} if done < loop.max_batches else {"epoch": epoch + 1, "done": 0}
 
     def val_dataloader(self) -> DataLoader | list:
         if not self.files["val"]:
