@@ -23,6 +23,8 @@ class LLMFamily:
     """The row of `ivl.model.weights` that maps released tensor names to the module's; "native": the same names"""
     lora_targets: tuple[str, ...]
     """Names of the linear layers inside a decoder layer that a LoRA covers by default"""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Keys of `llm_config` that the class spells otherwise: (released, transformers)"""
 
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -30,7 +32,7 @@ _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 LLMS: dict[str, LLMFamily] = {
     row.architecture: row
     for row in (
-        LLMFamily("InternLM2ForCausalLM", "llama", "internlm2", _LLAMA),
+        LLMFamily("InternLM2ForCausalLM", "llama", "internlm2", _LLAMA, renamed=(("bias", "attention_bias"),)),
         LLMFamily("LlamaForCausalLM", "llama", "native", _LLAMA),
         LLMFamily("Qwen2ForCausalLM", "qwen2", "native", _LLAMA),
         LLMFamily("Qwen3ForCausalLM", "qwen3", "native", _LLAMA),

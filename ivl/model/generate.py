@@ -1,0 +1,238 @@
+"""Answers from prompts: greedy or sampled, many rows at once, on a key-value cache.
+
+Rows stay padded on the right, as the collator makes them. The cache then has gaps: keys of padding, which are hidden
+by their position of -1, while each row's own positions go on by one. Nothing has to be shifted to the left, a chat can
+append its next turn to the cache, and a row's answer does not depend on its neighbours.
+
+Shapes: B rows, T tokens of this call, K tokens in the cache, D width of the language model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ivl.model.llm import attention_mask, fits, is_plain, visible
+from ivl.types import Batch, UserError
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
+
+
+@dataclass
+class Memory:
+    """What the language model has read so far."""
+
+    cache: Any = field(default_factory=DynamicCache)
+    positions_BK: Tensor | None = None
+    """(B, K) position in its row of each cached key, -1 for padding"""
+    lengths_B: Tensor | None = None
+    """(B,) tokens of each row so far"""
+    gaps: bool = False
+    """Whether there is padding among the keys"""
+
+
+def read(model: nn.Module, embeds_BTD: Tensor, mask_BT: Tensor, memory: Memory) -> Tensor:
+    """Read T more tokens of each row, padded on the right, and remember them.
+
+    Returns the logits (B, V) after each row's last token. `mask_BT`: True where there is a token.
+    """
+    count = embeds_BTD.shape[1]
+    if memory.lengths_B is None:
+        memory.lengths_B = mask_BT.new_zeros(len(mask_BT), dtype=torch.long)
+        memory.positions_BK = memory.lengths_B.new_zeros(len(mask_BT), 0)
+    first = memory.positions_BK.shape[1] == 0
+    positions_BT = memory.lengths_B[:, None] + torch.arange(count, device=embeds_BTD.device)
+    keys_BT = positions_BT.masked_fill(~mask_BT, -1)
+    memory.positions_BK = torch.cat([memory.positions_BK, keys_BT], dim=1)
+    memory.gaps |= count > 1 and not bool(mask_BT.all())
+    total = memory.positions_BK.shape[1]
+    given: dict[str, Any] = {"inputs_embeds": embeds_BTD, "past_key_values": memory.cache, "use_cache": True}
+    if not fits(model, total) or not (first or not memory.gaps):
+        given |= _explicit(model, positions_BT.masked_fill(~mask_BT, 0), memory, embeds_BTD.dtype)
+    hidden_BTD = model.model(**given).last_hidden_state
+    own_B = mask_BT.sum(1)
+    memory.lengths_B = memory.lengths_B + own_B
+    last_BD = hidden_BTD[torch.arange(len(own_B), device=own_B.device), own_B - 1]
+    return model.lm_head(last_BD)
+
+
+def _explicit(model: nn.Module, positions_BT: Tensor, memory: Memory, dtype: torch.dtype) -> dict[str, Any]:
+    """Positions and mask, where the kernel's own causal path does not serve."""
+    if model.config._attn_implementation == "flash_attention_2":
+        mask = memory.positions_BK >= 0
+    else:
+        window = getattr(model.config, "sliding_window", None)
+        mask = attention_mask(model, visible(positions_BT, memory.positions_BK, None, window), dtype)
+    return {"position_ids": positions_BT, "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen from the logits. Greedy at temperature 0."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        problems = [
+            text
+            for wrong, text in (
+                (self.temperature < 0, f"temperature: expected at least 0, found {self.temperature}"),
+                (not 0 < self.top_p <= 1, f"top_p: expected above 0 and at most 1, found {self.top_p}"),
+                (self.top_k < 0, f"top_k: expected at least 0, found {self.top_k}"),
+                (
+                    self.repetition_penalty <= 0,
+                    f"repetition_penalty: expected above 0, found {self.repetition_penalty}",
+                ),
+            )
+            if wrong
+        ]
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def __call__(self, logits_BV: Tensor, answers: list[list[int]], generators: list[torch.Generator]) -> Tensor:
+        """One token id per row, (B,). `answers`: what each row has said so far, for the repetition penalty."""
+        logits_BV = logits_BV.float()
+        if self.repetition_penalty != 1.0:
+            logits_BV = self._penalised(logits_BV, answers)
+        if self.temperature == 0.0:
+            return logits_BV.argmax(-1)
+        sorted_BV, ids_BV = (logits_BV / self.temperature).sort(dim=-1, descending=True)
+        if self.top_k:
+            sorted_BV[:, self.top_k :] = -torch.inf
+        p_BV = sorted_BV.softmax(-1)
+        p_BV[p_BV.cumsum(-1) - p_BV >= self.top_p] = 0.0
+        # One number per row and step, drawn on the CPU: the same on every device and for every neighbour.
+        drawn_B1 = torch.stack([torch.rand(1, generator=g) for g in generators]).to(p_BV.device)
+        mass_BV = p_BV.cumsum(-1)
+        rank_B1 = torch.searchsorted(mass_BV, drawn_B1 * mass_BV[:, -1:], right=True)
+        return ids_BV.gather(1, rank_B1.clamp(max=ids_BV.shape[1] - 1))[:, 0]
+
+    def _penalised(self, logits_BV: Tensor, answers: list[list[int]]) -> Tensor:
+        """As in transformers, over the answer alone: the reference feeds embeddings, so it cannot see the prompt."""
+        logits_BV = logits_BV.clone()
+        for row, said in enumerate(answers):
+            seen = torch.tensor(sorted(set(said)), device=logits_BV.device, dtype=torch.long)
+            old = logits_BV[row, seen]
+            logits_BV[row, seen] = torch.where(old < 0, old * self.repetition_penalty, old / self.repetition_penalty)
+        return logits_BV
+
+
+@torch.no_grad()
+def steps(
+    model: InternVL,
+    batch: Batch,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    eos_ids: Sequence[int],
+    stop: Sequence[Sequence[int]],
+    choose: Choice,
+    seed: int,
+    all_done: Callable[[bool], bool] = bool,
+) -> Iterator[list[int | None]]:
+    """The next token of each row, step after step; None where the row has ended."""
+    _check(model, batch, max_new_tokens)
+    answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
+    generators = [torch.Generator().manual_seed(seed) for _ in answers]
+    running = [True] * len(answers)
+    ends = torch.tensor(sorted(set(eos_ids)), dtype=torch.long, device=model.device)
+    embeds_BTD = model.embed(batch.input_ids, batch.tiles, batch.tiles_per_row)
+    mask_BT = batch.attention_mask
+    memory = Memory()
+    for step in range(max_new_tokens):
+        logits_BV = read(model.language_model, embeds_BTD, mask_BT, memory)
+        if step < min_new_tokens:
+            logits_BV[:, ends] = -torch.inf
+        ids_B = choose(logits_BV, answers, generators)
+        new = ids_B.tolist()
+        yield [token if alive else None for token, alive in zip(new, running)]
+        for row, token in enumerate(new):
+            if running[row]:
+                answers[row].append(token)
+                running[row] = token not in eos_ids and not any(
+                    answers[row][-len(s) :] == list(s) for s in stop if step >= min_new_tokens
+                )
+        if all_done(not any(running)):
+            return
+        embeds_BTD = model.language_model.get_input_embeddings()(ids_B)[:, None]
+        mask_BT = torch.ones_like(ids_B, dtype=torch.bool)[:, None]
+
+
+def _check(model: InternVL, batch: Batch, max_new_tokens: int) -> None:
+    if model.training:
+        raise UserError("generate: the model is in training mode; call model.eval() first")
+    if batch.row_ids is not None:
+        raise UserError("generate: the batch is packed; expected padded prompts, collate(..., packed=False)")
+    if not is_plain(batch.attention_mask, None):
+        raise UserError("generate: expected prompts padded on the right, as the collator makes them")
+    longest = int(batch.attention_mask.sum(1).max())
+    limit = model.language_model.config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise UserError(
+            f"generate: a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of "
+            f"{limit}; use fewer tiles, a shorter prompt or a smaller max_new_tokens"
+        )
+
+
+def generate(
+    model: InternVL,
+    batch: Batch,
+    max_new_tokens: int = 128,
+    min_new_tokens: int = 0,
+    eos_ids: Sequence[int] | None = None,
+    stop: Sequence[Sequence[int]] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    all_done: Callable[[bool], bool] = bool,
+) -> list[list[int]]:
+    """The new token ids of each row, with the token that ended it; a batch of prompts of any lengths.
+
+    `eos_ids` end a row, as does a sequence of `stop`, but not within `min_new_tokens`; by default the checkpoint's own.
+    `seed`: each row draws from a generator of its own, so a sampled answer does not depend on its neighbours.
+    `repetition_penalty` is over the answer alone. `all_done` makes this process go on until all others are done: it is
+    given whether this one is, and returns whether all are.
+    Raises UserError where a prompt and its answer would not fit the context, or an option is out of range.
+    """
+    choose = Choice(temperature, top_p, top_k, repetition_penalty)
+    eos = model.eos_ids if eos_ids is None else eos_ids
+    answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
+    batch = batch.to(model.device)
+    for new in steps(model, batch, max_new_tokens, min_new_tokens, eos, stop, choose, seed, all_done):
+        for answer, token in zip(answers, new):
+            if token is not None:
+                answer.append(token)
+    return answers
+
+
+def stream(
+    model: InternVL,
+    batch: Batch,
+    max_new_tokens: int = 128,
+    min_new_tokens: int = 0,
+    eos_ids: Sequence[int] | None = None,
+    stop: Sequence[Sequence[int]] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The new token ids of one row as they are made; the settings of `generate`."""
+    if len(batch.input_ids) != 1:
+        raise UserError(f"stream: expected a batch of one row, found {len(batch.input_ids)}")
+    choose = Choice(temperature, top_p, top_k, repetition_penalty)
+    eos = model.eos_ids if eos_ids is None else eos_ids
+    batch = batch.to(model.device)
+    for new in steps(model, batch, max_new_tokens, min_new_tokens, eos, stop, choose, seed):
+        yield new[0]

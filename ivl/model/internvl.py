@@ -1,0 +1,262 @@
+"""InternVL: a vision tower, a projector, a language model. The file to read first.
+
+tiles → `vision_model` → pixel shuffle → `mlp1` → written over the image tokens' embeddings → `language_model` → loss
+
+Shapes: B rows, T tokens of a row, N tiles of the whole batch, S pixels a side of a tile, P image tokens of a tile,
+L tokens of a tile in the tower (patches and one class token), G patches a side of a tile, C width of the tower,
+D width of the language model, V vocabulary, M supervised tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ivl.config import Config
+from ivl.model import generate as decoding
+from ivl.model import weights
+from ivl.model.llm import AttentionKernel, build_llm, choose_kernel, hidden_states, set_checkpointing
+from ivl.model.vision import InternViT
+from ivl.types import IGNORE, UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet, per colour"""
+
+
+@dataclass
+class Output:
+    """What a forward gives. `loss` is `loss_sum` over `num_supervised` (1 where nothing is supervised)."""
+
+    loss: Tensor | None = None
+    loss_sum: Tensor | None = None
+    """Negative log-likelihood of all supervised tokens, for a mean over several batches"""
+    num_supervised: Tensor | None = None
+    logits: Tensor | None = None
+    """(B, T, V)"""
+
+
+def normalize(tiles_N3SS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 tiles → what the tower takes, equal to torchvision's ToTensor and Normalize. Floats pass as they are."""
+    if tiles_N3SS.is_floating_point():
+        return tiles_N3SS.to(dtype)
+    mean_311, std_311 = (torch.tensor(c, device=tiles_N3SS.device).view(3, 1, 1) for c in (MEAN, STD))
+    return ((tiles_N3SS.float() / 255 - mean_311) / std_311).to(dtype)
+
+
+def pixel_shuffle(grid_NGGC: Tensor, ratio: float, version: str) -> Tensor:
+    """Blocks of 1/ratio x 1/ratio patches become one token with all their channels: (N, P, C / ratio²).
+
+    v2 reads the blocks row by row; v1, of the first releases, column by column.
+    """
+    side = round(1 / ratio)
+    blocks = grid_NGGC.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (N, row, in row, column, in column, C)
+    order = (0, 1, 3, 2, 4, 5) if version == "v2" else (0, 3, 1, 2, 4, 5)
+    return blocks.permute(order).flatten(3).flatten(1, 2)
+
+
+class InternVL(nn.Module):
+    """A chat model of the released layout; module names are those of the released checkpoints."""
+
+    def __init__(self, config: Config, kernel: str = "sdpa", image_token_id: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.image_token_id = image_token_id
+        """Id of `<IMG_CONTEXT>`; a checkpoint's tokenizer files say it"""
+        self.eos_ids: list[int] = []
+        """Ids that end an answer, from the checkpoint's generation_config.json"""
+        self.always_run_vision = False
+        """Run a zero tile where a batch has none, so that every process of a sharded run calls the same modules"""
+        self.vision_model = InternViT(config.vision, kernel)
+        self.language_model = build_llm(config, kernel)
+        width, llm_width = config.projector_width, self.language_model.config.hidden_size
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        attention: AttentionKernel = "auto",
+        image_token_id: int | None = None,
+    ) -> InternVL:
+        """The model with weights not loaded: random, or none on the device `meta`. In eval mode."""
+        dtype = as_dtype(dtype)
+        runs_on = "cuda" if torch.device(device).type == "meta" and torch.cuda.is_available() else device
+        with torch.device(device):
+            model = cls(config, choose_kernel(attention, runs_on, dtype), image_token_id)
+        return model.to(dtype).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        attention: AttentionKernel = "auto",
+    ) -> InternVL:
+        """A released checkpoint, in eval mode: a folder, or a name that `ivl.hub` finds.
+
+        Raises UserError where files are missing or broken, or a tensor is missing, unexpected or of another shape.
+        """
+        from ivl.hub import resolve
+
+        folder = resolve(name_or_path)
+        model = cls.empty(folder, dtype, attention, runs_on=device)
+        weights.load_weights(model, folder, device)
+        return model
+
+    @classmethod
+    def empty(
+        cls, folder: Path, dtype: str | torch.dtype, attention: AttentionKernel, runs_on: str | torch.device
+    ) -> InternVL:
+        """A checkpoint's model on the meta device, with everything but its weights."""
+        kernel = choose_kernel(attention, runs_on, as_dtype(dtype))
+        config = weights.read_config(folder)
+        with torch.device("meta"):
+            model = cls(config, kernel, weights.read_image_token_id(folder)).to(as_dtype(dtype))
+        model.eos_ids = weights.read_eos_ids(folder)
+        return model.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mlp1[1].weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.mlp1[1].weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        """V: ids of a batch must be below."""
+        return self.language_model.config.vocab_size
+
+    def set_checkpointing(self, vision: bool, language: bool) -> None:
+        """Trade compute for memory: keep only layer inputs in training, and compute the rest again in backward."""
+        self.vision_model.encoder.checkpointing = vision
+        set_checkpointing(self.language_model, language)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        tiles: Tensor | None = None,
+        tiles_per_row: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        return_logits: bool = False,
+        loss_chunk: int = 512,
+    ) -> Output:
+        """The fields of `ivl.types.Batch`, whose shapes apply; logits on request or where there are no labels.
+
+        `loss_weights` (B, T): how much each supervised token counts. `loss_chunk`: supervised tokens whose logits
+        exist at the same time, so memory does not grow with vocabulary x length.
+        Raises UserError where image tokens and tiles disagree.
+        """
+        embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids)
+        hidden_BTD = hidden_states(self.language_model, embeds_BTD, attention_mask, position_ids, row_ids)
+        output = Output()
+        if labels is not None:
+            self._loss(output, hidden_BTD, labels, loss_weights, loss_chunk)
+        if labels is None or return_logits:
+            output.logits = self.language_model.lm_head(hidden_BTD)
+        return output
+
+    def embed(
+        self,
+        input_ids_BT: Tensor,
+        tiles_N3SS: Tensor | None = None,
+        tiles_per_row: Tensor | None = None,
+        row_ids_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings of a batch, those of image tokens taken from the tiles in order: (B, T, D)."""
+        size = self.config.image_size
+        image_BT = input_ids_BT == self.image_token_id
+        if tiles_N3SS is None:
+            tiles_N3SS = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
+        self._check_counts(image_BT, tiles_N3SS, tiles_per_row, row_ids_BT)
+        embeds_BTD = self.language_model.get_input_embeddings()(input_ids_BT)
+        if len(tiles_N3SS) == 0 and not self._must_run_vision():
+            return embeds_BTD
+        if len(tiles_N3SS) == 0:
+            # Written nowhere, so every parameter of the tower and the projector gets a gradient, and it is zero.
+            tiles_N3SS = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
+        features_NPD = self.tile_features(tiles_N3SS)
+        return embeds_BTD.masked_scatter(image_BT[..., None], features_NPD.to(embeds_BTD.dtype))
+
+    def tile_features(self, tiles_N3SS: Tensor) -> Tensor:
+        """What the language model reads of each tile, uint8 or normalised: (N, P, D)."""
+        trained = any(p.requires_grad for p in self.vision_model.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            pixels_N3SS = normalize(tiles_N3SS, self.vision_model.embeddings.patch_embedding.weight.dtype)
+            hidden_NLC = self.vision_model(pixels_N3SS, self.config.select_layer)
+        grid_NGGC = hidden_NLC[:, 1:].unflatten(1, (tiles_N3SS.shape[-2] // self.config.vision.patch_size, -1))
+        shuffled_NPC = pixel_shuffle(grid_NGGC, self.config.downsample_ratio, self.config.ps_version)
+        return self.mlp1(shuffled_NPC.to(self.dtype))
+
+    generate = decoding.generate
+    stream = decoding.stream
+
+    def _must_run_vision(self) -> bool:
+        if self.always_run_vision:
+            return True
+        parameters = (*self.vision_model.parameters(), *self.mlp1.parameters())
+        return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+
+    def _check_counts(
+        self, image_BT: Tensor, tiles_N3SS: Tensor, tiles_per_row: Tensor | None, row_ids_BT: Tensor | None
+    ) -> None:
+        """Raise UserError where the image tokens of a row are not those of its tiles."""
+        patches = (tiles_N3SS.shape[-1] // self.config.vision.patch_size) ** 2
+        per_tile = int(patches * self.config.downsample_ratio**2)
+        if tiles_per_row is None:
+            tiles, tokens = [len(tiles_N3SS)], [int(image_BT.sum())]
+        else:
+            tiles = tiles_per_row.tolist()
+            if row_ids_BT is None:
+                tokens = image_BT.sum(1).tolist()
+            else:
+                of_row = torch.zeros(len(tiles), dtype=torch.long, device=image_BT.device)
+                tokens = of_row.index_add(0, row_ids_BT.clamp(min=0).flatten(), image_BT.flatten().long()).tolist()
+        if sum(tiles) != len(tiles_N3SS):
+            raise UserError(f"batch: tiles_per_row adds up to {sum(tiles)} tiles, but there are {len(tiles_N3SS)}")
+        for row, (have, need) in enumerate(zip(tokens, tiles, strict=True)):
+            if have != need * per_tile:
+                where = "batch" if tiles_per_row is None else f"row {row} of the batch"
+                raise UserError(
+                    f"{where}: {have} image tokens (<IMG_CONTEXT>) but {need} tiles of {per_tile} tokens each, which "
+                    f"need {need * per_tile}; give every tile its tokens, and do not cut a row inside an image"
+                )
+
+    def _loss(
+        self, output: Output, hidden_BTD: Tensor, labels_BT: Tensor, weights_BT: Tensor | None, chunk: int
+    ) -> None:
+        """Fill in the loss; a position is predicted from the one before it."""
+        supervised = labels_BT[:, 1:] != IGNORE
+        hidden_MD, labels_M = hidden_BTD[:, :-1][supervised], labels_BT[:, 1:][supervised]
+        chunks = zip(hidden_MD.split(chunk), labels_M.split(chunk))
+        nll_M = torch.cat([checkpoint(self._nll, h, t, use_reentrant=False) for h, t in chunks])
+        weights_M = torch.ones_like(nll_M) if weights_BT is None else weights_BT[:, 1:][supervised].to(nll_M)
+        output.num_supervised = supervised.sum()
+        output.loss_sum = (nll_M * weights_M).sum()
+        output.loss = output.loss_sum / (weights_M.sum() if weights_BT is not None else output.num_supervised.clamp(1))
+
+    def _nll(self, hidden_MD: Tensor, labels_M: Tensor) -> Tensor:
+        return F.cross_entropy(self.language_model.lm_head(hidden_MD).float(), labels_M, reduction="none")
+
+
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
+    """`bfloat16` → torch.bfloat16. Raises UserError for a name that is not a floating type."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype: expected float32, bfloat16 or float16, found {name!r}")
+    return dtype

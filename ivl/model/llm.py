@@ -1,0 +1,236 @@
+"""The language model: transformers' own classes, built from `llm_config`, given exactly the attention we mean.
+
+Shapes: B rows, T tokens of this call, K tokens seen with those of the cache, D width, R half the width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ivl.config import Config
+from ivl.families import llm_family
+from ivl.types import UserError
+
+AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+KERNELS = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+def choose_kernel(kernel: AttentionKernel, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The attention kernel that `kernel` means here; auto is flash_attention_2 where it can run, else sdpa.
+
+    Raises UserError for an unknown name, and for flash_attention_2 where it cannot run.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"attention: expected one of {', '.join(KERNELS)}, found {kernel!r}")
+    installed = find_spec("flash_attn") is not None
+    half = dtype in (torch.float16, torch.bfloat16)
+    on_gpu = torch.device(device).type == "cuda"
+    if kernel == "auto":
+        return "flash_attention_2" if installed and half and on_gpu else "sdpa"
+    if kernel == "flash_attention_2" and not installed:
+        raise UserError(
+            "attention: flash_attention_2 needs the package flash-attn, which is not installed; "
+            'pip install "ivl[flash]", or choose sdpa'
+        )
+    if kernel == "flash_attention_2" and not half:
+        raise UserError(f"attention: flash_attention_2 computes in bfloat16 or float16, found {dtype}; choose sdpa")
+    return kernel
+
+
+def llm_config(config: Config) -> Any:
+    """`config.llm` as the transformers config of the family's class. Raises UserError for what no release has."""
+    from transformers import CONFIG_MAPPING
+
+    raw = config.llm
+    family = llm_family(config.llm_architecture)
+    kind = CONFIG_MAPPING[family.model_type]
+    values = {f.name: raw[f.name] for f in fields(kind) if f.init and f.name in raw and f.name not in _NOT_COPIED}
+    values |= {new: raw[old] for old, new in family.renamed if old in raw}
+    if values.get("use_sliding_window"):
+        raise UserError("llm_config.use_sliding_window: true is not supported; expected false, as in every release")
+    return kind(**values, **_rope(raw))
+
+
+_NOT_COPIED = ("architectures", "dtype", "torch_dtype", "rope_parameters", "rope_scaling", "rope_theta")
+
+
+def _rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings in transformers' present spelling. Phi-3's `su` and `yarn` are both longrope;
+    its yarn differs in the factor on cos and sin (microsoft/Phi-3-mini-128k-instruct, modeling_phi3.py)."""
+    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kind = parameters.pop("type", None) or "default"
+    kind = parameters.setdefault("rope_type", kind)
+    if "rope_theta" in raw:
+        parameters.setdefault("rope_theta", raw["rope_theta"])
+    if "short_factor" in parameters:
+        stretch = raw["max_position_embeddings"] / raw["original_max_position_embeddings"]
+        if kind == "yarn" and stretch > 1:
+            parameters.setdefault("attention_factor", 0.1 * math.log(stretch) + 1.0)
+        parameters["rope_type"] = "longrope"
+    return {"rope_parameters": parameters}
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of each position: a function of the positions of this call and of nothing that came before.
+
+    transformers' own module remembers the longest row it has seen, and lets the longest row of a batch decide for all.
+    Here the frequencies of dynamic NTK and longrope follow from the length of a token's own row. Keys in a cache keep
+    the frequencies they were made with, as in the reference: once a decoded row outgrows the limit, decoding with a
+    cache and one long forward differ.
+
+    It has no buffers, so it can be built on the meta device and is not rounded with the weights.
+    """
+
+    def __init__(self, theirs: nn.Module, config: Any) -> None:
+        super().__init__()
+        parameters = config.rope_parameters
+        self.kind = parameters["rope_type"]
+        with torch.device("cpu"):
+            made = type(theirs)(config)
+        self.scale = made.attention_scaling
+        self.inv_freq_R = made.inv_freq
+        self.limit: int | None = None
+        """Rows up to this length do not depend on their length; None: none does"""
+        if self.kind == "dynamic":
+            self.limit = config.max_position_embeddings
+            self.theta, self.factor = parameters["rope_theta"], parameters["factor"]
+        elif self.kind == "longrope":
+            self.limit = parameters["original_max_position_embeddings"]
+            short_R, long_R = (torch.tensor(parameters[k]) for k in ("short_factor", "long_factor"))
+            self.long_inv_freq_R = self.inv_freq_R * short_R / long_R
+
+    def frequencies(self, positions_BT: Tensor) -> Tensor:
+        """Angle per position of each token: (R,) or (B, T, R), float32."""
+        if self.inv_freq_R.device != positions_BT.device:
+            self.inv_freq_R = self.inv_freq_R.to(positions_BT.device)
+        if self.limit is None:
+            return self.inv_freq_R
+        length_BT1 = row_lengths(positions_BT)[..., None]
+        if self.kind == "longrope":
+            return torch.where(length_BT1 > self.limit, self.long_inv_freq_R.to(length_BT1.device), self.inv_freq_R)
+        half = len(self.inv_freq_R)
+        stretch_BT1 = self.factor * length_BT1.clamp(min=self.limit) / self.limit - (self.factor - 1)
+        theta_BT1 = self.theta * stretch_BT1 ** (half / (half - 1))
+        return theta_BT1 ** (torch.arange(half, device=theta_BT1.device) / -half)
+
+    @torch.no_grad()
+    def forward(self, x_BTD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles_BTR = position_ids[..., None].float() * self.frequencies(position_ids)
+        angles = torch.cat([angles_BTR, angles_BTR], dim=-1)
+        return (angles.cos() * self.scale).to(x_BTD.dtype), (angles.sin() * self.scale).to(x_BTD.dtype)
+
+
+def row_lengths(positions_BT: Tensor) -> Tensor:
+    """Of each token, how long its row is with this call; a row begins where positions do not go on by one. (B, T)"""
+    starts_BT = torch.zeros_like(positions_BT)
+    starts_BT[:, 1:] = positions_BT.diff(dim=-1) != 1
+    row_BT = starts_BT.cumsum(-1)
+    longest_BT = torch.zeros_like(positions_BT).scatter_reduce(1, row_BT, positions_BT + 1, "amax")
+    return longest_BT.gather(1, row_BT)
+
+
+def build_llm(config: Config, kernel: str) -> nn.Module:
+    """The causal language model, on torch's default device (the meta device too), weights not loaded."""
+    from transformers import AutoModelForCausalLM
+
+    settings = llm_config(config)
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation=kernel)
+    model.model.rotary_emb = RotaryEmbedding(model.model.rotary_emb, model.config)
+    return model
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Keep only the input of each layer in training, and compute the rest again in backward."""
+    name = "enable" if on else "disable"
+    # transformers 5 renamed it on the way; the old name warns in newer versions.
+    switch = getattr(model, f"activation_checkpointing_{name}", None) or getattr(model, f"gradient_checkpointing_{name}")
+    switch(*([{"use_reentrant": False}] if on else []))
+
+
+def visible(query_positions_BT: Tensor, key_positions_BK: Tensor, rows_BT: Tensor | None, window: int | None) -> Tensor:
+    """Which keys a token may look at: itself and earlier ones of its own row. (B, 1, T, K) bool.
+
+    A key position of -1 is padding. The queries are the last T of the K keys; `rows_BT` (then K is T) are numbers of
+    rows in packs. `window`: how far back, in tokens. What sees nothing looks at itself, lest a softmax be over nothing.
+    """
+    q_BT1, k_B1K = query_positions_BT[:, :, None], key_positions_BK[:, None, :]
+    seen_BTK = (k_B1K >= 0) & (k_B1K <= q_BT1)
+    if window is not None:
+        seen_BTK &= q_BT1 - k_B1K < window
+    if rows_BT is not None:
+        seen_BTK &= rows_BT[:, :, None] == rows_BT[:, None, :]
+    count, total = seen_BTK.shape[1:]
+    itself_TK = torch.eye(total, dtype=torch.bool, device=seen_BTK.device)[total - count :]
+    seen_BTK |= itself_TK & ~seen_BTK.any(-1, keepdim=True)
+    return seen_BTK[:, None]
+
+
+def attention_mask(model: nn.Module, seen_B1TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """`visible` in the form that the model's kernel takes."""
+    if model.config._attn_implementation != "eager":
+        return seen_B1TK
+    return torch.zeros(seen_B1TK.shape, dtype=dtype, device=seen_B1TK.device).masked_fill(
+        ~seen_B1TK, torch.finfo(dtype).min
+    )
+
+
+def hidden_states(
+    model: nn.Module,
+    embeds_BTD: Tensor,
+    mask_BT: Tensor | None = None,
+    positions_BT: Tensor | None = None,
+    rows_BT: Tensor | None = None,
+) -> Tensor:
+    """The last hidden states of a causal language model, without a cache: (B, T, D).
+
+    `mask_BT`: True where there is a token; `rows_BT`: numbers of rows where packed, -1 for padding.
+    """
+    body, window = model.model, getattr(model.config, "sliding_window", None)
+    count = embeds_BTD.shape[1]
+    if rows_BT is None and is_plain(mask_BT, positions_BT) and fits(model, count):
+        # Padding on the right is never looked at, so the kernel's own causal path serves.
+        return body(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+    if positions_BT is None:
+        positions_BT = torch.arange(count, device=embeds_BTD.device).expand(len(embeds_BTD), -1)
+    given: dict[str, Any] = {"inputs_embeds": embeds_BTD, "position_ids": positions_BT, "use_cache": False}
+    if model.config._attn_implementation == "flash_attention_2":
+        given |= {"attention_mask": mask_BT} if rows_BT is None else varlen(rows_BT)
+    else:
+        key_positions_BK = positions_BT if mask_BT is None else positions_BT.masked_fill(~mask_BT, -1)
+        seen_B1TK = visible(positions_BT, key_positions_BK, rows_BT, window)
+        given["attention_mask"] = attention_mask(model, seen_B1TK, embeds_BTD.dtype)
+    return body(**given).last_hidden_state
+
+
+def is_plain(mask_BT: Tensor | None, positions_BT: Tensor | None) -> bool:
+    """Whether every row is one run of tokens from position 0, padded on the right."""
+    plain = torch.tensor(True)
+    if mask_BT is not None:
+        plain = (mask_BT[:, 1:] <= mask_BT[:, :-1]).all()
+    if positions_BT is not None:
+        expected_BT = torch.arange(positions_BT.shape[1], device=positions_BT.device) == positions_BT
+        plain = plain.to(expected_BT.device) & (expected_BT if mask_BT is None else expected_BT | ~mask_BT).all()
+    return bool(plain)
+
+
+def fits(model: nn.Module, count: int) -> bool:
+    """Whether `count` tokens stay inside the sliding window, and below the length where rotary frequencies change."""
+    limits = (getattr(model.config, "sliding_window", None), model.model.rotary_emb.limit)
+    return all(limit is None or count <= limit for limit in limits)
+
+
+def varlen(rows_BT: Tensor) -> dict[str, Any]:
+    """Where the rows of packs begin and end, as transformers hands it to flash attention."""
+    flat = rows_BT.flatten()
+    begins = torch.ones_like(flat, dtype=torch.bool)
+    begins[1:] = flat[1:] != flat[:-1]
+    begins[:: rows_BT.shape[1]] = True
+    ends = torch.cat([begins.nonzero().flatten(), flat.new_tensor([len(flat)])]).to(torch.int32)
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
