@@ -1,0 +1,329 @@
+"""Path, URL or bytes → RGB image or sampled video frames, with limits.
+
+Whatever a file holds, the result is an RGB image or a UserError: decoders have many ways to fail, so they are entered
+in one place that turns any failure into one sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ivl.data.fetch import FetchPolicy
+from ivl.data.frames import Sample, Sampling, VideoFile, VideoInfo, sample_indices
+from ivl.data.source import HEAD, content, describe, kind_of, open_source
+from ivl.types import UserError
+
+Image.init()
+FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if f in Image.OPEN)
+"""What is opened; Pillow's other plugins are not (EPS, for one, starts Ghostscript)"""
+_ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """Limits of what is opened."""
+
+    max_pixels: int = 89_478_485
+    """Width times height of an image or a frame; more is refused before anything is decoded. The default is where
+    Pillow starts to warn; at twice that it refuses by itself"""
+    max_side: int = 65_500
+    """Longest side of an image in pixels; resizing one of 1 x 80,000,000 would need 100 times its own memory"""
+    max_video_pixels: int = 1_000_000_000
+    """Pixels of all frames taken from one video; each needs 4 bytes of memory"""
+    folder_fps: float = 3.0
+    """Frames per second that a folder of frames stands for, where a start, an end or a rate is given"""
+    fetch: FetchPolicy = field(default_factory=FetchPolicy)
+
+
+_DEFAULT = MediaPolicy()
+
+
+def load_image(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -> Image.Image:
+    """An image as RGB, upright.
+
+    `source`: a local path, an http(s) URL, a `data:` URI, bytes, or a PIL image. `exif` False leaves the picture as it
+    is stored, as the reference implementation does. Alpha is dropped without blending, 16-bit grey is scaled to 8
+    bits; of an animation the first frame is taken. An EXIF block that cannot be read counts as none.
+    Raises UserError naming the source.
+    """
+    where = describe(source)
+    if isinstance(source, Image.Image):
+        _check_size(source.size, where, policy)
+        with _decoding(where):
+            return _upright(source.copy(), exif, where, policy)
+    with _opened_image(source, where, policy) as image:
+        return _upright(image, exif, where, policy)
+
+
+def image_size(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -> tuple[int, int]:
+    """(width, height) that `load_image` will give, from the header alone.
+
+    Raises UserError as `load_image` does, except for faults that only decoding can find.
+    """
+    where = describe(source)
+    if isinstance(source, Image.Image):
+        with _decoding(where):
+            return _size(source, exif, where, policy)
+    with _opened_image(source, where, policy, whole=False) as image:
+        return _size(image, exif, where, policy)
+
+
+def load_video(
+    source: Any,
+    num_segments: int = 8,
+    fps: float | None = None,
+    max_frames: int = 256,
+    start: float | None = None,
+    end: float | None = None,
+    sample: Sample = "middle",
+    generator: torch.Generator | None = None,
+    policy: MediaPolicy = _DEFAULT,
+) -> list[Image.Image]:
+    """RGB frames of a video, in order.
+
+    `source`: as for `load_image`, a folder of frames (in natural order of their names), or a list of images. Video
+    files are read by decord; animated GIF, WebP, PNG and AVIF by Pillow. `num_segments`, `fps`, `max_frames`,
+    `sample`: see `ivl.data.frames.Sampling`. `start` and `end` cut the video, in seconds.
+    Raises UserError naming the source.
+    """
+    where = describe(source)
+    sampling = Sampling(num_segments, fps, max_frames, sample)
+    with _video(source, where, policy) as video:
+        info = video.info
+        indices = sample_indices(info, sampling, start, end, generator, where)
+        count = len(set(indices))
+        if count * info.width * info.height > policy.max_video_pixels:
+            raise UserError(
+                f"{where}: {count} frames of {info.width} x {info.height} pixels are more than "
+                f"{policy.max_video_pixels} pixels (max_video_pixels); take fewer frames"
+            )
+        return video.read(indices)
+
+
+def video_info(source: Any, policy: MediaPolicy = _DEFAULT) -> VideoInfo:
+    """Frames, frames per second and size of a video, without decoding more than its first frame."""
+    with _video(source, describe(source), policy) as video:
+        return video.info
+
+
+def video_frame_count(
+    source: Any,
+    num_segments: int = 8,
+    fps: float | None = None,
+    max_frames: int = 256,
+    start: float | None = None,
+    end: float | None = None,
+    policy: MediaPolicy = _DEFAULT,
+) -> int:
+    """How many frames `load_video` gives. The video is opened only where that depends on its length."""
+    sampling = Sampling(num_segments, fps, max_frames)
+    if fps is None:
+        return num_segments
+    return len(sample_indices(video_info(source, policy), sampling, start, end, where=describe(source)))
+
+
+@contextmanager
+def _decoding(where: str, opened: BinaryIO | None = None) -> Iterator[None]:
+    """Any failure of a decoder as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        _refuse(opened, where, f"an image ({', '.join(FORMATS)})")
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{where}: {error}; scale it down") from None
+    except Exception as error:  # decoders raise every kind there is
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{where}: a damaged image ({reason[:200]}); copy the file again or remove the row") from error
+
+
+def _refuse(opened: BinaryIO | None, where: str, expected: str) -> None:
+    found = "another thing"
+    if opened is not None:
+        opened.seek(0)
+        found = content(opened.read(HEAD))
+    raise UserError(f"{where}: expected {expected}, found {found}")
+
+
+@contextmanager
+def _opened_image(source: Any, where: str, policy: MediaPolicy, whole: bool = True) -> Iterator[Image.Image]:
+    """A file's image, its pixels not yet decoded. `whole`: look first for damage that Pillow's decoders pass over."""
+
+    def check(opened: BinaryIO) -> None:
+        with _decoding(where, opened), Image.open(opened, formats=FORMATS) as image:
+            _check_size(image.size, where, policy)
+
+    with open_source(source, policy.fetch, check) as opened, _decoding(where, opened):
+        if whole:
+            _check_complete(opened)
+        with Image.open(opened, formats=FORMATS) as image:
+            yield image
+
+
+def _check_complete(opened: BinaryIO) -> None:
+    """Check sums of PNG chunks, and the end of a JPEG: without it a decoder may invent the rest."""
+    kind = kind_of(opened.read(HEAD))
+    opened.seek(0)
+    if kind == "PNG":
+        with Image.open(opened, formats=("PNG",)) as image:
+            image.verify()
+    elif kind == "JPEG":
+        data = opened.read()
+        if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+            raise OSError("truncated JPEG: its end marker is missing")
+    opened.seek(0)
+
+
+def _check_size(size: tuple[int, int], where: str, policy: MediaPolicy) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise UserError(f"{where}: an image of {width} x {height} pixels; expected at least 1 x 1")
+    if width * height > policy.max_pixels:
+        raise UserError(
+            f"{where}: {width} x {height} pixels, above the limit of {policy.max_pixels} (max_pixels); scale it down"
+        )
+    if max(size) > policy.max_side:
+        raise UserError(f"{where}: {width} x {height} pixels, a side above {policy.max_side} (max_side); cut it")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8 from the header; 1 where there is none that can be read."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, and gives the turned size from the header
+    try:
+        # Not the method of PNG images, which decodes the pixels in search of a late chunk
+        value = Image.Image.getexif(image).get(0x0112, 1)
+    except Exception:  # a damaged block counts as none, as in browsers
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _size(image: Image.Image, exif: bool, where: str, policy: MediaPolicy) -> tuple[int, int]:
+    _check_size(image.size, where, policy)
+    turned = exif and _orientation(image) >= 5
+    return (image.height, image.width) if turned else image.size
+
+
+def _upright(image: Image.Image, exif: bool, where: str, policy: MediaPolicy) -> Image.Image:
+    """RGB, without the EXIF block, so that it cannot be turned a second time. Changes `image`."""
+    _check_size(image.size, where, policy)
+    turn = _TURNS.get(_orientation(image)) if exif else None
+    image.load()
+    rgb = _rgb(image, where)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    rgb.info = {}
+    return rgb
+
+
+def _rgb(image: Image.Image, where: str) -> Image.Image:
+    """As `convert("RGB")`, except that 16-bit grey is scaled: Pillow would cut it off at 255."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in (None, "PNG", "PPM")):
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"{where}: pixels of mode {image.mode} (32 bits) have no known range; expected 8 or 16 bits a channel"
+        )
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class _Animation:
+    """An animated GIF, WebP, PNG or AVIF. Its rate is taken from the first frame."""
+
+    def __init__(self, opened: BinaryIO, where: str, policy: MediaPolicy) -> None:
+        self._opened, self._where, self._policy = opened, where, policy
+        with _decoding(where, opened):
+            self._image = Image.open(opened, formats=_ANIMATED)
+            _check_size(self._image.size, where, policy)
+            milliseconds = float(self._image.info.get("duration") or 100)
+            frames = getattr(self._image, "n_frames", 1)
+            self.info = VideoInfo(frames, 1000 / max(milliseconds, 1), *self._image.size)
+
+    def read(self, indices: Sequence[int]) -> list[Image.Image]:
+        last = max(indices)
+        painted = (last + 1) * self.info.width * self.info.height  # each frame is drawn over the one before
+        if painted > 10 * self._policy.max_video_pixels:
+            raise UserError(
+                f"{self._where}: {last + 1} frames of {self.info.width} x {self.info.height} pixels are too many to "
+                f"draw (10 * max_video_pixels); cut the animation"
+            )
+        images = {}
+        with _decoding(self._where, self._opened):
+            for i in sorted(set(indices)):
+                self._image.seek(i)
+                images[i] = _rgb(self._image.copy(), self._where)
+        return [images[i] for i in indices]
+
+
+class _Stills:
+    """Images that stand for the frames of a video."""
+
+    def __init__(self, sources: Sequence[Any], where: str, policy: MediaPolicy) -> None:
+        if not sources:
+            raise UserError(f"{where}: no frames; expected images ({', '.join(sorted(_SUFFIXES))})")
+        self._sources, self._policy = sources, policy
+        self.info = VideoInfo(len(sources), policy.folder_fps, *image_size(sources[0], policy=policy))
+
+    def read(self, indices: Sequence[int]) -> list[Image.Image]:
+        images = {i: load_image(self._sources[i], policy=self._policy) for i in set(indices)}
+        return [images[i] for i in indices]
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """Sorts frame2 before frame10."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts if p]
+
+
+@contextmanager
+def _video(source: Any, where: str, policy: MediaPolicy) -> Iterator[VideoFile | _Animation | _Stills]:
+    if isinstance(source, (list, tuple)):
+        yield _Stills(source, where, policy)
+        return
+    if isinstance(source, Image.Image):
+        raise UserError(f"{where}: expected a video, found one image; a list of images is a video")
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        images = [p for p in Path(source).iterdir() if p.suffix.lower() in _SUFFIXES and p.name[0] != "."]
+        yield _Stills(sorted(images, key=_natural), where, policy)
+        return
+
+    def check(opened: BinaryIO) -> None:
+        kind = kind_of(opened.read(HEAD))
+        if kind in FORMATS and kind not in _ANIMATED:
+            raise UserError(f"{where}: expected a video, found a {kind} image; list it under images")
+        if kind != "video" and kind not in _ANIMATED:
+            _refuse(opened, where, "a video (mp4, webm, avi, gif, …)")
+        opened.seek(0)
+
+    with open_source(source, policy.fetch, check) as opened:
+        check(opened)
+        if kind_of(opened.read(HEAD)) in _ANIMATED:
+            opened.seek(0)
+            yield _Animation(opened, where, policy)
+        else:
+            opened.seek(0)
+            video = VideoFile(Path(opened.name) if hasattr(opened, "name") else opened.read(), where)
+            _check_size((video.info.width, video.info.height), where, policy)
+            yield video
