@@ -1,4 +1,4 @@
-"""What differs between models, as data: one row per language-model family.
+"""What differs between models, as data: one row per language-model family, one per released model.
 
 A new family is a row here and a parameter of the parity test. The columns are read by `model/llm.py` (class),
 `model/weights.py` (layout), `model/tune.py` (LoRA targets) and `data/template.py` through the checkpoint's config.
@@ -6,8 +6,10 @@ A new family is a row here and a parameter of the parity test. The columns are r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+from ivl.config import VisionConfig
 from ivl.types import UserError
 
 
@@ -53,46 +55,302 @@ def llm_family(architecture: str) -> LLMFamily:
 
 
 @dataclass(frozen=True)
+class Backbone:
+    """Dimensions of a language model as it stands inside the releases; its fields are keys of `llm_config`."""
+
+    architecture: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    """With the visual tokens the release added"""
+    rope_theta: float
+    dynamic_factor: float | None = None
+    """Factor of dynamic NTK; None: none"""
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    head_dim: int | None = None
+    """None: hidden_size / num_attention_heads"""
+    unverified: tuple[str, ...] = ()
+    """Fields inferred, not read in the release's own config.json. Only `vocab_size` among them is a shape, and its
+    count is the base tokenizer's with the added tokens, as the released trainer resizes it"""
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the language model, input and output embeddings apart."""
+        head = self.head_dim or self.hidden_size // self.num_attention_heads
+        q, kv = self.num_attention_heads * head, 2 * self.num_key_value_heads * head
+        layer = self.hidden_size * (2 * q + kv + 3 * self.intermediate_size + 2)
+        layer += {"Qwen2ForCausalLM": q + kv, "Qwen3ForCausalLM": 2 * head}.get(self.architecture, 0)
+        return self.num_hidden_layers * layer + self.hidden_size * (1 + 2 * self.vocab_size)
+
+    def config(self) -> dict[str, Any]:
+        """What of `llm_config` decides shapes and positions."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        skipped = ("architecture", "dynamic_factor", "unverified")
+        values = {k: v for k, v in values.items() if k not in skipped and v is not None}
+        scaling = {"type": "dynamic", "factor": self.dynamic_factor} if self.dynamic_factor else None
+        values |= {"architectures": [self.architecture], "rope_scaling": scaling, "tie_word_embeddings": False}
+        return values | _ALSO.get(self.architecture, {})
+
+
+_ALSO: dict[str, dict[str, Any]] = {
+    "InternLM2ForCausalLM": {"bias": False},
+    "Qwen2ForCausalLM": {"use_sliding_window": False},
+    "Qwen3ForCausalLM": {"use_sliding_window": False},
+    # Its longrope factors, 96 numbers, are read from a checkpoint and not repeated here.
+    "Phi3ForCausalLM": {"original_max_position_embeddings": 4096, "pad_token_id": 32000},
+}
+
+_SCALING = ("dynamic_factor",)
+
+
+def _internlm2(*sizes: int, vocab: int = 92553, theta: float = 1e6, factor: float = 2.0, unverified=()) -> Backbone:
+    return Backbone("InternLM2ForCausalLM", *sizes, vocab, theta, factor, 32768, 1e-5, unverified=unverified)
+
+
+def _qwen2(*sizes: int, vocab: int = 151674, factor: float | None = None, unverified=()) -> Backbone:
+    return Backbone("Qwen2ForCausalLM", *sizes, vocab, 1e6, factor, unverified=unverified)
+
+
+def _qwen3(*sizes: int) -> Backbone:
+    return Backbone("Qwen3ForCausalLM", *sizes, 151936, 1e6, None, 40960, head_dim=128)
+
+
+# hidden_size, layers, heads, key-value heads, intermediate_size. Each is checked by the published size of its release.
+BACKBONES: dict[str, Backbone] = {
+    "internlm2-chat-1_8b": _internlm2(2048, 24, 16, 8, 8192),
+    "internlm2-chat-20b": _internlm2(6144, 48, 48, 8, 16384, factor=3.0),
+    "internlm2_5-1_8b-chat": _internlm2(2048, 24, 16, 8, 8192, unverified=_SCALING),
+    "internlm2_5-7b-chat": _internlm2(4096, 32, 32, 8, 14336, unverified=_SCALING),
+    "internlm2_5-20b-chat": _internlm2(6144, 48, 48, 8, 16384, unverified=_SCALING),
+    # InternLM3 in InternLM2's layout and class; vocabulary: 128512 and nine visual tokens.
+    "internlm3-8b-instruct": _internlm2(
+        4096, 48, 32, 2, 10240, vocab=128521, theta=5e7, factor=6.0, unverified=("vocab_size", *_SCALING)
+    ),
+    "Phi-3-mini-128k-instruct": Backbone(
+        "Phi3ForCausalLM", 3072, 32, 32, 32, 8192, 32020, 1e4, None, 131072, 1e-5, unverified=("rope_scaling",)
+    ),
+    # Yi's own vocabulary has <img> and </img>; seven of the nine visual tokens are added.
+    "Nous-Hermes-2-Yi-34B": Backbone(
+        "LlamaForCausalLM", 7168, 60, 56, 8, 20480, 64007, 5e6, None, 4096, 1e-5, unverified=("vocab_size",)
+    ),
+    "Hermes-2-Theta-Llama-3-70B": Backbone(
+        "LlamaForCausalLM", 8192, 80, 64, 8, 28672, 128265, 5e5, None, 8192, 1e-5, unverified=("vocab_size",)
+    ),
+    "Qwen2-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864, vocab=151655),
+    "Qwen2.5-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864),
+    "Qwen2.5-3B-Instruct": _qwen2(2048, 36, 16, 2, 11008),
+    "Qwen2.5-32B-Instruct": _qwen2(5120, 64, 40, 8, 27648, unverified=_SCALING),
+    "Qwen2.5-72B-Instruct": _qwen2(8192, 80, 64, 8, 29568),
+    "Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 4864, factor=2.0, unverified=_SCALING),
+    "Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 8960, factor=2.0, unverified=_SCALING),
+    "Qwen2.5-7B": _qwen2(3584, 28, 28, 4, 18944, factor=2.0),
+    "Qwen2.5-14B": _qwen2(5120, 48, 40, 8, 13824, factor=2.0, unverified=_SCALING),
+    "Qwen2.5-32B": _qwen2(5120, 64, 40, 8, 27648, factor=2.0, unverified=_SCALING),
+    "Qwen2.5-72B": _qwen2(8192, 80, 64, 8, 29568, factor=2.0),
+    "Qwen3-0.6B": _qwen3(1024, 28, 16, 8, 3072),
+    "Qwen3-1.7B": _qwen3(2048, 28, 16, 8, 6144),
+    "Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728),
+    "Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288),
+    "Qwen3-14B": _qwen3(5120, 40, 40, 8, 17408),
+    "Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600),
+}
+
+TOWERS: dict[str, VisionConfig] = {
+    "InternViT-300M": VisionConfig(1024, 24, 16, 4096),
+    "InternViT-6B": VisionConfig(
+        3200, 45, 25, 12800, qkv_bias=False, qk_normalization=True, norm_type="rms_norm", initializer_range=1e-10
+    ),
+}
+
+# internvl_chat/internvl/conversation.py before 2024-07-19, when one text for all templates replaced them
+INTERNLM_SYSTEM = "You are an AI assistant whose name is InternLM (书生·浦语)."
+PHI3_SYSTEM = "You are an AI assistant whose name is Phi-3."
+
+
+@dataclass(frozen=True)
 class ReleasedModel:
     """A checkpoint people ask for by name."""
 
     name: str
-    """As the document spells it, lower case"""
+    """As the document spells it"""
     huggingface: str
     """Its id on the Hugging Face hub"""
-    modelscope: str
-    """Its id on ModelScope"""
+    tower: str
+    """A row of TOWERS"""
+    llm: str
+    """A row of BACKBONES"""
+    template: str
+    system_message: str | None = None
+    """The one it was trained with; None: its template's. A user's own wins over either"""
+    multi_turn_images: bool = True
+    """Images may stand in several turns of a conversation"""
+    video: bool = True
+    int8: bool = False
+    """Its linear layers are stored in 8 bits, with their scales; computed in bfloat16 whatever is asked for"""
+    in_document: bool = True
+    """One of the eleven of the reference document: it has a config of its own"""
+    modelscope: str = ""
+    """Its id on ModelScope; empty: the same as on Hugging Face"""
+    max_length: int = 2048
+    max_tiles: int = 12
 
     def id_on(self, hub: str) -> str:
-        return self.modelscope if hub == "modelscope" else self.huggingface
+        """Its id on `huggingface` or `modelscope`."""
+        return self.modelscope if hub == "modelscope" and self.modelscope else self.huggingface
+
+    @property
+    def vision(self) -> VisionConfig:
+        return TOWERS[self.tower]
+
+    @property
+    def backbone(self) -> Backbone:
+        return BACKBONES[self.llm]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all three parts, from the dimensions."""
+        v, width = self.vision, self.backbone.hidden_size
+        norm = v.hidden_size * (2 if v.norm_type == "layer_norm" else 1)
+        attention = v.hidden_size * (4 * v.hidden_size + 3 * v.qkv_bias + 1 + 2 * v.qk_normalization)
+        mlp = v.intermediate_size * (2 * v.hidden_size + 1) + v.hidden_size
+        patches = (v.image_size // v.patch_size) ** 2
+        embeddings = v.hidden_size * (v.num_channels * v.patch_size**2 + 1 + 1 + patches + 1)
+        tower = embeddings + v.num_hidden_layers * (attention + mlp + 2 * norm + 2 * v.hidden_size)
+        enters = 4 * v.hidden_size
+        projector = 2 * enters + enters * width + width + width * width + width
+        return tower + projector + self.backbone.parameters
 
 
-_SIZES = {
-    "InternVL2": "1B 2B 4B 8B 26B 40B Llama3-76B",
-    "InternVL2_5": "1B 2B 4B 8B 26B 38B 78B",
-    "InternVL3": "1B 2B 8B 9B 14B 38B 78B",
-    "InternVL3_5": "1B 2B 4B 8B 14B 38B",
-}
-_V1_5 = (
-    "InternVL-Chat-V1-5",
-    "InternVL-Chat-V1-5-int8",
-    "Mini-InternVL-Chat-2B-V1-5",
-    "Mini-InternVL-Chat-4B-V1-5",
-)
+def config_for(row: ReleasedModel) -> dict[str, Any]:
+    """A config.json with a released model's dimensions, for counting and planning without its files.
 
-MODELS: tuple[ReleasedModel, ...] = tuple(
-    ReleasedModel(stem.lower().replace("v1-5", "v1_5"), f"OpenGVLab/{stem}", f"OpenGVLab/{stem}")
-    for stem in (*_V1_5, *(f"{family}-{size}" for family, sizes in _SIZES.items() for size in sizes.split()))
+    `ivl.config.Config.from_dict` reads it. Loading weights takes the checkpoint's own file, which says more.
+    """
+    vision = {f.name: getattr(row.vision, f.name) for f in fields(row.vision)}
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "vision_config": vision,
+        "llm_config": row.backbone.config(),
+        "template": row.template,
+        "system_message": row.system_message,
+        "force_image_size": row.vision.image_size,
+        "downsample_ratio": 0.5,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": row.max_tiles,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _v1_5(stem: str, tower: str, llm: str, template: str, system_message: str, **options) -> ReleasedModel:
+    name = stem.lower().replace("v1-5", "v1_5")
+    options |= {"multi_turn_images": False, "video": False, "system_message": system_message}
+    return ReleasedModel(name, f"OpenGVLab/{stem}", tower, llm, template, **options)
+
+
+def _series(family: str, template: str, *sizes: tuple[str, ...], **options) -> tuple[ReleasedModel, ...]:
+    """Rows of (size, tower, language model), and a template where it is not the family's."""
+    return tuple(
+        ReleasedModel(
+            f"{family}-{size}".lower(), f"OpenGVLab/{family}-{size}", tower, llm, *own or [template], **options
+        )
+        for size, tower, llm, *own in sizes
+    )
+
+
+_SMALL, _LARGE = TOWERS
+
+# Templates: the finetuning scripts of OpenGVLab/InternVL (--conv_style).
+MODELS: tuple[ReleasedModel, ...] = (
+    _v1_5(
+        "InternVL-Chat-V1-5",
+        _LARGE,
+        "internlm2-chat-20b",
+        "internlm2-chat",
+        INTERNLM_SYSTEM,
+        modelscope="AI-ModelScope/InternVL-Chat-V1-5",
+    ),
+    _v1_5(
+        "InternVL-Chat-V1-5-Int8",
+        _LARGE,
+        "internlm2-chat-20b",
+        "internlm2-chat",
+        INTERNLM_SYSTEM,
+        modelscope="AI-ModelScope/InternVL-Chat-V1-5-int8",
+        int8=True,
+    ),
+    _v1_5("Mini-InternVL-Chat-2B-V1-5", _SMALL, "internlm2-chat-1_8b", "internlm2-chat", INTERNLM_SYSTEM),
+    _v1_5("Mini-InternVL-Chat-4B-V1-5", _SMALL, "Phi-3-mini-128k-instruct", "phi3-chat", PHI3_SYSTEM),
+    *_series(
+        "InternVL2",
+        "internlm2-chat",
+        ("1B", _SMALL, "Qwen2-0.5B-Instruct", "Hermes-2"),
+        ("2B", _SMALL, "internlm2-chat-1_8b"),
+        ("4B", _SMALL, "Phi-3-mini-128k-instruct", "phi3-chat"),
+        ("8B", _SMALL, "internlm2_5-7b-chat"),
+        ("26B", _LARGE, "internlm2-chat-20b"),
+        ("40B", _LARGE, "Nous-Hermes-2-Yi-34B", "Hermes-2"),
+        ("Llama3-76B", _LARGE, "Hermes-2-Theta-Llama-3-70B"),
+    ),
+    *_series(
+        "InternVL2_5",
+        "internvl2_5",
+        ("1B", _SMALL, "Qwen2.5-0.5B-Instruct"),
+        ("2B", _SMALL, "internlm2_5-1_8b-chat"),
+        ("4B", _SMALL, "Qwen2.5-3B-Instruct"),
+        ("8B", _SMALL, "internlm2_5-7b-chat"),
+        ("26B", _LARGE, "internlm2_5-20b-chat"),
+        ("38B", _LARGE, "Qwen2.5-32B-Instruct"),
+        ("78B", _LARGE, "Qwen2.5-72B-Instruct"),
+        in_document=False,
+    ),
+    *_series(
+        "InternVL3",
+        "internvl2_5",
+        ("1B", _SMALL, "Qwen2.5-0.5B"),
+        ("2B", _SMALL, "Qwen2.5-1.5B"),
+        ("8B", _SMALL, "Qwen2.5-7B"),
+        ("9B", _SMALL, "internlm3-8b-instruct"),
+        ("14B", _SMALL, "Qwen2.5-14B"),
+        ("38B", _LARGE, "Qwen2.5-32B"),
+        ("78B", _LARGE, "Qwen2.5-72B"),
+        in_document=False,
+    ),
+    *_series(
+        "InternVL3_5",
+        "internvl2_5",
+        ("1B", _SMALL, "Qwen3-0.6B"),
+        ("2B", _SMALL, "Qwen3-1.7B"),
+        ("4B", _SMALL, "Qwen3-4B"),
+        ("8B", _SMALL, "Qwen3-8B"),
+        ("14B", _SMALL, "Qwen3-14B"),
+        ("38B", _LARGE, "Qwen3-32B"),
+        in_document=False,
+    ),
 )
 
 
 def find_model(name: str) -> ReleasedModel | None:
-    """The row of a name people use, whatever its case: `internvl2-2b`, `InternVL2-2B`, `OpenGVLab/InternVL2-2B`."""
-    key = _key(name)
-    return next((row for row in MODELS if key in (_key(row.name), _key(row.huggingface), _key(row.modelscope))), None)
+    """The row of a name people use, whatever its case: `internvl2-2b`, `InternVL2.5-2B`, `OpenGVLab/InternVL2-2B`.
+
+    None for everything else, such as another owner's copy or a variant with a name of its own.
+    """
+    return _BY_NAME.get(_key(name))
 
 
 def _key(name: str) -> str:
-    owner, _, stem = name.rpartition("/")
-    stem = stem.lower().replace("_", "-").replace(".", "-")
-    return stem if owner.lower() in ("", "opengvlab", "ai-modelscope") else f"{owner.lower()}/{stem}"
+    owner, _, stem = name.lower().rpartition("/")
+    stem = stem.replace("_", "-").replace(".", "-")
+    return stem if owner in ("", "opengvlab", "ai-modelscope") else f"{owner}/{stem}"
+
+
+_BY_NAME = {_key(name): row for row in MODELS for name in (row.name, row.huggingface, row.modelscope) if name}
+_BY_NAME["internvl2-76b"] = _BY_NAME["internvl2-llama3-76b"]
