@@ -52,6 +52,8 @@ def llm_config(config: Config) -> Any:
     kind = CONFIG_MAPPING[family.model_type]
     values = {f.name: raw[f.name] for f in fields(kind) if f.init and f.name in raw and f.name not in _NOT_COPIED}
     values |= {new: raw[old] for old, new in family.renamed if old in raw}
+    # The classes' defaults are ids of some other vocabulary.
+    values |= {name: raw.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if values.get("use_sliding_window"):
         raise UserError("llm_config.use_sliding_window: true is not supported; expected false, as in every release")
     return kind(**values, **_rope(raw))
@@ -69,8 +71,10 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" in raw:
         parameters.setdefault("rope_theta", raw["rope_theta"])
     if "short_factor" in parameters:
-        stretch = raw["max_position_embeddings"] / raw["original_max_position_embeddings"]
-        if kind == "yarn" and stretch > 1:
+        original = raw.get("original_max_position_embeddings") or parameters["original_max_position_embeddings"]
+        stretch = max(raw["max_position_embeddings"] / original, 1.0)
+        parameters.setdefault("factor", stretch)
+        if kind == "yarn":
             parameters.setdefault("attention_factor", 0.1 * math.log(stretch) + 1.0)
         parameters["rope_type"] = "longrope"
     return {"rope_parameters": parameters}
@@ -91,19 +95,19 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         parameters = config.rope_parameters
         self.kind = parameters["rope_type"]
-        with torch.device("cpu"):
-            made = type(theirs)(config)
-        self.scale = made.attention_scaling
-        self.inv_freq_R = made.inv_freq
         self.limit: int | None = None
         """Rows up to this length do not depend on their length; None: none does"""
-        if self.kind == "dynamic":
-            self.limit = config.max_position_embeddings
-            self.theta, self.factor = parameters["rope_theta"], parameters["factor"]
-        elif self.kind == "longrope":
-            self.limit = parameters["original_max_position_embeddings"]
-            short_R, long_R = (torch.tensor(parameters[k]) for k in ("short_factor", "long_factor"))
-            self.long_inv_freq_R = self.inv_freq_R * short_R / long_R
+        with torch.device("cpu"):
+            made = type(theirs)(config)
+            self.scale = made.attention_scaling
+            self.inv_freq_R = made.inv_freq
+            if self.kind == "dynamic":
+                self.limit = config.max_position_embeddings
+                self.theta, self.factor = parameters["rope_theta"], parameters["factor"]
+            elif self.kind == "longrope":
+                self.limit = parameters["original_max_position_embeddings"]
+                short_R, long_R = (torch.tensor(parameters[k]) for k in ("short_factor", "long_factor"))
+                self.long_inv_freq_R = made.inv_freq * short_R / long_R
 
     def frequencies(self, positions_BT: Tensor) -> Tensor:
         """Angle per position of each token: (R,) or (B, T, R), float32."""
@@ -149,7 +153,8 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
     """Keep only the input of each layer in training, and compute the rest again in backward."""
     name = "enable" if on else "disable"
     # transformers 5 renamed it on the way; the old name warns in newer versions.
-    switch = getattr(model, f"activation_checkpointing_{name}", None) or getattr(model, f"gradient_checkpointing_{name}")
+    old = getattr(model, f"gradient_checkpointing_{name}")
+    switch = getattr(model, f"activation_checkpointing_{name}", old)
     switch(*([{"use_reentrant": False}] if on else []))
 
 
