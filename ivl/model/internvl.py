@@ -62,11 +62,11 @@ def pixel_shuffle(grid_NGGC: Tensor, ratio: float, version: str) -> Tensor:
 class InternVL(nn.Module):
     """A chat model of the released layout; module names are those of the released checkpoints."""
 
-    def __init__(self, config: Config, kernel: str = "sdpa", image_token_id: int | None = None) -> None:
+    def __init__(self, config: Config, kernel: str = "sdpa", image_token_id: int = -1) -> None:
         super().__init__()
         self.config = config
         self.image_token_id = image_token_id
-        """Id of `<IMG_CONTEXT>`; a checkpoint's tokenizer files say it"""
+        """Id of `<IMG_CONTEXT>`, from a checkpoint's tokenizer files; -1: no token is an image's"""
         self.eos_ids: list[int] = []
         """Ids that end an answer, from the checkpoint's generation_config.json"""
         self.always_run_vision = False
@@ -85,7 +85,7 @@ class InternVL(nn.Module):
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         attention: AttentionKernel = "auto",
-        image_token_id: int | None = None,
+        image_token_id: int = -1,
     ) -> InternVL:
         """The model with weights not loaded: random, or none on the device `meta`. In eval mode."""
         dtype = as_dtype(dtype)
@@ -127,11 +127,11 @@ class InternVL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.mlp1[1].weight.dtype
+        return next(self.mlp1.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return self.mlp1[1].weight.device
+        return next(self.mlp1.parameters()).device
 
     @property
     def vocab_size(self) -> int:
