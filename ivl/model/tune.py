@@ -68,6 +68,8 @@ def apply(model: nn.Module, tune: Tune) -> None:
     Raises UserError where nothing would train or a target names no linear layer.
     """
     modes = {part: getattr(tune, part) for part in PARTS}
+    if len({mode.dora for mode in modes.values() if isinstance(mode, LoRA)}) > 1:
+        raise UserError("model.tune: dora is on for one part and off for another; an adapter file holds one kind only")
     for part, mode in modes.items():
         if isinstance(mode, LoRA):
             _inject(model, _lora_config(mode, target_names(model, part, mode)))
@@ -155,7 +157,11 @@ def save_adapter(model: nn.Module, tune: Tune, folder: Path, base: str) -> None:
     first, *_ = loras.values()
     config = _lora_config(first, sorted(n for group in names.values() for n in group))
     config.rank_pattern = {n: lora.rank for part, lora in loras.items() for n in names[part]}
-    config.alpha_pattern = {n: _alpha(lora) for part, lora in loras.items() for n in names[part]}
+    # One scale formula in the file; where a part has the other, its alpha makes up for it.
+    config.use_rslora = False
+    config.alpha_pattern = {
+        n: _alpha(lora) * (lora.rank**0.5 if lora.rslora else 1) for part, lora in loras.items() for n in names[part]
+    }
     config.lora_dropout = max(lora.dropout for lora in loras.values())
     config.modules_to_save = full or None
     config.base_model_name_or_path = base
@@ -182,7 +188,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected the weights of a PEFT adapter") from error
-    _inject(model, LoraConfig.from_pretrained(str(folder)))
+    config = LoraConfig.from_pretrained(str(folder))
+    config.modules_to_save = None  # our modules stay as they are; peft would wrap them
+    _inject(model, config)
+    model.requires_grad_(False)
     own = {_peft_key(n): p for n, p in model.named_parameters()}
     wanted = {k for k in own if "lora_" in k} | {
         k for k in own for part in settings.get("modules_to_save") or () if k.startswith(f"base_model.model.{part}.")
@@ -226,6 +235,7 @@ def _inject(model: nn.Module, config) -> None:
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    del model.peft_config  # parts are injected one after the other; peft would take the next for a second adapter
 
 
 def _adapted(model: nn.Module, part: str) -> list[str]:
