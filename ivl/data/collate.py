@@ -1,0 +1,49 @@
+"""List of Example → Batch, padded on the right or packed into one row.
+
+Masks come from lengths: a pad id inside a text is an ordinary token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ivl.types import IGNORE, Batch, Example
+
+
+def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, multiple_of: int = 1) -> Batch:
+    """Batch of the examples in order: (B, T) with T the longest, or packed (1, T) with T the sum.
+
+    T is rounded up to `multiple_of`. The first label of every row is IGNORE: there is nothing before it to predict
+    it from, and in a pack it would be predicted from the row before.
+    """
+    assert examples, "a batch of no examples"
+    lengths = [len(example) for example in examples]
+    longest = sum(lengths) if packed else max(lengths)
+    T = -(-longest // multiple_of) * multiple_of
+    B = 1 if packed else len(examples)
+    batch = {
+        "input_ids": torch.full((B, T), pad_id, dtype=torch.int64),
+        "attention_mask": torch.zeros((B, T), dtype=torch.bool),
+        "position_ids": torch.zeros((B, T), dtype=torch.int64),
+        "labels": torch.full((B, T), IGNORE, dtype=torch.int64),
+    }
+    row_ids = torch.full((B, T), -1, dtype=torch.int64)
+    start = 0
+    for n, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        at = (0, slice(start, start + length)) if packed else (n, slice(0, length))
+        batch["input_ids"][at] = example.input_ids
+        batch["attention_mask"][at] = True
+        batch["position_ids"][at] = torch.arange(length)
+        batch["labels"][at] = example.labels
+        batch["labels"][at[0], at[1].start] = IGNORE
+        row_ids[at] = n
+        start += length
+    return Batch(
+        **batch,
+        tiles=torch.cat([example.tiles for example in examples]),
+        tiles_per_row=torch.tensor([len(example.tiles) for example in examples], dtype=torch.int64),
+        row_ids=row_ids if packed else None,
+        rows=[example.conversation for example in examples],
+    )

@@ -1,0 +1,356 @@
+"""A row of any format → Conversation. Each format is one function; a row says itself which it is by its keys.
+
+- `query` (ms-swift): query, response, history, system, images, videos, objects; `<img>path</img>` in a query
+- `conversations` (OpenGVLab, LLaVA): from human / gpt / system, image, video
+- `messages` (OpenAI): role user / assistant / system, content a text or a list of parts, images, videos
+
+Media stand where `<image>` and `<video>` are written in a user's text, in order over the whole conversation. Where no
+mark is written anywhere they come first in the last user's turn (`conversations`: in the first, as OpenGVLab has it).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ivl.data import grounding
+from ivl.types import Conversation, Media, Message, UserError
+
+Row = dict[str, Any]
+Size = Callable[[Any], tuple[int, int]]
+
+_MARK = re.compile(r"(<image>|<video>)")
+_PATH = re.compile(r"<img>([^<>]+)</img>")
+_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)")
+
+
+@dataclass
+class _Turn:
+    role: str
+    content: list[str | Media | None]
+    """None: a medium stands here, whichever comes next (an OpenAI part that names none)"""
+    trained: bool = True
+
+
+@dataclass
+class _Draft:
+    """A row on its way: what each format gives."""
+
+    turns: list[_Turn]
+    system: str | None = None
+    media_first: bool = False
+    """Media without marks come in the first user's turn, not in the last"""
+    media: dict[str, list[Media]] = field(default_factory=dict)
+
+
+def parse(
+    row: Any,
+    where: str = "",
+    root: str | Path | None = None,
+    size: Size | None = None,
+    compact_boxes: bool = False,
+) -> Conversation:
+    """Understand a row. Raises UserError that begins with `where` and names the field.
+
+    `root`: folder that relative paths of media start from. `size`: a medium's source → (width, height) of the image,
+    asked where `objects` give boxes in pixels; by default its header is read. A row without response (or null) is a
+    prompt; with no media at all, it keeps a literal `<image>` as text.
+    """
+    try:
+        return _parse(row, where, root, size, compact_boxes)
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _parse(row: Any, where: str, root: str | Path | None, size: Size | None, compact: bool) -> Conversation:
+    if not isinstance(row, dict):
+        raise UserError(f"expected an object such as {{'query': ..., 'response': ...}}, found {type(row).__name__}")
+    kinds = [key for key in _FORMATS if row.get(key) is not None]
+    if len(kinds) != 1:
+        raise UserError(
+            f"expected one of query, conversations or messages, found {_listed(kinds or row)}"
+        )
+    draft = _FORMATS[kinds[0]](row, root)
+    draft.media = {kind: _media(row, kind, root) for kind in ("image", "video")}
+    _place(draft)
+    _ground(draft, row.get("objects"), size, compact)
+    _check_turns(draft)
+    messages = tuple(Message(t.role, tuple(p for p in t.content if p != ""), t.trained) for t in draft.turns)
+    return Conversation(messages, draft.system, id=_name(row, "id"), where=where, source=_name(row, "source") or "")
+
+
+# Formats
+
+
+def _from_query(row: Row, root: str | Path | None) -> _Draft:
+    turns = []
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise UserError(f"history: expected a list of [query, response] pairs, found {_short(history)}")
+    for n, pair in enumerate(history):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise UserError(f"history[{n}]: expected [query, response], found {_short(pair)}")
+        turns.append(_Turn("user", _with_paths(_text(pair[0], f"history[{n}][0]"), root)))
+        turns.append(_Turn("assistant", [_text(pair[1], f"history[{n}][1]")]))
+    turns.append(_Turn("user", _with_paths(_text(row["query"], "query"), root)))
+    if row.get("response") is not None:
+        turns.append(_Turn("assistant", [_text(row["response"], "response")]))
+    return _Draft(turns, _optional_text(row, "system"))
+
+
+def _from_conversations(row: Row, root: str | Path | None) -> _Draft:
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    entries = _entries(row, "conversations")
+    system, turns = _optional_text(row, "system"), []
+    for n, entry in enumerate(entries):
+        name = f"conversations[{n}]"
+        role = roles.get(str(entry.get("from")))
+        text = _text(entry.get("value"), f"{name}.value")
+        if role is None:
+            raise UserError(f"{name}.from: expected human, gpt or system, found {_short(entry.get('from'))}")
+        if role == "system":
+            if n:
+                raise UserError(f"{name}: a system message can only come first")
+            system = text
+        elif role == "user" or turns:  # a greeting by the model before anyone spoke is no answer to learn
+            turns.append(_Turn(role, [text]))
+    return _Draft(turns, system, media_first=True)
+
+
+def _from_messages(row: Row, root: str | Path | None) -> _Draft:
+    system, turns = _optional_text(row, "system"), []
+    entries = _entries(row, "messages")
+    for n, entry in enumerate(entries):
+        name, role, content = f"messages[{n}]", entry.get("role"), entry.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"{name}.role: expected system, user or assistant, found {_short(role)}")
+        if role == "assistant" and content is None and n == len(entries) - 1:
+            break
+        parts = list(_parts(content, f"{name}.content", root))
+        if role == "user":
+            turns.append(_Turn(role, parts))
+        elif not all(isinstance(part, str) for part in parts):
+            raise UserError(f"{name}.content: only a user's message can hold images or videos")
+        elif role == "assistant":
+            turns.append(_Turn(role, ["".join(parts)], trained=entry.get("loss") is not False))
+        elif n:
+            raise UserError(f"{name}: a system message can only come first")
+        else:
+            system = "".join(parts)
+    return _Draft(turns, system)
+
+
+_FORMATS: dict[str, Callable[[Row, str | Path | None], _Draft]] = {
+    "query": _from_query,
+    "conversations": _from_conversations,
+    "messages": _from_messages,
+}
+
+
+def _parts(content: Any, name: str, root: str | Path | None) -> Iterator[str | Media | None]:
+    if isinstance(content, str):
+        yield _text(content, name)
+        return
+    if not isinstance(content, list):
+        raise UserError(f"{name}: expected a text or a list of parts, found {_short(content)}")
+    for n, part in enumerate(content):
+        where = f"{name}[{n}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            yield _text(part.get("text"), f"{where}.text")
+        elif kind in ("image", "image_url", "video", "video_url"):
+            word = kind.removesuffix("_url")
+            source = next((part[key] for key in (kind, "url", "path", word) if part.get(key)), None)
+            source = source.get("url") if isinstance(source, dict) else source
+            yield f"<{word}>" if source is None else _medium(word, source, where, root)
+        else:
+            raise UserError(f"{where}: expected a part of type text, image, image_url or video, found {_short(part)}")
+
+
+def _entries(row: Row, key: str) -> list[Row]:
+    entries = row[key]
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{key}: expected a list of turns, found {_short(entries)}")
+    for n, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise UserError(f"{key}[{n}]: expected an object, found {_short(entry)}")
+    return entries
+
+
+# Texts
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name}: expected a text, found {'nothing' if value is None else _short(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{name}: half a surrogate pair at character {error.start}; write the text as UTF-8"
+            ) from None
+    return value
+
+
+def _optional_text(row: Row, key: str) -> str | None:
+    return None if row.get(key) is None else _text(row[key], key)
+
+
+def _name(row: Row, key: str) -> str | None:
+    value = row.get(key)
+    return value if value is None else str(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _listed(keys: Any) -> str:
+    return ", ".join(sorted(map(str, keys))[:12]) or "nothing"
+
+
+def _with_paths(text: str, root: str | Path | None) -> list[str | Media | None]:
+    """`<img>path</img>` taken out of a text."""
+    parts: list[str | Media | None] = []
+    for n, part in enumerate(_PATH.split(text)):
+        parts.append(_medium("image", part.strip(), "<img>", root) if n % 2 else part)
+    return parts
+
+
+# Media
+
+
+def _media(row: Row, kind: str, root: str | Path | None) -> list[Media]:
+    """The row's list of one kind, in whichever way it is spelled."""
+    keys = [key for key in (kind, f"{kind}s") if not _nothing(row.get(key))]
+    if not keys:
+        return []
+    if len(keys) == 2:
+        raise UserError(f"{keys[0]} and {keys[1]}: both are given; keep one")
+    name, value = keys[0], row[keys[0]]
+    if isinstance(value, str):
+        # a comma belongs to a data: URI, and may belong to a name
+        whole = value[:5].lower() == "data:" or os.path.exists(_resolved(value, root))
+        value = [value] if whole else [part.strip() for part in value.split(",")]
+    elif not isinstance(value, (list, tuple)):
+        value = [value]
+    media = [_medium(kind, source, f"{name}[{n}]", root) for n, source in enumerate(value)]
+    if kind == "video" and any(row.get(key) is not None for key in ("start", "end")):
+        times = [_seconds(row.get(key), key, len(media)) for key in ("start", "end")]
+        media = [Media(kind, m.source, start, end) for m, start, end in zip(media, *times, strict=True)]
+    return media
+
+
+def _nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, tuple)) and len(value) == 0)
+
+
+def _medium(kind: str, source: Any, name: str, root: str | Path | None) -> Media:
+    start = end = None
+    if isinstance(source, dict):  # as Hugging Face datasets has it, and a video with its own times
+        times = [_seconds(source.get(key), f"{name}.{key}", 1)[0] for key in ("start", "end")]
+        start, end = times
+        source = next((source[key] for key in ("bytes", "path", "url", kind) if source.get(key)), None)
+    if source is None or isinstance(source, (bool, int, float, dict)) or (isinstance(source, str) and not source):
+        raise UserError(f"{name}: expected a path, URL, data: URI, bytes or image, found {_short(source)}")
+    if isinstance(source, (str, os.PathLike)):
+        source = _resolved(_text(os.fspath(source), name), root)
+    return Media(kind, source, start, end)
+
+
+def _resolved(path: str, root: str | Path | None) -> str:
+    if root is None or os.path.isabs(path) or _URL.match(path):
+        return path
+    return os.path.join(root, path)
+
+
+def _seconds(value: Any, name: str, count: int) -> list[float | None]:
+    """A time for each video: one for all, or a list."""
+    values = value if isinstance(value, list) else [value] * count
+    if len(values) != count:
+        raise UserError(f"{name}: {len(values)} times but {count} videos")
+    for v in values:
+        if v is not None and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < 1e9):
+            raise UserError(f"{name}: expected seconds, found {_short(v)}")
+    return [None if v is None else float(v) for v in values]
+
+
+def _place(draft: _Draft) -> None:
+    """Put the row's media where the marks are, or at the default place."""
+    users = [turn for turn in draft.turns if turn.role == "user"]
+    if not users:
+        raise UserError("no user's turn; expected a question before the first answer")
+    prompt = draft.turns[-1].role == "user"
+    if prompt and not any(draft.media.values()) and not any(isinstance(p, Media) for t in users for p in t.content):
+        return
+    for turn in users:
+        turn.content = [p for part in turn.content for p in (_MARK.split(part) if isinstance(part, str) else [part])]
+    for kind, media in draft.media.items():
+        mark = f"<{kind}>"
+        marks = sum(part == mark for turn in users for part in turn.content)
+        if media and not marks:
+            _place_first(users[0 if draft.media_first else -1], kind, media)
+            continue
+        if marks != len(media):
+            n, m = len(media), marks
+            raise UserError(
+                f"{m} {mark} mark{'s' * (m != 1)} but {n} {kind}{'s' * (n != 1)}; "
+                + (f"add the {kind} or drop a mark" if m > n else f"add a mark or drop the {kind}")
+            )
+        source = iter(media)
+        for turn in users:
+            turn.content = [next(source) if part == mark else part for part in turn.content]
+
+
+def _place_first(turn: _Turn, kind: str, media: list[Media]) -> None:
+    numbered = kind == "image" and len(media) > 1
+    parts: list[str | Media | None] = []
+    for n, medium in enumerate(media, start=1):
+        parts += [f"Image-{n}: " if numbered else "", medium, "\n"]
+    images = next((i + 2 for i in reversed(range(len(turn.content))) if isinstance(turn.content[i], Media)), 0)
+    at = images if kind == "video" and turn.content[images - 1 : images] == ["\n"] else 0
+    turn.content[at:at] = parts
+
+
+def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool) -> None:
+    """Replace grounding marks in all turns, in reading order."""
+    places = [(turn, i) for turn in draft.turns for i, part in enumerate(turn.content) if isinstance(part, str)]
+    texts = [turn.content[i] for turn, i in places]
+    prompt = draft.turns[-1].role == "user"
+    if _nothing(objects) and (prompt or not any(grounding.MARK.search(text) for text in texts)):
+        return
+    images = [p for turn in draft.turns for p in turn.content if isinstance(p, Media) and p.kind == "image"]
+    listed = draft.media["image"] or images
+
+    def size_of(index: int) -> tuple[int, int]:
+        if not 0 <= index < len(listed):
+            raise UserError(f"objects: image index {index} but {len(listed)} image(s); indices start from 0")
+        return (size or _header_size)(listed[index].source)
+
+    for (turn, i), text in zip(places, grounding.fill(texts, objects, size_of, compact)):
+        turn.content[i] = text
+
+
+def _header_size(source: Any) -> tuple[int, int]:
+    from ivl.data.media import image_size
+
+    return image_size(source)
+
+
+def _check_turns(draft: _Draft) -> None:
+    """User and assistant alternate, nobody says nothing."""
+    turns = draft.turns
+    for n, turn in enumerate(turns):
+        expected = ("user", "assistant")[n % 2]
+        if turn.role != expected:
+            raise UserError(f"turn {n + 1} is by the {turn.role}; expected user and assistant in turn, a user first")
+        if turn.role == "user" and not any(part for part in turn.content if part != ""):
+            raise UserError(f"turn {n + 1}: the user's text is empty; write a question or drop the turn")
+    if turns[-1].role == "assistant" and not any(turns[-1].content):
+        raise UserError("the last answer is empty: nothing to learn from; write it, or leave it out for a prompt")

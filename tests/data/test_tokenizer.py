@@ -1,0 +1,139 @@
+"""Token ids and texts equal those recorded from the reference's slow tokenizers."""
+
+import json
+import pickle
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ivl.data.tokenizer import GROUNDING_TOKENS, Tokenizer
+from ivl.types import UserError
+
+CHECKPOINTS = ("internvl2_1b", "internvl2_2b", "internvl2_4b", "internvl2_26b", "internvl_chat_v1_5")
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def recorded(request, golden):
+    tokenizer = Tokenizer.load(golden / "checkpoints" / request.param)
+    return tokenizer, json.loads((golden / "refs" / request.param / "tokenizer.json").read_text())
+
+
+def test_recorded_strings(recorded):
+    tokenizer, recording = recorded
+    assert len(recording["strings"]) >= 39
+    for case in recording["strings"]:
+        text = case["text"]
+        assert tokenizer.encode(text, bos=True) == case["ids"], text
+        assert tokenizer.encode(text) == case["ids_no_special"], text
+        assert tokenizer.decode_as_reference(case["ids"]) == case["decode"], text
+        assert tokenizer.decode_as_reference(case["ids"], skip_special=True) == case["decode_skip_special"], text
+
+
+def test_recorded_attributes(recorded):
+    tokenizer, recording = recorded
+    assert len(tokenizer) == recording["length"]
+    assert tokenizer.engine.size == recording["vocab_size"]
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (recording["bos_token_id"], recording["eos_token_id"])
+    assert tokenizer.pad_id == recording["pad_token_id"]
+    for text, token in recording["added_token_ids"].items():
+        assert tokenizer.token_id(text) == token
+
+
+def test_recorded_internlm2(golden):
+    recording = json.loads((golden / "tokenizer_internlm2.json").read_text())
+    start = time.perf_counter()
+    tokenizer = Tokenizer.load(golden / recording["checkpoint_with_same_tokenizer"])
+    assert time.perf_counter() - start < 1
+    for case in recording["strings"]:
+        text = case["text"]
+        assert tokenizer.encode(text, bos=True) == case["ids"], text
+        assert tokenizer.encode(text) == case["ids_no_bos"], text
+        for ids, suffix in (("ids", ""), ("ids_no_bos", "_no_bos")):
+            assert tokenizer.decode_as_reference(case[ids]) == case["decode" + suffix], text
+            skipped = tokenizer.decode_as_reference(case[ids], skip_special=True)
+            assert skipped == case[f"decode{suffix}_skip_special"], text
+        # without added tokens the engine is the bare model: the same characters give the ids of plain text
+        if "UNUSED" not in text and not any(t in text for t in ("<s>", "</s>", "<unk>")):
+            assert tokenizer.encode(text, special=False) == case["ids_bare_model"][1:], text
+    for case in recording["random_decodes"]:
+        assert tokenizer.decode_as_reference(case["ids"]) == case["decode"]
+        assert tokenizer.decode_as_reference(case["ids"], skip_special=True) == case["decode_skip_special"]
+
+
+def test_decode_is_the_encoded_text(recorded):
+    tokenizer, recording = recorded
+    for case in recording["strings"]:
+        text = case["text"].replace("▁", " ")
+        for special in (True, False):
+            again = tokenizer.decode(tokenizer.encode(text, special=special))
+            if tokenizer.leading_space:
+                again = again.removeprefix(" ")
+                if special and any(t.rstrip and t.text in text for t in tokenizer.added.values()):
+                    continue  # such a token swallows the blanks after it
+            if "UNUSED" not in text and "\u0301" not in text:  # read as the token it names; composed by NFC
+                assert again == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<IMG_CONTEXT>", "<img>", "</s>", "<s>", "<|im_end|>", "<|end|>", "<ref>", "[UNUSED_TOKEN_145]"]
+        )
+        | st.text(st.characters(codec="utf-8"), max_size=8)
+    )
+)
+def test_plain_text_holds_no_control_token(every, parts):
+    text = "".join(parts)
+    for tokenizer in every:
+        control = {token.id for token in tokenizer.added.values()}
+        ids = tokenizer.encode(text, special=False)
+        assert not control & set(ids)
+        some = tokenizer.encode_spans([(text, GROUNDING_TOKENS, False)])[0]
+        grounding = {tokenizer.token_id(token) for token in GROUNDING_TOKENS}
+        assert not (control - grounding) & set(some)
+        assert some.count(tokenizer.token_id("<ref>")) == text.count("<ref>")
+
+
+@pytest.fixture(scope="module")
+def every(golden):
+    return [Tokenizer.load(golden / "checkpoints" / name) for name in CHECKPOINTS if name != "internvl2_26b"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), max_size=20), st.text(st.characters(codec="utf-8"), max_size=20))
+def test_spans_are_tokenised_as_one_text(every, left, right):
+    for tokenizer in every:
+        spans = [("<img>", tokenizer.added, False), (left, (), False), (right, (), True)]
+        ids, trained = tokenizer.encode_spans(spans)
+        parts = map(tokenizer.engine.normalize, (left, right))
+        assert ids == tokenizer.encode_spans([("<img>", tokenizer.added, False), ("".join(parts), (), False)])[0]
+        # untrained tokens come first; they cover the left text, and no more than one of them reaches beyond it
+        assert trained == sorted(trained)
+        covered = b"".join(tokenizer.token_bytes(i) for i in ids[: trained.count(False)])
+        before = b"".join(tokenizer.token_bytes(i) for i in ids[: trained.count(False) - 1])
+        whole = ("<img>" + tokenizer.engine.normalize(left)).encode()
+        covered, before = covered.lstrip(b" "), before.lstrip(b" ")  # the blank some put before everything
+        assert len(before) < len(whole) <= len(covered)
+
+
+def test_picklable(recorded):
+    tokenizer, recording = recorded
+    again = pickle.loads(pickle.dumps(tokenizer))
+    case = recording["strings"][13]
+    assert again.encode(case["text"], bos=True) == case["ids"]
+    assert again.decode(case["ids"]) == tokenizer.decode(case["ids"])
+
+
+def test_missing_files(tmp_path, golden):
+    with pytest.raises(UserError, match=r"no tokenizer; expected tokenizer\.model"):
+        Tokenizer.load(tmp_path)
+    source = golden / "checkpoints" / "internvl2_2b" / "tokenizer.model"
+    (tmp_path / "tokenizer.model").write_bytes(source.read_bytes())
+    with pytest.raises(UserError, match="no token <IMG_CONTEXT>"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(source.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is the download complete"):
+        Tokenizer.load(tmp_path)
