@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from ivl.config import Config
 from ivl.model import generate as decoding
-from ivl.model import weights
-from ivl.model.llm import AttentionKernel, build_llm, choose_kernel, hidden_states, set_checkpointing
+from ivl.model.checkpoint import Checkpoint
+from ivl.model.llm import AttentionKernel, as_dtype, build_llm, choose_kernel, hidden_states, set_checkpointing
 from ivl.model.vision import InternViT
+from ivl.model.weights import load_weights
 from ivl.types import IGNORE, UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -87,11 +88,14 @@ class InternVL(nn.Module):
         attention: AttentionKernel = "auto",
         image_token_id: int = -1,
     ) -> InternVL:
-        """The model with weights not loaded: random, or none on the device `meta`. In eval mode."""
+        """The model in eval mode with random weights, or, on the device `meta`, with none.
+
+        There `auto` means sdpa: name the kernel, or ask `choose_kernel` about the device to come.
+        """
         dtype = as_dtype(dtype)
-        runs_on = "cuda" if torch.device(device).type == "meta" and torch.cuda.is_available() else device
+        kernel = choose_kernel(attention, device, dtype)
         with torch.device(device):
-            model = cls(config, choose_kernel(attention, runs_on, dtype), image_token_id)
+            model = cls(config, kernel, image_token_id)
         return model.to(dtype).eval()
 
     @classmethod
@@ -108,22 +112,12 @@ class InternVL(nn.Module):
         """
         from ivl.hub import resolve
 
-        folder = resolve(name_or_path)
-        model = cls.empty(folder, dtype, attention, runs_on=device)
-        weights.load_weights(model, folder, device)
+        checkpoint = Checkpoint.open(resolve(name_or_path))
+        kernel = choose_kernel(attention, device, as_dtype(dtype))
+        model = cls.from_config(checkpoint.config, dtype, "meta", kernel, checkpoint.image_token_id)
+        model.eos_ids = checkpoint.eos_ids
+        load_weights(model, checkpoint.files, device)
         return model
-
-    @classmethod
-    def empty(
-        cls, folder: Path, dtype: str | torch.dtype, attention: AttentionKernel, runs_on: str | torch.device
-    ) -> InternVL:
-        """A checkpoint's model on the meta device, with everything but its weights."""
-        kernel = choose_kernel(attention, runs_on, as_dtype(dtype))
-        config = weights.read_config(folder)
-        with torch.device("meta"):
-            model = cls(config, kernel, weights.read_image_token_id(folder)).to(as_dtype(dtype))
-        model.eos_ids = weights.read_eos_ids(folder)
-        return model.eval()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -244,7 +238,7 @@ class InternVL(nn.Module):
         supervised = labels_BT[:, 1:] != IGNORE
         hidden_MD, labels_M = hidden_BTD[:, :-1][supervised], labels_BT[:, 1:][supervised]
         chunks = zip(hidden_MD.split(chunk), labels_M.split(chunk))
-        nll_M = torch.cat([checkpoint(self._nll, h, t, use_reentrant=False) for h, t in chunks])
+        nll_M = torch.cat([recomputed(self._nll, h, t, use_reentrant=False) for h, t in chunks])
         weights_M = torch.ones_like(nll_M) if weights_BT is None else weights_BT[:, 1:][supervised].to(nll_M)
         output.num_supervised = supervised.sum()
         output.loss_sum = (nll_M * weights_M).sum()
@@ -252,11 +246,3 @@ class InternVL(nn.Module):
 
     def _nll(self, hidden_MD: Tensor, labels_M: Tensor) -> Tensor:
         return F.cross_entropy(self.language_model.lm_head(hidden_MD).float(), labels_M, reduction="none")
-
-
-def as_dtype(name: str | torch.dtype) -> torch.dtype:
-    """`bfloat16` → torch.bfloat16. Raises UserError for a name that is not a floating type."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"dtype: expected float32, bfloat16 or float16, found {name!r}")
-    return dtype

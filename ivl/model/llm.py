@@ -21,6 +21,14 @@ AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 KERNELS = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
+    """`bfloat16` → torch.bfloat16. Raises UserError for a name that is not a floating type."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype: expected float32, bfloat16 or float16, found {name!r}")
+    return dtype
+
+
 def choose_kernel(kernel: AttentionKernel, device: torch.device | str, dtype: torch.dtype) -> str:
     """The attention kernel that `kernel` means here; auto is flash_attention_2 where it can run, else sdpa.
 

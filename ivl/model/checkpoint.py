@@ -1,0 +1,72 @@
+"""What a checkpoint folder says besides its tensors: config, image token, end tokens. Files are read, never run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ivl.config import Config, read_json
+from ivl.model.hf import is_hf, released_config
+from ivl.model.layouts import OUTPUT_LAYER
+from ivl.model.weights import Files
+from ivl.types import UserError
+
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the released layout, or in that of transformers' InternVLForConditionalGeneration."""
+
+    config: Config
+    files: Files
+    image_token_id: int
+    eos_ids: list[int]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read a folder's JSON files and the headers of its weights.
+
+        Raises UserError where one is missing or damaged, or the vocabulary is too small for the image token.
+        """
+        raw = read_json(folder / "config.json")
+        config = Config.from_dict(released_config(raw) if is_hf(raw) else raw, where=str(folder / "config.json"))
+        files = Files.of(folder)
+        # Some releases with one tensor for both ends of the vocabulary store it twice: then they are two.
+        tied = bool(config.llm.get("tie_word_embeddings")) and not OUTPUT_LAYER & files.where.keys()
+        config = replace(config, llm=config.llm | {"tie_word_embeddings": tied})
+        image_token_id = raw["image_token_id"] if is_hf(raw) else _image_token_id(folder)
+        if image_token_id >= config.llm["vocab_size"]:
+            raise UserError(
+                f"{folder}: the token {IMAGE_TOKEN} has id {image_token_id}, but llm_config.vocab_size is "
+                f"{config.llm['vocab_size']}; use config.json and tokenizer of one release"
+            )
+        return cls(config, files, image_token_id, _eos_ids(folder))
+
+
+def _image_token_id(folder: Path) -> int:
+    """Id of `<IMG_CONTEXT>` in the tokenizer files."""
+    path = folder / "added_tokens.json"
+    if path.is_file() and IMAGE_TOKEN in (added := read_json(path)):
+        return added[IMAGE_TOKEN]
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        for number, token in read_json(path).get("added_tokens_decoder", {}).items():
+            if token["content"] == IMAGE_TOKEN:
+                return int(number)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        for token in read_json(path).get("added_tokens", []):
+            if token["content"] == IMAGE_TOKEN:
+                return token["id"]
+    raise UserError(
+        f"{folder}: no tokenizer file has the token {IMAGE_TOKEN}; expected it in added_tokens.json, "
+        "tokenizer_config.json or tokenizer.json, as in every release"
+    )
+
+
+def _eos_ids(folder: Path) -> list[int]:
+    """Ids that end an answer, by generation_config.json; none where there is no such file."""
+    path = folder / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
