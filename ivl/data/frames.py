@@ -6,7 +6,6 @@ internvl_chat/internvl/train/dataset.py. `ivl.data.media.load_video` is the way 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ivl.data.decoder import DecodeError, Decoder
 from ivl.types import UserError
 
 Sample = Literal["middle", "random"]
@@ -152,36 +152,35 @@ def _range(info: VideoInfo, start: float | None, end: float | None, where: str) 
     return first, last
 
 
+_DECODER = Decoder(memory=8 << 30)
+
+
 class VideoFile:
-    """A video opened by decord. `where` names it in errors."""
+    """A video read by decord. `where` names it in errors; `timeout` bounds each call, in seconds."""
 
-    def __init__(self, source: Path | bytes, where: str) -> None:
-        import decord  # slow to import; most rows have no video
-
-        self.where = where
-        opened = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-        try:
-            self._reader = decord.VideoReader(opened, ctx=decord.cpu(0), num_threads=1)
-            fps = float(self._reader.get_avg_fps())
-            height, width = self._reader[0].shape[:2]
-        except Exception as error:
-            raise self._unreadable(error) from error
-        self.info = VideoInfo(len(self._reader), fps if fps > 0 else 1.0, width, height)
+    def __init__(self, source: Path | bytes, where: str, timeout: float) -> None:
+        self._source = source if isinstance(source, bytes) else str(source)
+        self._key, self._where, self._timeout = object(), where, timeout
+        self.info, _ = self._ask([])
 
     def read(self, indices: Sequence[int]) -> list[Image.Image]:
         """RGB images of these frames, in this order."""
         wanted = sorted(set(indices))
-        try:
-            frames = self._reader.get_batch(wanted).asnumpy()
-        except Exception as error:
-            raise self._unreadable(error) from error
-        images = {i: Image.fromarray(frame) for i, frame in zip(wanted, frames)}
+        info, data = self._ask(wanted)
+        frame = 3 * info.width * info.height
+        images = {
+            i: Image.frombytes("RGB", (info.width, info.height), data[n * frame : (n + 1) * frame])
+            for n, i in enumerate(wanted)
+        }
         return [images[i] for i in indices]
 
-    def _unreadable(self, error: Exception) -> UserError:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][-200:] if lines else type(error).__name__
-        return UserError(
-            f"{self.where}: decord cannot read this video ({reason}); expected a file that ffmpeg can decode, "
-            f"such as H.264 in mp4; convert it or remove the row"
-        )
+    def _ask(self, indices: list[int]) -> tuple[VideoInfo, memoryview]:
+        try:
+            answer, data = _DECODER(self._key, self._source, indices, self._timeout)
+        except DecodeError as error:
+            raise UserError(
+                f"{self._where}: decord cannot read this video ({error}); expected a file that ffmpeg can decode, "
+                f"such as H.264 in mp4; convert it or remove the row"
+            ) from None
+        fps = answer["fps"] if answer["fps"] > 0 else 1.0
+        return VideoInfo(answer["frames"], fps, answer["width"], answer["height"]), data

@@ -50,6 +50,8 @@ class MediaPolicy:
     """Longest side of an image in pixels; resizing one of 1 x 80,000,000 would need 100 times its own memory"""
     max_video_pixels: int = 1_000_000_000
     """Pixels of all frames taken from one video; each needs 4 bytes of memory"""
+    video_timeout: float = 120.0
+    """Seconds that decoding one video may take"""
     folder_fps: float = 3.0
     """Frames per second that a folder of frames stands for, where a start, an end or a rate is given"""
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
@@ -257,6 +259,7 @@ class _Animation:
         with _decoding(where, opened):
             self._image = Image.open(opened, formats=_ANIMATED)
             _check_size(self._image.size, where, policy)
+            self._image.load()  # WebP has its durations only now
             milliseconds = float(self._image.info.get("duration") or 100)
             frames = getattr(self._image, "n_frames", 1)
             self.info = VideoInfo(frames, 1000 / max(milliseconds, 1), *self._image.size)
@@ -324,6 +327,8 @@ def _video(source: Any, where: str, policy: MediaPolicy) -> Iterator[VideoFile |
             yield _Animation(opened, where, policy)
         else:
             opened.seek(0)
-            video = VideoFile(Path(opened.name) if hasattr(opened, "name") else opened.read(), where)
+            video = VideoFile(
+                Path(opened.name) if hasattr(opened, "name") else opened.read(), where, policy.video_timeout
+            )
             _check_size((video.info.width, video.info.height), where, policy)
             yield video

@@ -322,3 +322,26 @@ def test_2000_mutated_images():
         assert image.mode == "RGB"
         assert image_size(data, policy=policy) == image.size, i
     assert 200 < good < 1800
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_videos(tmp_path, count):
+    """Damaged videos crash decord itself; here each gives frames or a UserError, and the next one is read."""
+    write_video(tmp_path / "a.mp4", 12)
+    write_video(tmp_path / "a.avi", 12)
+    stills = [Image.new("RGB", (20, 10), (i * 20,) * 3) for i in range(6)]
+    gif, webp = (encoded(stills[0], kind, save_all=True, append_images=stills[1:]) for kind in ("GIF", "WEBP"))
+    seeds = [(tmp_path / "a.mp4").read_bytes(), (tmp_path / "a.avi").read_bytes(), gif, webp]
+    policy = MediaPolicy(max_pixels=4_000_000, video_timeout=5)
+    good = 0
+    for i in range(count):
+        data = mutate(seeds[i % len(seeds)], random.Random(i))
+        try:
+            frames = load_video(data, 4, policy=policy)
+        except UserError as error:
+            assert len(str(error)) > 20
+            continue
+        good += 1
+        assert len(frames) == 4 and all(f.mode == "RGB" for f in frames)
+    assert count / 10 < good < count

@@ -1,0 +1,147 @@
+"""decord in a process of its own: on damaged files it crashes or never returns, which must cost a row, not a run.
+
+One helper per process, started with its first video and ended with it. Requests and answers are lines of JSON, each
+followed by raw bytes where it says so. The helper imports only numpy and decord.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ivl.data.decoder import serve; serve()"
+
+
+class DecodeError(Exception):
+    """A video that could not be read, and why."""
+
+
+class Decoder:
+    """The helper of this process. `memory`: bytes that it may allocate."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._process: subprocess.Popen | None = None
+        self._owner = 0
+        self._opened: object = None
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, key: object, source: str | bytes, indices: Sequence[int], timeout: float
+    ) -> tuple[dict[str, Any], memoryview]:
+        """What a video is (frames, fps, width, height), and the RGB bytes of its frames at `indices`.
+
+        It stays open until another `key` is asked for. `timeout` in seconds. Raises DecodeError; the next call starts
+        afresh.
+        """
+        with self._lock:
+            try:
+                self._start()
+                request: dict[str, Any] = {"indices": list(indices), "memory": self._memory}
+                body = b""
+                if self._opened is not key:
+                    body = source if isinstance(source, bytes) else b""
+                    request["source"] = len(body) if body else source
+                answer = self._ask(json.dumps(request).encode() + b"\n" + body, time.monotonic() + timeout)
+            except BaseException:  # whatever it was, what the helper would say next is no longer known
+                self.close()
+                raise
+            self._opened = key
+            return answer
+
+    def close(self) -> None:
+        """Ends the helper."""
+        process, self._process, self._opened = self._process, None, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+    def _start(self) -> None:
+        if self._process is not None and self._owner == os.getpid():
+            return
+        # A forked loader worker inherits the helper of its parent and needs one of its own
+        self._owner, self._opened = os.getpid(), None
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # ffmpeg's remarks, thousands for one bad file
+            pipesize=1 << 20,
+        )
+
+    def _ask(self, request: bytes, deadline: float) -> tuple[dict[str, Any], memoryview]:
+        assert self._process is not None
+        with contextlib.suppress(BrokenPipeError):  # it died; reading tells how
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+        header = bytearray()
+        while not header.endswith(b"\n"):
+            header += self._read(1, deadline)
+        answer = json.loads(header)
+        if "error" in answer:
+            raise DecodeError(answer["error"])
+        return answer, memoryview(self._read(answer["bytes"], deadline))
+
+    def _read(self, count: int, deadline: float) -> bytearray:
+        data = bytearray(count)
+        view, done = memoryview(data), 0
+        stream = self._process.stdout.fileno()
+        while done < count:
+            ready, _, _ = select.select([stream], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise DecodeError("it did not end in time")
+            got = os.readv(stream, [view[done:]])
+            if not got:
+                code = self._process.wait()
+                raise DecodeError(f"it crashed: {signal.Signals(-code).name if code < 0 else f'exit {code}'}")
+            done += got
+        return data
+
+
+def serve() -> None:
+    """The helper's side: answers until its input ends."""
+    import resource
+
+    import decord
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    reader = None
+    for line in requests:
+        request = json.loads(line)
+        with contextlib.suppress(ValueError):  # systems without this limit
+            resource.setrlimit(resource.RLIMIT_AS, (request["memory"],) * 2)
+        try:
+            if "source" in request:
+                source = request["source"]
+                opened = io.BytesIO(requests.read(source)) if isinstance(source, int) else source
+                reader = decord.VideoReader(opened, ctx=decord.cpu(0), num_threads=1)
+            _answer(reader, request["indices"], answers)
+        except Exception as error:  # decord's own, MemoryError, AssertionError
+            lines = [text for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+            answers.write(json.dumps({"error": lines[0][-200:]}).encode() + b"\n")
+        answers.flush()
+
+
+def _answer(reader: Any, indices: list[int], answers: BinaryIO) -> None:
+    pixels = reader.get_batch(indices or [0]).asnumpy()
+    _, height, width, _ = pixels.shape
+    info = {"frames": len(reader), "fps": float(reader.get_avg_fps()), "width": width, "height": height}
+    info["bytes"] = pixels.nbytes if indices else 0
+    answers.write(json.dumps(info).encode() + b"\n")
+    if indices:
+        answers.write(pixels.data)
