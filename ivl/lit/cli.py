@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +120,9 @@ PURPOSES = {
 
 def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
     """Run one of Lightning's commands. Errors are raised: `ivl.__main__` prints them."""
+    # Parts that do not train are in eval mode on purpose (ivl.model.tune.apply).
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     IvlCLI.prepare_demo = staticmethod(prepare_demo)
     sys.argv = ["ivl", *run_config(argv)]  # Lightning reads it again when it starts further processes

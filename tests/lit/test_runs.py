@@ -1,0 +1,186 @@
+"""Whole runs on tiny models: what is learnt, what is saved, what is written; each in the process a user would start."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its first import: not one test's own)
+import pytest
+import torch
+import yaml
+
+from ivl.__main__ import main
+from tests.lit.rows import write_rows
+from tests.tiny import write_checkpoint
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_checkpoint(folder / "model")
+    write_rows(folder / "data")
+    write_rows(folder / "data", 5, "val.jsonl")
+    return folder
+
+
+def config(base: Path, root: Path, **changes) -> Path:
+    """A config for a short run on a CPU; `changes` are dotted keys with dots written as double underscores."""
+    value = {
+        "seed_everything": 1,
+        "model": {
+            "pretrained": str(base / "model"),
+            "tune": {"vision_model": "full", "mlp1": "full", "language_model": "full"},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}},
+            "schedule": {"class_path": "ivl.lit.schedule.Warmup", "init_args": {"warmup": 0, "decay": "constant"}},
+            "generation": {"max_new_tokens": 4},
+        },
+        "data": {
+            "train": str(base / "data/train.jsonl"),
+            "val": str(base / "data/val.jsonl"),
+            "batch_size": 4,
+            "num_workers": 0,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "logger": {
+                "class_path": "TensorBoardLogger",
+                "init_args": {"save_dir": str(root), "name": "", "version": "run"},
+            },
+        },
+    }
+    for key, change in changes.items():
+        *parents, last = key.split("__")
+        place = value
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = change
+    path = root / "config.yaml"
+    root.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+def fit(base: Path, root: Path, *more: str, **changes) -> dict[str, torch.Tensor]:
+    """Run fit; the checkpoint's tensors."""
+    assert main(["fit", "--config", str(config(base, root, **changes)), *more]) == 0
+    checkpoint = torch.load(root / "run/checkpoints/last.ckpt", weights_only=True)
+    return checkpoint["state_dict"]
+
+
+def losses(root: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(root / "run"))
+    events.Reload()
+    return [e.value for e in events.Scalars("train/loss")]
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_does_not_change_the_step(base, tmp_path, accumulate):
+    """Rows of unequal label counts: the step is the mean over tokens, however the batch is cut."""
+    whole = fit(base, tmp_path / "whole", data__batch_size=4)
+    cut = fit(base, tmp_path / "cut", data__batch_size=4 // accumulate, trainer__accumulate_grad_batches=accumulate)
+    assert whole.keys() == cut.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=1e-5)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+def test_packing_does_not_change_the_step(base, tmp_path):
+    padded, packed = fit(base, tmp_path / "padded"), fit(base, tmp_path / "packed", data__packing=True)
+    for name, tensor in padded.items():
+        torch.testing.assert_close(packed[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_a_checkpoint_holds_what_trains_and_a_lora_is_a_peft_folder(base, tmp_path):
+    tune = {"vision_model": "frozen", "mlp1": "frozen", "language_model": {"rank": 2}}
+    state = fit(base, tmp_path, model__tune=tune)
+    assert state and all("lora_" in name for name in state)
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    assert (tmp_path / "run/config.yaml").is_file()
+
+
+def test_loss_falls(base, tmp_path):
+    settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}
+    for name, tune in {"full": "full", "lora": {"rank": 8}}.items():
+        parts = {"vision_model": "frozen", "mlp1": "full", "language_model": tune}
+        fit(base, tmp_path / name, model__tune=parts, model__optimizer=settings, trainer__max_epochs=8)
+        seen = losses(tmp_path / name)
+        assert sum(seen[-3:]) < 0.8 * sum(seen[:3]), (name, seen)
+
+
+def test_two_processes_write_one_complete_file_in_order(base, tmp_path):
+    rows = write_rows(base / "data", 7, "ask.jsonl")
+    answers = []
+    for devices in (1, 2):
+        path = config(base, tmp_path / str(devices), trainer__devices=devices, trainer__strategy="auto")
+        out = tmp_path / f"{devices}.jsonl"
+        command = ["predict", "--config", str(path), "--data.predict", str(rows), "--predictions.file", str(out)]
+        done = subprocess.run(
+            [sys.executable, "-m", "ivl", *command],
+            capture_output=True,
+            text=True,
+            cwd=REPO,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        answers.append(out.read_text())
+    assert answers[0] == answers[1]
+    parsed = [json.loads(line) for line in answers[0].splitlines()]
+    assert [row["id"] for row in parsed] == [f"row{n}" for n in range(7)]
+    assert parsed[0]["where"].endswith("ask.jsonl:1") and parsed[0]["reference"] == "a cat"
+    assert parsed[2]["reference"].startswith("<box>")
+
+
+def test_a_fitted_run_predicts_with_its_own_config_and_its_adapter_says_the_same(base, tmp_path):
+    rows = str(base / "data/val.jsonl")
+    tune = {"vision_model": "frozen", "mlp1": "full", "language_model": {"rank": 4}}
+    settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
+    fit(base, tmp_path, model__tune=tune, model__optimizer=settings, trainer__max_epochs=3)
+    checkpoint = str(tmp_path / "run/checkpoints/last.ckpt")
+    for name, argv in {
+        "run": ["--ckpt_path", checkpoint],
+        "adapter": ["--config", str(tmp_path / "config.yaml"), "--model.adapter", str(tmp_path / "run/adapter")],
+        "base": ["--config", str(tmp_path / "config.yaml")],
+    }.items():
+        out = ["--data.predict", rows, "--predictions.file", str(tmp_path / f"{name}.jsonl")]
+        done = subprocess.run(
+            [sys.executable, "-m", "ivl", "predict", *argv, *out], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    text = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("run", "adapter", "base")}
+    assert text["run"] == text["adapter"] != text["base"]
+
+
+def test_an_existing_file_of_predictions_is_not_overwritten(base, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    out.write_text("precious\n")
+    argv = ["--config", str(config(base, tmp_path)), "--data.predict", str(base / "data/val.jsonl")]
+    assert main(["predict", *argv, "--predictions.file", str(out)]) == 2
+    assert f"error: {out}: exists already" in capsys.readouterr().err
+    assert out.read_text() == "precious\n"
+
+
+def test_validation_reports_scores_and_pictures(base, tmp_path, capsys):
+    fit(base, tmp_path)
+    printed = capsys.readouterr().out
+    for word in ("held-out rows", "grounding", "mean IoU", "tensorboard --logdir", "predict --ckpt_path"):
+        assert word in printed
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert "answers" in tags["images"]
+    wanted = {"train/loss", "val/loss", "val/exact", "speed/tokens_per_s", "speed/samples_per_s", "speed/data_wait"}
+    assert wanted <= set(tags["scalars"])
+    assert any(tag.startswith("lr-") for tag in tags["scalars"])
