@@ -108,14 +108,14 @@ class RotaryEmbedding(nn.Module):
         with torch.device("cpu"):
             made = type(theirs)(config)
             self.scale = made.attention_scaling
-            self.inv_freq_R = made.inv_freq
+            self.inv_freq_R = made.inv_freq.detach().clone()
             if self.kind == "dynamic":
                 self.limit = config.max_position_embeddings
                 self.theta, self.factor = parameters["rope_theta"], parameters["factor"]
             elif self.kind == "longrope":
                 self.limit = parameters["original_max_position_embeddings"]
                 short_R, long_R = (torch.tensor(parameters[k]) for k in ("short_factor", "long_factor"))
-                self.long_inv_freq_R = made.inv_freq * short_R / long_R
+                self.long_inv_freq_R = self.inv_freq_R * short_R / long_R
 
     def frequencies(self, positions_BT: Tensor) -> Tensor:
         """Angle per position of each token: (R,) or (B, T, R), float32."""
