@@ -49,8 +49,8 @@ def test_every_option_is_typed_and_documented(capsys, command):
         if name.endswith(".help") or "CONFIG" in words[0]:
             continue
         text = " ".join(words)
-        assert "(type: " in text, entry
-        assert len(text.split(" (type: ")[0].split()) > 3, f"{name} says too little: {text}"
+        assert "type: " in text, entry
+        assert len(text.split("type: ")[0].split()) > 3, f"{name} says too little: {text}"
 
 
 def parse(capsys, *argv: str) -> str:
