@@ -10,6 +10,7 @@ mark is written anywhere they come first in the last user's turn (`conversations
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -25,14 +26,19 @@ Size = Callable[[Any], tuple[int, int]]
 
 _MARK = re.compile(r"(<image>|<video>)")
 _PATH = re.compile(r"<img>([^<>]+)</img>")
-_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)")
+_TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])')
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.I)
+
+
+def is_url(source: str) -> bool:
+    """Whether opening a source means fetching it."""
+    return source[:8].lower().startswith(("http://", "https://"))
 
 
 @dataclass
 class _Turn:
     role: str
-    content: list[str | Media | None]
-    """None: a medium stands here, whichever comes next (an OpenAI part that names none)"""
+    content: list[str | Media]
     trained: bool = True
 
 
@@ -45,6 +51,21 @@ class _Draft:
     media_first: bool = False
     """Media without marks come in the first user's turn, not in the last"""
     media: dict[str, list[Media]] = field(default_factory=dict)
+
+
+def read(line: str | bytes) -> Any:
+    """The value of one line of jsonl. A comma before a closing bracket, as in the document's example, is forgiven.
+
+    Raises UserError where it is not JSON.
+    """
+    try:
+        try:
+            return json.loads(line)
+        except ValueError:
+            text = line if isinstance(line, str) else line.decode()
+            return json.loads(_TRAILING_COMMA.sub(lambda match: match[0] if match[0] != "," else "", text))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON ({error}); expected one object in one line") from None
 
 
 def parse(
@@ -71,16 +92,26 @@ def _parse(row: Any, where: str, root: str | Path | None, size: Size | None, com
         raise UserError(f"expected an object such as {{'query': ..., 'response': ...}}, found {type(row).__name__}")
     kinds = [key for key in _FORMATS if row.get(key) is not None]
     if len(kinds) != 1:
-        raise UserError(
-            f"expected one of query, conversations or messages, found {_listed(kinds or row)}"
-        )
+        found = sorted(kinds or (str(key) for key in row if row[key] is not None))[:12]
+        raise UserError(f"expected one of query, conversations or messages, found {', '.join(found) or 'nothing'}")
     draft = _FORMATS[kinds[0]](row, root)
     draft.media = {kind: _media(row, kind, root) for kind in ("image", "video")}
     _place(draft)
     _ground(draft, row.get("objects"), size, compact)
     _check_turns(draft)
-    messages = tuple(Message(t.role, tuple(p for p in t.content if p != ""), t.trained) for t in draft.turns)
+    messages = tuple(Message(turn.role, _joined(turn.content), turn.trained) for turn in draft.turns)
     return Conversation(messages, draft.system, id=_name(row, "id"), where=where, source=_name(row, "source") or "")
+
+
+def _joined(content: list[str | Media]) -> tuple[str | Media, ...]:
+    """Texts that follow one another as one, and no empty ones."""
+    out: list[str | Media] = []
+    for part in content:
+        if isinstance(part, str) and out and isinstance(out[-1], str):
+            out[-1] += part
+        elif part != "":
+            out.append(part)
+    return tuple(out)
 
 
 # Formats
@@ -130,7 +161,7 @@ def _from_messages(row: Row, root: str | Path | None) -> _Draft:
             raise UserError(f"{name}.role: expected system, user or assistant, found {_short(role)}")
         if role == "assistant" and content is None and n == len(entries) - 1:
             break
-        parts = list(_parts(content, f"{name}.content", root))
+        parts = list(_parts(content, f"{name}.content", row, root))
         if role == "user":
             turns.append(_Turn(role, parts))
         elif not all(isinstance(part, str) for part in parts):
@@ -151,24 +182,31 @@ _FORMATS: dict[str, Callable[[Row, str | Path | None], _Draft]] = {
 }
 
 
-def _parts(content: Any, name: str, root: str | Path | None) -> Iterator[str | Media | None]:
+def _parts(content: Any, name: str, row: Row, root: str | Path | None) -> Iterator[str | Media]:
+    """A message's content; a part that names no medium becomes a mark for the next of the row's own."""
     if isinstance(content, str):
         yield _text(content, name)
         return
     if not isinstance(content, list):
         raise UserError(f"{name}: expected a text or a list of parts, found {_short(content)}")
+    after_medium = False
     for n, part in enumerate(content):
         where = f"{name}[{n}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            yield _text(part.get("text"), f"{where}.text")
+            text = _text(part.get("text"), f"{where}.text")
+            # parts carry no line break of their own, and the models were trained with one after a medium
+            yield "\n" * (after_medium and not text.startswith("\n")) + text
         elif kind in ("image", "image_url", "video", "video_url"):
             word = kind.removesuffix("_url")
-            source = next((part[key] for key in (kind, "url", "path", word) if part.get(key)), None)
-            source = source.get("url") if isinstance(source, dict) else source
+            source = next((part[key] for key in (kind, "url", "path", word) if not _nothing(part.get(key))), None)
+            source = source.get("url") if isinstance(source, dict) and "url" in source else source
+            if source is None and _nothing(row.get(word)) and _nothing(row.get(f"{word}s")):
+                raise UserError(f"{where}: names no {word}, and the row has no {word}s; add its path or URL")
             yield f"<{word}>" if source is None else _medium(word, source, where, root)
         else:
             raise UserError(f"{where}: expected a part of type text, image, image_url or video, found {_short(part)}")
+        after_medium = kind != "text"
 
 
 def _entries(row: Row, key: str) -> list[Row]:
@@ -211,13 +249,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _listed(keys: Any) -> str:
-    return ", ".join(sorted(map(str, keys))[:12]) or "nothing"
-
-
-def _with_paths(text: str, root: str | Path | None) -> list[str | Media | None]:
+def _with_paths(text: str, root: str | Path | None) -> list[str | Media]:
     """`<img>path</img>` taken out of a text."""
-    parts: list[str | Media | None] = []
+    parts: list[str | Media] = []
     for n, part in enumerate(_PATH.split(text)):
         parts.append(_medium("image", part.strip(), "<img>", root) if n % 2 else part)
     return parts
@@ -248,7 +282,7 @@ def _media(row: Row, kind: str, root: str | Path | None) -> list[Media]:
 
 
 def _nothing(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, list, tuple)) and len(value) == 0)
+    return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
 
 
 def _medium(kind: str, source: Any, name: str, root: str | Path | None) -> Media:
@@ -257,7 +291,10 @@ def _medium(kind: str, source: Any, name: str, root: str | Path | None) -> Media
         times = [_seconds(source.get(key), f"{name}.{key}", 1)[0] for key in ("start", "end")]
         start, end = times
         source = next((source[key] for key in ("bytes", "path", "url", kind) if source.get(key)), None)
-    if source is None or isinstance(source, (bool, int, float, dict)) or (isinstance(source, str) and not source):
+    if kind == "video" and isinstance(source, (list, tuple)) and source:
+        frames = [_medium("image", frame, f"{name}[{n}]", root).source for n, frame in enumerate(source)]
+        return Media(kind, frames, start, end)
+    if _nothing(source) or isinstance(source, (bool, int, float, dict, list, tuple)):
         raise UserError(f"{name}: expected a path, URL, data: URI, bytes or image, found {_short(source)}")
     if isinstance(source, (str, os.PathLike)):
         source = _resolved(_text(os.fspath(source), name), root)
@@ -265,7 +302,7 @@ def _medium(kind: str, source: Any, name: str, root: str | Path | None) -> Media
 
 
 def _resolved(path: str, root: str | Path | None) -> str:
-    if root is None or os.path.isabs(path) or _URL.match(path):
+    if root is None or os.path.isabs(path) or _SCHEME.match(path):
         return path
     return os.path.join(root, path)
 
@@ -286,36 +323,31 @@ def _place(draft: _Draft) -> None:
     users = [turn for turn in draft.turns if turn.role == "user"]
     if not users:
         raise UserError("no user's turn; expected a question before the first answer")
-    prompt = draft.turns[-1].role == "user"
-    if prompt and not any(draft.media.values()) and not any(isinstance(p, Media) for t in users for p in t.content):
+    named = any(isinstance(part, Media) for turn in users for part in turn.content)
+    if draft.turns[-1].role == "user" and not named and not any(draft.media.values()):
         return
     for turn in users:
         turn.content = [p for part in turn.content for p in (_MARK.split(part) if isinstance(part, str) else [part])]
+    unmarked: list[str | Media] = []
     for kind, media in draft.media.items():
         mark = f"<{kind}>"
         marks = sum(part == mark for turn in users for part in turn.content)
         if media and not marks:
-            _place_first(users[0 if draft.media_first else -1], kind, media)
+            numbered = kind == "image" and len(media) > 1
+            for n, medium in enumerate(media, start=1):
+                unmarked += [f"Image-{n}: " if numbered else "", medium, "\n"]
             continue
         if marks != len(media):
-            n, m = len(media), marks
-            raise UserError(
-                f"{m} {mark} mark{'s' * (m != 1)} but {n} {kind}{'s' * (n != 1)}; "
-                + (f"add the {kind} or drop a mark" if m > n else f"add a mark or drop the {kind}")
-            )
+            raise UserError(_mismatch(kind, marks, len(media)))
         source = iter(media)
         for turn in users:
             turn.content = [next(source) if part == mark else part for part in turn.content]
+    users[0 if draft.media_first else -1].content[:0] = unmarked
 
 
-def _place_first(turn: _Turn, kind: str, media: list[Media]) -> None:
-    numbered = kind == "image" and len(media) > 1
-    parts: list[str | Media | None] = []
-    for n, medium in enumerate(media, start=1):
-        parts += [f"Image-{n}: " if numbered else "", medium, "\n"]
-    images = next((i + 2 for i in reversed(range(len(turn.content))) if isinstance(turn.content[i], Media)), 0)
-    at = images if kind == "video" and turn.content[images - 1 : images] == ["\n"] else 0
-    turn.content[at:at] = parts
+def _mismatch(kind: str, marks: int, media: int) -> str:
+    what = f"add the {kind} or drop a mark" if marks > media else f"add a mark or drop the {kind}"
+    return f"{marks} <{kind}> mark{'s' * (marks != 1)} but {media} {kind}{'s' * (media != 1)}; {what}"
 
 
 def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool) -> None:
@@ -330,7 +362,7 @@ def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool) -> No
 
     def size_of(index: int) -> tuple[int, int]:
         if not 0 <= index < len(listed):
-            raise UserError(f"objects: image index {index} but {len(listed)} image(s); indices start from 0")
+            raise UserError(f"objects: image index is {index}, the row has {len(listed)} (counted from 0)")
         return (size or _header_size)(listed[index].source)
 
     for (turn, i), text in zip(places, grounding.fill(texts, objects, size_of, compact)):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ivl.config import Config
 from ivl.data import collate as collating
-from ivl.data import formats, media, template, tiles
+from ivl.data import formats, limits, media, template, tiles
+from ivl.data.limits import Plan, Shape
 from ivl.data.tokenizer import Tokenizer
 from ivl.families import ReleasedModel, find_model
 from ivl.types import IGNORE, Batch, Conversation, Example, Media, UserError
@@ -57,20 +58,6 @@ class Lengths(NamedTuple):
     """Labels that count for the loss; 0 for a prompt"""
 
 
-@dataclass
-class Plan:
-    """How a row will be encoded, decided from its text and the headers of its media."""
-
-    conversation: Conversation
-    limits: list[int]
-    """Most tiles of each image, or of each frame of a video"""
-    tiles: list[list[int]]
-    """Tiles of each image, or of each frame of a video"""
-    ids: list[int]
-    labels: list[int]
-    notes: list[str] = field(default_factory=list)
-
-
 class Processor:
     """Rows → examples and batches; token ids → answers. Picklable."""
 
@@ -90,10 +77,11 @@ class Processor:
         released: ReleasedModel | None = None,
     ) -> None:
         """Options as in `from_pretrained`; `released`: what this checkpoint is able to do, where that is known."""
-        if max_tiles is not None and max_tiles < config.min_dynamic_patch:
-            raise UserError(f"max_tiles: expected at least {config.min_dynamic_patch}, found {max_tiles}")
-        if max_length is not None and max_length < 1:
-            raise UserError(f"max_length: expected at least 1, found {max_length}")
+        for name, value in (("max_tiles", max_tiles), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise UserError(f"{name}: expected at least 1, found {value}")
+        if on_too_long not in get_args(OnTooLong):
+            raise UserError(f"on_too_long: expected one of {', '.join(get_args(OnTooLong))}, found {on_too_long!r}")
         self.config = config
         self.tokenizer = tokenizer
         self.template = template.find_template(config.template)
@@ -132,7 +120,8 @@ class Processor:
                 chat does not.
             max_length: most tokens of one row, text and image tokens together; None: no limit.
             on_too_long: fit lowers the row's tiles, largest image first, then drops the oldest turns;
-                truncate_text cuts the end; drop leaves the row out; error stops.
+                truncate_text cuts the end (of a prompt, which needs its end: as fit); drop leaves the row out;
+                error stops.
             video: how videos become frames.
             exif: turn pictures upright as their EXIF block says; False: as stored, like the reference.
             compact_boxes: write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`.
@@ -182,12 +171,12 @@ class Processor:
         conversation = self.parse(row, where, root)
         with _naming(conversation):
             plan = self._plan(conversation, max_tiles)
+            S = self.config.image_size
             pixels = [
                 self._pixels(medium, limit, counts, generator)
                 for medium, limit, counts in zip(plan.conversation.media, plan.limits, plan.tiles, strict=True)
                 if counts
             ]
-        S = self.config.image_size
         return Example(
             input_ids=torch.tensor(plan.ids, dtype=torch.int64),
             labels=torch.tensor(plan.labels, dtype=torch.int64),
@@ -198,13 +187,21 @@ class Processor:
         )
 
     def lengths(
-        self, row: Any, where: str = "", root: str | Path | None = None, max_tiles: int | None = None
+        self,
+        row: Any,
+        where: str = "",
+        root: str | Path | None = None,
+        max_tiles: int | None = None,
+        probe_urls: bool = True,
     ) -> Lengths:
-        """What the Example will have, from text and headers alone. Arguments and errors as in `__call__`."""
+        """What the Example will have, from text and headers alone. Arguments and errors as in `__call__`.
+
+        `probe_urls` False: nothing is fetched; media behind a URL count with the most tiles they can have.
+        """
         conversation = self.parse(row, where, root)
         with _naming(conversation):
-            plan = self._plan(conversation, max_tiles)
-        return Lengths(len(plan.ids), sum(map(sum, plan.tiles)), _supervised(plan.labels))
+            plan = self._plan(conversation, max_tiles, probe_urls)
+        return Lengths(len(plan.ids), plan.num_tiles, plan.num_supervised)
 
     def prompt_text(self, conversation: Conversation) -> str:
         """What the model is asked, for people: as it is written down, with marks for media."""
@@ -233,27 +230,25 @@ class Processor:
         mean, std = (torch.tensor(v, device=tiles.device).view(3, 1, 1) for v in (MEAN, STD))
         return (tiles.float() / 255 - mean) / std
 
-    # How a row is made to fit
+    # From a conversation to what will be encoded
 
-    def _plan(self, conversation: Conversation, max_tiles: int | None) -> Plan:
+    def _plan(self, conversation: Conversation, max_tiles: int | None = None, probe_urls: bool = True) -> Plan:
         self._check_abilities(conversation)
         limit = self.max_tiles if max_tiles is None else max_tiles
         if self.share_tiles:
             images = sum(medium.kind == "image" for medium in conversation.media)
-            limit = max(self.config.min_dynamic_patch, limit // max(1, images))
-        limits = [limit if medium.kind == "image" else self.video.max_tiles for medium in conversation.media]
-        shapes = [self._shape(medium) for medium in conversation.media]
-        plan = self._encoded(conversation, shapes, limits)
+            limit = max(1, limit // max(1, images))
+        most = [limit if medium.kind == "image" else self.video.max_tiles for medium in conversation.media]
+        plan = self._encode(conversation, [self._shape(m, probe_urls) for m in conversation.media], most)
+        training = conversation.messages[-1].role == "assistant"
         if self.max_length is not None and len(plan.ids) > self.max_length:
-            plan = self._shortened(plan, shapes)
-        if conversation.messages[-1].role == "user":
+            plan = self._shortened(plan, training)
+        if not training:
             plan.labels = [IGNORE] * len(plan.ids)
-        elif not _supervised(plan.labels):
-            raise UserError(
-                "no token is left to train on: "
-                + (f"the answer begins after {self.max_length} tokens" if plan.notes else "the answers are empty")
-                + "; mend the row or leave it out"
-            )
+        elif not plan.num_supervised:
+            cut = any(note.startswith("text") for note in plan.notes)
+            reason = f"the answer begins after token {self.max_length}" if cut else "the answers are empty"
+            raise UserError(f"no token is left to train on: {reason}; mend the row or leave it out")
         return plan
 
     def _check_abilities(self, conversation: Conversation) -> None:
@@ -262,58 +257,63 @@ class Processor:
         turns = sum(any(not isinstance(p, str) for p in message.parts) for message in conversation.messages)
         if not self.released.multi_turn_images and turns > 1:
             raise UserError(
-                f"{self.released.name} takes images in one turn only, found {turns}; InternVL2 models take them in any"
+                f"{self.released.name} takes images in one turn only, found them in {turns}; "
+                f"InternVL2 models such as internvl2-2b take them in any"
             )
         if not self.released.video and any(medium.kind == "video" for medium in conversation.media):
-            raise UserError(f"{self.released.name} takes no video; InternVL2 models do")
+            raise UserError(f"{self.released.name} takes no video; InternVL2 models such as internvl2-2b do")
 
-    def _shape(self, medium: Media) -> tuple[int, int, int]:
-        """Frames, width and height of a medium, from its header."""
+    def _shape(self, medium: Media, probe_urls: bool) -> Shape:
+        if not probe_urls and isinstance(medium.source, str) and formats.is_url(medium.source):
+            return Shape(1 if medium.kind == "image" else self._video_frames(), 0, 0)
         if medium.kind == "image":
-            return (1, *media.image_size(medium.source, self.exif, self.policy))
+            return Shape(1, *media.image_size(medium.source, self.exif, self.policy))
         v = self.video
         frames = media.video_frame_count(
             medium.source, v.num_segments, v.fps, v.max_frames, medium.start, medium.end, self.policy
         )
         if v.max_tiles == 1:
-            return frames, 1, 1
+            return Shape(frames, 1, 1)
         info = media.video_info(medium.source, self.policy)
-        return frames, info.width, info.height
+        return Shape(frames, info.width, info.height)
 
-    def _count(self, shape: tuple[int, int, int], limit: int) -> list[int]:
-        frames, width, height = shape
-        if not self.config.dynamic_image_size:
-            return [1] * frames
-        low = min(self.config.min_dynamic_patch, limit)
-        one = tiles.tile_count(width, height, self.config.image_size, low, limit, self.config.use_thumbnail)
-        return [one] * frames
+    def _video_frames(self) -> int:
+        return self.video.num_segments if self.video.fps is None else self.video.max_frames
+
+    def _count(self, shape: Shape, limit: int) -> int:
+        """Tiles of an image of this shape, or of each frame; of an unknown one, the most there can be."""
+        config = self.config
+        if not config.dynamic_image_size:
+            return 1
+        if not shape.width:
+            return limit + (config.use_thumbnail and limit > 1)
+        low = min(config.min_dynamic_patch, limit)
+        return tiles.tile_count(shape.width, shape.height, config.image_size, low, limit, config.use_thumbnail)
 
     def _pixels(self, medium: Media, limit: int, counts: list[int], generator: torch.Generator | None) -> Tensor:
         """(N, 3, S, S) uint8 of an image, or of the frames of a video."""
-        v = self.video
+        v, config, S = self.video, self.config, self.config.image_size
         if medium.kind == "image":
             images = [media.load_image(medium.source, self.exif, self.policy)]
         else:
-            images = media.load_video(
-                medium.source, v.num_segments, v.fps, v.max_frames, medium.start, medium.end, v.sample, generator,
-                self.policy,
-            )  # fmt: skip
-        config, S = self.config, self.config.image_size
-        cut = [
-            tiles.cut(image, S, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail)
+            cut = (medium.start, medium.end, v.sample, generator, self.policy)
+            images = media.load_video(medium.source, v.num_segments, v.fps, v.max_frames, *cut)
+        low = min(config.min_dynamic_patch, limit)
+        found = [
+            tiles.cut(image, S, low, limit, config.use_thumbnail)
             if config.dynamic_image_size
             else tiles.single(image, S, config.pad2square)
             for image in images[: len(counts)]
         ]
-        if [len(part) for part in cut] != counts:
+        if [len(part) for part in found] != counts:
             raise UserError(
-                f"{media.describe(medium.source)}: {[len(part) for part in cut]} tiles but its header promised "
-                f"{counts}; the file changed or is damaged"
+                f"{media.describe(medium.source)}: {sum(map(len, found))} tiles but its header promised {sum(counts)}; "
+                f"the file changed or is damaged"
             )
-        return torch.cat(cut)
+        return torch.cat(found)
 
-    def _encoded(self, conversation: Conversation, shapes: list[tuple[int, int, int]], limits: list[int]) -> Plan:
-        counts = [self._count(shape, limit) for shape, limit in zip(shapes, limits, strict=True)]
+    def _encode(self, conversation: Conversation, shapes: Sequence[Shape], most: Sequence[int]) -> Plan:
+        counts = [[self._count(shape, limit)] * shape.frames for shape, limit in zip(shapes, most, strict=True)]
         ids, labels = template.encode(
             conversation,
             counts,
@@ -323,82 +323,18 @@ class Processor:
             self.system_message,
             self.video.frame_prefix,
         )
-        return Plan(conversation, limits, counts, ids, labels)
+        return Plan(conversation, list(shapes), list(most), counts, ids, labels)
 
-    def _shortened(self, plan: Plan, shapes: list[tuple[int, int, int]]) -> Plan:
-        images = sum(map(sum, plan.tiles)) * self.config.tokens_per_tile
-        found = f"{len(plan.ids)} tokens ({images} of them image) but max_length is {self.max_length}"
+    def _shortened(self, plan: Plan, training: bool) -> Plan:
+        P = self.config.tokens_per_tile
+        found = f"{len(plan.ids)} tokens ({plan.num_tiles * P} of them image) but max_length is {self.max_length}"
         if self.on_too_long == "error":
             raise UserError(f"{found}; raise it, lower max_tiles, or choose what to do by on_too_long")
         if self.on_too_long == "drop":
             raise TooLong(found)
-        if self.on_too_long == "truncate_text" and plan.conversation.messages[-1].role == "assistant":
-            return self._truncated(plan)
-        return self._fitted(plan, shapes, found)
-
-    def _truncated(self, plan: Plan) -> Plan:
-        """The end cut off. An image that the cut would go through is left out whole, with its tiles."""
-        opening, closing = self.tokenizer.token_id("<img>"), self.tokenizer.token_id("</img>")
-        cut = self.max_length
-        if plan.ids[:cut].count(opening) > plan.ids[:cut].count(closing):
-            cut -= 1 + plan.ids[:cut][::-1].index(opening)
-        kept = plan.ids[:cut].count(self.tokenizer.context_id) // self.config.tokens_per_tile
-        counts = []
-        for frames in plan.tiles:
-            counts.append([])
-            for count in frames:
-                if count <= kept:
-                    counts[-1].append(count)
-                kept -= count
-        note = f"text {len(plan.ids)} -> {cut} tokens"
-        return replace(plan, tiles=counts, ids=plan.ids[:cut], labels=plan.labels[:cut], notes=[note])
-
-    def _fitted(self, plan: Plan, shapes: list[tuple[int, int, int]], found: str) -> Plan:
-        """Fewer tiles, largest image first; where that is not enough, without the oldest turns."""
-        whole, dropped = plan, 0
-        while True:
-            text = len(plan.ids) - sum(map(sum, plan.tiles)) * self.config.tokens_per_tile
-            limits = self._lower(shapes, plan.limits, (self.max_length - text) // self.config.tokens_per_tile)
-            if limits is not None:
-                break
-            if len(plan.conversation.messages) <= 2:
-                raise UserError(f"{found}, and one turn with the fewest tiles does not fit either; shorten its text")
-            removed = plan.conversation.messages[0]
-            gone = sum(not isinstance(part, str) for part in removed.parts)
-            conversation = replace(plan.conversation, messages=plan.conversation.messages[2:])
-            shapes, dropped = shapes[gone:], dropped + 1
-            plan = self._encoded(conversation, shapes, plan.limits[gone:])
-        before = sum(map(sum, plan.tiles))
-        plan = self._encoded(plan.conversation, shapes, limits)
-        after = sum(map(sum, plan.tiles))
-        plan.notes = [f"tiles {before} -> {after}"] * (after < before)
-        plan.notes += [f"dropped {dropped} turn{'s' * (dropped > 1)}"] * (dropped > 0)
-        assert len(plan.ids) <= self.max_length < len(whole.ids)
-        return plan
-
-    def _lower(self, shapes: list[tuple[int, int, int]], limits: list[int], budget: int) -> list[int] | None:
-        """Limits under which all media have at most `budget` tiles; None where there are none."""
-        limits = list(limits)
-        counts = [sum(self._count(shape, limit)) for shape, limit in zip(shapes, limits, strict=True)]
-        stuck: set[int] = set()
-        while sum(counts) > budget:
-            free = [n for n in range(len(counts)) if n not in stuck]
-            if not free:
-                return None
-            largest = max(free, key=lambda n: counts[n])
-            limit, count = limits[largest], counts[largest]
-            while limit > self.config.min_dynamic_patch and count == counts[largest]:
-                limit -= 1
-                count = sum(self._count(shapes[largest], limit))
-            if count < counts[largest]:
-                limits[largest], counts[largest] = limit, count
-            else:
-                stuck.add(largest)
-        return limits
-
-
-def _supervised(labels: list[int]) -> int:
-    return sum(label != IGNORE for label in labels[1:])
+        if self.on_too_long == "truncate_text" and training:
+            return limits.truncated(plan, self.max_length, self.tokenizer, P)
+        return limits.fitted(plan, self.max_length, P, self._encode, self._count)
 
 
 @contextmanager

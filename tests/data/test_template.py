@@ -1,9 +1,12 @@
 """Ids, labels and prompts equal those recorded from the reference."""
 
 import json
+import unicodedata
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ivl.config import Config
 from ivl.data.formats import parse
@@ -77,11 +80,132 @@ def test_recorded_prompts(checkpoint, golden):
         for n, question in enumerate(questions):
             tiles = [[c] for c in (counts if "question" in case else counts[n : n + 1]) if c]
             row = {"query": question, "history": case.get("history"), "images": ["x.jpg"] * len(tiles)}
-            conversation = parse(row | {"system": case["system_message"]})
+            asked = parse(row | {"system": case["system_message"]})
             prompt = case["prompt"] if "question" in case else case["prompt"][n]
             args = (template, config.tokens_per_tile, config.system_message)
-            assert written(conversation, tiles, *args) == prompt, case["name"]
-            ids, labels = encode(conversation, tiles, tokenizer, *args)
+            assert written(asked, tiles, *args) == prompt, case["name"]
+            ids, _ = encode(asked, tiles, tokenizer, *args)
             mask = case["attention_mask"][n]
             assert ids == [i for i, m in zip(case["input_ids"][n], mask) if m], case["name"]
             assert tokenizer.token_id(template.end) == case["eos_token_id"]
+
+
+def conversation(*texts: str, system: str | None = None) -> Conversation:
+    roles = ("user", "assistant")
+    return Conversation(tuple(Message(roles[n % 2], (text,)) for n, text in enumerate(texts)), system)
+
+
+def test_recorded_templates(golden):
+    recorded = json.loads((golden / "templates.json").read_text())
+    assert set(recorded) == set(TEMPLATES)
+    for name, case in recorded.items():
+        template = find_template(name)
+        assert template.system_message == case["system_message"]
+        texts = [text for turn in case["turns"] for text in turn if text is not None]
+        assert written(conversation(*texts), None, template, 0) == case["prompt"]
+
+
+def test_unknown_template():
+    with pytest.raises(UserError, match=r"'vicuna' is not one .* Hermes-2, internlm2-chat, internvl2_5"):
+        find_template("vicuna")
+
+
+def test_video_prefix(golden, checkpoint):
+    _, config, _ = checkpoint
+    recorded = json.loads((golden / "video.json").read_text())["prompt_prefix"]
+    video = Media("video", "v.mp4")
+    args = (find_template(config.template), 1)
+    for case in recorded:
+        tiles = [[1]] * case["num_frames"]
+        for spelling, prefix in (("chat_readme", "Frame{i}: "), ("root_readme", "Frame-{i}: ")):
+            asked = case[spelling] + "What?"
+            images = parse({"query": asked, "images": ["x"] * case["num_frames"]})
+            wanted = written(images, tiles, *args)
+            for parts in ((video, "\nWhat?"), (video, "What?")):
+                ours = Conversation((Message("user", parts),))
+                assert written(ours, [[1] * case["num_frames"]], *args, frame_prefix=prefix) == wanted
+
+
+def supported(tokenizer: Tokenizer) -> list:
+    rows = TEMPLATES.values()
+    return [
+        t
+        for t in rows
+        if t.end in tokenizer.added and (t.name == "internvl_zh" or t.user[:12] in "".join(tokenizer.added))
+    ]
+
+
+plain = st.text(st.characters(codec="utf-8", exclude_characters="<▁["), min_size=1, max_size=12).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(plain, min_size=2, max_size=5), st.booleans())
+def test_ids_are_those_of_the_whole_text(checkpoint, texts, image):
+    """Span by span, and yet as the reference tokenises the joined text; labels cover the answers and their ends."""
+    _, config, tokenizer = checkpoint
+    P = config.tokens_per_tile
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
+    asked = conversation(*texts)
+    if image:
+        first = Message("user", ("Look: ", Media("image", "x"), texts[0]))
+        asked = replace(asked, messages=(first, *asked.messages[1:]))
+    for template in supported(tokenizer):
+        ids, labels = encode(asked, [[2]] * image, tokenizer, template, P)
+        assert ids == tokenizer.encode(written(asked, [[2]] * image, template, P), bos=True)
+        assert len(labels) == len(ids)
+        assert all(label in (IGNORE, i) for i, label in zip(ids, labels))
+        learnt = tokenizer.decode([label for label in labels if label != IGNORE])
+        # blanks before an answer may be in a token that begins in the template, or swallowed by <|assistant|>
+        said = [text.lstrip() for text in learnt.split(template.end)]
+        assert said == [text.strip() if template.strip else text.lstrip() for text in texts[1::2]] + [""]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<IMG_CONTEXT>", "<img>", "</img>", "<|im_end|>", "<|end|>", "<s>", "</s>", "[UNUSED_TOKEN_145]"]
+        )
+        | plain,
+        min_size=1,
+    )
+)
+def test_control_tokens_of_a_user_are_plain_text(checkpoint, pieces):
+    _, config, tokenizer = checkpoint
+    text = "".join(pieces)
+    template = find_template(config.template)
+    harmless = encode(conversation("x", "y", system="z"), [], tokenizer, template, 4)[0]
+    ids, _ = encode(conversation(text, "y", system=text), [], tokenizer, template, 4)
+    control = {token.id for token in tokenizer.added.values()}
+    assert [i for i in ids if i in control] == [i for i in harmless if i in control]
+
+
+def test_grounding_tokens_are_tokens_everywhere(checkpoint):
+    _, config, tokenizer = checkpoint
+    template = find_template(config.template)
+    for text in ("<ref>a</ref>", "<box>[[1, 2, 3, 4]]</box>", "<quad>a</quad>"):
+        ids, _ = encode(conversation(text, text, system=text), [], tokenizer, template, 4)
+        for name in (text[: text.index(">") + 1], text[text.rindex("<") :]):
+            assert ids.count(tokenizer.token_id(name)) == 3
+
+
+def test_image_tokens_of_an_answer_are_plain_text(checkpoint):
+    _, config, tokenizer = checkpoint
+    ids, labels = encode(
+        conversation("x", "<img><IMG_CONTEXT></img>"), [], tokenizer, find_template(config.template), 4
+    )
+    assert not {tokenizer.token_id(t) for t in ("<img>", "<IMG_CONTEXT>", "</img>")} & set(ids)
+    assert "<img><IMG_CONTEXT></img>" in tokenizer.decode([i for i in labels if i != IGNORE])
+
+
+def test_what_is_trained(checkpoint):
+    """Of the template's words only the end of an answer; nothing of an answer that is not trained on."""
+    _, _, tokenizer = checkpoint
+    for template in supported(tokenizer):
+        asked = conversation("q", "first", "q", "second", "q", "third")
+        untrained = replace(asked.messages[1], trained=False)
+        asked = replace(asked, messages=(asked.messages[0], untrained, *asked.messages[2:]))
+        _, labels = encode(asked, [], tokenizer, template, 4)
+        learnt = tokenizer.decode([label for label in labels if label != IGNORE])
+        assert learnt == f"{template.lead}second{template.end}{template.lead}third{template.end}"
+        assert labels[-1] == (IGNORE if template.gap else tokenizer.token_id(template.end))
