@@ -320,17 +320,16 @@ def _modelscope_file(repo_id: str, revision: str, token: str | None, file: _Remo
         raise UserError(f"{target}: exists and is not the hub's file; move it away or name its folder instead")
     query = urlencode({"Revision": revision, "FilePath": file.path})
     url = f"{_endpoint()}/api/v1/models/{repo_id}/repo?{query}"
-    failures = 0
-    while not part.exists() or part.stat().st_size < file.size:
-        before = part.stat().st_size if part.exists() else 0
+    part.touch()
+    best, failures, problem = 0, 0, None
+    while (size := part.stat().st_size) < file.size:
+        failures = 0 if size > best else failures + 1
+        best = max(best, size)
+        if failures > 5:
+            raise _unreachable(repo_id, "modelscope", problem or OSError(f"{file.path} broke off at byte {size}"))
+        if failures > 1:
+            time.sleep(2 ** (failures - 3))
         problem = _fetch(url, token, part, file, repo_id)
-        after = part.stat().st_size if part.exists() else 0
-        if after >= file.size:
-            break
-        failures = 0 if after > before else failures + 1
-        if failures == 5:
-            raise _unreachable(repo_id, "modelscope", problem or OSError(f"{file.path} broke off at byte {after}"))
-        time.sleep(min(2**failures / 4, 5))
     if not _matches(part, file):
         found = _digest(part, hashlib.sha256())
         part.unlink()
@@ -348,7 +347,7 @@ def _fetch(url: str, token: str | None, part: Path, file: _Remote, repo_id: str)
     """Append to `part` what is missing of it. Returns what went wrong, where another try may help."""
     from tqdm.auto import tqdm
 
-    start = part.stat().st_size if part.exists() else 0
+    start = part.stat().st_size
     try:
         with _open(url, token, {"Range": f"bytes={start}-"} if start else {}) as answer:
             resumed = answer.status == 206

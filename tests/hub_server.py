@@ -24,6 +24,8 @@ class Hub:
     token: str | None = None
     """Without it the repository does not exist"""
     gated: bool = False
+    whole: bool = False
+    """Send whole files, whatever range is asked for"""
     storage: str | None = None
     """Another server that files are redirected to"""
     listed: list[dict] = field(default_factory=list)
@@ -106,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
     def file(self, hub: Hub, name: str, headers: dict[str, str] | None = None):
         content = hub.sent.get(name, hub.files[name])
         status, start, headers = 200, 0, dict(headers or {})
-        if found := self.headers.get("Range"):
+        if not hub.whole and (found := self.headers.get("Range")):
             start, status = int(found.removeprefix("bytes=").rstrip("-")), 206
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         cuts = hub.cuts.get(name)
