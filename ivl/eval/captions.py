@@ -1,0 +1,91 @@
+"""CIDEr, BLEU and ROUGE-L of captions, by pycocoevalcap's own scorers (`pip install 'ivl[eval]'`).
+
+The published scripts cut captions into words with Stanford's PTBTokenizer, a Java program; `words` does the same for
+the English of captions without Java. METEOR and SPICE are Java programs too and are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ivl.types import UserError
+
+_DROPPED = {'"', "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+"""What coco-caption drops after tokenising. It means to drop brackets as well, but spells them in capitals"""
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_QUOTES = str.maketrans("\u201c\u201d\u2018\u2019\u2013\u2014", "\"\"''--")
+_SPLIT = {
+    "cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "lemme": "lem me", "gimme": "gim me",
+    "'tis": "'t is", "'twas": "'t was",
+}  # fmt: skip
+_TOKEN = re.compile(
+    r"https?://\S+"
+    r"|[!?]{2,}"
+    r"|(?:[a-z]\.){2,}"  # u.s. a.m.
+    r"|(?:mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|co|corp|ltd|prof|gen|sgt|capt|lt|ave|blvd|rd|mt|no(?=\.\s*\d))\."
+    r"|\b(?:(?-i:[A-Z])\.|[a-z]\.(?=\s+\w))"  # an initial
+    r"|'(?:tis|twas)\b|'\d0s\b"
+    r"|\.?\d+(?:[.,:/]\d+)*\w*(?:[-']\w+)*"
+    r"|@?\w+(?:[-&/.@']\w+)*"
+    r"|\S",
+    re.IGNORECASE,
+)
+_CLITIC = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    cider: np.ndarray
+    """(rows,) 0..10; the published CIDEr is their mean"""
+    bleu: list[float]
+    """BLEU-1 to BLEU-4 of all rows together, 0..1"""
+    rouge: float
+    """0..1"""
+    tokens: list[str]
+    """The predictions as they were compared"""
+
+
+def words(caption: str) -> list[str]:
+    """A caption as Stanford's PTBTokenizer with `-lowerCase` cuts it, without the punctuation coco-caption drops.
+
+    Kept as published: brackets become words of their own ("-lrb-"), and so do "!!" and "?!". Rare abbreviations and
+    measures (6'2") are cut otherwise than by the Java program.
+    """
+    text = caption.translate(_QUOTES).replace("\u2026", "...")
+    found = []
+    for token in _TOKEN.findall(text):
+        found.extend(_pieces(_BRACKETS.get(token, token.lower())))
+    return [token for token in found if token not in _DROPPED]
+
+
+def _pieces(token: str) -> list[str]:
+    if token in _SPLIT:
+        return _SPLIT[token].split()
+    tail = _CLITIC.search(token)
+    if tail is None or tail.start() == 0:
+        return [token]
+    return [*_pieces(token[: tail.start()]), tail.group()]
+
+
+def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
+    """Score captions as coco-caption does: one prediction and its references a row.
+
+    CIDEr weighs words by how rare they are in the references of this very file, so a part of a benchmark scores
+    otherwise than the whole. Raises UserError where pycocoevalcap is not installed.
+    """
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError as error:
+        raise UserError("captions: scoring needs pycocoevalcap; pip install 'ivl[eval]'") from error
+    said = {n: [" ".join(words(text))] for n, text in enumerate(predictions)}
+    gold = {n: [" ".join(words(text)) for text in texts] for n, texts in enumerate(references)}
+    _, cider = Cider().compute_score(gold, said)
+    bleu, _ = Bleu(4).compute_score(gold, said, verbose=0)
+    rouge, _ = Rouge().compute_score(gold, said)
+    return CaptionScores(cider, [float(value) for value in bleu], float(rouge), [texts[0] for texts in said.values()])

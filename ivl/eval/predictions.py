@@ -1,0 +1,143 @@
+"""A file of answers, ours or another tool's, read and checked.
+
+One JSON object a line (or a JSON list of them): `id`, `response`, and the ground truth: `reference` or `answers`, and
+what a benchmark's rule asks for besides (`options`, `category`, `group`, `box`, `size`). `index` and `of`, where given,
+are a row's place and the number of rows of the run; `model`, `max_tiles` and `decoding` say how the answers were made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ivl.types import UserError
+
+Row = dict[str, Any]
+RUN = ("model", "max_tiles", "decoding")
+"""How the answers were made: the same in all rows of a file"""
+_TRUTH = ("answers", "options", "category", "group", "box", "size", "images", "videos")
+
+
+def read(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of a file, each with `where` (file:row) and `id` as text.
+
+    `names`: our field → the field of another tool. Raises UserError, naming the rows, for a file that was cut off, for
+    rows that come twice, lack an answer, or were made by different models or settings.
+    """
+    rows = _parsed(path)
+    for row in rows:
+        row.update({ours: row.get(theirs) for ours, theirs in (names or {}).items()})
+        if not isinstance(row.get("response"), str):
+            found = "none" if row.get("response") is None else type(row["response"]).__name__
+            raise UserError(
+                f"{row['where']}: response: expected a text, found {found}; is it called otherwise? "
+                f"--field response=NAME; the row has {', '.join(sorted(set(row) - {'where', 'asked_at', 'line'}))}"
+            )
+        row["id"] = str(next(row[k] for k in ("id", "asked_at", "index", "line") if row.get(k) is not None))
+    if not rows:
+        raise UserError(f"{path}: no rows; expected one answer a line")
+    _once(path, rows)
+    _whole(path, rows)
+    _one_run(rows)
+    return rows
+
+
+def _parsed(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected answers, one JSON object a line")
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        try:
+            items = list(enumerate(json.loads(text), 1))
+        except ValueError as error:
+            raise UserError(f"{path}: the JSON list is cut off or broken ({error})") from error
+    else:
+        items = [(n, _object(path, n, line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for n, item in items:
+        if not isinstance(item, dict):
+            raise UserError(f"{path}:{n}: expected a JSON object, found {type(item).__name__}")
+    return [{**item, "asked_at": item.get("where"), "line": n, "where": f"{path.name}:{n}"} for n, item in items]
+
+
+def _object(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"{path}:{number}: not valid JSON ({error}), the row begins {line[:50]!r}; if the file was cut off, "
+            "predict again"
+        ) from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _once(path: Path, rows: Sequence[Row]) -> None:
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        lines.setdefault((str(row.get("source") or ""), row["id"]), []).append(str(row["line"]))
+    twice = [f"{id} (rows {', '.join(found)})" for (_, id), found in lines.items() if len(found) > 1]
+    if twice:
+        raise UserError(f"{path}: {len(twice)} ids come more than once: {_some(twice)}; keep one answer for each")
+
+
+def _whole(path: Path, rows: Sequence[Row]) -> None:
+    wanted = {row["of"] for row in rows if row.get("of") is not None}
+    if len(wanted) > 1:
+        raise UserError(f"{path}: rows of runs of {_some([str(n) for n in sorted(wanted)])} rows are mixed")
+    missing = sorted(set(range(*wanted)) - {row.get("index") for row in rows}) if wanted else []
+    if missing:
+        raise UserError(
+            f"{path}: {len(rows)} rows of a run of {wanted.pop()}; missing are rows {_some([str(n) for n in missing])} "
+            "(counted from 0); predict again"
+        )
+
+
+def _one_run(rows: Sequence[Row]) -> None:
+    first = rows[0]
+    for row in rows:
+        for key in RUN:
+            if row.get(key) != first.get(key):
+                raise UserError(
+                    f"{row['where']}: {key} is {row.get(key)!r} but {first.get(key)!r} in {first['where']}; "
+                    "expected the answers of one run"
+                )
+
+
+def join(path: Path, rows: list[Row], truth: Path, partial: bool = False) -> list[Row]:
+    """Take the ground truth by id from a file of data rows. Raises UserError naming rows that one file lacks.
+
+    `partial`: answers to some of the questions only are enough.
+    """
+    known = {str(row.get("id", row["line"])): row for row in _parsed(truth)}
+    unknown = [row["id"] for row in rows if row["id"] not in known]
+    if unknown:
+        raise UserError(f"{path}: {len(unknown)} answers to no question of {truth}: {_some(unknown)}")
+    missing = [id for id in known if id not in {row["id"] for row in rows}]
+    if missing and not partial:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(known)} questions of {truth} have no answer: {_some(missing)}; "
+            "predict again, or --partial to score those there are"
+        )
+    return [_with_truth(row, known[row["id"]]) for row in rows]
+
+
+def _with_truth(row: Row, known: Row) -> Row:
+    found = {key: known[key] for key in _TRUTH if known.get(key) is not None}
+    gold = known.get("response") or known.get("reference")
+    return row | found | ({} if gold is None else {"reference": gold})
+
+
+def align(first: Sequence[Row], path: Path, rows: Sequence[Row]) -> list[Row]:
+    """`rows` in the order of `first`. Raises UserError naming the questions that only one of the files answers."""
+    place = {row["id"]: row for row in rows}
+    odd = sorted({row["id"] for row in first} ^ set(place))
+    if odd:
+        raise UserError(
+            f"{path}: not the same questions as the first file; only one of them has {_some(odd)}; "
+            "comparing takes the same questions"
+        )
+    return [place[row["id"]] for row in first]

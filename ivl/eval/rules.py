@@ -1,0 +1,290 @@
+"""From the scores of single answers to the number a benchmark reports.
+
+Every number here is a function of counts added up over units (an answer, a picture's pair of questions, the rotations
+of one question), so that a bootstrap only has to add up other units. U units, G categories, K counts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ivl.eval import metrics
+from ivl.eval.captions import caption_scores
+from ivl.eval.choices import choice, infer_choice, mvbench_match, videomme_letter
+from ivl.eval.metrics import Mode
+from ivl.types import UserError
+
+Row = dict[str, Any]
+Combine = Callable[[np.ndarray], np.ndarray]
+"""(..., G, K) counts of each category → (...) what is reported"""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a rule found in a file of answers."""
+
+    scores: list[float]
+    """Of each answer, 0..1 (CIDEr: 0..10)"""
+    parsed: list[str]
+    """What each answer was taken to say"""
+    unit: list[int]
+    """The unit of each answer"""
+    counts: np.ndarray
+    """(U, K)"""
+    category: np.ndarray
+    """(U,) int, index into `categories`"""
+    categories: list[str]
+    combine: Combine
+    extra: dict[str, float] = field(default_factory=dict)
+    """Further numbers of the whole file"""
+
+    def total(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """The reported number, () for the file itself or (R,) for `weights` (R, U), how often each unit is drawn."""
+        weights = np.ones(len(self.counts)) if weights is None else weights
+        members = [self.category == n for n in range(len(self.categories))]
+        return self.combine(np.stack([weights[..., m] @ self.counts[m] for m in members], axis=-2))
+
+    def by_category(self) -> dict[str, float]:
+        """The same number of each category alone."""
+        found = {}
+        for n, name in enumerate(self.categories):
+            found[name] = float(self.combine(self.counts[self.category == n].sum(0)[None]))
+        return found
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a benchmark's answers are scored."""
+
+    metric: str
+    """Name of the reported number"""
+    post: str
+    """Post-processing of an answer, in words, for the record"""
+    run: Callable[[Sequence[Row], Mode], Scored]
+    decimals: int = 2
+
+
+# -- combining counts -------------------------------------------------------------------------------------------------
+
+
+def _share(counts: np.ndarray) -> np.ndarray:
+    """100 · right / all; counts (right, all)."""
+    summed = counts.sum(-2)
+    return 100 * summed[..., 0] / summed[..., 1]
+
+
+def _mean_share(counts: np.ndarray) -> np.ndarray:
+    """The mean of the categories' shares; counts (right, all)."""
+    return (100 * counts[..., 0] / counts[..., 1]).mean(-1)
+
+
+def _sum(counts: np.ndarray) -> np.ndarray:
+    """How many are right; counts (right, all)."""
+    return counts[..., 0].sum(-1)
+
+
+def _mme(counts: np.ndarray) -> np.ndarray:
+    """Sum over tasks of accuracy and accuracy of whole pairs, each times 100; counts (right, rows, both, pairs)."""
+    right, rows, both, pairs = np.moveaxis(counts, -1, 0)
+    return (100 * right / np.maximum(rows, 1) + 100 * both / pairs).sum(-1)
+
+
+def _f1(counts: np.ndarray) -> np.ndarray:
+    """The mean of the categories' F1, times 100; counts (true and false positives, true and false negatives)."""
+    tp, fp, _, fn = np.moveaxis(counts, -1, 0)
+    return (100 * 2 * tp / np.maximum(2 * tp + fp + fn, 1)).mean(-1)
+
+
+# -- from rows to counts ----------------------------------------------------------------------------------------------
+
+
+def need(row: Row, key: str) -> Any:
+    """A field of the ground truth. Raises UserError with the row's name."""
+    value = row.get(key)
+    if value is None or value == []:
+        raise UserError(f"{row['where']}: no {key!r}; --rows FILE joins the ground truth by id")
+    return value
+
+
+def golds(row: Row) -> list[str]:
+    """All expected answers of a row."""
+    answers = row.get("answers")
+    return [str(a) for a in (answers if isinstance(answers, list) else [answers])] if answers else [reference(row)]
+
+
+def reference(row: Row) -> str:
+    return str(need(row, "reference"))
+
+
+def _categories(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    order = list(dict.fromkeys(names))
+    place = {name: n for n, name in enumerate(order)}
+    return np.array([place[name] for name in names]), order
+
+
+def _each(judge: Callable[[Row, Mode], tuple[float, str]], combine: Combine = _share) -> Callable:
+    """A rule that looks at each answer by itself. `judge`: row → score, what the answer was taken to say."""
+
+    def run(rows: Sequence[Row], mode: Mode) -> Scored:
+        found = [_named(row, judge, mode) for row in rows]
+        scores = [float(score) for score, _ in found]
+        category, names = _categories([str(row.get("category") or "") for row in rows])
+        counts = np.stack([np.array(scores), np.ones(len(scores))], axis=1)
+        return Scored(scores, [said for _, said in found], list(range(len(rows))), counts, category, names, combine)
+
+    return run
+
+
+def _named(row: Row, judge: Callable[[Row, Mode], tuple[float, str]], mode: Mode) -> tuple[float, str]:
+    try:
+        return judge(row, mode)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(row["where"]) else f"{row['where']}: {text}") from None
+
+
+def _vqa(row: Row, mode: Mode) -> tuple[float, str]:
+    return metrics.vqa_accuracy(row["response"], golds(row), mode), metrics.vqa_normalize(row["response"], mode)
+
+
+def _text(score: Callable[[str, list[str], Mode], float]) -> Callable[[Row, Mode], tuple[float, str]]:
+    return lambda row, mode: (score(row["response"], golds(row), mode), row["response"].strip())
+
+
+def _options(row: Row) -> Mapping[str, str]:
+    options = row.get("options") or {}
+    return dict(zip("ABCDEFGHIJKLM", options)) if isinstance(options, list) else options
+
+
+def _scienceqa(row: Row, mode: Mode) -> tuple[float, str]:
+    said = choice(row["response"], _options(row), mode, brackets=True)
+    return said == reference(row), said
+
+
+def _letter(row: Row, mode: Mode) -> tuple[float, str]:
+    """SEED's script compares the answer as it is."""
+    said = row["response"] if mode == "compat" else choice(row["response"], _options(row), mode)
+    return said == reference(row), said
+
+
+def _mmmu(row: Row, mode: Mode) -> tuple[float, str]:
+    if options := _options(row):
+        said = choice(row["response"], options, mode)
+        return said in golds(row), said
+    return metrics.mmmu_open(row["response"], golds(row), mode), row["response"].strip()
+
+
+def _ocrbench(row: Row, mode: Mode) -> tuple[float, str]:
+    said = row["response"]
+    return metrics.ocrbench_match(said, golds(row), need(row, "category"), mode), said.strip()
+
+
+def _refcoco(row: Row, mode: Mode) -> tuple[float, str]:
+    box = metrics.refcoco_box(row["response"], mode)
+    score = metrics.refcoco_match(row["response"], need(row, "box"), need(row, "size"), mode)
+    return score, "" if box is None else ", ".join(f"{value:.3f}" for value in box)
+
+
+def _mvbench(row: Row, mode: Mode) -> tuple[float, str]:
+    return mvbench_match(row["response"], reference(row), mode), row["response"].strip()
+
+
+def _videomme(row: Row, mode: Mode) -> tuple[float, str]:
+    said = videomme_letter(row["response"], _options(row), mode)
+    return said == reference(row), said
+
+
+def _circular(rows: Sequence[Row], mode: Mode) -> Scored:
+    """A question is right where it is right under all rotations of its options (VLMEvalKit, `mcq_circular_eval`)."""
+    parsed = []
+    for row in rows:
+        options = _options(row)
+        said = choice(row["response"], options, mode)
+        parsed.append(infer_choice(said, options) if mode == "compat" else said)
+    scores = [float(said == reference(row)) for said, row in zip(parsed, rows)]
+    unit, groups = _categories([str(row.get("group") or row["id"]) for row in rows])
+    first = {int(u): row for u, row in reversed(list(zip(unit, rows)))}
+    right = np.ones(len(groups))
+    np.minimum.at(right, unit, scores)
+    category, names = _categories([str(first[u].get("category") or "") for u in range(len(groups))])
+    counts = np.stack([right, np.ones(len(groups))], axis=1)
+    vanilla = {"every rotation by itself": 100 * float(np.mean(scores))}
+    return Scored(scores, parsed, unit.tolist(), counts, category, names, _share, vanilla)
+
+
+def _mme_rule(rows: Sequence[Row], mode: Mode) -> Scored:
+    parsed = [metrics.mme_answer(row["response"], mode) for row in rows]
+    scores = [float(said == reference(row).strip().lower()) for said, row in zip(parsed, rows)]
+    members: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for n, row in enumerate(rows):
+        members[str(need(row, "category")), str(need(row, "group"))].append(n)
+    odd = [f"{category}/{group}" for (category, group), pair in members.items() if len(pair) != 2]
+    if odd:
+        raise UserError(f"MME: expected two questions a picture; {len(odd)} have another number: {', '.join(odd[:5])}")
+    counts, unit = np.zeros((len(members), 4)), [0] * len(rows)
+    for u, pair in enumerate(members.values()):
+        right = sum(scores[n] for n in pair)
+        counts[u] = right, sum(parsed[n] is not None for n in pair), right == 2, 1
+        for n in pair:
+            unit[n] = u
+    category, names = _categories([name for name, _ in members])
+    found = Scored(scores, [said or "left out" for said in parsed], unit, counts, category, names, _mme)
+    cognition = {"commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"}
+    parts = {"perception": 0.0, "cognition": 0.0}
+    for name, value in found.by_category().items():
+        parts["cognition" if name in cognition else "perception"] += value
+    return Scored(scores, found.parsed, unit, counts, category, names, _mme, parts)
+
+
+def _pope_rule(rows: Sequence[Row], mode: Mode) -> Scored:
+    said = [metrics.pope_answer(row["response"], mode) for row in rows]
+    yes = np.array([answer == "yes" for answer in said])
+    wanted = np.array([reference(row).strip().lower() != "no" for row in rows])
+    counts = np.stack([yes & wanted, yes & ~wanted, ~yes & ~wanted, ~yes & wanted], axis=1).astype(float)
+    category, names = _categories([str(row.get("category") or "") for row in rows])
+    tp, fp, tn, fn = counts.sum(0)
+    extra = {
+        "accuracy": 100 * (tp + tn) / len(rows),
+        "precision": 100 * tp / max(tp + fp, 1),
+        "recall": 100 * tp / max(tp + fn, 1),
+        "yes ratio": 100 * yes.mean(),
+    }
+    right = (yes == wanted).astype(float).tolist()
+    extra = {name: float(value) for name, value in extra.items()}
+    return Scored(right, list(said), list(range(len(rows))), counts, category, names, _f1, extra)
+
+
+def _captions(rows: Sequence[Row], mode: Mode) -> Scored:
+    found = caption_scores([row["response"] for row in rows], [golds(row) for row in rows])
+    counts = np.stack([found.cider, np.ones(len(rows))], axis=1)
+    extra = {f"BLEU-{n}": 100 * value for n, value in enumerate(found.bleu, 1)} | {"ROUGE-L": 100 * found.rouge}
+    units = list(range(len(rows)))
+    category = np.zeros(len(rows), dtype=int)
+    return Scored(found.cider.tolist(), found.tokens, units, counts, category, [""], _share, extra)
+
+
+RULES: dict[str, Rule] = {
+    "vqa": Rule("VQA soft accuracy", "EvalAI normaliser", _each(_vqa)),
+    "gqa": Rule("accuracy", "final full stops cut, lower case", _each(_text(metrics.gqa_match))),
+    "exact": Rule(
+        "accuracy", "stripped, lower case", _each(_text(lambda said, gold, mode: metrics.exact_match(said, gold)))
+    ),
+    "relaxed": Rule("relaxed accuracy", "stripped", _each(_text(metrics.relaxed_accuracy), _mean_share)),
+    "anls": Rule("ANLS", "lower case, white space collapsed", _each(_text(metrics.anls))),
+    "mme": Rule("score", "Chinese and true/false mapped to yes/no, first four characters read", _mme_rule),
+    "pope": Rule("F1", "first sentence; No, no or not: no, else yes", _pope_rule),
+    "circular": Rule("circular accuracy", "option letter, then VLMEvalKit's matching without a judge", _circular),
+    "scienceqa": Rule("accuracy", "option letter, also X. and (X)", _each(_scienceqa)),
+    "mmmu": Rule("accuracy", "option letter; open questions: part after the key word", _each(_mmmu)),
+    "letter": Rule("accuracy", "none", _each(_letter)),
+    "ocrbench": Rule("score", "lower case, line ends to spaces; formulas: spaces removed", _each(_ocrbench, _sum), 0),
+    "captions": Rule("CIDEr", "tokens as the Penn Treebank's, punctuation dropped", _captions),
+    "refcoco": Rule("precision at IoU 0.5", "first box of the answer", _each(_refcoco, _mean_share)),
+    "mvbench": Rule("accuracy", "first word against the option's letter", _each(_mvbench)),
+    "videomme": Rule("accuracy", "known beginnings cut, first letter A to D", _each(_videomme)),
+}

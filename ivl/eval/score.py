@@ -1,0 +1,168 @@
+"""`python -m ivl score FILE... --task docvqa`: a table with intervals, scores.json, and a report to look at."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ivl.eval import predictions, report, stats
+from ivl.eval.rules import RULES, Scored
+from ivl.eval.tasks import DECODING, TASKS, Task, fingerprint, task
+from ivl.types import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Score files of answers. Returns 0; raises UserError for what a person can mend."""
+    args = _arguments(argv)
+    chosen = task(args.task)
+    if args.html and len(args.files) > 1:
+        raise UserError(f"--html: expected one file of answers, found {len(args.files)}; make a report for each")
+    files = [Path(name) for name in args.files]
+    names = dict(pair.split("=", 1) for pair in args.field)
+    rows = [predictions.read(path, names) for path in files]
+    if args.rows:
+        rows = [predictions.join(path, found, Path(args.rows), args.partial) for path, found in zip(files, rows)]
+    rows = [rows[0], *(predictions.align(rows[0], path, found) for path, found in zip(files[1:], rows[1:]))]
+    scored = [RULES[chosen.rule].run(found, args.mode) for found in rows]
+    found = record(args.task, args.mode, files, rows, scored, args.resamples, args.seed)
+    out = Path(args.out) if args.out else files[0].with_name("scores.json")
+    out.write_text(json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    print(table(found))
+    print(f"\n{out}")
+    if args.html:
+        report.write(Path(args.html), found, rows[0], scored[0])
+        print(args.html)
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m ivl score", description="Score answers by a benchmark's published rules."
+    )
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="answers, one JSON object a line; several: a comparison"
+    )
+    parser.add_argument("--task", required=True, help=", ".join(TASKS))
+    parser.add_argument(
+        "--mode",
+        choices=("compat", "strict"),
+        default="compat",
+        help="compat: as the published script, its defects included; strict: those mended (default: compat)",
+    )
+    parser.add_argument("--rows", metavar="FILE", help="data rows that hold the ground truth, joined by id")
+    parser.add_argument("--partial", action="store_true", help="answers to some of the questions of --rows are enough")
+    parser.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        type=_pair,
+        metavar="OURS=THEIRS",
+        help="another tool's name of a field, e.g. response=prediction; may be given several times",
+    )
+    parser.add_argument("--out", metavar="FILE", help="default: scores.json beside the first file")
+    parser.add_argument("--html", metavar="FILE", help="also a page with every answer, failures first")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    return parser.parse_args(argv)
+
+
+def _pair(text: str) -> str:
+    if not re.fullmatch(r"\w+=.+", text):
+        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS, found {text!r}")
+    return text
+
+
+def record(
+    name: str,
+    mode: str,
+    files: Sequence[Path],
+    rows: Sequence[list[predictions.Row]],
+    scored: Sequence[Scored],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All there is to say about the score of one or more files; no times and no folders, so it can be made again."""
+    chosen, first = task(name), rows[0]
+    rule = RULES[chosen.rule]
+    found = {
+        "task": name,
+        "title": chosen.title,
+        "mode": mode,
+        "metric": rule.metric,
+        "published": {
+            "prompt": chosen.prompt,
+            "max_tiles": chosen.max_tiles,
+            "max_new_tokens": chosen.max_new_tokens,
+            "min_new_tokens": chosen.min_new_tokens,
+            "frames": chosen.frames,
+            "decoding": DECODING,
+            "source": chosen.source,
+        },
+        "post_processing": rule.post,
+        "data": {"fingerprint": fingerprint(first), "rows": len(first), "of": chosen.count},
+        "interval": {"level": stats.LEVEL, "resamples": resamples, "seed": seed},
+        "files": [_one(chosen, *parts, resamples, seed) for parts in zip(files, rows, scored)],
+        "comparison": [],
+    }
+    for path, other in zip(files[1:], scored[1:]):
+        gap = stats.difference(scored[0], other, resamples, seed)
+        values = {key: None if value is None else round(value, 6) for key, value in vars(gap).items()}
+        found["comparison"].append({"file": path.name, "less": files[0].name, **values})
+    return found
+
+
+def _one(
+    chosen: Task, path: Path, rows: Sequence[predictions.Row], scored: Scored, resamples: int, seed: int
+) -> dict[str, Any]:
+    low, high = stats.interval(scored, resamples, seed)
+    categories = scored.by_category() if len(scored.categories) > 1 else {}
+    asked = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
+    return {
+        "file": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "score": round(float(scored.total()), 6),
+        "low": round(low, 6),
+        "high": round(high, 6),
+        "categories": {key: round(value, 6) for key, value in categories.items()},
+        "further": {key: round(value, 6) for key, value in scored.extra.items()},
+        "run": {key: rows[0].get(key) for key in predictions.RUN},
+        "asked_as_published": sum(_asked(chosen, text) for text in asked) if asked else None,
+    }
+
+
+def _asked(chosen: Task, prompt: str) -> bool:
+    """Whether all fixed words of the benchmark's prompt are in a prompt."""
+    forms = [chosen.prompt, *([chosen.open_prompt] if chosen.open_prompt else [])]
+    return any(all(part.strip() in prompt for part in re.split(r"\{\w+\}", form)) for form in forms)
+
+
+def table(found: dict[str, Any]) -> str:
+    """A record as text for people."""
+    data, digits = found["data"], RULES[TASKS[found["task"]].rule].decimals
+    part = "" if data["of"] in (None, data["rows"]) else f" of {data['of']}: a part of the benchmark"
+    lines = [f"{found['title']} · {found['mode']} · {data['rows']} rows{part}", ""]
+    width = max(len(file["file"]) for file in found["files"])
+    lines.append(f"  {'':{width}}  {found['metric']:>10}  95 % interval")
+    for file in found["files"]:
+        lines.append(f"  {file['file']:{width}}  {file['score']:>10.{digits}f}  {_span(file, digits)}")
+    for kind in ("categories", "further"):
+        for name in found["files"][0][kind]:
+            values = "  ".join(f"{file[kind].get(name, float('nan')):>10.{digits}f}" for file in found["files"])
+            lines.append(f"    {name:40} {values}")
+    for gap in found["comparison"]:
+        text = f"  {gap['file']} less {gap['less']}: {gap['value']:+.{digits}f}  {_span(gap, digits)}  p {gap['p']:.3g}"
+        lines.append(text + ("" if gap["mcnemar"] is None else f"  McNemar p {gap['mcnemar']:.3g}"))
+    for file in found["files"]:
+        if file["asked_as_published"] not in (None, data["rows"]):
+            other = data["rows"] - file["asked_as_published"]
+            lines.append(f"  note: {other} prompts of {file['file']} are not worded as published")
+    return "\n".join(lines)
+
+
+def _span(values: dict[str, Any], digits: int) -> str:
+    return f"[{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
