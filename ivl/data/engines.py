@@ -26,7 +26,10 @@ QWEN2_WORDS = (
 
 
 class SentencePieceEngine:
-    """`tokenizer.model`: byte-pair encoding over characters, with bytes for what the vocabulary lacks."""
+    """`tokenizer.model`: byte-pair encoding over characters, with bytes for what the vocabulary lacks.
+
+    `size`: ids below it are the engine's. `prefix`: bytes that `encode` puts before a text.
+    """
 
     def __init__(self, model: bytes, where: str = "tokenizer.model", dummy_prefix: bool = True) -> None:
         """`dummy_prefix` False: no blank is put before a text, whatever the model says (`legacy=False`)."""
@@ -80,8 +83,6 @@ class SentencePieceEngine:
 class TokenizersEngine:
     """A byte-pair model of the `tokenizers` library, over bytes (Qwen, Llama 3) or over characters (converted ones)."""
 
-    prefix = 0
-
     def __init__(self, tokenizer: tokenizers.Tokenizer, nfc: bool = False, byte_level: bool = True) -> None:
         """`tokenizer` has no added tokens, adds none around a text, and leaves it as it is but for `nfc`."""
         self.tokenizer = tokenizer
@@ -89,6 +90,7 @@ class TokenizersEngine:
         self.byte_level = byte_level
         self.size = tokenizer.get_vocab_size()
         self._byte_of = {char: byte for byte, char in _byte_characters().items()}
+        self.prefix = sum(len(self.token_bytes(token)) for token in self.encode("a")) - 1
 
     def normalize(self, text: str) -> str:
         return unicodedata.normalize("NFC", text) if self.nfc else text
@@ -101,7 +103,8 @@ class TokenizersEngine:
         if piece is None:
             return b""
         if self.byte_level:
-            return bytes(self._byte_of[char] for char in piece)
+            known = all(char in self._byte_of for char in piece)
+            return bytes(self._byte_of[char] for char in piece) if known else piece.encode()
         if len(piece) == 6 and piece.startswith("<0x"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
@@ -142,6 +145,11 @@ def json_engine(path: Path) -> tuple[TokenizersEngine, list[dict[str, Any]], boo
     """Engine of a `tokenizer.json`, its added tokens, and whether it begins a text with bos."""
     raw = read_json(path)
     added = raw.get("added_tokens") or []
+    if '"first"' in json.dumps(raw.get("pre_tokenizer")):
+        raise UserError(
+            f"{path}: it puts a blank before the first word of a text only (prepend_scheme first); "
+            f"expected tokenizer.model beside it"
+        )
     normalizer = raw.get("normalizer")
     nfc = isinstance(normalizer, dict) and normalizer.get("type") == "NFC"
     bos = bool(_bos_of(raw.get("post_processor")))

@@ -44,7 +44,7 @@ class Plan:
     @property
     def num_supervised(self) -> int:
         """As `Example.num_supervised`."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        return len(self.labels) - self.labels.count(IGNORE) - (self.labels[:1] not in ([], [IGNORE]))
 
 
 Encode = Callable[[Conversation, Sequence[Shape], Sequence[int]], Plan]

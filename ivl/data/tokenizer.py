@@ -27,6 +27,8 @@ NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 Span = tuple["str | list[int]", Collection[str], bool]
 """A text (or ids as they are), the added tokens recognised in it, and whether it is trained on"""
 
+Piece = tuple["str | list[int] | None", bool]
+
 
 @dataclass(frozen=True)
 class AddedToken:
@@ -123,15 +125,15 @@ class Tokenizer:
         What stands between two added tokens is tokenised in one piece, across spans, as in the whole text. A token
         that reaches from one span into the next belongs to the span it begins in.
         """
-        pieces: list[tuple[str | int | None, bool]] = []
+        pieces: list[Piece] = []
         for content, names, trained in spans:
             if isinstance(content, str):
                 pieces += [(piece, trained) for piece in self._cut(self.engine.normalize(content), frozenset(names))]
-            else:
-                pieces += [(piece, trained) for piece in content]
+            elif content:
+                pieces.append((content, trained))
         if self._strips:
             pieces = self._swallow_blanks(pieces)
-        if self.leading_space and any(piece or piece == 0 for piece, _ in pieces):
+        if self.leading_space and pieces:
             pieces = self._with_leading_space(pieces)
         ids: list[int] = []
         flags: list[bool] = []
@@ -146,12 +148,12 @@ class Tokenizer:
             if text:
                 self._encode_text(text, ids, flags)
                 text = []
-            if piece is not None:
-                ids.append(piece)
-                flags.append(trained)
+            if piece:
+                ids += piece
+                flags += [trained] * len(piece)
         return ids, flags
 
-    def _cut(self, text: str, names: frozenset[str]) -> list[str | int | None]:
+    def _cut(self, text: str, names: frozenset[str]) -> list[str | list[int] | None]:
         """Text between the added tokens `names`, and their ids. None cuts a text where nothing else does: inside the
         vocabulary's own spelling of a token that is not recognised (InternLM2 reads `[UNUSED_TOKEN_145]` as
         `<|im_end|>`), so that it stays plain characters."""
@@ -162,26 +164,30 @@ class Tokenizer:
         cutter = self._cutters[names]
         if cutter is None:
             return [text] if text else []
-        pieces: list[str | int | None] = []
+        pieces: list[str | list[int] | None] = []
         for n, part in enumerate(cutter.split(text)):
             if n % 2 == 0:
                 if part:
                     pieces.append(part)
             elif part in names:
-                pieces.append(self.added[part].id)
+                pieces.append([self.added[part].id])
             else:
                 pieces += [part[0], None, part[1:]]
         return pieces
 
-    def _swallow_blanks(self, pieces: list[tuple[str | int | None, bool]]) -> list[tuple[str | int | None, bool]]:
+    def _swallow_blanks(self, pieces: list[Piece]) -> list[Piece]:
+        """What `lstrip` and `rstrip` of added tokens leave."""
         out = list(pieces)
         for n, (piece, _) in enumerate(pieces):
-            token = self.added.get(self._text_of.get(piece, "")) if isinstance(piece, int) else None
-            if token is None:
+            if not isinstance(piece, list):
                 continue
-            for wanted, step, strip in ((token.rstrip, 1, str.lstrip), (token.lstrip, -1, str.rstrip)):
+            before, after = (self.added.get(self._text_of.get(piece[end], "")) for end in (0, -1))
+            for wanted, step, strip in (
+                (after is not None and after.rstrip, 1, str.lstrip),
+                (before is not None and before.lstrip, -1, str.rstrip),
+            ):
                 at = n + step
-                while wanted and 0 <= at < len(out) and not isinstance(out[at][0], int):
+                while wanted and 0 <= at < len(out) and not isinstance(out[at][0], list):
                     text, trained = out[at]
                     out[at] = (strip(text) if text else text, trained)
                     if out[at][0]:
@@ -189,10 +195,10 @@ class Tokenizer:
                     at += step
         return [(piece, trained) for piece, trained in out if piece != ""]
 
-    def _with_leading_space(self, pieces: list[tuple[str | int | None, bool]]) -> list[tuple[str | int | None, bool]]:
+    def _with_leading_space(self, pieces: list[Piece]) -> list[Piece]:
         """A blank before the text; none right before one of the special tokens, as `legacy=False` has it."""
         first = pieces[0][0]
-        if isinstance(first, int) and self._text_of.get(first) in self.special:
+        if isinstance(first, list) and self._text_of.get(first[0]) in self.special:
             return pieces
         return [(" ", False), *pieces]
 
@@ -307,11 +313,11 @@ def _read_files(folder: Path) -> dict[str, Any]:
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and kind == "Qwen2Tokenizer":
         engine = qwen2_engine(folder)
     elif (folder / "tokenizer.json").is_file():
-        engine, tokens, begins = json_engine(folder / "tokenizer.json")
-        add_bos = bool(settings.get("add_bos_token", begins)) if begins else add_bos
+        engine, tokens, add_bos = json_engine(folder / "tokenizer.json")
     else:
         raise UserError(
-            f"{folder}: no tokenizer; expected tokenizer.model, or vocab.json with merges.txt, or tokenizer.json"
+            f"{folder}: no tokenizer; expected tokenizer.model, or vocab.json with merges.txt (Qwen2Tokenizer), or "
+            f"tokenizer.json"
         )
     if (folder / "added_tokens.json").is_file():
         tokens += [{"content": t, "id": i} for t, i in read_json(folder / "added_tokens.json").items()]

@@ -5,11 +5,14 @@ import pickle
 import time
 
 import pytest
+import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl.data.tokenizer import GROUNDING_TOKENS, Tokenizer
 from ivl.types import UserError
+from tests.tiny import _byte_level_bpe, write_tokenizer
 
 CHECKPOINTS = ("internvl2_1b", "internvl2_2b", "internvl2_4b", "internvl2_26b", "internvl_chat_v1_5")
 
@@ -137,3 +140,94 @@ def test_missing_files(tmp_path, golden):
     (tmp_path / "tokenizer.model").write_bytes(source.read_bytes()[:1000])
     with pytest.raises(UserError, match="is the download complete"):
         Tokenizer.load(tmp_path)
+
+
+# Shapes of files without a recording
+
+
+mixed = st.lists(
+    st.sampled_from(["<img>", "<ref>", "<|im_end|>", "</s>", " ", "\n", "Describe", "digit 12"])
+    | st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=8)
+).map("".join)
+
+
+@pytest.mark.parametrize("style", ["llama3", "qwen2"])
+def test_as_the_tokenizers_library_reads_the_whole_file(tmp_path, style):
+    """tokenizer.json alone (Llama 3), and vocab.json with merges.txt (Qwen), against one `tokenizers.Tokenizer`."""
+    write_tokenizer(tmp_path, style)
+    reference = tokenizers.Tokenizer.from_str(_byte_level_bpe())
+    ours = Tokenizer.load(tmp_path)
+    begin = False
+    if style == "llama3":
+        raw = json.loads((tmp_path / "tokenizer.json").read_text())
+        bos = raw["added_tokens"][0]
+        raw["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {bos["content"]: {"id": bos["content"], "ids": [bos["id"]], "tokens": [bos["content"]]}},
+        }
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        ours, begin = Tokenizer.load(tmp_path), True
+        reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    else:
+        reference.add_special_tokens(sorted(ours.added, key=lambda text: ours.added[text].id))
+
+    @settings(max_examples=150, deadline=None)
+    @given(mixed)
+    def check(text):
+        ids = ours.encode(text, bos=begin)
+        assert ids == reference.encode(text).ids
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=False)
+        assert ours.decode(ids, skip_special=True) == reference.decode(ids, skip_special_tokens=True)
+        plain = ours.encode(text, special=False)
+        assert not {token.id for token in ours.added.values()} & set(plain)
+
+    check()
+    assert len(ours) == reference.get_vocab_size()
+
+
+def test_each_piece_of_a_legacy_tokenizer_begins_with_a_blank(tmp_path):
+    """Yi: sentencepiece puts a blank before every text between two added tokens; labels still fall where they must."""
+    write_tokenizer(tmp_path, "yi")
+    ours = Tokenizer.load(tmp_path)
+    model = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    text = "Describe<img>the cat</img> 7"
+    expected = [*model.encode("Describe"), ours.token_id("<img>"), *model.encode("the cat")]
+    assert ours.encode(text, bos=True) == [*expected, ours.token_id("</img>"), *model.encode(" 7")]
+    ids, trained = ours.encode_spans([("<img>cate", ours.added, False), ("gory: 12", (), True)])
+    learnt = ours.decode([i for i, flag in zip(ids, trained) if flag])
+    assert "category: 12".endswith(learnt)
+    assert len(learnt) <= len("gory: 12")
+    assert ours.decode(ids) == "<img> category: 12"
+
+
+def test_files_that_do_not_fit(tmp_path):
+    write_tokenizer(tmp_path, "qwen2")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nno such\n")
+    with pytest.raises(UserError, match=r"merges\.txt: does not fit vocab\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "json").mkdir()
+    write_tokenizer(tmp_path / "json", "llama3")
+    path = tmp_path / "json" / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"model": {"type": "?"}}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer file"):
+        Tokenizer.load(tmp_path / "json")
+    path.write_text(json.dumps(raw | {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}}))
+    with pytest.raises(UserError, match="prepend_scheme first"):
+        Tokenizer.load(tmp_path / "json")
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        Tokenizer.load(tmp_path / "json")
+
+
+def test_ids_and_names(every):
+    for tokenizer in every:
+        assert tokenizer.context_id == tokenizer.token_id("<IMG_CONTEXT>")
+        assert tokenizer.token_bytes(10**6) == tokenizer.token_bytes(len(tokenizer)) == b""
+        with pytest.raises(UserError, match=r"no token '<\|nobody\|>'"):
+            tokenizer.token_id("<|nobody|>")
+        ids = tokenizer.encode("<img>a<ref>b")
+        assert tokenizer.decode(ids, skip=[tokenizer.token_id("<img>")]).strip() == "a<ref>b"
+        assert tokenizer.decode(ids, skip_special=True).strip() == "ab"
