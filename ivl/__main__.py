@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from pathlib import Path
 
 COMMANDS = {
     "fit": ("ivl.lit.cli", "fine-tune a model                     --config configs/demo.yaml"),
@@ -43,9 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(COMMANDS[command][0])
         if module.__name__ == "ivl.lit.cli":
-            from ivl.demo import prepare
-
-            return module.main(argv, prepare_demo=prepare)
+            return module.main(argv, prepare_demo=_prepare_demo)
         return module.main(argv[1:])
     except KeyboardInterrupt:
         return 130
@@ -54,6 +53,12 @@ def main(argv: list[str] | None = None) -> int:
         if debug or message is None:
             traceback.print_exc()
         return _fail(message) if message is not None else 1
+
+
+def _prepare_demo(folder: Path) -> None:
+    from ivl.demo import prepare  # slow to import, and rarely needed
+
+    prepare(folder)
 
 
 def _explain(error: Exception) -> str | None:

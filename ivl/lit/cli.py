@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import warnings
@@ -9,14 +10,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from ivl.lit.callbacks import Checkpoints, Pictures, PredictionWriter, Throughput
 from ivl.lit.datamodule import IvlData
 from ivl.lit.module import LitInternVL
 from ivl.types import UserError
+
+
+class SaveConfig(SaveConfigCallback):
+    """The full config beside each fit, under a name of its own where a resumed run goes on in the same folder."""
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # asks all ranks
+        if stage != "fit" or folder is None or not trainer.is_global_zero or self.already_saved:
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        names = itertools.chain(["config.yaml"], (f"config-{n}.yaml" for n in itertools.count(1)))
+        path = next(path for path in (Path(folder) / name for name in names) if not path.exists())
+        self.parser.save(self.config, path, skip_none=False)
+        self.already_saved = True
 
 
 class IvlCLI(LightningCLI):
@@ -133,6 +149,7 @@ def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
         IvlData,
         seed_everything_default=42,
         auto_configure_optimizers=False,
+        save_config_callback=SaveConfig,
         trainer_defaults={
             "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": ""}},
             "callbacks": [Throughput(), Pictures(), LearningRateMonitor("step")],
