@@ -54,7 +54,7 @@ def _strict_choice(said: str, options: Mapping[str, str]) -> str:
     longest = [k for k, text in inside.items() if not any(text != t and text in t for t in inside.values())]
     if len(longest) == 1:
         return longest[0]
-    alone = set(re.findall(rf"(?<!^)\b([{letters}])\b", said))  # a first "A" is an article
+    alone = set(re.findall(rf"(?!^A\b)\b([{letters}])\b", said))  # a first "A" is an article
     return alone.pop() if len(alone) == 1 and not longest else ""
 
 

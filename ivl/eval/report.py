@@ -90,6 +90,8 @@ def _gold(row: Row) -> str:
     answers = row.get("answers")
     if isinstance(answers, list) and answers:
         return " | ".join(dict.fromkeys(map(str, answers)))
+    if row.get("reference") is None and row.get("box"):
+        return f"box {row['box']} in a picture of {row.get('size')}"
     return str(row.get("reference") or "")
 
 
@@ -204,6 +206,7 @@ function draw(force) {
   const last = Math.min(view.length, Math.ceil((list.scrollTop + list.clientHeight) / HEIGHT) + SPARE);
   if (!force && drawn === first + " " + last) return;
   drawn = first + " " + last;
+  document.getElementById("heads").style.paddingRight = 16 + list.offsetWidth - list.clientWidth + "px";
   list.replaceChildren(space, ...view.slice(first, last).map((row, n) => line(row, first + n)));
 }
 function order() {
