@@ -85,7 +85,7 @@ def load_weights(model: nn.Module, files: Files, device: torch.device | str) -> 
 def check(model: nn.Module, files: Files) -> list[Group]:
     """What to read for each of the model's tensors. Raises UserError listing every tensor that does not fit."""
     layout = layout_of(files.where, model.config)
-    state = {name: tensor.to("meta") for name, tensor in untied_state(model).items()}
+    state = {name: tensor.to("meta") for name, tensor in untied(model.state_dict(), model.config).items()}
     expected = {name: tuple(t.shape) for name, t in to_stored(state, layout, model.config).items()}
     missing = sorted(expected.keys() - files.shapes.keys())
     unexpected = sorted(files.shapes.keys() - expected.keys())
@@ -112,18 +112,16 @@ def _some(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def untied_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state, without an output layer that is the input embedding itself."""
-    state = model.state_dict(keep_vars=True)
-    if model.language_model.config.tie_word_embeddings:
-        del state["language_model.lm_head.weight"]
-    return state
+def untied(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """A model's state, without an output layer that is the input embedding itself."""
+    tied = config.llm.get("tie_word_embeddings")
+    return {name: tensor for name, tensor in state.items() if not (tied and name == "language_model.lm_head.weight")}
 
 
 def tie(model: nn.Module) -> None:
     """Make the output layer the input embedding again, where the checkpoint has one tensor for both."""
     language_model = model.language_model
-    if language_model.config.tie_word_embeddings:
+    if model.config.llm.get("tie_word_embeddings"):
         language_model.lm_head.weight = language_model.get_input_embeddings().weight
 
 
@@ -145,6 +143,7 @@ def save_weights(
     A shard holds at least one tensor, however large.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    state = untied(state, config)
     shards: list[list[Group]] = [[]]
     sizes = [0]
     for group in groups(state, layout):

@@ -1,0 +1,252 @@
+"""Decoding: answers as recorded, the same however rows are batched, and the settings doing what they say."""
+
+import pytest
+import torch
+
+from ivl.model.generate import Choice, Memory, read
+from ivl.model.internvl import InternVL
+from ivl.types import UserError
+from tests.model.rows import packed, padded, rows
+from tests.tiny import FAMILIES, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "qwen2")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return InternVL.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_model(request, tmp_path_factory):
+    return InternVL.from_pretrained(write_checkpoint(tmp_path_factory.mktemp("tiny") / request.param, request.param))
+
+
+def prompts(model: InternVL, lengths=(9, 21, 14, 30), tiles=(0, 2, 1, 3), seed=0):
+    return rows(model, lengths, tiles, seed)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_answers_equal_the_reference(recorded, attention):
+    model, pixels = recorded.model(attention=attention), recorded.arrays("generation.npz")
+    stopped = 0
+    for case in recorded.json("generation.json")["cases"]:
+        made = []
+        for ids, mask in zip(torch.tensor(case["input_ids"]), torch.tensor(case["attention_mask"])):
+            ids = ids[mask.bool()]
+            count = int((ids == model.image_token_id).sum()) // model.config.tokens_per_tile
+            made.append({"input_ids": ids, "labels": ids, "tiles": torch.zeros(count, 3, 1, 1)})
+        tiles = torch.cat([row["tiles"] for row in made])
+        for row in made:
+            row["tiles"] = tiles[: len(row["tiles"])]
+        batch = padded(made)
+        if len(tiles):
+            batch.tiles = pixels[f"{case['name']}.pixel_values"]
+        assert model.generate(batch, max_new_tokens=24, eos_ids=[]) == case["new_tokens"], case["name"]
+        if "stop" in case:
+            stop = case["stop"]
+            expected = [cut_after(row, stop["eos_token_id"]) for row in stop["new_tokens"]]
+            found = model.generate(batch, max_new_tokens=24, eos_ids=[stop["eos_token_id"]])
+            assert found == expected, case["name"]
+            stopped += len(found[0]) < 24
+    assert stopped
+
+
+def cut_after(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def test_a_batch_answers_as_each_row_alone(any_model):
+    made = prompts(any_model)
+    alone = [any_model.generate(padded([row]), max_new_tokens=12, eos_ids=[])[0] for row in made]
+    assert any_model.generate(padded(made), max_new_tokens=12, eos_ids=[]) == alone
+    assert any_model.generate(padded(made, extra=5), max_new_tokens=12, eos_ids=[]) == alone
+    assert len({tuple(answer) for answer in alone}) == len(alone)
+
+
+def test_decoding_with_a_cache_equals_one_forward_after_another(any_model):
+    batch = padded(prompts(any_model, lengths=(11,), tiles=(1,), seed=1))
+    found = any_model.generate(batch, max_new_tokens=8, eos_ids=[])[0]
+    ids = batch.input_ids
+    with torch.no_grad():
+        for token in found:
+            assert token != any_model.image_token_id, "the seed no longer serves"
+            assert int(any_model(ids, tiles=batch.tiles).logits[0, -1].argmax()) == token
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_sliding_window_is_counted_in_tokens_of_the_row(tmp_path, attention):
+    """Padding between prompt and answer is not part of the window."""
+    folder = write_checkpoint(tmp_path, "Phi3ForCausalLM", llm={"sliding_window": 10})
+    model = InternVL.from_pretrained(folder, attention=attention)
+    made = prompts(model)
+    alone = [model.generate(padded([row]), max_new_tokens=12, eos_ids=[])[0] for row in made]
+    assert model.generate(padded(made), max_new_tokens=12, eos_ids=[]) == alone
+    batch, ids = padded(made[:1]), padded(made[:1]).input_ids
+    with torch.no_grad():
+        for token in alone[0]:
+            assert int(model(ids, tiles=batch.tiles).logits[0, -1].argmax()) == token
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_a_row_stops_at_its_own_end(model):
+    batch = padded(prompts(model))
+    whole = model.generate(batch, max_new_tokens=16, eos_ids=[])
+    end = whole[1][4]
+    found = model.generate(batch, max_new_tokens=16, eos_ids=[end])
+    assert found == [cut_after(row, end) for row in whole]
+    assert len(found[1]) <= 5
+    assert model.generate(batch, max_new_tokens=16, eos_ids=[], stop=[whole[2][3:5]])[2] == whole[2][:5]
+
+
+def test_end_tokens_are_the_checkpoints_own_by_default(folder):
+    model = InternVL.from_pretrained(folder)
+    batch = padded(prompts(model))
+    whole = model.generate(batch, max_new_tokens=8, eos_ids=[])
+    model.eos_ids = [whole[0][2]]
+    assert model.generate(batch, max_new_tokens=8)[0] == cut_after(whole[0], whole[0][2])
+
+
+def test_min_new_tokens_holds_the_end_back(model):
+    batch = padded(prompts(model))
+    end = model.generate(batch, max_new_tokens=1, eos_ids=[])[0][0]
+    assert len(model.generate(batch, max_new_tokens=8, eos_ids=[end])[0]) == 1
+    found = model.generate(batch, max_new_tokens=8, min_new_tokens=5, eos_ids=[end])[0]
+    assert end not in found[:5]
+    assert len(found) >= 5
+
+
+def test_stream_yields_what_generate_returns(model):
+    batch = padded(prompts(model, lengths=(12,), tiles=(1,)))
+    whole = model.generate(batch, max_new_tokens=10, eos_ids=[])[0]
+    assert list(model.stream(batch, max_new_tokens=10, eos_ids=[])) == whole
+    assert list(model.stream(batch, max_new_tokens=10, eos_ids=[whole[3]])) == cut_after(whole, whole[3])
+    assert next(model.stream(batch, max_new_tokens=10, eos_ids=[])) == whole[0]
+
+
+def test_the_tower_runs_once_over_all_tiles(model):
+    sizes = []
+    hook = model.vision_model.register_forward_hook(lambda _module, given, _out: sizes.append(len(given[0])))
+    model.generate(padded(prompts(model)), max_new_tokens=4, eos_ids=[])
+    hook.remove()
+    assert sizes == [6]
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def test_sampled_answers_do_not_depend_on_neighbours(model):
+    made = prompts(model)
+    settings = {"max_new_tokens": 10, "eos_ids": [], "temperature": 1.0, "top_p": 0.9, "seed": 3}
+    together = model.generate(padded(made), **settings)
+    assert together == [model.generate(padded([row]), **settings)[0] for row in made]
+    assert together == model.generate(padded(made), **settings)
+    assert together != model.generate(padded(made), **settings | {"seed": 4})
+    assert together != model.generate(padded(made), max_new_tokens=10, eos_ids=[])
+
+
+LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+
+
+def shares(choose: Choice, logits: torch.Tensor = LOGITS, said=(), draws: int = 2000) -> list[float]:
+    generator = [torch.Generator().manual_seed(0)]
+    counts = torch.zeros(logits.shape[1])
+    for _ in range(draws):
+        counts[choose(logits, [list(said)], generator)] += 1
+    return (counts / draws).tolist()
+
+
+def test_sampling_follows_the_probabilities():
+    assert shares(Choice(temperature=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
+    sharp = (LOGITS / 0.5).softmax(-1)[0].tolist()
+    assert shares(Choice(temperature=0.5)) == pytest.approx(sharp, abs=0.04)
+    assert shares(Choice(), draws=10) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_top_k_and_top_p_keep_the_most_likely():
+    assert shares(Choice(temperature=1.0, top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    assert shares(Choice(temperature=1.0, top_p=0.6)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    assert shares(Choice(temperature=1.0, top_p=0.4)) == [1.0, 0, 0, 0]
+    assert shares(Choice(temperature=1.0, top_k=3, top_p=0.9))[3] == 0
+
+
+def test_repetition_penalty_equals_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits, said = torch.randn(2, 20), [[3, 3, 7], [0]]
+    expected = [
+        RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None])[0] for ids, row in zip(said, logits)
+    ]
+    assert torch.equal(Choice(repetition_penalty=1.3)._penalised(logits, said), torch.stack(expected))
+
+
+def test_repetition_penalty_acts_on_the_answer(model):
+    batch = padded(prompts(model))
+    found = model.generate(batch, max_new_tokens=20, eos_ids=[], repetition_penalty=1e6)
+    assert all(len(set(answer)) == len(answer) for answer in found)
+
+
+# -- the core, as a chat or a scheduler uses it ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_second_turn_is_appended_to_the_cache(any_model):
+    """Rows of different lengths, read in two parts, give the logits of the whole read at once."""
+    language_model = any_model.language_model
+    embed = language_model.get_input_embeddings()
+    firsts, seconds = ([torch.randint(0, 200, (n,)) for n in lengths] for lengths in ((5, 9), (6, 3)))
+    memory = Memory()
+    for part in (firsts, seconds):
+        made = [{"input_ids": ids, "labels": ids, "tiles": torch.zeros(0, 3, 1, 1)} for ids in part]
+        batch = padded(made)
+        logits = read(language_model, embed(batch.input_ids), batch.attention_mask, memory)
+    for row, (first, second) in enumerate(zip(firsts, seconds)):
+        whole = any_model(torch.cat([first, second])[None]).logits[0, -1]
+        torch.testing.assert_close(logits[row], whole, atol=1e-5, rtol=0)
+    assert memory.lengths_B.tolist() == [11, 12]
+
+
+def test_all_done_keeps_this_process_going(model):
+    batch = padded(prompts(model, lengths=(8,), tiles=(0,)))
+    end = model.generate(batch, max_new_tokens=1, eos_ids=[])[0][0]
+    asked = []
+    found = model.generate(
+        batch, max_new_tokens=9, eos_ids=[end], all_done=lambda own: asked.append(own) or len(asked) == 4
+    )
+    assert found == [[end]]
+    assert asked == [True] * 4
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_context_is_checked_before_any_work(model):
+    batch = padded(prompts(model))
+    with pytest.raises(UserError, match=r"a prompt of 30 tokens and max_new_tokens 4080 exceed .* context of 4096"):
+        model.generate(batch, max_new_tokens=4080)
+
+
+def test_misuse_is_refused(folder):
+    model = InternVL.from_pretrained(folder)
+    made = prompts(model)
+    with pytest.raises(UserError, match="stream: expected a batch of one row, found 4"):
+        next(model.stream(padded(made)))
+    with pytest.raises(UserError, match="the batch is packed"):
+        model.generate(packed(made))
+    left = padded(made)
+    left.attention_mask = left.attention_mask.flip(1)
+    with pytest.raises(UserError, match="expected prompts padded on the right"):
+        model.generate(left)
+    with pytest.raises(UserError, match="in training mode"):
+        model.train().generate(padded(made))
+
+
+def test_settings_out_of_range_are_listed():
+    with pytest.raises(UserError) as caught:
+        Choice(temperature=-1, top_p=0, top_k=-2, repetition_penalty=0)
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        assert f"{name}: expected" in str(caught.value)
