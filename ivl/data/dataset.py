@@ -1,95 +1,339 @@
-"""Files of rows, read where they lie: a jsonl file is indexed by byte offsets and never held in memory."""
+"""Rows of files → Examples: what stands where, which rows make up an epoch, and what is held out.
+
+A row is named by its number over all files of a `Rows`, or over all parts of a `Mixture`. `(epoch, number)` may stand
+for it where random choices inside a row are to differ from epoch to epoch, whichever process makes it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
+from torch.utils.data import Dataset
 
-from ivl.data.processor import Processor
+from ivl.data.rows import RowFile
 from ivl.types import Conversation, Example, UserError
 
-
-class RowFile:
-    """One file of rows. Raises UserError where there is none, or it holds no row."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such file; expected rows as jsonl (one JSON object per line) or json")
-        self.lines, self.starts, self.ends = self._jsonl() if self.path.suffix != ".json" else ([], [], [])
-        self._whole: list[Any] | None = self._json() if self.path.suffix == ".json" else None
-        if not len(self):
-            raise UserError(f"{self.path}: no rows; expected at least one JSON object")
-
-    def _jsonl(self) -> tuple[Any, Any, Any]:
-        lines, starts, ends, position = [], [], [], 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    lines.append(number)
-                    starts.append(position)
-                    ends.append(position + len(line))
-                position += len(line)
-        return np.array(lines), np.array(starts), np.array(ends)
-
-    def _json(self) -> list[Any]:
-        try:
-            rows = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(
-                f"{self.path}: not valid JSON ({error}); one object per line belongs in a .jsonl"
-            ) from error
-        if not isinstance(rows, list):
-            raise UserError(f"{self.path}: expected a JSON list of rows, found {type(rows).__name__}")
-        return rows
-
-    def __len__(self) -> int:
-        return len(self.lines) if self._whole is None else len(self._whole)
-
-    def where(self, index: int) -> str:
-        """`file:line` of a row (of a json file: `file:` and the number of the row, from 1)."""
-        return f"{self.path}:{index + 1 if self._whole is not None else self.lines[index]}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if self._whole is not None:
-            row = self._whole[index]
-        else:
-            with self.path.open("rb") as file:
-                file.seek(int(self.starts[index]))
-                text = file.read(int(self.ends[index] - self.starts[index]))
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise UserError(
-                    f"{self.where(index)}: not valid JSON ({error}); expected one object per line"
-                ) from error
-        if not isinstance(row, dict):
-            raise UserError(f"{self.where(index)}: expected a JSON object, found {type(row).__name__}")
-        return row
+Key = int | tuple[int, int]
+"""A row's number, or (epoch, number)"""
 
 
-class Rows:
-    """The rows of several files, one after the other, made into examples by a processor."""
+class MakesExamples(Protocol):
+    """What is needed of `ivl.data.processor.Processor`."""
 
-    def __init__(self, files: Sequence[str | Path], processor: Processor, root: str | Path | None = None):
-        self.files = [RowFile(file) for file in files]
+    def parse(self, row: Any, where: str = "", root: str | Path | None = None) -> Conversation: ...
+
+    def __call__(
+        self,
+        row: Any,
+        where: str = "",
+        root: str | Path | None = None,
+        max_tiles: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Example: ...
+
+
+class Rows(Dataset[Example]):
+    """Rows of one or more files. Picklable, so that loader workers can have it."""
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        processor: MakesExamples,
+        root: str | Path | None = None,
+        as_prompt: bool = False,
+        on_error: Literal["error", "skip"] = "error",
+        source: str = "",
+        max_tiles: int | None = None,
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        """
+        Args:
+            root: where relative media paths start; None: the folder of the file they stand in.
+            as_prompt: leave out the last answer, which is to be generated.
+            on_error: error: a bad row raises UserError; skip: `__getitems__`, which a DataLoader calls with the
+                rows of a batch, leaves it out and calls `on_skip`. Rows known to be bad are left out before batches
+                are made, by `ivl.data.index`.
+            source: name of this data set in scores and losses per source; a row's own is kept.
+            max_tiles: most tiles of an image of these rows; None: the processor's limit.
+            seed: of random choices inside rows, together with epoch and number.
+            cache_dir: see `RowFile`.
+        """
+        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        if not paths:
+            raise UserError("rows: no files; expected one or more (jsonl or json)")
+        self.files = [RowFile(path, cache_dir) for path in paths]
         self.processor = processor
-        self.root = root
-        self.ends = np.cumsum([len(file) for file in self.files])
+        self.root, self.as_prompt, self.source = root, as_prompt, source
+        self.on_error, self.max_tiles, self.seed = on_error, max_tiles, seed
+        self.on_skip: Callable[[str], None] | None = None
+        self.lengths: np.ndarray | None = None
+        """(rows, 2) tokens and tiles that each Example must have, where an index has said so"""
+        self._first = np.cumsum([0] + [len(file) for file in self.files])
+        self._chosen: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self._first[-1]) if self._chosen is None else len(self._chosen)
 
-    def conversation(self, index: int) -> Conversation:
-        """Row `index`, understood. Relative media paths start at `root`, else at the folder of the row's file."""
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        file = self.files[number]
-        local = index - (int(self.ends[number - 1]) if number else 0)
-        return self.processor.parse(file[local], file.where(local), self.root or file.path.parent)
+    def select(self, numbers: np.ndarray) -> Rows:
+        """The rows of these numbers, in this order."""
+        part = object.__new__(type(self))
+        part.__dict__ = dict(self.__dict__)
+        part._chosen = numbers if self._chosen is None else self._chosen[numbers]
+        part.lengths = None if self.lengths is None else self.lengths[numbers]
+        return part
 
-    def __getitem__(self, index: int) -> Example:
-        return self.processor(self.conversation(index))
+    def _at(self, i: int) -> tuple[RowFile, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        number = int(i if self._chosen is None else self._chosen[i])
+        file = int(np.searchsorted(self._first, number, side="right")) - 1
+        return self.files[file], number - int(self._first[file])
+
+    def number(self, i: int) -> int:
+        """Number of row `i` over all rows of the files, also of those that are not selected."""
+        return int(i if self._chosen is None else self._chosen[i])
+
+    def where(self, i: int) -> str:
+        """`file:line` of a row."""
+        file, at = self._at(i)
+        return file.where(at)
+
+    def raw(self, i: int) -> bytes:
+        """A row as it stands in its file."""
+        file, at = self._at(i)
+        return file.raw(at)
+
+    def row(self, i: int) -> Any:
+        """A row as JSON. Raises UserError with `file:line`."""
+        file, at = self._at(i)
+        return file[at]
+
+    def conversation(self, i: int) -> Conversation:
+        """A row, understood. Raises UserError with `file:line`."""
+        file, at = self._at(i)
+        root = file.path.parent if self.root is None else self.root
+        conversation = self.processor.parse(file[at], file.where(at), root)
+        if self.source and not conversation.source:
+            conversation = replace(conversation, source=self.source)
+        return conversation.as_prompt() if self.as_prompt else conversation
+
+    def __getitem__(self, key: Key) -> Example:
+        """Raises UserError with `file:line`, also where the row is not what the index saw."""
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        generator = torch.Generator().manual_seed(_seed(self.seed, epoch, self.number(i)))
+        example = self.processor(self.conversation(i), max_tiles=self.max_tiles, generator=generator)
+        if self.lengths is not None:
+            found = len(example.input_ids), len(example.tiles)
+            if found != tuple(self.lengths[i]):
+                raise UserError(
+                    f"{self.where(i)}: {found[0]} tokens and {found[1]} tiles, but its index says {self.lengths[i][0]} "
+                    f"and {self.lengths[i][1]}; a picture changed after the index was made: delete the index"
+                )
+        return example
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
+        """The rows of a batch; where `on_error` is skip, without those that cannot be made."""
+        return _gather(self, keys)
+
+
+def _gather(dataset: Rows | Mixture, keys: Sequence[Key]) -> list[Example]:
+    examples, reasons = [], []
+    for key in keys:
+        rows, inner = (dataset, key) if isinstance(dataset, Rows) else dataset.at(key)
+        try:
+            examples.append(rows[inner])
+        except UserError as error:
+            if rows.on_error == "error":
+                raise
+            reasons.append(str(error))
+            if rows.on_skip is not None:
+                rows.on_skip(str(error))
+    if not examples:
+        raise UserError(f"{reasons[0]} (no row of this batch of {len(keys)} could be made)")
+    return examples
+
+
+def _seed(*numbers: int | str) -> int:
+    """A seed below 2**63 from numbers, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def permutation(count: int, *seed: int | str) -> np.ndarray:
+    """(count,) int64: an order of `count` rows, the same on every machine for the same seed."""
+    return np.random.Generator(np.random.PCG64(_seed(*seed))).permutation(count)
+
+
+def split(rows: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
+    """(training rows, held-out rows): `fraction` of the rows, at least one, is held out.
+
+    Which ones depends on the rows' text and `seed`, not on their order or on what else the file holds; rows of equal
+    text stay together, save where that would hold out more than was asked for.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"val_fraction: expected a share between 0 and 1, found {fraction}")
+    if len(rows) < 2:
+        raise UserError(f"val_fraction: {len(rows)} row cannot be split; give a file of held-out rows")
+    salt = str(seed).encode()
+    digests = (hashlib.blake2b(rows.raw(i).strip(), digest_size=8, key=salt).digest() for i in range(len(rows)))
+    ranks = np.frombuffer(b"".join(digests), dtype=">u8")
+    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    held = np.zeros(len(rows), bool)
+    held[np.argsort(ranks, kind="stable")[:count]] = True
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture. Give `repeat` or `ratio` to all parts of a mixture, or neither."""
+
+    rows: Rows
+    name: str = ""
+    repeat: float | None = None
+    """How often each row is seen in an epoch: 2 is twice, 0.1 a tenth of the rows, another tenth each epoch"""
+    ratio: float | None = None
+    """Share of the epoch's rows, relative to the other parts'; the epoch has as many rows as all parts together"""
+
+
+class Mixture(Dataset[Example]):
+    """Several sources, each with its exact share of every epoch. Row numbers run over the parts in order.
+
+    A part's rows are drawn from an endless series of shuffles of them, each epoch going on where the last ended: no
+    row comes a third time before every one came twice.
+    """
+
+    def __init__(self, parts: Sequence[Part | Rows], seed: int = 0, epoch_rows: int | None = None) -> None:
+        """`epoch_rows`: rows of an epoch where parts have ratios."""
+        self.parts = [part if isinstance(part, Part) else Part(part) for part in parts]
+        if not self.parts:
+            raise UserError("mixture: no sources; expected at least one")
+        self.seed = seed
+        self.first = np.cumsum([0] + [len(part.rows) for part in self.parts])
+        self.counts = self._counts(epoch_rows)
+
+    def __len__(self) -> int:
+        """Different rows; an epoch has `sum(counts)`."""
+        return int(self.first[-1])
+
+    def at(self, key: Key) -> tuple[Rows, Key]:
+        """The part a row belongs to, and its key there."""
+        epoch, i = key if isinstance(key, tuple) else (None, key)
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        part = int(np.searchsorted(self.first, i, side="right")) - 1
+        inner = int(i - self.first[part])
+        return self.parts[part].rows, inner if epoch is None else (epoch, inner)
+
+    def __getitem__(self, key: Key) -> Example:
+        rows, inner = self.at(key)
+        return rows[inner]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
+        return _gather(self, keys)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(sum of counts,) int64: the rows of an epoch, shuffled. The same for the same seed on every machine."""
+        drawn = [self._draw(n, epoch) for n in range(len(self.parts))]
+        numbers = np.concatenate(drawn)
+        return numbers[permutation(len(numbers), self.seed, "order", epoch)]
+
+    def _draw(self, part: int, epoch: int) -> np.ndarray:
+        rows, count = len(self.parts[part].rows), self.counts[part]
+        start, end = epoch * count, (epoch + 1) * count
+        passes = range(start // rows, -(-end // rows))
+        stream = [permutation(rows, self.seed, "pass", part, n) for n in passes]
+        skipped = start - passes.start * rows if len(passes) else 0
+        return np.concatenate([np.empty(0, np.int64), *stream])[skipped : skipped + count] + self.first[part]
+
+    def _counts(self, epoch_rows: int | None) -> list[int]:
+        sizes = [len(part.rows) for part in self.parts]
+        for part in self.parts:
+            given = [v for v in (part.repeat, part.ratio) if v is not None]
+            if len(given) > 1 or any(not 0 < v < 1e6 for v in given):
+                raise UserError(f"mixture: {part.name or 'source'}: expected repeat or ratio above 0, found {given}")
+        if all(part.ratio is None for part in self.parts):
+            counts = [round(n * (1.0 if p.repeat is None else p.repeat)) for n, p in zip(sizes, self.parts)]
+        elif any(part.ratio is None for part in self.parts):
+            raise UserError("mixture: some sources have a ratio and some have none; give it to all, or repeat instead")
+        else:
+            counts = _apportioned(epoch_rows or sum(sizes), [float(part.ratio) for part in self.parts])
+        for part, count in zip(self.parts, counts):
+            if not count:
+                raise UserError(f"mixture: {part.name or 'source'}: its share is less than one row of an epoch")
+        return counts
+
+    def describe(self) -> str:
+        """A table: rows, repeats and effective share of each part."""
+        total = sum(self.counts)
+        lines = ["| source | rows | rows an epoch | times | share |", "| --- | --- | --- | --- | --- |"]
+        for n, (part, count) in enumerate(zip(self.parts, self.counts)):
+            name, rows = part.name or part.rows.source or f"source {n}", len(part.rows)
+            lines.append(f"| {name} | {rows} | {count} | {count / rows:.3g} | {count / total:.1%} |")
+        return "\n".join(lines)
+
+
+def _apportioned(total: int, weights: list[float]) -> list[int]:
+    """Whole numbers that sum to `total`, in the proportions of `weights`: the largest remainders are rounded up."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(value) for value in exact]
+    largest = sorted(range(len(exact)), key=lambda n: counts[n] - exact[n])
+    for n in largest[: total - sum(counts)]:
+        counts[n] += 1
+    return counts
+
+
+def read_meta(path: str | Path, processor: MakesExamples, **options: Any) -> list[Part]:
+    """The sources of an OpenGVLab meta file: name → root, annotation, repeat_time, max_dynamic_patch, length.
+
+    Paths are tried as seen from the working directory, then from the meta file's folder. A `repeat_time` below 1
+    takes that share of the rows, another one each epoch. `length` is not needed. `options` go to `Rows`.
+    Raises UserError naming the source.
+    """
+    try:
+        meta = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a meta file ({error})") from None
+    if not isinstance(meta, dict) or not all(
+        isinstance(entry, dict) and "annotation" in entry for entry in meta.values()
+    ):
+        raise UserError(f'{path}: expected {{"name": {{"root": …, "annotation": …, "repeat_time": 1}}, …}}')
+    parts = []
+    for name, entry in meta.items():
+        if entry.get("data_augment"):
+            raise UserError(f"{path}: {name}: data_augment is not supported; expected false")
+        repeat = entry.get("repeat_time", 1)
+        if not isinstance(repeat, (int, float)) or not repeat > 0:
+            raise UserError(f"{path}: {name}: expected a repeat_time above 0, found {repeat!r}")
+        folder = Path(path).parent
+        root = _existing(entry["root"], folder) if entry.get("root") else None
+        rows = Rows(
+            _existing(entry["annotation"], folder),
+            processor,
+            **({"root": root, "source": name, "max_tiles": entry.get("max_dynamic_patch")} | options),
+        )
+        parts.append(Part(rows, name, repeat=float(repeat)))
+    return parts
+
+
+def _existing(path: str, folder: Path) -> Path:
+    return Path(path) if Path(path).exists() or not (folder / path).exists() else folder / path
+
+
+def reasons(problems: Sequence[str]) -> Counter[str]:
+    """How often each kind of problem occurs: the messages without file, line, names and numbers."""
+    def kind(problem: str) -> str:
+        text = problem.split("; ")[0]
+        text = re.sub(r"^.*?:\d+: ", "", text)
+        text = re.sub(r"(\S*/\S+|'[^']*'|\"[^\"]*\")", "…", text)
+        return re.sub(r"\d+(\.\d+)?", "N", text)[:120]
+
+    return Counter(kind(problem) for problem in problems)
