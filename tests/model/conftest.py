@@ -53,3 +53,9 @@ class Recorded:
 @pytest.fixture(params=RECORDED)
 def recorded(request: pytest.FixtureRequest, golden: Path) -> Recorded:
     return Recorded(request.param, golden)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random inputs are the same in every run."""
+    torch.manual_seed(0)
