@@ -179,8 +179,8 @@ def test_what_is_fetched_once_is_kept(server, policy, name):
         ("file", r"only http and https are fetched \(redirected to file:///etc/passwd\)", 1),
         ("cut", r"broke after 50 of \d+ bytes, 2 times", 2),
         ("silent", "no answer .timed out., 2 times", 2),
-        ("trickle", "not complete after 0.8 seconds, 2 times", 2),
-        ("trickling_header", "not complete after 0.8 seconds, 2 times", 2),
+        ("trickle", "not complete after 1 seconds, 2 times", 2),
+        ("trickling_header", "not complete after 1 seconds, 2 times", 2),
         ("garbage", "no answer", 2),
         ("broken", "500 Internal Server Error, 2 times", 2),
     ],
@@ -289,6 +289,6 @@ def test_images_and_videos_by_url(server, policy, tmp_path):
         with pytest.raises(UserError, match="found text that begins with '<!DOCTYPE html>please"):
             load(f"{server}/html", policy=media)
     assert Handler.hits == {"good": 1, "html": 2}, "what is no image is not kept"
-    with pytest.raises(UserError, match="expected a video .*, found text"):
+    with pytest.raises(UserError, match=r"expected a video .*, found text"):
         load_video(f"{server}/html", policy=media)
     assert len(load_video(f"{server}/good", 1, policy=media)) == 1
