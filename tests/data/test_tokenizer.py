@@ -7,7 +7,7 @@ import time
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ivl.data.tokenizer import GROUNDING_TOKENS, Tokenizer
@@ -107,6 +107,8 @@ def every(golden):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(codec="utf-8"), max_size=20), st.text(st.characters(codec="utf-8"), max_size=20))
+@example("a▁", "▁b▁")
+@example("e", "\u0301")
 def test_spans_are_tokenised_as_one_text(every, left, right):
     for tokenizer in every:
         spans = [("<img>", tokenizer.added, False), (left, (), False), (right, (), True)]
