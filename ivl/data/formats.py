@@ -53,19 +53,19 @@ class _Draft:
     media: dict[str, list[Media]] = field(default_factory=dict)
 
 
-def read(line: str | bytes) -> Any:
-    """The value of one line of jsonl. A comma before a closing bracket, as in the document's example, is forgiven.
+def loads(line: str | bytes) -> Any:
+    """`json.loads`, forgiving a comma before a closing bracket: the document's own example has one.
 
-    Raises UserError where it is not JSON.
+    Raises ValueError or RecursionError as `json.loads` does.
     """
     try:
-        try:
-            return json.loads(line)
-        except ValueError:
-            text = line if isinstance(line, str) else line.decode()
-            return json.loads(_TRAILING_COMMA.sub(lambda match: match[0] if match[0] != "," else "", text))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error}); expected one object in one line") from None
+        return json.loads(line)
+    except ValueError:
+        text = line if isinstance(line, str) else line.decode()
+        mended = _TRAILING_COMMA.sub(lambda match: "" if match[0] == "," else match[0], text)
+        if mended == text:
+            raise
+        return json.loads(mended)
 
 
 def parse(

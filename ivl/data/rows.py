@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
-import json
 import mmap
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ivl.data.formats import loads
 from ivl.types import UserError
 
 _CHUNK = 1 << 24
@@ -75,7 +75,7 @@ class RowFile:
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         try:
-            return json.loads(self.raw(i))
+            return loads(self.raw(i))
         except RecursionError:
             raise UserError(f"{self.where(i)}: nested too deeply; expected an object such as {_EXAMPLE}") from None
         except ValueError as error:

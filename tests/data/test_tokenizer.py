@@ -113,8 +113,8 @@ def test_spans_are_tokenised_as_one_text(every, left, right):
     for tokenizer in every:
         spans = [("<img>", tokenizer.added, False), (left, (), False), (right, (), True)]
         ids, trained = tokenizer.encode_spans(spans)
-        parts = map(tokenizer.engine.normalize, (left, right))
-        assert ids == tokenizer.encode_spans([("<img>", tokenizer.added, False), ("".join(parts), (), False)])[0]
+        one = "".join(map(tokenizer.engine.normalize, (left, right)))
+        assert ids[1 + (ids[0] != tokenizer.token_id("<img>")) :] == (tokenizer.engine.encode(one) if one else [])
         # untrained tokens come first; they cover the left text, and no more than one of them reaches beyond it
         assert trained == sorted(trained)
         covered = b"".join(tokenizer.token_bytes(i) for i in ids[: trained.count(False)])
