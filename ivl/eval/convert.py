@@ -370,10 +370,9 @@ def mvbench(root: Path) -> Iterator[Record]:
     for task, folder in MVBENCH.items():
         name = task.lower().replace(" ", "_").replace("-", "_")
         for n, q in enumerate(_json(root / f"MVBench/json/{name}.json")):
-            options = dict(zip(LETTERS, q["candidates"]))
-            gold = next(
-                (k for k, text in options.items() if text == q["answer"]), "@"
-            )  # the script's chr(ord("A") - 1)
+            texts = q["candidates"]
+            letters = dict(zip(texts, LETTERS))  # of equal texts the last one's, as the script has it
+            options = dict(zip(LETTERS, [*texts[:-1], texts[-1].rstrip()]))
             cut = {key: q[key] for key in ("start", "end") if key in q and task in _CUT}
             yield {
                 "id": f"{name}/{n}",
@@ -381,7 +380,7 @@ def mvbench(root: Path) -> Iterator[Record]:
                 "options": options,
                 "videos": [str(root / "MVBench/video" / folder / q["video"])],
                 **cut,
-                "response": f"({gold}) {q['answer']}",
+                "response": f"({letters[q['answer']]}) {q['answer']}",
                 "category": task,
             }
 

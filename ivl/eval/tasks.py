@@ -83,8 +83,13 @@ class Task:
         return "<image>\n" if images == 1 else "".join(f"Image-{n}: <image>\n" for n in range(1, images + 1))
 
     def rows(self, root: str | Path) -> Iterator[dict[str, Any]]:
-        """All rows of the benchmark from the data folder `root`. Raises UserError where a file is missing."""
-        return map(self.row, self.records(Path(root)))
+        """All rows of the benchmark from the data folder `root`. Raises UserError where something is missing."""
+        try:
+            yield from map(self.row, self.records(Path(root)))
+        except KeyError as error:
+            raise UserError(
+                f"{self.title}: a record has no {error}; expected the official {', '.join(self.files)} in {root}"
+            ) from error
 
 
 def task(name: str) -> Task:

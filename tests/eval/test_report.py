@@ -1,0 +1,111 @@
+"""The page of answers: what is in it, and how it behaves in a browser."""
+
+import json
+import time
+
+import pytest
+from PIL import Image
+
+from ivl.eval.report import thumbnail
+from ivl.eval.score import main
+from tests.eval.browser import CHROMIUM, Browser
+
+EVIL = "</script><script>document.title = 'broken'</script><b>bold</b> @ROWS@"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """5,000 answers, two fifths of them wrong, over 50 pictures of which one is missing."""
+    folder = tmp_path_factory.mktemp("report")
+    for n in range(49):
+        Image.new("RGB", (320, 200), (n * 5, 100, 200)).save(folder / f"{n}.jpg")
+    rows = []
+    for n in range(5000):
+        box = [32, 20, 160, 100] if n % 5 < 3 else [200, 100, 300, 190]
+        said = f"<ref>a</ref><box>[[100, 100, 500, 500]]</box> {n} {EVIL if n % 1000 == 3 else ''}"
+        row = {"id": f"q{n:04d}", "prompt": f"<img><IMG_CONTEXT></img>\n{EVIL} {n}", "response": said, "box": box}
+        rows.append(row | {"size": [320, 200], "category": "val", "images": [str(folder / f"{n % 50}.jpg")]})
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    main([str(folder / "p.jsonl"), "--task", "refcoco", "--html", str(folder / "r.html"), "--resamples", "50"])
+    return folder / "r.html"
+
+
+def test_the_page_needs_nothing_else(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<script") == 3 and text.count("</script>") == 3
+    assert "http://" not in text and "https://" not in text and "src=" not in text.split("<script", 1)[0]
+    assert "<img><IMG_CONTEXT>" not in text
+    assert text.count("data:image/jpeg;base64,") == 49
+    assert "RefCOCO: precision at IoU 0.5 60.00 [" in text
+
+
+def test_pictures_are_small_upright_and_may_be_missing(tmp_path):
+    image = Image.new("RGB", (1000, 500))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "small.jpg").write_bytes(_bytes(thumbnail(str(tmp_path / "a.jpg"))))
+    assert Image.open(tmp_path / "small.jpg").size == (96, 192)
+    assert thumbnail(thumbnail(str(tmp_path / "a.jpg"))).startswith("data:image/jpeg")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    assert thumbnail(str(tmp_path / "broken.jpg")) is None
+    assert thumbnail(str(tmp_path / "missing.jpg")) is None
+
+
+def _bytes(uri):
+    import base64
+
+    return base64.b64decode(uri.split(",")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_five_thousand_rows_in_a_browser(page, tmp_path):
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(page)
+        assert browser.evaluate("document.title").startswith("RefCOCO")
+        assert browser.evaluate("document.getElementById('count').textContent") == "5000 rows, 2000 below full score"
+        scores = "[...document.querySelectorAll('.row .score')].map(s => s.textContent)"
+        ids = "[...document.querySelectorAll('.row')].map(r => r.children[2].firstChild.textContent)"
+        assert set(browser.evaluate(scores)) == {"0"}  # failures first
+        assert browser.evaluate(ids)[:3] == ["q0003", "q0004", "q0008"]
+        assert EVIL in browser.evaluate("document.querySelector('.row').children[4].textContent")
+        assert browser.evaluate("document.querySelectorAll('.row b').length") == 0
+        left = "document.querySelector('.row .box:not(.wanted)').style.left"
+        assert browser.evaluate(left) == "10%"
+        assert browser.evaluate("document.querySelectorAll('.row').length") < 30
+
+        click = "const t = performance.now(); head.click(); slowest = Math.max(slowest, performance.now() - t);"
+        heads = "document.getElementById('heads').children"
+        slowest = browser.evaluate(f"{{let slowest = 0; for (const head of {heads}) {{{click}}} slowest}}")
+        assert slowest < 1000, f"sorting took {slowest:.0f} ms"
+        browser.evaluate(f"{heads}[2].click(); {heads}[2].click()")
+        first = browser.evaluate(ids)[0]
+        browser.evaluate(f"{heads}[2].click()")
+        assert {first, browser.evaluate(ids)[0]} == {"q0000", "q4999"}
+
+        frames = """(async () => {
+            const list = document.getElementById("list"), waits = [];
+            for (let n = 0; n < 100; n++) {
+                list.scrollTop = n * 7000;
+                const start = performance.now();
+                await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+                waits.push(performance.now() - start);
+            }
+            return waits.sort((a, b) => a - b);
+        })()"""
+        waits = browser.evaluate(frames)
+        assert waits[50] < 100, f"a step of scrolling took {waits[50]:.0f} ms"
+        assert browser.evaluate("document.querySelectorAll('.row').length") < 30
+
+        find = "const s = document.getElementById('search'); s.value = 'q0042'; s.dispatchEvent(new Event('input'))"
+        browser.evaluate(find)
+        assert browser.evaluate(ids) == ["q0042"]
+        browser.evaluate("document.querySelector('.row').click()")
+        assert browser.evaluate("document.getElementById('whole').open")
+        time.sleep(0.2)
+        assert browser.errors == []
+        assert [url for url in browser.fetched if not url.startswith("data:")] == [page.as_uri()]
+    finally:
+        browser.close()
