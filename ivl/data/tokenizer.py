@@ -158,8 +158,7 @@ class Tokenizer:
         vocabulary's own spelling of a token that is not recognised (InternLM2 reads `[UNUSED_TOKEN_145]` as
         `<|im_end|>`), so that it stays plain characters."""
         if names not in self._cutters:
-            hidden = [surface for surface, token in self._aliases.items() if token not in names]
-            words = sorted((*names, *hidden), key=len, reverse=True)
+            words = sorted({*names, *self._aliases}, key=len, reverse=True)
             self._cutters[names] = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
         cutter = self._cutters[names]
         if cutter is None:
@@ -169,8 +168,8 @@ class Tokenizer:
             if n % 2 == 0:
                 if part:
                     pieces.append(part)
-            elif part in names:
-                pieces.append([self.added[part].id])
+            elif (token := self._aliases.get(part, part)) in names:
+                pieces.append([self.added[token].id])
             else:
                 pieces += [part[0], None, part[1:]]
         return pieces

@@ -198,6 +198,16 @@ def test_image_tokens_of_an_answer_are_plain_text(checkpoint):
     assert "<img><IMG_CONTEXT></img>" in tokenizer.decode([i for i in labels if i != IGNORE])
 
 
+def test_another_spelling_of_a_control_token_in_an_answer(golden):
+    """InternLM2's vocabulary calls `<|im_end|>` by another name too; as the reference reads it, it is the token."""
+    folder = golden / "checkpoints" / "internvl2_2b"
+    tokenizer, template = Tokenizer.load(folder), find_template("internlm2-chat")
+    ids, labels = encode(conversation("x", "so [UNUSED_TOKEN_145] on"), [], tokenizer, template, 4)
+    again, _ = encode(conversation("x", "so <|im_end|> on"), [], tokenizer, template, 4)
+    assert ids == again
+    assert tokenizer.decode([i for i in labels if i != IGNORE]) == "so <|im_end|> on<|im_end|>"
+
+
 def test_what_is_trained(checkpoint):
     """Of the template's words only the end of an answer; nothing of an answer that is not trained on."""
     _, _, tokenizer = checkpoint
