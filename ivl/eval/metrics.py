@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -59,6 +60,7 @@ _NUMBERS = {
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 
 
+@lru_cache(maxsize=1 << 16)  # people give the same answers again and again
 def vqa_normalize(answer: str, mode: Mode = "compat") -> str:
     """The EvalAI form of an answer: lower case, no articles, digits for number words, contractions restored.
 

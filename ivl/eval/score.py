@@ -146,14 +146,17 @@ def table(found: dict[str, Any]) -> str:
     data, digits = found["data"], RULES[TASKS[found["task"]].rule].decimals
     part = "" if data["of"] in (None, data["rows"]) else f" of {data['of']}: a part of the benchmark"
     lines = [f"{found['title']} · {found['mode']} · {data['rows']} rows{part}", ""]
-    width = max(len(file["file"]) for file in found["files"])
-    lines.append(f"  {'':{width}}  {found['metric']:>10}  95 % interval")
-    for file in found["files"]:
-        lines.append(f"  {file['file']:{width}}  {file['score']:>10.{digits}f}  {_span(file, digits)}")
-    for kind in ("categories", "further"):
-        for name in found["files"][0][kind]:
-            values = "  ".join(f"{file[kind].get(name, float('nan')):>10.{digits}f}" for file in found["files"])
-            lines.append(f"    {name:40} {values}")
+    files = found["files"]
+    parts = [(kind, name) for kind in ("categories", "further") for name in files[0][kind]]
+    width = max(len(name) for name in [*(file["file"] for file in files), *(name for _, name in parts)])
+    lines.append(f"  {'':{width}}  {found['metric']:>12}  95 % interval")
+    for file in files:
+        lines.append(f"  {file['file']:{width}}  {file['score']:>12.{digits}f}  {_span(file, digits)}")
+    if parts and len(files) > 1:
+        lines += ["", f"  {'':{width}}  " + "  ".join(f"{file['file'][-12:]:>12}" for file in files)]
+    for kind, name in parts:
+        values = (file[kind].get(name, float("nan")) for file in files)
+        lines.append(f"  {name:{width}}  " + "  ".join(f"{value:>12.{digits}f}" for value in values))
     for gap in found["comparison"]:
         text = f"  {gap['file']} less {gap['less']}: {gap['value']:+.{digits}f}  {_span(gap, digits)}  p {gap['p']:.3g}"
         lines.append(text + ("" if gap["mcnemar"] is None else f"  McNemar p {gap['mcnemar']:.3g}"))

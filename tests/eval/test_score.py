@@ -37,7 +37,7 @@ def test_a_score_is_printed_and_written(file, tmp_path, capsys):
     assert main([path, "--task", "docvqa"]) == 0
     out = capsys.readouterr().out
     assert "DocVQA val · compat · 10 rows of 5349: a part of the benchmark" in out
-    assert "p.jsonl       60.00  [30.00, 90.00]" in out
+    assert "p.jsonl         60.00  [30.00, 90.00]" in out
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["files"][0]["score"] == 60
     assert found["files"][0]["run"] == {"model": "m", "max_tiles": 18, "decoding": None}
