@@ -53,7 +53,8 @@ def read(model: nn.Module, embeds_BTD: Tensor, mask_BT: Tensor, memory: Memory) 
     memory.gaps |= count > 1 and not bool(mask_BT.all())
     total = memory.positions_BK.shape[1]
     given: dict[str, Any] = {"inputs_embeds": embeds_BTD, "past_key_values": memory.cache, "use_cache": True}
-    if not fits(model, total) or not (first or not memory.gaps):
+    plain = fits(model, total) and (first or not memory.gaps)
+    if not plain:
         given |= _explicit(model, positions_BT.masked_fill(~mask_BT, 0), memory, embeds_BTD.dtype)
     hidden_BTD = model.model(**given).last_hidden_state
     own_B = mask_BT.sum(1)

@@ -63,7 +63,9 @@ def pixel_shuffle(grid_NGGC: Tensor, ratio: float, version: str) -> Tensor:
 class InternVL(nn.Module):
     """A chat model of the released layout; module names are those of the released checkpoints."""
 
-    def __init__(self, config: Config, kernel: str = "sdpa", image_token_id: int = -1) -> None:
+    def __init__(
+        self, config: Config, kernel: str = "sdpa", image_token_id: int = -1, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.config = config
         self.image_token_id = image_token_id
@@ -73,11 +75,12 @@ class InternVL(nn.Module):
         self.always_run_vision = False
         """Run a zero tile where a batch has none, so that every process of a sharded run calls the same modules"""
         self.vision_model = InternViT(config.vision, kernel)
-        self.language_model = build_llm(config, kernel)
+        self.language_model = build_llm(config, kernel, dtype)
         width, llm_width = config.projector_width, self.language_model.config.hidden_size
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)
         )
+        self.to(dtype)
 
     @classmethod
     def from_config(
@@ -93,10 +96,8 @@ class InternVL(nn.Module):
         There `auto` means sdpa: name the kernel, or ask `choose_kernel` about the device to come.
         """
         dtype = as_dtype(dtype)
-        kernel = choose_kernel(attention, device, dtype)
         with torch.device(device):
-            model = cls(config, kernel, image_token_id)
-        return model.to(dtype).eval()
+            return cls(config, choose_kernel(attention, device, dtype), image_token_id, dtype).eval()
 
     @classmethod
     def from_pretrained(

@@ -147,12 +147,12 @@ def row_lengths(positions_BT: Tensor) -> Tensor:
     return longest_BT.gather(1, row_BT)
 
 
-def build_llm(config: Config, kernel: str) -> nn.Module:
+def build_llm(config: Config, kernel: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The causal language model, on torch's default device (the meta device too), weights not loaded."""
     from transformers import AutoModelForCausalLM
 
     settings = llm_config(config)
-    model = AutoModelForCausalLM.from_config(settings, attn_implementation=kernel)
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation=kernel, dtype=dtype)
     model.model.rotary_emb = RotaryEmbedding(model.model.rotary_emb, model.config)
     return model
 

@@ -193,12 +193,13 @@ def test_repetition_penalty_acts_on_the_answer(model):
 # -- the core, as a chat or a scheduler uses it ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("lengths", [((5, 9), (6, 3)), ((5,), (6,)), ((4, 4), (5, 3))])
 @torch.no_grad()
-def test_a_second_turn_is_appended_to_the_cache(any_model):
-    """Rows of different lengths, read in two parts, give the logits of the whole read at once."""
+def test_a_second_turn_is_appended_to_the_cache(any_model, lengths):
+    """Rows read in two parts, of one length or several, give the logits of the whole read at once."""
     language_model = any_model.language_model
     embed = language_model.get_input_embeddings()
-    firsts, seconds = ([torch.randint(0, 200, (n,)) for n in lengths] for lengths in ((5, 9), (6, 3)))
+    firsts, seconds = ([torch.randint(0, 200, (n,)) for n in part] for part in lengths)
     memory = Memory()
     for part in (firsts, seconds):
         made = [{"input_ids": ids, "labels": ids, "tiles": torch.zeros(0, 3, 1, 1)} for ids in part]
@@ -207,7 +208,7 @@ def test_a_second_turn_is_appended_to_the_cache(any_model):
     for row, (first, second) in enumerate(zip(firsts, seconds)):
         whole = any_model(torch.cat([first, second])[None]).logits[0, -1]
         torch.testing.assert_close(logits[row], whole, atol=1e-5, rtol=0)
-    assert memory.lengths_B.tolist() == [11, 12]
+    assert memory.lengths_B.tolist() == [len(a) + len(b) for a, b in zip(firsts, seconds)]
 
 
 def test_all_done_keeps_this_process_going(model):

@@ -1,11 +1,13 @@
 """The whole model: equal to the recorded reference, and to itself however it is computed."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from torchvision.transforms.functional import normalize as torchvision_normalize
 
-from ivl.config import Config
+from ivl.config import Config, read_json
 from ivl.families import llm_family
 from ivl.model.internvl import MEAN, STD, InternVL, normalize, pixel_shuffle
 from ivl.model.layouts import groups
@@ -285,6 +287,19 @@ def test_a_frozen_tower_keeps_nothing_for_backward(model):
     model.vision_model.encoder.layers[1].ls1.requires_grad_(True)
     model(**batch)
     assert states == [True, False, True]
+
+
+def test_a_frozen_tower_drops_no_paths(tmp_path):
+    """Even in training mode, and though the release's config has a rate."""
+    raw = read_json(write_checkpoint(tmp_path) / "config.json")
+    raw["vision_config"]["drop_path_rate"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    model = InternVL.from_pretrained(tmp_path).train()
+    tiles = torch.randint(0, 256, (8, 3, 56, 56), dtype=torch.uint8)
+    model.vision_model.requires_grad_(False)
+    assert torch.equal(model.tile_features(tiles), model.eval().tile_features(tiles))
+    model.train().vision_model.requires_grad_(True)
+    assert not torch.equal(model.tile_features(tiles), model.eval().tile_features(tiles))
 
 
 def test_half_precision_parts_meet(folder):
