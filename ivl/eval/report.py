@@ -39,7 +39,7 @@ def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Sc
             {
                 "id": row["id"],
                 "category": str(row.get("category") or ""),
-                "prompt": _short_prompt(str(row.get("prompt") or row.get("query") or "")),
+                "prompt": short_prompt(str(row.get("prompt") or row.get("query") or "")),
                 "response": row["response"],
                 "parsed": said if said != row["response"].strip() else "",
                 "gold": _gold(row),
@@ -82,7 +82,8 @@ def thumbnail(source: str) -> str | None:
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _short_prompt(prompt: str) -> str:
+def short_prompt(prompt: str) -> str:
+    """A prompt with each medium's tokens as one mark."""
     return re.sub(r"<img>(?:<IMG_CONTEXT>)*</img>", "<image>", prompt)
 
 

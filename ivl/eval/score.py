@@ -131,6 +131,7 @@ def _one(
         "categories": {key: round(value, 6) for key, value in categories.items()},
         "further": {key: round(value, 6) for key, value in scored.extra.items()},
         "run": {key: rows[0].get(key) for key in predictions.RUN},
+        "prompt": report.short_prompt(asked[0]) if asked else None,
         "asked_as_published": sum(_asked(chosen, text) for text in asked) if asked else None,
     }
 
@@ -149,14 +150,15 @@ def table(found: dict[str, Any]) -> str:
     files = found["files"]
     parts = [(kind, name) for kind in ("categories", "further") for name in files[0][kind]]
     width = max(len(name) for name in [*(file["file"] for file in files), *(name for _, name in parts)])
-    lines.append(f"  {'':{width}}  {found['metric']:>12}  95 % interval")
+    column = max(12, len(found["metric"]))
+    lines.append(f"  {'':{width}}  {found['metric']:>{column}}  95 % interval")
     for file in files:
-        lines.append(f"  {file['file']:{width}}  {file['score']:>12.{digits}f}  {_span(file, digits)}")
+        lines.append(f"  {file['file']:{width}}  {file['score']:>{column}.{digits}f}  {_span(file, digits)}")
     if parts and len(files) > 1:
-        lines += ["", f"  {'':{width}}  " + "  ".join(f"{file['file'][-12:]:>12}" for file in files)]
+        lines += ["", f"  {'':{width}}  " + "  ".join(f"{file['file'][-column:]:>{column}}" for file in files)]
     for kind, name in parts:
         values = (file[kind].get(name, float("nan")) for file in files)
-        lines.append(f"  {name:{width}}  " + "  ".join(f"{value:>12.{digits}f}" for value in values))
+        lines.append(f"  {name:{width}}  " + "  ".join(f"{value:>{column}.{digits}f}" for value in values))
     for gap in found["comparison"]:
         text = f"  {gap['file']} less {gap['less']}: {gap['value']:+.{digits}f}  {_span(gap, digits)}  p {gap['p']:.3g}"
         lines.append(text + ("" if gap["mcnemar"] is None else f"  McNemar p {gap['mcnemar']:.3g}"))

@@ -159,6 +159,7 @@ TASKS: dict[str, Task] = {
     ),
     "mme": Task(
         "MME", _PHRASE, "mme", 20, convert.mme, source="internvl_chat/eval/mme/eval.py", count=2_374,
+        min_new_tokens=0,
         files=("mme/MME_Benchmark_release_version/",),
     ),
     "pope": Task(
@@ -194,6 +195,7 @@ TASKS: dict[str, Task] = {
     ),
     "ocrbench": Task(
         "OCRBench", "{question}\n" + _SHORT, "ocrbench", 4096, convert.ocrbench, max_tiles=24, count=1_000,
+        min_new_tokens=0,
         source=_KIT, files=("OCRBench/OCRBench.json", "OCRBench/OCRBench_Images/"),
     ),
     "coco": Task(
@@ -229,7 +231,7 @@ TASKS: dict[str, Task] = {
         files=("MVBench/json/*.json", "MVBench/video/"),
     ),
     "videomme": Task(
-        "Video-MME without subtitles", _FRAMES, "videomme", 4096, convert.videomme, max_tiles=1, frames=16,
+        "Video-MME without subtitles", _FRAMES, "videomme", 4096, convert.videomme, max_tiles=1, frames=16, min_new_tokens=0,
         frame_prefix="Frame-{i}: ", source=f"{_KIT}, vlmeval/dataset/videomme.py", count=2_700,
         files=("Video-MME/videomme/test-00000-of-00001.parquet", "Video-MME/video/"),
         note="VLMEvalKit takes frame i of n at i / (n + 1) of the video, here at the middle of the n-th parts",

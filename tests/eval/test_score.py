@@ -42,6 +42,7 @@ def test_a_score_is_printed_and_written(file, tmp_path, capsys):
     assert found["files"][0]["score"] == 60
     assert found["files"][0]["run"] == {"model": "m", "max_tiles": 18, "decoding": None}
     assert found["files"][0]["asked_as_published"] == 10
+    assert found["files"][0]["prompt"].startswith("<image>\nWhat? Answer")
     assert found["published"]["max_tiles"] == 18
     assert found["post_processing"] == "lower case, white space collapsed"
     assert len(found["data"]["fingerprint"]) == 16
