@@ -231,8 +231,8 @@ TASKS: dict[str, Task] = {
         files=("MVBench/json/*.json", "MVBench/video/"),
     ),
     "videomme": Task(
-        "Video-MME without subtitles", _FRAMES, "videomme", 4096, convert.videomme, max_tiles=1, frames=16, min_new_tokens=0,
-        frame_prefix="Frame-{i}: ", source=f"{_KIT}, vlmeval/dataset/videomme.py", count=2_700,
+        "Video-MME without subtitles", _FRAMES, "videomme", 4096, convert.videomme, max_tiles=1, frames=16,
+        min_new_tokens=0, frame_prefix="Frame-{i}: ", source=f"{_KIT}, vlmeval/dataset/videomme.py", count=2_700,
         files=("Video-MME/videomme/test-00000-of-00001.parquet", "Video-MME/video/"),
         note="VLMEvalKit takes frame i of n at i / (n + 1) of the video, here at the middle of the n-th parts",
     ),
