@@ -31,7 +31,7 @@ def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Sc
     shown: list[str | None] = []
     lines = []
     for row, score, said in zip(rows, scored.scores, scored.parsed):
-        source = next(iter(row.get("images") or []), None)
+        source = next((image for image in row.get("images") or [] if isinstance(image, str)), None)
         if source is not None and source not in pictures:
             pictures[source] = len(shown)
             shown.append(thumbnail(source))

@@ -16,6 +16,11 @@ from ivl.eval.tasks import DECODING, TASKS, Task, fingerprint, task
 from ivl.types import UserError
 
 
+_PUBLISHED = (
+    "prompt", "open_prompt", "max_tiles", "max_new_tokens", "min_new_tokens", "frames", "frame_prefix", "source", "note",
+)  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     """Score files of answers. Returns 0; raises UserError for what a person can mend."""
     args = _arguments(argv)
@@ -94,15 +99,7 @@ def record(
         "title": chosen.title,
         "mode": mode,
         "metric": rule.metric,
-        "published": {
-            "prompt": chosen.prompt,
-            "max_tiles": chosen.max_tiles,
-            "max_new_tokens": chosen.max_new_tokens,
-            "min_new_tokens": chosen.min_new_tokens,
-            "frames": chosen.frames,
-            "decoding": DECODING,
-            "source": chosen.source,
-        },
+        "published": {key: getattr(chosen, key) for key in _PUBLISHED} | {"decoding": DECODING},
         "post_processing": rule.post,
         "data": {"fingerprint": fingerprint(first), "rows": len(first), "of": chosen.count},
         "interval": {"level": stats.LEVEL, "resamples": resamples, "seed": seed},
