@@ -94,8 +94,8 @@ class Processor:
         self.compact_boxes = compact_boxes
         self.policy = policy or media.MediaPolicy()
         self.released = released
-        default = config.system_message if released is None else config.system_message or released.system_message
-        self.system_message = default if system_message is None else system_message
+        known = (system_message, config.system_message, released and released.system_message)
+        self.system_message = next((text for text in known if text is not None), self.template.system_message)
         self.stop_ids = [tokenizer.token_id(self.template.end)]
 
     @classmethod
@@ -131,8 +131,11 @@ class Processor:
         from ivl.hub import resolve
 
         folder = resolve(name_or_path)
+        config = Config.load(folder)
+        if system_message is None and config.system_message is None:
+            system_message = template.own_system_message(folder, template.find_template(config.template))
         return cls(
-            Config.load(folder),
+            config,
             Tokenizer.load(folder),
             max_tiles,
             share_tiles,

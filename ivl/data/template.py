@@ -11,8 +11,10 @@ What is read as a control token where
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from ivl.data.tokenizer import GROUNDING_TOKENS, IMAGE_TOKENS, Tokenizer
@@ -74,6 +76,26 @@ def find_template(name: str) -> Template:
         raise UserError(
             f"template: {name!r} is not one this program knows; expected one of {', '.join(sorted(TEMPLATES))}"
         ) from None
+
+
+def own_system_message(folder: Path, template: Template) -> str | None:
+    """The default system message that a release's `conversation.py` has for a template; None where there is none.
+
+    The V1.5 line has others than InternVL2 under the same template's name. The file is parsed, never executed.
+    """
+    path = folder / "conversation.py"
+    if not path.is_file():
+        return None
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not Python ({error}); restore it from the release, or remove it") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Conversation":
+            values = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+            if values.get("name") == template.name and isinstance(values.get("system_message"), str):
+                return values["system_message"]
+    return None
 
 
 Kind = Literal["template", "user", "answer", "image"]

@@ -408,6 +408,15 @@ def test_system_messages(make):
     )
 
 
+def test_the_system_message_of_a_release_comes_with_it(golden, tmp_path):
+    for file in (golden / "checkpoints" / "internvl2_2b").iterdir():
+        if "model-" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "conversation.py").write_text("Conversation(name='internlm2-chat', system_message='Own.')")
+    assert Processor.from_pretrained(tmp_path).system_message == "Own."
+    assert Processor.from_pretrained(tmp_path, system_message="User's.").system_message == "User's."
+
+
 def test_picklable(make):
     processor = pickle.loads(pickle.dumps(make(max_tiles=3)))
     row = {"query": "Q", "response": "R", "images": [PHOTO]}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ivl.config import Config
 from ivl.data.formats import parse
-from ivl.data.template import TEMPLATES, encode, find_template, written
+from ivl.data.template import TEMPLATES, encode, find_template, own_system_message, written
 from ivl.data.tokenizer import Tokenizer
 from ivl.types import IGNORE, Conversation, Media, Message, UserError
 
@@ -108,6 +108,30 @@ def test_recorded_templates(golden):
 def test_unknown_template():
     with pytest.raises(UserError, match=r"'vicuna' is not one .* Hermes-2, internlm2-chat, internvl2_5"):
         find_template("vicuna")
+
+
+def test_the_system_message_of_a_release(tmp_path):
+    template = find_template("internlm2-chat")
+    assert own_system_message(tmp_path, template) is None
+    code = """
+import os
+os._exit(3)
+register_conv_template(Conversation(name='Hermes-2', system_message='no', sep='x'))
+register_conv_template(
+    Conversation(
+        name='internlm2-chat',
+        system_template='<|im_start|>system\\n{system_message}',
+        system_message='You are an AI assistant whose name is InternLM (书生·浦语).',
+        roles=('<|im_start|>user\\n', '<|im_start|>assistant\\n'),
+    )
+)
+"""
+    (tmp_path / "conversation.py").write_text(code, encoding="utf-8")
+    assert own_system_message(tmp_path, template) == "You are an AI assistant whose name is InternLM (书生·浦语)."
+    assert own_system_message(tmp_path, find_template("phi3-chat")) is None
+    (tmp_path / "conversation.py").write_text("def (", encoding="utf-8")
+    with pytest.raises(UserError, match=r"conversation\.py: not Python"):
+        own_system_message(tmp_path, template)
 
 
 def test_video_prefix(golden, checkpoint):
