@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +75,7 @@ class Rows(Dataset[Example]):
         self.on_error, self.max_tiles, self.seed = on_error, max_tiles, seed
         self.on_skip: Callable[[str], None] | None = None
         self.lengths: np.ndarray | None = None
-        """(rows, 2) tokens and tiles that each Example must have, where an index has said so"""
+        """(rows, 2) tokens and tiles that each Example must have, where an index has said so; -1: any"""
         self._first = np.cumsum([0] + [len(file) for file in self.files])
         self._chosen: np.ndarray | None = None
 
@@ -92,16 +90,30 @@ class Rows(Dataset[Example]):
         part.lengths = None if self.lengths is None else self.lengths[numbers]
         return part
 
-    def _at(self, i: int) -> tuple[RowFile, int]:
+    def per_file(self) -> list[Rows]:
+        """All rows of each file, selected or not."""
+        parts = []
+        for file in self.files:
+            part = self.select(np.arange(0))
+            part.files, part._chosen, part.lengths = [file], None, None
+            part._first = np.array([0, len(file)])
+            parts.append(part)
+        return parts
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """(rows,) number of each row over all rows of the files."""
+        return np.arange(int(self._first[-1])) if self._chosen is None else self._chosen
+
+    def _number(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
-        number = int(i if self._chosen is None else self._chosen[i])
+        return int(i if self._chosen is None else self._chosen[i])
+
+    def _at(self, i: int) -> tuple[RowFile, int]:
+        number = self._number(i)
         file = int(np.searchsorted(self._first, number, side="right")) - 1
         return self.files[file], number - int(self._first[file])
-
-    def number(self, i: int) -> int:
-        """Number of row `i` over all rows of the files, also of those that are not selected."""
-        return int(i if self._chosen is None else self._chosen[i])
 
     def where(self, i: int) -> str:
         """`file:line` of a row."""
@@ -130,14 +142,14 @@ class Rows(Dataset[Example]):
     def __getitem__(self, key: Key) -> Example:
         """Raises UserError with `file:line`, also where the row is not what the index saw."""
         epoch, i = key if isinstance(key, tuple) else (0, key)
-        generator = torch.Generator().manual_seed(_seed(self.seed, epoch, self.number(i)))
+        generator = torch.Generator().manual_seed(_seed(self.seed, epoch, self._number(i)))
         example = self.processor(self.conversation(i), max_tiles=self.max_tiles, generator=generator)
         if self.lengths is not None:
-            found = len(example.input_ids), len(example.tiles)
-            if found != tuple(self.lengths[i]):
+            tokens, tiles = (int(n) for n in self.lengths[i])
+            if tokens >= 0 and (tokens, tiles) != (len(example.input_ids), len(example.tiles)):
                 raise UserError(
-                    f"{self.where(i)}: {found[0]} tokens and {found[1]} tiles, but its index says {self.lengths[i][0]} "
-                    f"and {self.lengths[i][1]}; a picture changed after the index was made: delete the index"
+                    f"{self.where(i)}: {len(example.input_ids)} tokens and {len(example.tiles)} tiles, but its index "
+                    f"says {tokens} and {tiles}; a picture changed after the index was made: delete the index"
                 )
         return example
 
@@ -326,14 +338,3 @@ def read_meta(path: str | Path, processor: MakesExamples, **options: Any) -> lis
 
 def _existing(path: str, folder: Path) -> Path:
     return Path(path) if Path(path).exists() or not (folder / path).exists() else folder / path
-
-
-def reasons(problems: Sequence[str]) -> Counter[str]:
-    """How often each kind of problem occurs: the messages without file, line, names and numbers."""
-    def kind(problem: str) -> str:
-        text = problem.split("; ")[0]
-        text = re.sub(r"^.*?:\d+: ", "", text)
-        text = re.sub(r"(\S*/\S+|'[^']*'|\"[^\"]*\")", "…", text)
-        return re.sub(r"\d+(\.\d+)?", "N", text)[:120]
-
-    return Counter(kind(problem) for problem in problems)

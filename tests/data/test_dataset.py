@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ivl.data.dataset import Mixture, Part, Rows, read_meta, reasons, split
+from ivl.data.dataset import Mixture, Part, Rows, read_meta, split
 from ivl.types import Conversation, Example, Message, UserError
 
 
@@ -56,7 +56,8 @@ def test_rows_of_several_files(tmp_path):
     assert [rows.conversation(i).id for i in (0, 4)] == [str(tmp_path), str(tmp_path / "sub")]
     assert Rows(a, Stub(), root="media").conversation(0).id == "media"
     chosen = rows.select(np.array([4, 0, 2])).select(np.array([0, 2]))
-    assert [query(chosen, i) for i in range(2)] == ["b.jsonl 1", "a.jsonl 2"] and chosen.number(0) == 4
+    assert [query(chosen, i) for i in range(2)] == ["b.jsonl 1", "a.jsonl 2"] and chosen.numbers.tolist() == [4, 2]
+    assert [len(part) for part in chosen.per_file()] == [3, 2] and query(chosen.per_file()[1], 0) == "b.jsonl 0"
     for i in (5, -1):
         with pytest.raises(IndexError):
             rows[i]
@@ -201,15 +202,3 @@ def test_meta_file(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=r"meta\.json"):
             read_meta(path, Stub())
-
-
-def test_problems_are_counted_by_reason():
-    found = reasons(
-        [
-            "train.jsonl:8: /data/a.jpg: no such file; expected an absolute path",
-            "train.jsonl:9: /data/b.jpg: no such file; expected an absolute path",
-            "t.jsonl:10: 2 <image> marks but 1 image; add one",
-            "t.jsonl:11: 3 <image> marks but 1 image; add one",
-        ]
-    )
-    assert found.most_common() == [("… no such file", 2), ("N <image> marks but N image", 2)]

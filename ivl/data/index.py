@@ -1,0 +1,316 @@
+"""Lengths of every row, found in one parallel pass over text and image headers, and kept on disk.
+
+Packing, checking and planning read it. The key under which a file's index is kept holds the file's whole content and
+everything that decides lengths, so an index is never older than its file. Pictures are not in the key: where one
+changed, making the row says so. Rows with a problem are looked at again at each start, since a missing picture may
+have come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import ivl
+from ivl.data.dataset import Rows
+from ivl.data.formats import is_url
+from ivl.data.processor import TooLong
+from ivl.data.rows import default_cache
+from ivl.types import UserError
+
+_FORMAT = 1
+_CHUNK = 256
+_SHOWN = 10
+RECORD = np.dtype([("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4"), ("exact", "?"), ("usable", "?")])
+"""One row: tokens (text and image together), tiles, supervised labels; exact: False where media behind URLs were not
+looked at; usable: False where the row is left out, all else then 0"""
+
+MediaCheck = Literal["header", "decode"]
+
+
+@dataclass
+class Index:
+    """Lengths of the rows of a `Rows`, in its order."""
+
+    records: np.ndarray
+    """(rows,) of RECORD"""
+    problems: dict[int, str] = field(default_factory=dict)
+    """Row → what is wrong with it, beginning with `file:line`"""
+    dropped: dict[int, str] = field(default_factory=dict)
+    """Row → why the limits leave it out, as `on_too_long: drop` asks for"""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(rows,) int32, text and image tokens"""
+        return self.records["tokens"]
+
+    @property
+    def tiles(self) -> np.ndarray:
+        """(rows,) int32"""
+        return self.records["tiles"]
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """(rows,) int32, labels that count for the loss"""
+        return self.records["supervised"]
+
+    def select(self, numbers: np.ndarray) -> Index:
+        """The records of these rows, in this order."""
+        place = {int(number): at for at, number in enumerate(numbers)} if self.problems or self.dropped else {}
+        texts = [{place[n]: t for n, t in kept.items() if n in place} for kept in (self.problems, self.dropped)]
+        return Index(self.records[numbers], *texts)
+
+
+def joined(indexes: Sequence[Index]) -> Index:
+    """The index of several `Rows` one after the other, as a `Mixture` numbers them."""
+    if len(indexes) == 1:
+        return indexes[0]
+    whole = Index(np.concatenate([index.records for index in indexes]))
+    first = 0
+    for index in indexes:
+        whole.problems |= {first + n: text for n, text in index.problems.items()}
+        whole.dropped |= {first + n: text for n, text in index.dropped.items()}
+        first += len(index)
+    return whole
+
+
+def build_index(
+    rows: Rows,
+    workers: int | None = None,
+    media: MediaCheck = "header",
+    probe_urls: bool = False,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Index:
+    """The index of `rows`, read from the cache where it is there, made where it is not.
+
+    Args:
+        workers: processes that make it; None: as many as there are cores.
+        media: header: pictures are opened, not decoded; decode: every row is made in full.
+        probe_urls: fetch media behind URLs; otherwise they count with the most tiles they can have.
+        cache_dir: folder of the cache; None: `~/.cache/ivl`.
+        progress: called with the number of rows done.
+    """
+    settings = fingerprint(rows.processor)
+    folder = Path(cache_dir or default_cache()) / "index"
+    made, done = [], 0
+    for part in rows.per_file():
+        digest, root = part.files[0].digest, part.root or part.files[0].path.parent
+        parts = [_FORMAT, ivl.__version__, digest, settings, str(Path(root).absolute()), part.as_prompt, part.max_tiles]
+        key = _digest(json.dumps([*parts, media, probe_urls]).encode())
+        probe = _Probe(part, media, probe_urls)
+        index = _load(folder / key, len(part))
+        if index is None:
+            shown = None if progress is None else (lambda n, done=done: progress(done + n))
+            index = _probed(probe, _spread(np.arange(len(part))), workers, shown)
+            _save(folder / key, index)
+        elif index.problems:
+            again = np.array(sorted(index.problems))
+            found = _probed(probe, _spread(again), workers, None)
+            index.records = index.records.copy()
+            index.records[again] = found.records
+            index.problems = {int(again[n]): text for n, text in found.problems.items()}
+            index.dropped |= {int(again[n]): text for n, text in found.dropped.items()}
+            _save(folder / key, index)
+        for texts in (index.problems, index.dropped):
+            texts.update({n: f"{part.where(n)}: {text}" for n, text in texts.items()})
+        made.append(index)
+        done += len(part)
+    whole = joined(made)
+    return (
+        whole
+        if len(rows) == len(whole) and (rows.numbers == np.arange(len(whole))).all()
+        else whole.select(rows.numbers)
+    )
+
+
+def usable(rows: Rows, index: Index, max_bad: float = 0.05, report: str | Path | None = None) -> tuple[Rows, Index]:
+    """The rows that can be made and their index; each row made later must have these lengths.
+
+    Rows that `on_too_long: drop` leaves out are left out. A row with a problem raises where `rows.on_error` is error,
+    and is left out where it is skip. `report`: a file that lists what was left out; rows that fail later, when their
+    pictures are decoded, are added to it. Raises UserError where more than a share `max_bad` of rows has problems, or
+    no row is left.
+    """
+    bad = index.problems
+    if report is not None:
+        write_report(report, index)
+    where = f"; all are listed in {report}" if report is not None else ""
+    if bad and (rows.on_error == "error" or len(bad) > max_bad * len(rows)):
+        first = "\n".join(text for _, text in sorted(bad.items())[:_SHOWN])
+        counts = "\n".join(f"{count:8} {reason}" for reason, count in reasons(bad.values()).most_common(_SHOWN))
+        limit = "on_error is error" if rows.on_error == "error" else f"more than max_bad = {max_bad:.1%}"
+        raise UserError(
+            f"{len(bad)} of {len(rows)} rows cannot be used ({limit}){where}\n{first}\nby reason:\n{counts}"
+        )
+    good = np.flatnonzero(index.records["usable"])
+    if not len(good):
+        raise UserError(
+            f"{rows.where(0)}: none of the {len(rows)} rows can be used{where}: {next(iter(index.dropped.values()))}"
+        )
+    kept, part = rows.select(good), index.select(good)
+    kept.lengths = np.stack([part.tokens, part.tiles], 1)
+    kept.lengths[~part.records["exact"]] = -1
+    kept.on_skip = None if report is None else Report(Path(report))
+    return kept, part
+
+
+class Report:
+    """Adds lines to a report, from any process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, problem: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as out:
+            out.write(problem.replace("\n", " ") + "\n")
+
+
+def write_report(path: str | Path, index: Index) -> None:
+    """What an index leaves out: counts by reason, then each row with `file:line`."""
+    lines = []
+    for name, texts in (("problem", index.problems), ("left out by max_length", index.dropped)):
+        lines.append(f"# {name}: {len(texts)} of {len(index)} rows")
+        lines += [f"# {count:8} {reason}" for reason, count in reasons(texts.values()).most_common()]
+        lines += [text.replace("\n", " ") for _, text in sorted(texts.items())]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def reasons(problems: Iterable[str]) -> Counter[str]:
+    """How often each kind of problem occurs: the messages without file, line, names and numbers."""
+    return Counter(map(_reason, problems))
+
+
+def _reason(problem: str) -> str:
+    text = re.sub(r"^.*?:\d+: ", "", problem.split("; ")[0])
+    text = re.sub(r"(\S*/\S+|'[^']*'|\"[^\"]*\")", "…", text)
+    return re.sub(r"\d+(\.\d+)?", "N", text)[:120]
+
+
+class _Probe(Dataset):
+    """Rows' numbers → their records and problems."""
+
+    def __init__(self, rows: Rows, media: MediaCheck, probe_urls: bool) -> None:
+        self.rows, self.media, self.probe_urls = rows, media, probe_urls
+
+    def __getitem__(self, numbers: np.ndarray) -> Index:
+        index = Index(np.zeros(len(numbers), RECORD))
+        for at, number in enumerate(numbers):
+            try:
+                index.records[at] = self._record(int(number))
+            except TooLong as error:
+                index.dropped[at] = self._reason(number, error)
+            except UserError as error:
+                index.problems[at] = self._reason(number, error)
+        return index
+
+    def _reason(self, number: int, error: UserError) -> str:
+        return str(error).removeprefix(f"{self.rows.where(int(number))}: ")  # the file may be kept elsewhere tomorrow
+
+    def _record(self, number: int) -> tuple[int, int, int, bool, bool]:
+        rows = self.rows
+        conversation = rows.conversation(number)
+        urls = any(isinstance(m.source, str) and is_url(m.source) for m in conversation.media)
+        if self.media == "decode" and (self.probe_urls or not urls):
+            example = rows.processor(conversation, max_tiles=rows.max_tiles)
+            return len(example.input_ids), len(example.tiles), example.num_supervised, True, True
+        found = rows.processor.lengths(conversation, max_tiles=rows.max_tiles, probe_urls=self.probe_urls)
+        return found.tokens, found.tiles, found.supervised, self.probe_urls or not urls, True
+
+
+def _spread(numbers: np.ndarray) -> list[np.ndarray]:
+    return [numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK)]
+
+
+def _probed(
+    probe: _Probe, chunks: list[np.ndarray], workers: int | None, progress: Callable[[int], None] | None
+) -> Index:
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, len(chunks) // 8)  # processes take longer to start than a few chunks take
+    found, done = [], 0
+    draw = torch.Generator()  # a loader draws a seed, which must not come from the run's own generator
+    for index in DataLoader(probe, batch_size=None, sampler=chunks, num_workers=workers, generator=draw):
+        found.append(index)
+        done += len(index)
+        if progress is not None:
+            progress(done)
+    return joined(found)
+
+
+def _save(path: Path, index: Index) -> None:
+    """Texts first: records are what says that an index is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = json.dumps({"problems": index.problems, "dropped": index.dropped}).encode()
+    _replace(path.with_suffix(".json"), lambda out: out.write(texts))
+    _replace(path.with_suffix(".npy"), lambda out: np.save(out, index.records))
+
+
+def _replace(path: Path, write: Callable[[Any], Any]) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            write(out)
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _load(path: Path, count: int) -> Index | None:
+    """An index from the cache, its records mapped from disk; None where it is not there or not whole."""
+    try:
+        records = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        texts = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError, EOFError):
+        return None
+    if records.dtype != RECORD or len(records) != count:
+        return None
+    return Index(records, *({int(n): text for n, text in texts[name].items()} for name in ("problems", "dropped")))
+
+
+def fingerprint(processor: Any) -> str:
+    """A digest of all settings that an object holds in its public attributes; the same in every process."""
+    return _digest("\n".join(_settings(processor)).encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _settings(value: Any) -> Iterable[str]:
+    if value is None or isinstance(value, (bool, int, float, str, bytes, Path, type)):
+        yield repr(value)
+    elif isinstance(value, dict):
+        for key in sorted(value, key=repr):
+            yield repr(key)
+            yield from _settings(value[key])
+    elif isinstance(value, (set, frozenset)):
+        yield repr(sorted(value, key=repr))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _settings(item)
+    elif hasattr(value, "serialized_model_proto"):  # sentencepiece
+        yield _digest(value.serialized_model_proto())
+    elif hasattr(value, "to_str"):  # tokenizers
+        yield _digest(value.to_str().encode())
+    else:
+        yield type(value).__qualname__
+        yield from _settings({k: v for k, v in vars(value).items() if not k.startswith("_")})
