@@ -152,7 +152,7 @@ class _Batches(Sampler[list[tuple[int, int]]]):
             k: (v, state["settings"].get(k)) for k, v in self._settings().items() if v != state["settings"].get(k)
         }
         if changed:
-            found = ", ".join(f"{name} was {was!r} and is {now!r}" for name, (now, was) in changed.items())
+            found = ", ".join(f"{name} was {was!r} and is now {now!r}" for name, (now, was) in changed.items())
             raise UserError(f"batches: cannot go on in the middle of an epoch: {found}; restore it or begin a new run")
         self.epoch, self.done = state["epoch"], state["done"]
 
