@@ -15,9 +15,9 @@ from ivl.eval.rules import RULES, Scored
 from ivl.eval.tasks import DECODING, TASKS, Task, fingerprint, task
 from ivl.types import UserError
 
-
 _PUBLISHED = (
-    "prompt", "open_prompt", "max_tiles", "max_new_tokens", "min_new_tokens", "frames", "frame_prefix", "source", "note",
+    "prompt", "open_prompt", "max_tiles", "max_new_tokens", "min_new_tokens", "frames", "frame_prefix",
+    "source", "note",
 )  # fmt: skip
 
 

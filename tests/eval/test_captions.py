@@ -31,6 +31,7 @@ def captions(count: int, seed: int) -> list[str]:
         ("A dog (brown) cannot run...", "a dog -lrb- brown -rrb- can not run"),
         ("What?! $5, 50% & 1,000", "what ?! $ 5 50 % & 1,000"),
         ("Mr. Smith etc. in the U.S.", "mr. smith etc. in the u.s."),
+        ("'Tis what they're gonna see", "'t is what they 're gon na see"),
         ("", ""),
     ],
 )

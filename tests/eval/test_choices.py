@@ -77,6 +77,7 @@ def test_mvbench(said, compat, strict):
         ("Answer: D", "D", "D"),
         ("Both", "B", ""),
         ("The best option is A", "A", "A"),
+        ("Best answer: D", "B", "D"),
         ("none", "", ""),
     ],
 )
@@ -94,6 +95,8 @@ def test_videomme(said, compat, strict):
         ("I think that the answer is **D** because of this and that", "D"),
         ("Cannot determine the answer", "Z"),
         ("Z", "Z"),
+        ("C it may be", "C"),
+        ("C it may be so", ""),
         ("C it may be, at least that is what I would say", ""),
     ],
 )
