@@ -1,6 +1,7 @@
 """Language models: rotary positions as recorded and without memory, masks, kernels, configs."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -206,6 +207,14 @@ def test_building_a_family_warns_of_nothing(caplog):
     finally:
         logging.getLogger("transformers").propagate = False
     assert not caplog.records
+
+
+def test_ids_that_a_config_does_not_name_are_none():
+    """Phi3's class has defaults beyond a small vocabulary."""
+    settled = tiny("Phi3ForCausalLM").config
+    bare = replace(settled, llm={k: v for k, v in settled.llm.items() if not k.endswith("token_id")})
+    made = llm_config(bare)
+    assert (made.bos_token_id, made.eos_token_id, made.pad_token_id) == (None, None, None)
 
 
 def test_what_no_release_has_is_refused():
