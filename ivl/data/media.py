@@ -28,6 +28,7 @@ FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", 
 """What is opened; Pillow's other plugins are not (EPS, for one, starts Ghostscript)"""
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+_MOST_SCANS = 100
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -192,8 +193,11 @@ def _check_complete(opened: BinaryIO) -> None:
             image.verify()
     elif kind == "JPEG":
         data = opened.read()
+        scans = data.count(b"\xff\xda")
         if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
             raise OSError("truncated JPEG: its end marker is missing")
+        if scans > _MOST_SCANS:
+            raise OSError(f"a JPEG of {scans} scans, made to take long; expected about 10")
     opened.seek(0)
 
 

@@ -80,7 +80,7 @@ def test_all_ways_to_name_one_picture(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_orientation(orientation, kind):
     """The size from the header is that of the upright picture; turned once, it is not turned again."""
     exif = Image.Exif()
@@ -137,6 +137,7 @@ def test_faults_are_named(tmp_path):
         "flipped.png": (bytes(flipped), "damaged"),
         "zeros.png": (bytes(100), "nothing but zeros"),
         "noise.png": (bytes([1, 200, 7, 9]) * 30, "01 c8 07 09"),
+        "scans.jpg": (jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") :] * 200, "JPEG of 201 scans"),
         "a.pdf": (b"%PDF-1.4 etc", "PDF"),
         "a.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "expected an image"),
     }
