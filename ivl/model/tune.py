@@ -213,6 +213,27 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             own[key].copy_(tensor)
 
 
+def merge(model: nn.Module) -> None:
+    """Add every LoRA to the weights under it, in float32, and leave plain linear layers in the dtypes they had.
+
+    Raises UserError where the weights under it are quantised, or a merged weight is not finite.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
+        linear = layer.get_base_layer()
+        dtype = linear.weight.dtype
+        if not dtype.is_floating_point:
+            raise UserError(f"{name}: a LoRA cannot be merged into {dtype} weights; load the model without quantize")
+        layer.float()
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise UserError(f"{name}: the merged weight is not finite; the adapter is damaged or diverged") from error
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, linear.to(dtype).requires_grad_(False))
+
+
 def _alpha(lora: LoRA) -> float:
     return 2 * lora.rank if lora.alpha is None else lora.alpha
 
