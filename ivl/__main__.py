@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": ("ivl.lit.cli", "loss and scores on held-out rows      --ckpt_path RUN/checkpoints/last.ckpt"),
     "test": ("ivl.lit.cli", "the same on the test rows"),
     "predict": ("ivl.lit.cli", "answer rows, one JSON line each       --ckpt_path … --data.predict FILE.jsonl"),
+    "check": ("ivl.check", "look for mistakes in data             --config FILE.yaml, or --data.train FILE"),
     "score": ("ivl.eval.score", "score answers by a benchmark's rules  FILE... --task docvqa --html report.html"),
 }
 

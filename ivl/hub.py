@@ -114,7 +114,7 @@ def _ids(name: str) -> dict[Hub, str]:
 def _refused(repo_id: str, hub: Hub, why: object) -> UserError:
     """The document's answer to `The request model does not exist!`."""
     if hub == "modelscope":
-        page, tokens = f"{_endpoint()}/models/{repo_id}", f"{_endpoint()}/my/myaccesstoken"
+        page, tokens = f"{modelscope_endpoint()}/models/{repo_id}", f"{modelscope_endpoint()}/my/myaccesstoken"
         variable = "MODELSCOPE_API_TOKEN"
     else:
         page, tokens = f"https://huggingface.co/{repo_id}", "https://huggingface.co/settings/tokens"
@@ -259,7 +259,8 @@ class _Remote:
     sha256: str
 
 
-def _endpoint() -> str:
+def modelscope_endpoint() -> str:
+    """Address of ModelScope, or of the server that MODELSCOPE_DOMAIN names."""
     domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     return (domain if "://" in domain else f"https://{domain}").rstrip("/")
 
@@ -297,7 +298,7 @@ def _modelscope_download(repo_id: str, revision: str | None, token: str | None) 
 def _modelscope_files(repo_id: str, revision: str, token: str | None) -> list[_Remote]:
     query = urlencode({"Revision": revision, "Recursive": "False"})
     try:
-        with _open(f"{_endpoint()}/api/v1/models/{repo_id}/repo/files?{query}", token) as answer:
+        with _open(f"{modelscope_endpoint()}/api/v1/models/{repo_id}/repo/files?{query}", token) as answer:
             body = json.loads(answer.read())
     except urllib.error.HTTPError as error:
         if error.code in (400, 401, 403, 404):
@@ -319,7 +320,7 @@ def _modelscope_file(repo_id: str, revision: str, token: str | None, file: _Remo
             return
         raise UserError(f"{target}: exists and is not the hub's file; move it away or name its folder instead")
     query = urlencode({"Revision": revision, "FilePath": file.path})
-    url = f"{_endpoint()}/api/v1/models/{repo_id}/repo?{query}"
+    url = f"{modelscope_endpoint()}/api/v1/models/{repo_id}/repo?{query}"
     part.touch()
     best, failures, problem = 0, 0, None
     while (size := part.stat().st_size) < file.size:

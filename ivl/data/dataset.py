@@ -326,12 +326,12 @@ def read_meta(path: str | Path, processor: MakesExamples, **options: Any) -> lis
         if not isinstance(repeat, (int, float)) or not repeat > 0:
             raise UserError(f"{path}: {name}: expected a repeat_time above 0, found {repeat!r}")
         folder = Path(path).parent
-        root = _existing(entry["root"], folder) if entry.get("root") else None
-        rows = Rows(
-            _existing(entry["annotation"], folder),
-            processor,
-            **({"root": root, "source": name, "max_tiles": entry.get("max_dynamic_patch")} | options),
-        )
+        own = {
+            "root": _existing(entry["root"], folder) if entry.get("root") else None,
+            "max_tiles": entry.get("max_dynamic_patch"),
+        }
+        own = {"source": name} | {key: value for key, value in own.items() if value is not None}
+        rows = Rows(_existing(entry["annotation"], folder), processor, **(options | own))
         parts.append(Part(rows, name, repeat=float(repeat)))
     return parts
 

@@ -1,0 +1,366 @@
+"""`python -m ivl check`: look for mistakes in data before they cost anything."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from tqdm.auto import tqdm
+
+from ivl.data.dataset import Mixture, Part, Rows
+from ivl.data.facts import read_facts
+from ivl.data.index import Index, build_index, joined, reasons
+from ivl.data.processor import Processor, VideoOptions
+from ivl.data.sources import Source, open_sources
+from ivl.types import IGNORE, Example, UserError
+
+SPLITS = ("train", "val", "test", "predict")
+TRAINED, NOT_TRAINED, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+_SHOWN, _DRAWN = 10, 12
+NO_ANSWER = "the row has no answer to learn from; add a response, or move it to data.predict"
+
+
+@dataclass
+class Data:
+    """Rows, and what is done to them: as in `fit`."""
+
+    train: str | list[str | Source] | None = None
+    """Training rows: a file (jsonl, json, a meta file of several), a data set's name, or several."""
+    val: str | list[str] | None = None
+    """Held-out rows."""
+    test: str | list[str] | None = None
+    """Rows for `test`."""
+    predict: str | list[str] | None = None
+    """Rows for `predict`; they need no response."""
+    media_root: str | None = None
+    """Where relative media paths start. Default: the folder of the file they stand in."""
+    max_length: int = 4096
+    """Most tokens of a row, image tokens included."""
+    max_tiles: int | None = None
+    """Most tiles of an image, thumbnail not counted. Default: the checkpoint's."""
+    on_too_long: Literal["fit", "truncate_text", "drop", "error"] = "fit"
+    """What happens to a row above max_length."""
+    video: VideoOptions = field(default_factory=VideoOptions)
+    """How videos become frames."""
+    exif: bool = True
+    """Turn pictures upright as their EXIF block says."""
+    compact_boxes: bool = False
+    """Write boxes as `<box>[[...]]</box>`."""
+    system_message: str | None = None
+    """For rows without one, instead of the checkpoint's."""
+    seed: int = 0
+    """Of the rows that are drawn and shown."""
+
+
+@dataclass
+class Checked:
+    """What is known of the rows of one option."""
+
+    name: str
+    rows: Mixture
+    index: Index
+    facts: np.ndarray
+    """(rows,) of FACTS"""
+
+    def where(self, number: int) -> str:
+        rows, inner = self.rows.at(number)
+        return rows.where(inner)
+
+    @property
+    def usable(self) -> np.ndarray:
+        """(rows,) bool"""
+        return self.index.records["usable"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check data. Returns 0, or 2 where anything is wrong."""
+    args = _arguments(list(sys.argv[1:] if argv is None else argv))
+    processor = _processor(args)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    given = {name: files for name in SPLITS if (files := getattr(args.data, name))}
+    if not given:
+        raise UserError("nothing to check; give --data.train FILE (val, test, predict), or --config FILE")
+    checked, unread = [], []
+    for name, files in given.items():
+        parts, problems = _parts(name, files, processor, args)
+        unread += problems
+        if parts:
+            checked.append(_checked(name, parts, args))
+    with open(out / "report.txt", "w", encoding="utf-8") as report:
+        for problem in unread:
+            _say(problem, report)
+        for one in checked:
+            _report(one, args.show, report)
+        _overlap(checked, report)
+    wrong = len(unread) + sum(len(one.index.problems) for one in checked)
+    good = [one for one in checked if one.usable.any()]
+    if good:
+        _show(good[0], processor, out / "sheet.png", args.data.seed)
+    print(f"\n{wrong or 'no'} problem{'s' * (wrong != 1)}; all of it is in {out / 'report.txt'}")
+    return 2 if wrong else 0
+
+
+# Options
+
+
+def _arguments(argv: list[str]) -> Namespace:
+    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    configs.add_argument("-c", "--config", action="append", default=[])
+    known, rest = configs.parse_known_args(argv)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="python -m ivl check",
+        usage="python -m ivl check --config FILE | --data.train FILE --model.pretrained NAME [--OPTION VALUE ...]",
+        description="Look for mistakes in data: problems with file:line, lengths, duplicates, a row as it is trained on.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", type=str, default="", help="A config of `fit`; may be given several times.")
+    parser.add_argument(
+        "--model.pretrained", type=str, default="", help="Checkpoint whose tokenizer, template and tiling are used."
+    )
+    parser.add_class_arguments(Data, "data")
+    parser.add_argument("--media", action="store_true", help="Decode all media, not only read their headers.")
+    parser.add_argument("--probe_urls", action="store_true", help="Fetch media behind URLs.")
+    parser.add_argument("--out", type=str, default="check", help="Folder of the report and the contact sheet.")
+    parser.add_argument("--show", type=int, default=20, help="Most problems printed of each option.")
+    parser.add_argument("--workers", type=int | None, default=None, help="Processes. Default: one for each core.")
+    parser.add_argument("--cache_dir", type=str | None, default=None, help="Default: ~/.cache/ivl")
+    start = parser.get_defaults()
+    for path in known.config:
+        start = parser.merge_config(parser.parse_object(_config(path), defaults=False), start)
+    return parser.parse_args(rest, namespace=start)
+
+
+def _config(path: str) -> dict[str, Any]:
+    """The parts of a fit's config that say what the data are. Makes the demo where the config asks for it."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--config {path}: expected a fit's config, found {type(found).__name__}")
+    model, data = found.get("model") or {}, found.get("data") or {}
+    own = {one.name for one in fields(Data)}
+    if others := set(data) - own - {"pretrained"}:
+        from ivl.lit.datamodule import IvlData  # takes seconds to import
+
+        if unknown := sorted(others - set(inspect.signature(IvlData).parameters)):
+            raise UserError(f"--config {path}: data.{unknown[0]}: no such option; expected one of {', '.join(own)}")
+    if found.get("demo"):
+        from ivl.demo import prepare
+
+        prepare(Path(found["demo"]))
+    kept: dict[str, Any] = {"data": {key: value for key, value in data.items() if key in own and value is not None}}
+    pretrained = model.get("pretrained") or data.get("pretrained")
+    return kept | ({"model": {"pretrained": pretrained}} if pretrained else {})
+
+
+def _processor(args: Namespace) -> Processor:
+    if not args.model.pretrained:
+        raise UserError("--model.pretrained: not given; expected a checkpoint's folder or name, such as internvl2-2b")
+    data = args.data
+    return Processor.from_pretrained(
+        args.model.pretrained,
+        max_tiles=data.max_tiles,
+        max_length=data.max_length,
+        on_too_long=data.on_too_long,
+        video=VideoOptions(**vars(data.video)),
+        exif=data.exif,
+        compact_boxes=data.compact_boxes,
+        system_message=data.system_message,
+    )
+
+
+# Reading
+
+
+def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tuple[list[Part], list[str]]:
+    """The sources of an option, and what is wrong with those that cannot be read at all."""
+    parts, problems = [], []
+    for given in [files] if isinstance(files, str) else files:
+        source = Source(**vars(given)) if isinstance(given, Namespace) else given
+        try:
+            parts += open_sources(
+                source,
+                processor,
+                args.data.media_root,
+                as_prompt=name == "predict",
+                seed=args.data.seed,
+                cache_dir=args.cache_dir,
+            )
+        except UserError as error:
+            problems.append(f"data.{name}: {error}")
+    return parts, problems
+
+
+def _checked(name: str, parts: list[Part], args: Namespace) -> Checked:
+    indexes, facts = [], []
+    for part in parts:
+        with _bar(f"{name}: lengths of {part.name}", part.rows) as progress:
+            media = "decode" if args.media else "header"
+            index = build_index(part.rows, args.workers, media, args.probe_urls, args.cache_dir, progress)
+        if name != "predict":
+            _need_answers(part.rows, index)
+        indexes.append(index)
+        with _bar(f"{name}: texts of {part.name}", part.rows) as progress:
+            workers = os.cpu_count() or 1 if args.workers is None else args.workers
+            facts.append(read_facts(part.rows, index.records["usable"], workers, args.cache_dir, progress))
+    return Checked(name, Mixture(parts), joined(indexes), np.concatenate(facts))
+
+
+def _need_answers(rows: Rows, index: Index) -> None:
+    """Rows to be learnt from or scored that are prompts: the index, which knows no purpose, takes them."""
+    prompts = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
+    index.problems |= {int(n): f"{rows.where(int(n))}: {NO_ANSWER}" for n in prompts}
+    index.records = index.records.copy()
+    index.records[prompts] = np.zeros((), index.records.dtype)
+
+
+@contextmanager
+def _bar(text: str, rows: Rows) -> Iterator[Callable[[int], None]]:
+    with tqdm(total=len(rows), desc=text, unit="row", disable=None, leave=False) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+# The report
+
+
+def _say(text: str, report: TextIO) -> None:
+    print(text)
+    report.write(text + "\n")
+
+
+def _report(one: Checked, show: int, report: TextIO) -> None:
+    problems, dropped, count = one.index.problems, one.index.dropped, len(one.index)
+    _say(f"\n# data.{one.name}: {count} rows, {len(problems)} with a problem, {len(dropped)} left out", report)
+    if len(one.rows.parts) > 1 or any(n != len(part.rows) for n, part in zip(one.rows.counts, one.rows.parts)):
+        _say(one.rows.describe(), report)
+    for title, texts in (("problems", problems), ("left out, as on_too_long is drop", dropped)):
+        if not texts:
+            continue
+        _say(f"\n{title}:", report)
+        lines = [text.replace("\n", " ") for _, text in sorted(texts.items())]
+        print("\n".join(lines[:show]))
+        report.write("\n".join(lines) + "\n")
+        if len(lines) > show:
+            print(f"… and {len(lines) - show} more in the report")
+            for reason, times in reasons(texts.values()).most_common(show):
+                _say(f"{times:8} {reason}", report)
+    if unsure := int((~one.index.records["exact"] & one.usable).sum()):
+        _say(
+            f"\nrows with media behind URLs, counted with the most tiles there can be: {unsure} (--probe_urls)", report
+        )
+    if one.usable.any():
+        _say("\n" + distributions(one.index, one.facts), report)
+        longest = np.argsort(-one.index.tokens, kind="stable")[: min(5, int(one.usable.sum()))]
+        lengths = [f"{one.index.tokens[n]:8} tokens {one.index.tiles[n]:4} tiles  {one.where(n)}" for n in longest]
+        _say("\nlongest rows:\n" + "\n".join(lengths), report)
+    _repeated(one, report)
+
+
+def distributions(index: Index, facts: np.ndarray) -> str:
+    """A table: least, median, 99th percentile, most and sum over the rows that can be used."""
+    kept = index.records["usable"]
+    numbers = {
+        "tokens": index.tokens[kept],
+        "tiles": index.tiles[kept],
+        "turns": facts["turns"][kept],
+        "images and videos": facts["media"][kept],
+        "boxes": facts["boxes"][kept],
+    }
+    lines = [f"{'':20}{'least':>9}{'median':>9}{'99 %':>9}{'most':>9}{'all':>14}"]
+    for name, values in numbers.items():
+        points = np.percentile(values, [0, 50, 99, 100], method="nearest")
+        lines.append(f"{name:20}" + "".join(f"{int(v):9}" for v in points) + f"{int(values.sum(dtype=np.int64)):14}")
+    share = 100 * index.supervised[kept] / index.tokens[kept]
+    whole = 100 * index.supervised[kept].sum(dtype=np.int64) / index.tokens[kept].sum(dtype=np.int64)
+    points = np.percentile(share, [0, 50, 99, 100], method="nearest")
+    return "\n".join([*lines, f"{'trained on, %':20}" + "".join(f"{v:9.1f}" for v in points) + f"{whole:14.1f}"])
+
+
+def _repeated(one: Checked, report: TextIO) -> None:
+    """Rows that say what an earlier one says."""
+    kept = np.flatnonzero(one.usable)
+    _, first, back = np.unique(one.facts["same"][kept], return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[back] != np.arange(len(kept)))
+    if not len(again):
+        return
+    _say(f"\nrows that repeat an earlier one (same media, same text): {len(again)}", report)
+    lines = [f"{one.where(kept[n])}: as {one.where(kept[first[back[n]]])}" for n in again]
+    print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
+    report.write("\n".join(lines) + "\n")
+
+
+def _overlap(checked: list[Checked], report: TextIO) -> None:
+    """Rows of val or test that are trained on as well."""
+    train = next((one for one in checked if one.name == "train"), None)
+    for one in checked:
+        if train is None or one.name not in ("val", "test"):
+            continue
+        seen = np.isin(one.facts["same"], train.facts["same"][train.usable]) & one.usable
+        if seen.any():
+            _say(f"\nrows of data.{one.name} that are in data.train as well: {int(seen.sum())}", report)
+            lines = [one.where(n) for n in np.flatnonzero(seen)]
+            print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
+            report.write("\n".join(lines) + "\n")
+
+
+# Pictures
+
+
+def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
+    """One row as it is trained on, and a contact sheet of some."""
+    from ivl.sheet import cell, contact_sheet
+
+    whole = np.flatnonzero(one.usable & one.index.records["exact"])  # nothing is fetched to be shown
+    drawn = np.sort(np.random.default_rng(seed).permutation(whole)[:_DRAWN])
+    shown = next((n for n in drawn if one.facts["boxes"][n]), drawn[0]) if len(drawn) else None
+    cells = []
+    for number in drawn:
+        rows, inner = one.rows.at(int(number))
+        try:
+            conversation = rows.conversation(inner)
+            if number == shown:
+                example = processor(conversation, max_tiles=rows.max_tiles)
+                print(f"\nas it is trained on: {rows.where(inner)}\n{rendered(example, processor)}")
+            lengths = f"{one.index.tokens[number]} tokens, {one.index.tiles[number]} tiles"
+            cells.append(cell(conversation, f"{Path(rows.where(inner)).name}  {lengths}", processor))
+        except UserError as error:  # what only decoding finds: a problem that --media counts
+            print(f"\nnot shown: {error}")
+    if cells:
+        contact_sheet(cells).save(sheet)
+        print(f"\ncontact sheet of {len(cells)} rows: {sheet}")
+
+
+def rendered(example: Example, processor: Processor, colour: bool | None = None) -> str:
+    """The tokens of a row as text, what is trained on in green, the rest in grey; `[+…+]` where there is no colour.
+
+    `colour` None: where the output is a terminal and NO_COLOR is not set.
+    """
+    if colour is None:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    ids, trained = example.input_ids.tolist(), (example.labels != IGNORE).tolist()
+    context, out, start = processor.tokenizer.context_id, "", 0
+    while start < len(ids):
+        end = start
+        while end < len(ids) and (trained[end], ids[end] == context) == (trained[start], ids[start] == context):
+            end += 1
+        text = f"<IMG_CONTEXT>×{end - start}" if ids[start] == context else processor.tokenizer.decode(ids[start:end])
+        if colour:
+            out += f"{TRAINED if trained[start] else NOT_TRAINED}{text}{RESET}"
+        else:
+            out += f"[+{text}+]" if trained[start] else text
+        start = end
+    return out

@@ -1,0 +1,69 @@
+"""A contact sheet of rows: their media with boxes, what is asked and what is answered."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ivl.data import media
+from ivl.data.processor import Processor
+from ivl.lit.pictures import EXPECTED, GIVEN, MARGIN, draw_boxes
+from ivl.types import Conversation, Media
+
+WIDTH, HEIGHT, LINE, LINES = 320, 240, 13, 7
+MOST = 4
+"""Pictures of one row (frames of a video) that are shown"""
+
+
+def contact_sheet(cells: Sequence[Image.Image], columns: int = 4) -> Image.Image:
+    """One picture of cells."""
+    columns = min(columns, len(cells))
+    width, height = cells[0].width + 2 * MARGIN, cells[0].height + 2 * MARGIN
+    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
+    for n, one in enumerate(cells):
+        sheet.paste(one, (n % columns * width + MARGIN, n // columns * height + MARGIN))
+    return sheet
+
+
+def cell(row: Conversation, about: str, processor: Processor) -> Image.Image:
+    """The picture of a row: its media, a line `about` it, its turns. Boxes of questions are red, of answers green.
+
+    Boxes are drawn where a row has one image: a box does not say which of several it belongs to. Raises UserError
+    where a medium cannot be read.
+    """
+    drawn = Image.new("RGB", (WIDTH, HEIGHT + LINE * (LINES + 1)), "white")
+    font, write = ImageFont.load_default(11), ImageDraw.Draw(drawn)
+    bottom = 0
+    shown = [picture for medium in row.media[:MOST] for picture in _pictures(medium, processor)][:MOST]
+    across = 1 if len(shown) < 2 else 2
+    for n, picture in enumerate(shown):
+        picture = _scaled(picture, WIDTH // across, HEIGHT if len(shown) < 3 else HEIGHT // 2)
+        if len(row.media) == 1 and row.media[0].kind == "image":
+            draw = ImageDraw.Draw(picture)
+            for message in row.messages:
+                draw_boxes(draw, message.text, picture.size, EXPECTED if message.role == "assistant" else GIVEN)
+        place = n % across * WIDTH // across, n // across * HEIGHT // 2
+        drawn.paste(picture, place)
+        bottom = max(bottom, place[1] + picture.height)
+    lines = [(about, (120, 120, 120))]
+    for message in row.messages:
+        name, colour = ("A", EXPECTED) if message.role == "assistant" else ("Q", (0, 0, 0))
+        text = " ".join(message.text.split())
+        lines += [(line, colour) for line in textwrap.wrap(f"{name}: {text}", 54)[:5]]
+    for n, (line, colour) in enumerate(lines[: LINES + (HEIGHT - bottom) // LINE]):
+        write.text((0, bottom + 2 + n * LINE), line, fill=colour, font=font)
+    return drawn
+
+
+def _pictures(medium: Media, processor: Processor) -> list[Image.Image]:
+    if medium.kind == "image":
+        return [media.load_image(medium.source, processor.exif, processor.policy)]
+    return media.load_video(medium.source, MOST, None, MOST, medium.start, medium.end, policy=processor.policy)
+
+
+def _scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
+    scale = min(width / picture.width, height / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.BILINEAR if scale > 1 else Image.Resampling.LANCZOS)
