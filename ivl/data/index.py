@@ -153,12 +153,13 @@ def usable(rows: Rows, index: Index, max_bad: float = 0.05, report: str | Path |
         write_report(report, index)
     where = f"; all are listed in {report}" if report is not None else ""
     if bad and (rows.on_error == "error" or len(bad) > max_bad * len(rows)):
-        first = "\n".join(text for _, text in sorted(bad.items())[:_SHOWN])
-        counts = "\n".join(f"{count:8} {reason}" for reason, count in reasons(bad.values()).most_common(_SHOWN))
+        first, *others = [text for _, text in sorted(bad.items())[:_SHOWN]]
+        if len(bad) == 1:
+            raise UserError(first + where)
         limit = "on_error is error" if rows.on_error == "error" else f"more than max_bad = {max_bad:.1%}"
-        raise UserError(
-            f"{len(bad)} of {len(rows)} rows cannot be used ({limit}){where}\n{first}\nby reason:\n{counts}"
-        )
+        counts = [f"{count:8} {reason}" for reason, count in reasons(bad.values()).most_common(_SHOWN)]
+        more = f"{first}\n{len(bad)} of {len(rows)} rows cannot be used ({limit}){where}; by reason:"
+        raise UserError("\n".join([more, *counts, "the next of them:", *others]))
     good = np.flatnonzero(index.records["usable"])
     if not len(good):
         raise UserError(

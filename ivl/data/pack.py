@@ -3,12 +3,10 @@
 Every batch is decided from lengths alone, before any row is made: the same for the same seed and epoch on every rank
 and with any number of workers, as many on every rank, each row of the epoch once.
 
-How packs are filled. The epoch's rows come in their shuffled order, a window at a time. The rows of a window are
-taken longest first, those with tiles before those without; each goes into the open pack that it fills best, or opens
-a new one. After a window, packs that
-are full to 99 % are closed, as are the fullest of the rest; the emptiest, with at most a quarter of a window's rows,
-are undone and their rows join the next window. After the last window all packs are closed as they are. Where the
-number of packs is no multiple of the ranks, the packs with most rows are split in two until it is.
+How packs are filled. The epoch's rows, in their shuffled order, are cut into windows of equal size. The rows of a
+window are taken longest first, those with tiles before those without; each goes into the open pack that it fills best,
+or opens a new one. At the end of a window its packs are closed as they are. Where the number of packs is no multiple
+of the ranks, the packs with most rows are split in two until it is. Then packs are shuffled over the epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from ivl.types import UserError
 Order = Callable[[int], np.ndarray]
 """Epoch → the numbers of its rows, shuffled; `Mixture.order` is one"""
 
-_FULL = 0.99
 _BLOCK = 16
 
 
@@ -47,13 +44,8 @@ def fill_packs(
                 f"allow larger packs or shorter rows"
             )
     packs: list[list[int]] = []
-    waiting: list[int] = []
-    for start in range(0, len(tokens), window):
-        places = waiting + list(range(start, min(start + window, len(tokens))))
-        filled = _fill(places, tokens[places], tiles[places], max_tokens, limit)
-        last = start + window >= len(tokens)
-        closed, waiting = (filled, []) if last else _closed(filled, tokens, max_tokens, window // 4)
-        packs += closed
+    for places in np.array_split(np.arange(len(tokens)), max(1, -(-len(tokens) // window))):
+        packs += _fill(places.tolist(), tokens[places], tiles[places], max_tokens, limit)
     for pack in packs:
         pack.sort()
     return packs
@@ -84,20 +76,6 @@ def _fill(places: list[int], tokens: np.ndarray, tiles: np.ndarray, max_tokens: 
             left[pack] = tokens_left, tiles_left
             insort(room, (min(tokens_left, tiles_left) if with_tiles else tokens_left, pack))
     return packs
-
-
-def _closed(
-    packs: list[list[int]], tokens: np.ndarray, max_tokens: int, most_waiting: int
-) -> tuple[list[list[int]], list[int]]:
-    """Packs to keep, and the rows of those that are undone."""
-    full = [int(tokens[pack].sum()) for pack in packs]
-    kept, waiting = [], []
-    for n in sorted(range(len(packs)), key=full.__getitem__):
-        if full[n] < _FULL * max_tokens and len(waiting) + len(packs[n]) <= most_waiting:
-            waiting += packs[n]
-        else:
-            kept.append(packs[n])
-    return kept, sorted(waiting)
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
@@ -205,7 +183,7 @@ class PackedBatches(_Batches):
             tokens: (rows,) tokens of each row, `Index.tokens`.
             tiles: (rows,) tiles of each row, `Index.tiles`.
             order: epoch → rows; None: each row once, shuffled.
-            window: rows that are packed together; more pack a little better and take longer.
+            window: rows that are packed together, at most.
         """
         super().__init__(tokens, tiles, order, rank, ranks, seed)
         self.max_tokens, self.max_tiles, self.window = max_tokens, max_tiles, window
@@ -239,7 +217,11 @@ class GroupedBatches(_Batches):
         seed: int = 0,
         window: int = 64,
     ) -> None:
-        """`window`: batches whose rows are sorted by length together; 1: no grouping."""
+        """`window`: batches whose rows are sorted by length together; 1: no grouping.
+
+        Without grouping the batches of a step are the next rows of the order, however many ranks or micro-batches
+        share the step.
+        """
         super().__init__(tokens, tiles, order, rank, ranks, seed)
         self.batch_size, self.window = batch_size, window
 
@@ -251,6 +233,9 @@ class GroupedBatches(_Batches):
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"batch_size": self.batch_size, "window": self.window}
+
+    def _dealt(self, costs: np.ndarray, epoch: int) -> np.ndarray:
+        return np.arange(len(costs)) if self.window == 1 else super()._dealt(costs, epoch)
 
     def _groups(self, tokens: np.ndarray, tiles: np.ndarray) -> list[list[int]]:
         groups, size = [], self.batch_size * self.window

@@ -137,8 +137,6 @@ def _scan_lines(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, n
         size += len(chunk)
     end = np.concatenate([*ends, [size]]).astype(np.int64)
     start = np.concatenate([[0], end[:-1] + 1]).astype(np.int64)
-    bom = 3 if _read(opened, 0, 3) == b"\xef\xbb\xbf" else 0
-    start[0] += bom
     blank = [i for i in np.flatnonzero(end - start < _BLANK) if not _read(opened, start[i], end[i]).strip()]
     if not len(blank):
         return start, end, None, digest.hexdigest()

@@ -153,6 +153,7 @@ def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
         trainer_defaults={
             "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": ""}},
             "callbacks": [Throughput(), Pictures(), LearningRateMonitor("step")],
+            "enable_model_summary": False,  # ivl.model.tune.table says more
             "log_every_n_steps": 10,
             "use_distributed_sampler": False,  # the data module gives every rank its rows
         },

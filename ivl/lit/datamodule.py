@@ -1,73 +1,77 @@
-"""Files of rows → DataLoaders: the same share of work for every rank, a position that can be saved."""
+"""Files of rows → DataLoaders: lengths first, then the same work for every rank, and a position that can be saved."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from ivl.data.dataset import Rows
-from ivl.data.processor import Processor
-from ivl.types import Batch, Example, UserError
+from ivl.data.dataset import Mixture, Part, Rows, split
+from ivl.data.index import Index, build_index, joined, usable
+from ivl.data.pack import GroupedBatches, PackedBatches
+from ivl.data.processor import Processor, VideoOptions
+from ivl.types import IGNORE, Batch, Example, UserError
 
 
-class RankBatches:
-    """Index lists for one rank: as many batches on every rank.
+@dataclass(frozen=True)
+class Source:
+    """One source of training rows. Give repeat or ratio to all sources, or to none."""
 
-    In order (validation, prediction): rank r takes rows r, r + ranks, …; ranks short of a row are filled up with
-    -1 - row, a row that is computed and then left out. Shuffled (training): a new order per epoch from the seed; the
-    rows left over after the last full round of all ranks are left out of that epoch.
+    path: str
+    """A file of rows (jsonl or json)."""
+    name: str = ""
+    """Its name in losses and scores per source; a row's own `source` wins."""
+    repeat: float | None = None
+    """How often each row is seen in an epoch; 0.1 is a tenth of the rows, another tenth each epoch."""
+    ratio: float | None = None
+    """Share of the epoch's rows, relative to the other sources."""
+    media_root: str | None = None
+    """Where this source's relative media paths start."""
+    max_tiles: int | None = None
+    """Most tiles of an image of this source."""
+
+
+class RankRows:
+    """Batches of rows in their order for one rank: as many on every rank.
+
+    Rank r takes rows r, r + ranks, …; a rank short of a row is filled up with -1 - row, a row that is computed, so
+    that all ranks do the same work, and then left out.
     """
 
-    def __init__(self, rows: int, batch_size: int, rank: int, ranks: int, shuffle: bool, seed: int):
-        self.rows, self.batch_size = rows, batch_size
-        self.rank, self.ranks = rank, ranks
-        self.shuffle, self.seed = shuffle, seed
-        self.epoch = 0
-        self.done = 0
-        """Batches of this epoch already used: where the next pass begins"""
-        self.sampler = self  # where Lightning looks for set_epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another order of rows; called by Lightning before each epoch."""
-        self.epoch = epoch
-
-    def _mine(self) -> list[int]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.rows, generator=generator).tolist()
-            full = self.rows // self.ranks if self.rows >= self.ranks else 1
-            return [order[(self.rank + i * self.ranks) % self.rows] for i in range(full)]
-        mine = list(range(self.rank, self.rows, self.ranks))
-        return mine + [-1 - self.rank % self.rows] * (math.ceil(self.rows / self.ranks) - len(mine))
+    def __init__(self, rows: int, batch_size: int, rank: int, ranks: int):
+        mine = list(range(rank, rows, ranks))
+        mine += [-1 - rank % rows] * (math.ceil(rows / ranks) - len(mine))
+        self.batches = [mine[n : n + batch_size] for n in range(0, len(mine), batch_size)]
 
     def __len__(self) -> int:
-        return math.ceil(len(self._mine()) / self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        mine = self._mine()
-        start, self.done = self.done, 0
-        for i in range(start * self.batch_size, len(mine), self.batch_size):
-            yield mine[i : i + self.batch_size]
+        return iter(self.batches)
 
 
 class ResumableLoader(DataLoader):
     """A DataLoader whose position is saved with the run and found again without reading what was used."""
 
-    position: Callable[[], dict[str, int]] | None = None
+    used: Callable[[], tuple[int, int]] | None = None
+    """(epoch, batches used in it), by the trainer's count: the loader's own runs ahead of it"""
 
-    def state_dict(self) -> dict[str, int]:
-        return self.position() if self.position else {}
+    def state_dict(self) -> dict[str, Any]:
+        epoch, used = self.used()
+        return self.batch_sampler.state_dict(used) | {"epoch": epoch}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batch_sampler.epoch = state["epoch"]
-        self.batch_sampler.done = state["done"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batch_sampler.load_state_dict(state)
 
 
 class IvlData(LightningDataModule):
@@ -76,16 +80,29 @@ class IvlData(LightningDataModule):
     Args:
         pretrained: Checkpoint whose tokenizer, template and tiling are used (linked to model.pretrained).
         train: Files of training rows (jsonl or json).
+        mixture: Several sources of training rows, each with its share of an epoch, instead of `train`.
         val: Files of held-out rows: loss and answers.
+        val_fraction: Hold out this share of the training rows where `val` is not given.
         test: Files for `test`.
         predict: Files for `predict`; rows need no response.
         media_root: Where relative media paths start. Default: the folder of the file they stand in.
-        batch_size: Rows per batch and process.
+        batch_size: Rows per batch and process, where rows are not packed.
         eval_batch_size: Rows per batch and process in validation and prediction. Default: batch_size.
-        packing: Rows of a batch follow one another in one sequence instead of being padded to the longest.
+        packing: Rows follow one another in sequences of at most pack_tokens, instead of being padded to the longest.
+        pack_tokens: Most tokens of a pack. Default: max_length.
+        pack_tiles: Most tiles of a pack. Default: no limit.
+        group_by_length: Batches that are padded hold rows of like length.
         max_length: Most tokens of a row, image tokens included.
         max_tiles: Most tiles of an image, thumbnail not counted. Default: the checkpoint's.
-        on_too_long: What happens to a row above max_length.
+        on_too_long: What happens to a row above max_length: fit lowers tiles, largest image first, then drops the
+            oldest turns; truncate_text cuts the end; drop leaves the row out; error stops.
+        on_error: A training row that cannot be used stops the run, or is skipped and listed in `report`.
+        max_bad: Largest share of rows that may be skipped.
+        report: File that lists the training rows that were left out, and why.
+        video: How videos become frames.
+        exif: Turn pictures upright as their EXIF block says; false: as stored, like the reference.
+        compact_boxes: Write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`.
+        system_message: For rows without one, instead of the checkpoint's.
         num_workers: Loader processes. Default: one less than there are cores, four at most.
         seed: Of the order of rows and of random choices inside them.
     """
@@ -94,69 +111,171 @@ class IvlData(LightningDataModule):
         self,
         pretrained: str,
         train: str | list[str] | None = None,
+        mixture: list[Source] | None = None,
         val: str | list[str] | None = None,
+        val_fraction: float | None = None,
         test: str | list[str] | None = None,
         predict: str | list[str] | None = None,
         media_root: str | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         packing: bool = False,
+        pack_tokens: int | None = None,
+        pack_tiles: int | None = None,
+        group_by_length: bool = False,
         max_length: int = 4096,
         max_tiles: int | None = None,
         on_too_long: Literal["fit", "truncate_text", "drop", "error"] = "fit",
+        on_error: Literal["error", "skip"] = "error",
+        max_bad: float = 0.05,
+        report: str | None = None,
+        video: VideoOptions = VideoOptions(),
+        exif: bool = True,
+        compact_boxes: bool = False,
+        system_message: str | None = None,
         num_workers: int | None = None,
         seed: int = 0,
     ):
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
+        self.mixture, self.val_fraction = mixture, val_fraction
         self.media_root = media_root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
-        self.packing = packing
+        self.packing, self.group_by_length = packing, group_by_length
+        self.pack_tokens, self.pack_tiles = pack_tokens or max_length, pack_tiles
+        self.on_error, self.max_bad, self.report = on_error, max_bad, report
         self.num_workers = max(0, min(4, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
         self.seed = seed
         self.processor = Processor.from_pretrained(
-            pretrained, max_tiles=max_tiles, max_length=max_length, on_too_long=on_too_long
+            pretrained,
+            max_tiles=max_tiles,
+            max_length=max_length,
+            on_too_long=on_too_long,
+            video=video,
+            exif=exif,
+            compact_boxes=compact_boxes,
+            system_message=system_message,
         )
         self._rows: dict[str, Rows] = {}
+        self._train: tuple[Mixture, Index] | None = None
 
-    def rows(self, split: str) -> Rows:
-        """The rows of train, val, test or predict. Raises UserError where no file is named."""
-        if split not in self._rows:
-            files = self.files[split]
-            if not files:
-                raise UserError(f"--data.{split}: not given; expected one or more files of rows (jsonl or json)")
-            files = [files] if isinstance(files, str) else files
-            self._rows[split] = Rows(files, self.processor, root=self.media_root)
-        return self._rows[split]
+    # -- rows ----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         # Files are read before the model is loaded, so that a mistake in them costs nothing.
-        needed = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]
-        for split in needed + (["val"] if stage == "fit" and self.files["val"] else []):
-            self.rows(split)
+        if stage == "fit":
+            self._set_up_training()
+        else:
+            self.rows({"validate": "val"}.get(stage, stage))
+
+    def rows(self, name: str) -> Rows:
+        """The rows of val, test or predict, in their order. Raises UserError where no file is named."""
+        if name not in self._rows:
+            if name == "val" and self.val_fraction and not self.files["val"]:
+                self._set_up_training()
+                return self._rows["val"]
+            files = self.files[name]
+            if not files:
+                raise UserError(f"--data.{name}: not given; expected one or more files of rows (jsonl or json)")
+            self._rows[name] = Rows(files, self.processor, root=self.media_root, seed=self.seed)
+        return self._rows[name]
+
+    def _set_up_training(self) -> None:
+        if self._train is not None:
+            return
+        files = self.files["train"]
+        if bool(files) == bool(self.mixture):
+            found = "both" if files else "neither"
+            raise UserError(f"--data.train: expected files of rows here or sources in --data.mixture, found {found}")
+        files = [files] if isinstance(files, str) else files
+        sources = self.mixture or [Source(path) for path in files]
+        rows = [
+            Rows(
+                source.path,
+                self.processor,
+                root=source.media_root or self.media_root,
+                on_error=self.on_error,
+                source=source.name,
+                max_tiles=source.max_tiles,
+                seed=self.seed,
+            )
+            for source in sources
+        ]
+        if self.val_fraction and not self.files["val"]:
+            if len(rows) > 1:
+                raise UserError("--data.val_fraction: works with one training file; give files to --data.val instead")
+            rows[0], self._rows["val"] = split(rows[0], self.val_fraction, self.seed)
+        elif self.files["val"]:
+            self.rows("val")
+        parts, indexes = [], []
+        for source, part in zip(sources, rows):
+            kept, index = usable(part, _indexed(part, source.path), self.max_bad, self.report)
+            parts.append(Part(kept, source.name or source.path, source.repeat, source.ratio))
+            indexes.append(index)
+        mixture, index = Mixture(parts, self.seed), joined(indexes)
+        if len(parts) > 1:
+            rank_zero_info(mixture.describe())
+        self._train = mixture, index
+
+    # -- batches -------------------------------------------------------------------------------------------------
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, for the schedule."""
         trainer = self.trainer
         if trainer.max_steps > 0:
             return trainer.max_steps
-        batches = len(self._batches("train"))
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return math.ceil(batches / trainer.accumulate_grad_batches) * max(1, trainer.max_epochs or 1)
+        limit, steps = trainer.limit_train_batches, 0
+        batches = self._train_batches()
+        for epoch in range(max(1, trainer.max_epochs or 1)):
+            batches.set_epoch(epoch)
+            count = min(len(batches), limit) if isinstance(limit, int) else int(len(batches) * limit)
+            steps += math.ceil(count / trainer.accumulate_grad_batches)
+        return steps
 
-    def _batches(self, split: str) -> RankBatches:
-        training = split == "train"
-        size = self.batch_size if training else self.eval_batch_size
-        trainer = self.trainer
-        return RankBatches(
-            len(self.rows(split)), size, trainer.global_rank, trainer.world_size, shuffle=training, seed=self.seed
-        )
+    def _train_batches(self) -> PackedBatches | GroupedBatches:
+        mixture, index = self._train
+        place = {"rank": self.trainer.global_rank, "ranks": self.trainer.world_size}
+        common = {"order": mixture.order, "seed": self.seed, **place}
+        if self.packing:
+            return PackedBatches(index.tokens, index.tiles, self.pack_tokens, self.pack_tiles, **common)
+        window = 64 if self.group_by_length else 1
+        return GroupedBatches(index.tokens, index.tiles, self.batch_size, window=window, **common)
 
-    def _loader(self, split: str, batches: RankBatches, collate: Any, as_prompt: bool) -> DataLoader:
+    def train_dataloader(self) -> DataLoader:
+        collate = partial(self.processor.collate, packed=self.packing)
+        loader = self._loader(self._train[0], self._train_batches(), collate)
+        loader.used = self._used
+        return loader
+
+    def _used(self) -> tuple[int, int]:
+        loop = self.trainer.fit_loop
+        done, epoch = loop.epoch_loop.batch_progress.current.processed, loop.epoch_progress.current.processed
+        return (epoch, done) if done < loop.max_batches else (epoch + 1, 0)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not self.files["val"] and not self.val_fraction:
+            return []
+        return self._eval_loader("val", _validation)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_loader("test", _validation)
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._eval_loader("predict", _prediction)
+
+    def predict_indices(self) -> range:
+        """The rows a complete prediction has."""
+        return range(len(self.rows("predict")))
+
+    def _eval_loader(self, name: str, collate: Callable) -> DataLoader:
+        rows = self.rows(name)
+        batches = RankRows(len(rows), self.eval_batch_size, self.trainer.global_rank, self.trainer.world_size)
+        return self._loader(Asked(rows, with_answer=name != "predict"), batches, partial(collate, self.processor))
+
+    def _loader(self, dataset: Dataset, batches: Any, collate: Callable) -> ResumableLoader:
         return ResumableLoader(
-            _Indexed(self.rows(split), split, as_prompt),
+            dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.num_workers,
@@ -164,67 +283,36 @@ class IvlData(LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    def train_dataloader(self) -> DataLoader:
-        collate = partial(_training, self.processor, self.packing)
-        loader = self._loader("train", self._batches("train"), collate, False)
-        loader.position = self._position
-        return loader
 
-    def _position(self) -> dict[str, int]:
-        """Epoch and batches used so far, by the trainer's count: the loader's own runs ahead of it."""
-        loop = self.trainer.fit_loop
-        done = loop.epoch_loop.batch_progress.current.processed
-        epoch = loop.epoch_progress.current.processed
-        return {"epoch": epoch, "done": done} if done < loop.max_batches else {"epoch": epoch + 1, "done": 0}
-
-    def val_dataloader(self) -> DataLoader | list:
-        if not self.files["val"]:
-            return []
-        return self._loader("val", self._batches("val"), partial(_validation, self.processor), False)
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader("test", self._batches("test"), partial(_validation, self.processor), False)
-
-    def predict_dataloader(self) -> DataLoader:
-        return self._loader("predict", self._batches("predict"), partial(_prediction, self.processor), True)
-
-    def predict_indices(self) -> range:
-        """The rows a complete prediction has."""
-        return range(len(self.rows("predict")))
+def _indexed(rows: Rows, name: str) -> Index:
+    with tqdm(total=len(rows), desc=f"index {Path(name).name}", unit="row", disable=None, leave=False) as bar:
+        return build_index(rows, progress=lambda done: bar.update(done - bar.n))
 
 
-class _Indexed(Dataset):
-    """Rows with their index; validation rows come twice: with their answer for the loss, without it to be answered."""
+class Asked(Dataset):
+    """Rows to be answered, with their index; with their answer as well where its loss is wanted."""
 
-    def __init__(self, rows: Rows, split: str, as_prompt: bool):
-        self.rows, self.split, self.as_prompt = rows, split, as_prompt
+    def __init__(self, rows: Rows, with_answer: bool):
+        self.rows, self.with_answer = rows, with_answer
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, Example, Example | None]:
-        position = index if index >= 0 else -1 - index
-        conversation = self.rows.conversation(position)
+        conversation = self.rows.conversation(index if index >= 0 else -1 - index)
         process = self.rows.processor
-        if self.split == "predict":
-            return index, process(conversation.as_prompt()), None
-        prompt = process(conversation.as_prompt()) if self.split != "train" else None
-        return index, process(conversation), prompt
-
-
-def _training(processor: Processor, packed: bool, items: list) -> Batch:
-    return processor.collate([example for _, example, _ in items], packed=packed)
+        return index, process(conversation.as_prompt()), process(conversation) if self.with_answer else None
 
 
 def _validation(processor: Processor, items: list) -> tuple[list[int], Batch, Batch]:
-    indices, examples, prompts = zip(*items)
-    batch = processor.collate(list(examples))
+    indices, prompts, examples = zip(*items)
+    batch = processor.collate(examples)
     for row, index in enumerate(indices):
         if index < 0:  # filled up: not counted in the loss
-            batch.labels[row] = -100
-    return list(indices), batch, processor.collate(list(prompts))
+            batch.labels[row] = IGNORE
+    return list(indices), batch, processor.collate(prompts)
 
 
 def _prediction(processor: Processor, items: list) -> tuple[list[int], Batch]:
     indices, prompts, _ = zip(*items)
-    return list(indices), processor.collate(list(prompts))
+    return list(indices), processor.collate(prompts)

@@ -87,9 +87,10 @@ def test_nothing_to_train_is_an_error(folder):
 def test_frozen_weights_keep_their_type_and_what_trains_is_float32(folder):
     model = InternVL.from_pretrained(folder, dtype="bfloat16")
     tune.apply(model, Tune(mlp1="full", language_model=LoRA(rank=2)))
-    kinds = {p.dtype for p in model.parameters() if p.requires_grad}, {
-        p.dtype for p in model.parameters() if not p.requires_grad
-    }
+    kinds = (
+        {p.dtype for p in model.parameters() if p.requires_grad},
+        {p.dtype for p in model.parameters() if not p.requires_grad},
+    )
     assert kinds == ({torch.float32}, {torch.bfloat16})
 
 

@@ -1,0 +1,66 @@
+"""The embedded demo: real handwriting on boards and in clips, and a tiny InternVL to learn from them; all offline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ivl.types import UserError
+
+ROWS = {
+    "train": {"single": 600, "turns": 3600, "grounding": 1800, "video": 400},
+    "val": {"single": 200, "turns": 100, "grounding": 150, "video": 60},
+}
+"""How many rows of each kind"""
+
+
+def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS) -> None:
+    """Make the demo's data and model in `folder`; nothing where they are there already. The same files every time.
+
+    Everything is written beside the folder and renamed, so it is there whole or not at all.
+    Raises UserError where the folder exists and is something else.
+    """
+    folder = Path(folder)
+    if (folder / "model/model.safetensors").is_file() and (folder / "train.jsonl").is_file():
+        return
+    if folder.exists():
+        raise UserError(f"{folder}: exists and is not the whole demo; remove it, or name another folder with --demo")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(temporary, rows)
+        temporary.chmod(0o755)
+        if not folder.exists():  # another process may have been faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder: Path, rows: dict[str, dict[str, int]]) -> None:
+    from ivl.demo.model import write_checkpoint
+    from ivl.demo.rows import Maker
+    from ivl.demo.scenes import CELL, STEP
+
+    for name in ("images", "videos"):
+        (folder / name).mkdir()
+    texts = []
+    with tqdm(total=sum(sum(counts.values()) for counts in rows.values()), desc="prepare the demo", unit="row") as bar:
+        for seed, (split, counts) in enumerate(rows.items()):
+            maker = Maker(folder, split, seed)
+            with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                for kind, count in counts.items():
+                    for number in range(count):
+                        row = maker.row(kind, number)
+                        file.write(json.dumps(row) + "\n")
+                        texts += [row["query"], row["response"]] if split == "train" else []
+                        bar.update()
+    # The tokenizer shall have a word for each number of a box.
+    numbers = [round(1000 * pixel / (2 * CELL)) for pixel in range(0, 2 * CELL + 1, STEP)]
+    texts += [
+        f"system user assistant Frame1: <box> [[{n}, {n}, {n}, {n}]] </box> red 7, the blue note" for n in numbers
+    ] * 50
+    write_checkpoint(folder / "model", texts)
