@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -109,7 +110,14 @@ class LitInternVL(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        model = InternVL.from_pretrained(self.pretrained, dtype=self._weight_dtype(), attention=self.attention)
+        # Where each process holds the whole model it is read straight onto its device; sharded, onto the host first.
+        whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        model = InternVL.from_pretrained(
+            self.pretrained,
+            dtype=self._weight_dtype(),
+            device=self.trainer.strategy.root_device if whole else "cpu",
+            attention=self.attention,
+        )
         if self.adapter:
             tuning.load_adapter(model, self.adapter)
         else:
@@ -244,7 +252,7 @@ class LitInternVL(LightningModule):
 
     def _generate(self, prompts: Batch) -> list[str]:
         processor = self.trainer.datamodule.processor
-        settings = vars(self.generation) | {"eos_ids": processor.stop_ids}
+        settings = vars(self.generation) | {"eos_ids": [*processor.stop_ids, *self.model.eos_ids]}
         return [processor.decode(ids) for ids in self.model.generate(prompts, **settings)]
 
 
