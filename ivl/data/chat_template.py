@@ -62,7 +62,7 @@ def chat_template(
         "LEAD": template.lead,
         "END": template.end,
         "GAP": template.gap,
-        "BOS": bos_text(tokenizer),
+        "BOS": opening(template, tokenizer),
         "IMAGE": marks[0],
         "VIDEO": marks[1],
     }
@@ -78,8 +78,12 @@ def _filled(text: str, holes: dict[str, str]) -> str:
     return re.sub("|".join(rf"{re.escape(n)}\b" for n in names), lambda m: holes[m.group()], text)
 
 
-def bos_text(tokenizer: Tokenizer) -> str:
-    """What the tokenizer puts before a text; empty where it puts nothing."""
-    if not tokenizer.add_bos or tokenizer.bos_id is None:
-        return ""
-    return tokenizer.token_bytes(tokenizer.bos_id).decode()
+def opening(template: Template, tokenizer: Tokenizer) -> str:
+    """What stands before a conversation's first words: what the tokenizer puts before a text, written out.
+
+    Phi-3's puts a blank after it where no special token follows.
+    """
+    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    text = "" if bos is None else tokenizer.token_bytes(bos).decode()
+    wanted = tokenizer.encode(template.system, bos=True)
+    return next((t for t in (text, text + " ") if tokenizer.encode(t + template.system) == wanted), text)

@@ -55,9 +55,7 @@ def _of_pieces(engine: SentencePieceEngine, names: dict[int, str], leading_space
     pieces = [names.get(n, sp.id_to_piece(n)) for n in range(engine.size)]
     scores = {piece: sp.get_score(n) for n, piece in enumerate(pieces)}
     ids = {piece: n for n, piece in enumerate(pieces)}
-    plain = [
-        n for n in range(engine.size) if not (sp.is_control(n) or sp.is_unknown(n) or sp.is_byte(n) or n in names)
-    ]
+    plain = [n for n in range(engine.size) if not (sp.is_control(n) or sp.is_unknown(n) or sp.is_byte(n) or n in names)]
     merges = [
         (-scores[piece], n, ids[piece[:at]], piece[:at], piece[at:])
         for n, piece in ((n, pieces[n]) for n in plain)

@@ -6,14 +6,13 @@ LoRA layers are peft's own (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -146,10 +145,11 @@ def has_adapter(model: nn.Module) -> bool:
     return any(n.endswith(f"lora_A.{ADAPTER}") for n, _ in model.named_modules())
 
 
-def save_adapter(model: nn.Module, tune: Tune, folder: Path, base: str) -> None:
+def save_adapter(model: nn.Module, tune: Tune, folder: Path, base: str, state: dict[str, Tensor] | None = None) -> None:
     """Write the LoRA as a PEFT adapter folder (adapter_config.json, adapter_model.safetensors).
 
-    Parts tuned in full go along as peft's `modules_to_save`. `base` is the checkpoint it belongs to.
+    Parts tuned in full go along as peft's `modules_to_save`. `base` is the checkpoint it belongs to; `state` the
+    tensors to write, by default what trains.
     """
     loras = {part: mode for part in PARTS if isinstance(mode := getattr(tune, part), LoRA)}
     full = [part for part in PARTS if getattr(tune, part) == "full"]
@@ -167,7 +167,8 @@ def save_adapter(model: nn.Module, tune: Tune, folder: Path, base: str) -> None:
     config.base_model_name_or_path = base
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
-    state = {_peft_key(n): t.contiguous().cpu() for n, t in trainable_state(model).items()}
+    state = trainable_state(model) if state is None else state
+    state = {_peft_key(n): t.contiguous().cpu() for n, t in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
@@ -270,6 +271,17 @@ def _peft_key(name: str) -> str:
     return "base_model.model." + name.replace(f".{ADAPTER}.", ".").replace(".base_layer.", ".")
 
 
+def adapted_parts(folder: str | Path) -> list[str]:
+    """The parts of the model that an adapter folder changes. Raises UserError where it has no weights."""
+    path = Path(folder) / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tops = {name.removeprefix("base_model.model.").split(".")[0] for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected the weights of a PEFT adapter") from error
+    return [part for part in PARTS if part in tops]
+
+
 def adapter_base(folder: str | Path) -> str | None:
     """The checkpoint an adapter folder says it belongs to."""
-    return json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    return read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")

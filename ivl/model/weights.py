@@ -20,11 +20,13 @@ from ivl.types import UserError
 
 @dataclass
 class Files:
-    """The safetensors files of a folder: which tensor lies where, and its shape. Reads headers only."""
+    """The safetensors files of a folder: which tensor lies where, its shape and its dtype. Reads headers only."""
 
     folder: Path
     where: dict[str, Path] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """As safetensors spells them: BF16, F32, I8 …"""
 
     @classmethod
     def of(cls, folder: Path) -> Files:
@@ -47,7 +49,8 @@ class Files:
             with _opened(folder / name) as file:
                 for key in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                     files.where[key] = folder / name
-                    files.shapes[key] = tuple(file.get_slice(key).get_shape())
+                    header = file.get_slice(key)
+                    files.shapes[key], files.dtypes[key] = tuple(header.get_shape()), header.get_dtype()
         return files
 
     def read(self, wanted: list[Group], config: Config) -> Iterator[tuple[str, Tensor]]:

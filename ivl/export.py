@@ -1,0 +1,349 @@
+"""`python -m ivl export --run RUN --out DIR`: a trained model as a checkpoint folder that other programs read.
+
+    what was trained (a run, an adapter, or nothing) + its base → merged → written beside DIR → verified → renamed
+
+DIR holds `export_report.json` with every check of `ivl.verify`. Nothing is left of an export that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ivl import __version__
+from ivl.data.processor import Processor
+from ivl.families import llm_family
+from ivl.hub import resolve
+from ivl.model import tune as tuning
+from ivl.model.checkpoint import Checkpoint
+from ivl.model.internvl import InternVL
+from ivl.model.tune import PARTS, LoRA, Tune
+from ivl.model.weights import save_weights
+from ivl.release import Settings, dump, write_hf, write_released
+from ivl.types import UserError
+from ivl.verify import Check, Probe, stored_dtype, verify, verify_adapter
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+REPORT = "export_report.json"
+
+
+@dataclass
+class Trained:
+    """What is added to a base: the tensors of a run, an adapter folder, or nothing."""
+
+    base: str
+    """A folder or a model's name"""
+    tune: Tune | None = None
+    state: dict[str, Tensor] | None = None
+    """Trained tensors by name, with `tune`"""
+    adapter: Path | None = None
+    max_tiles: int | None = None
+    system_message: str | None = None
+    where: str = ""
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts whose weights differ from the base's."""
+        if self.adapter is not None:
+            return tuning.adapted_parts(self.adapter)
+        return [part for part in PARTS if self.tune is not None and getattr(self.tune, part) != "frozen"]
+
+    @property
+    def lora_parts(self) -> list[str]:
+        if self.adapter is not None:
+            return self.parts
+        return [part for part in self.parts if isinstance(getattr(self.tune, part), LoRA)]
+
+    def model(self, folder: Path, dtype: str, device: str) -> InternVL:
+        """The base with what was trained, not yet merged, in eval mode."""
+        model = InternVL.from_pretrained(folder, dtype=dtype, device=device)
+        if self.adapter is not None:
+            tuning.load_adapter(model, self.adapter)
+        elif self.state is not None:
+            tuning.apply(model, self.tune)
+            _put(model, self.state, self.where)
+        return model.eval().requires_grad_(False)
+
+
+def export(
+    out: str,
+    run: str | None = None,
+    adapter: str | None = None,
+    base: str | None = None,
+    layout: Literal["released", "hf"] = "released",
+    max_shard_size: str = "5GB",
+    dtype: DType = "auto",
+    device: str = "cpu",
+    adapter_only: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a trained model as a checkpoint folder, and verify it. Returns the folder.
+
+    Args:
+        out: Folder to write.
+        run: Run to export: its folder (the last checkpoint is taken), or one of its .ckpt files.
+        adapter: PEFT adapter folder to merge, instead of a run.
+        base: Checkpoint it belongs to, a folder or a name. Default: the one the run or the adapter names. Alone:
+            that checkpoint is written again, in another layout, dtype or shard size.
+        layout: released is the layout of the OpenGVLab releases; hf is transformers' InternVLForConditionalGeneration.
+        max_shard_size: Largest weight file, such as 5GB or 800MB.
+        dtype: What weights are stored in; auto is the base's.
+        device: Where the model is merged and tried out, such as cpu or cuda.
+        adapter_only: Write the LoRA of a run as a PEFT adapter folder, not merged.
+        overwrite: Replace an existing checkpoint folder, once the new one is complete.
+
+    Raises:
+        UserError: for what a person can mend; nothing is left behind then.
+    """
+    shard_bytes = parse_size(max_shard_size)
+    target = Path(out)
+    trained = _trained(run, adapter, base)
+    if adapter_only and (trained.tune is None or not trained.lora_parts):
+        raise UserError("--adapter_only: expected --run with the run of a LoRA; there is none to write here")
+    _refuse_target(target, [p for p in (run, adapter, trained.base) if p], overwrite)
+    folder = resolve(trained.base)
+    checkpoint = Checkpoint.open(folder)
+    stored = stored_dtype(checkpoint.files)
+    settings = Settings(
+        base=folder,
+        checkpoint=checkpoint,
+        processor=Processor.from_pretrained(trained.base, system_message=trained.system_message),
+        max_tiles=trained.max_tiles or checkpoint.config.max_dynamic_patch,
+        dtype=stored if dtype == "auto" else dtype,
+    )
+    with beside(target) as temporary:
+        probe = Probe.of(settings.processor, device)
+        if adapter_only:
+            report = _write_adapter(trained, settings, probe, temporary, device)
+        else:
+            report = _write_model(trained, settings, probe, temporary, device, layout, shard_bytes)
+        dump(temporary / REPORT, report)
+    print(_summary(target, report))
+    return target
+
+
+def _write_model(
+    trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str, layout: str, shard_bytes: int
+) -> dict[str, Any]:
+    config = settings.checkpoint.config
+    write = {"released": write_released, "hf": write_hf}[layout]
+    notes = write(settings, folder)  # first: it refuses what the layout cannot say before any weight is read
+    model = trained.model(settings.base, settings.dtype, device)
+    before = probe(model)
+    tuning.merge(model)
+    model.to(getattr(torch, settings.dtype))
+    names = {"released": llm_family(config.llm_architecture).layout, "hf": "hf"}
+    save_weights(model.state_dict(), folder, names[layout], config, shard_bytes)
+    del model  # the written one is read next, and both may not fit
+    checks = verify(folder, settings, layout, trained.parts, probe, before, device)
+    beyond = [part for part in trained.lora_parts if part != "language_model"]
+    if beyond:
+        notes.append(
+            f"the LoRA covers {' and '.join(beyond)}: vLLM and lmdeploy serve adapters of the language model only, "
+            "so serve this merged folder, not the adapter"
+        )
+    return _report(trained, settings, layout, notes, checks, _commands(layout, config.llm_architecture))
+
+
+def _write_adapter(trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str) -> dict[str, Any]:
+    model = trained.model(settings.base, settings.dtype, device)
+    before = probe(model)
+    tuning.save_adapter(model, trained.tune, folder, trained.base, trained.state)
+    del model
+    again = Trained(trained.base, adapter=folder).model(settings.base, settings.dtype, device)
+    checks = verify_adapter(folder, before, probe(again))
+    return _report(trained, settings, "adapter", [], checks, {"merge": "python -m ivl export --adapter {} --out OUT"})
+
+
+def _report(
+    trained: Trained, settings: Settings, layout: str, notes: list[str], checks: list[Check], commands: dict[str, str]
+) -> dict[str, Any]:
+    """Raises UserError where a check failed."""
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        raise UserError(
+            "the export was not kept, as it failed its own checks: "
+            + "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        )
+    return {
+        "program": f"ivl {__version__}",
+        "from": trained.where or trained.base,
+        "base": trained.base,
+        "layout": layout,
+        "dtype": settings.dtype,
+        "parts": trained.parts,
+        "max_tiles": settings.max_tiles,
+        "checks": [vars(check) for check in checks],
+        "notes": notes,
+        "commands": commands,
+    }
+
+
+def _commands(layout: str, architecture: str) -> dict[str, str]:
+    """How to start each engine; {} stands for the folder."""
+    if layout == "hf":
+        return {
+            "transformers": "AutoModelForImageTextToText.from_pretrained('{}')",
+            "vllm": "vllm serve {}",
+            "lmdeploy": "lmdeploy serve api_server {} --backend pytorch",
+        }
+    backend = " --backend pytorch" if architecture == "Phi3ForCausalLM" else ""  # not in its turbomind
+    return {
+        "vllm": "vllm serve {} --trust-remote-code",
+        "lmdeploy": f"lmdeploy serve api_server {{}}{backend}",
+        "transformers": "AutoModel.from_pretrained('{}', trust_remote_code=True)",
+    }
+
+
+def _summary(target: Path, report: dict[str, Any]) -> str:
+    lines = [
+        f"{target}: {report['layout']} layout, {report['dtype']}, {len(report['checks'])} checks passed ({REPORT})"
+    ]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    lines += [f"  {name + ':':<14}{command.format(target)}" for name, command in report["commands"].items()]
+    return "\n".join(lines)
+
+
+# -- what was trained --------------------------------------------------------------------------------------------
+
+
+def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
+    if run is not None and adapter is not None:
+        raise UserError("--run and --adapter: expected one of them, found both")
+    if run is not None:
+        return read_run(Path(run), base)
+    if adapter is not None:
+        named = base or tuning.adapter_base(adapter)
+        if not named:
+            raise UserError(f"{adapter}: the adapter does not say what it belongs to; give its checkpoint with --base")
+        return Trained(named, adapter=Path(adapter), where=adapter)
+    if base is not None:
+        return Trained(base)
+    raise UserError("nothing to export: expected --run RUN, --adapter DIR, or --base NAME")
+
+
+def read_run(path: Path, base: str | None = None) -> Trained:
+    """A run's folder, or one of its .ckpt files, with the settings in its config.yaml."""
+    import yaml
+
+    file = path if path.suffix == ".ckpt" else _last(path)
+    if not file.exists():
+        raise UserError(f"{file}: no such file; expected a checkpoint of a run, such as RUN/checkpoints/last.ckpt")
+    if file.is_dir():
+        raise UserError(
+            f"{file}: a checkpoint in pieces, one per process; expected one file. Make it one with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {file}`, and export that"
+        )
+    folder = next((f for f in file.parents[:3] if (f / "config.yaml").is_file()), None)
+    if folder is None:
+        raise UserError(f"{file}: no config.yaml of its run beside it; expected the folder as the run left it")
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    model, data = settings["model"], settings.get("data") or {}
+    modes = {part: LoRA(**mode) if isinstance(mode, dict) else mode for part, mode in (model.get("tune") or {}).items()}
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = {name.removeprefix("model."): tensor for name, tensor in content["state_dict"].items()}
+    except (RuntimeError, KeyError, EOFError, ValueError) as error:
+        raise UserError(f"{file}: not a readable checkpoint of a run ({error})") from error
+    return Trained(
+        base or model["pretrained"],
+        Tune(**modes),
+        state,
+        max_tiles=data.get("max_tiles"),
+        system_message=data.get("system_message"),
+        where=str(file),
+    )
+
+
+def _last(run: Path) -> Path:
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; expected a run, such as runs/version_0, or one of its .ckpt files")
+    folder = run / "checkpoints"
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"{run}: no checkpoints/*.ckpt in it; expected the folder of a run that saved one")
+    return folder / "last.ckpt" if folder / "last.ckpt" in found else found[-1]
+
+
+def _put(model: InternVL, state: dict[str, Tensor], where: str) -> None:
+    own = tuning.trainable_state(model)
+    odd = sorted(own.keys() ^ state.keys()) + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    if odd:
+        raise UserError(
+            f"{where}: does not hold what the run's config.yaml says was trained on this base: {len(odd)} tensors "
+            f"differ, {odd[0]} among them; is --base the checkpoint of this run?"
+        )
+    for name, tensor in state.items():
+        own[name].copy_(tensor)
+
+
+# -- where it goes -----------------------------------------------------------------------------------------------
+
+
+def _refuse_target(target: Path, sources: list[str], overwrite: bool) -> None:
+    """Raise UserError where writing `target` would harm something."""
+    for source in sources:
+        path, own = Path(source), target.resolve()
+        if path.exists() and (own == path.resolve() or own in path.resolve().parents):
+            raise UserError(f"--out {target}: {source} is read from there; expected another folder")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"--out {target}: exists already; name another folder, or add --overwrite to replace it")
+    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json", REPORT)):
+        raise UserError(f"--out {target}: --overwrite replaces checkpoint folders only, and this is none")
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A new folder next to `target` that takes its place at the end, or vanishes on an exception."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parse_size(text: str) -> int:
+    """`5GB` → bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise UserError(f"--max_shard_size: expected a size such as 5GB or 800MB, found {text!r}")
+    return size
+
+
+def main(argv: list[str]) -> int:
+    """The command. Returns 0; raises UserError for what a person can mend."""
+    from jsonargparse import ArgumentParser
+
+    flags = {"adapter_only", "overwrite"}
+    parser = ArgumentParser(
+        prog="python -m ivl export", description="Write a trained model as a checkpoint folder.", exit_on_error=False
+    )
+    parser.add_function_arguments(export, as_positional=False, skip=flags)
+    parser.add_argument("--adapter_only", "--adapter-only", action="store_true", help="write the LoRA of a run only")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
+    export(**vars(parser.parse_args(argv)))
+    return 0
