@@ -171,7 +171,7 @@ def _refuse(opened: BinaryIO | None, where: str, expected: str) -> None:
 
 @contextmanager
 def _opened_image(source: Any, where: str, policy: MediaPolicy, whole: bool = True) -> Iterator[Image.Image]:
-    """A file's image, its pixels not yet decoded. `whole`: look first for damage that Pillow's decoders pass over."""
+    """A file's image, its pixels not yet decoded. `whole`: they will be, so look first for what Pillow passes over."""
 
     def check(opened: BinaryIO) -> None:
         with _decoding(where, opened), Image.open(opened, formats=FORMATS) as image:
@@ -179,20 +179,16 @@ def _opened_image(source: Any, where: str, policy: MediaPolicy, whole: bool = Tr
 
     with open_source(source, policy.fetch, check) as opened, _decoding(where, opened):
         if whole:
-            _check_complete(opened)
+            _check_jpeg(opened)
         with Image.open(opened, formats=FORMATS) as image:
             yield image
 
 
-def _check_complete(opened: BinaryIO) -> None:
-    """Check sums of PNG chunks, and the end of a JPEG: without it a decoder may invent the rest."""
-    kind = kind_of(opened.read(HEAD))
-    opened.seek(0)
-    if kind == "PNG":
-        with Image.open(opened, formats=("PNG",)) as image:
-            image.verify()
-    elif kind == "JPEG":
-        data = opened.read()
+def _check_jpeg(opened: BinaryIO) -> None:
+    """What Pillow passes over: without the end of a JPEG its decoder may invent the rest, or leave it blurred."""
+    data = opened.read(HEAD)
+    if kind_of(data) == "JPEG":
+        data += opened.read()
         scans = data.count(b"\xff\xda")
         if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
             raise OSError("truncated JPEG: its end marker is missing")
