@@ -121,7 +121,7 @@ def _arguments(argv: list[str]) -> Namespace:
     parser = ArgumentParser(
         prog="python -m ivl check",
         usage="python -m ivl check --config FILE | --data.train FILE --model.pretrained NAME [--OPTION VALUE ...]",
-        description="Look for mistakes in data: problems with file:line, lengths, duplicates, a row as it is trained on.",
+        description="Look for mistakes in data: problems with file:line, lengths, duplicates, how a row is trained on.",
         exit_on_error=False,
     )
     parser.add_argument("--config", type=str, default="", help="A config of `fit`; may be given several times.")
