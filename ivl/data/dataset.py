@@ -185,6 +185,13 @@ def permutation(count: int, *seed: int | str) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(_seed(*seed))).permutation(count)
 
 
+def digests(rows: Rows, seed: int = 0) -> np.ndarray:
+    """(rows,) uint64: equal for rows of equal text."""
+    salt = str(seed).encode()
+    found = (hashlib.blake2b(rows.raw(i).strip(), digest_size=8, key=salt).digest() for i in range(len(rows)))
+    return np.frombuffer(b"".join(found), dtype=">u8")
+
+
 def split(rows: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
     """(training rows, held-out rows): `fraction` of the rows, at least one, is held out.
 
@@ -195,9 +202,7 @@ def split(rows: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
         raise UserError(f"val_fraction: expected a share between 0 and 1, found {fraction}")
     if len(rows) < 2:
         raise UserError(f"val_fraction: {len(rows)} row cannot be split; give a file of held-out rows")
-    salt = str(seed).encode()
-    digests = (hashlib.blake2b(rows.raw(i).strip(), digest_size=8, key=salt).digest() for i in range(len(rows)))
-    ranks = np.frombuffer(b"".join(digests), dtype=">u8")
+    ranks = digests(rows, seed)
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     held = np.zeros(len(rows), bool)
     held[np.argsort(ranks, kind="stable")[:count]] = True

@@ -1,0 +1,64 @@
+"""The held-out rows of a run, written beside it, so that they can be found again after it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ivl.data.dataset import Rows, digests
+from ivl.types import UserError
+
+
+def save_split(path: str | Path, held: Rows, seed: int = 0) -> None:
+    """Remember the held-out rows that `ivl.data.dataset.split` gave: their files, and a digest of each row's text."""
+    kept = {
+        "files": [str(file.path.absolute()) for file in held.files],
+        "seed": seed,
+        "rows": [f"{digest:016x}" for digest in digests(held, seed)],
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(json.dumps(kept, indent=0), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def split_files(path: str | Path) -> list[str]:
+    """The files that a remembered split is of. Raises UserError."""
+    return _read(path)["files"]
+
+
+def load_split(path: str | Path, rows: Rows) -> tuple[Rows, Rows]:
+    """(training rows, held-out rows) as they were remembered, also where files were moved, sorted or added to.
+
+    Raises UserError where the file is no split, or a row that was held out is not among `rows`.
+    """
+    found = _read(path)
+    left = Counter(int(digest, 16) for digest in found["rows"])
+    held = np.zeros(len(rows), bool)
+    for number, digest in enumerate(digests(rows, found["seed"]).tolist()):
+        if left[digest] > 0:
+            left[digest] -= 1
+            held[number] = True
+    if missing := sum(left.values()):
+        names = ", ".join(str(file.path) for file in rows.files)
+        raise UserError(
+            f"{path}: {missing} of its {len(found['rows'])} held-out rows are not in {names}; they changed since. "
+            f"Give the rows to be answered as a file"
+        )
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+def _read(path: str | Path) -> dict:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        [int(digest, 16) for digest in found["rows"]]
+        if isinstance(found["seed"], int) and isinstance(found["files"], list):
+            return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as held-out rows of a run ({error})") from None
+    raise UserError(f"{path}: expected files, seed and rows, as a run writes them")
