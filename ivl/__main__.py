@@ -13,7 +13,9 @@ COMMANDS = {
     "test": ("ivl.lit.cli", "the same on the test rows"),
     "predict": ("ivl.lit.cli", "answer rows, one JSON line each       --ckpt_path … --data.predict FILE.jsonl"),
     "check": ("ivl.check", "look for mistakes in data             --config FILE.yaml, or --data.train FILE"),
+    "export": ("ivl.export", "merge and write a checkpoint          --run RUN --out DIR"),
     "score": ("ivl.eval.score", "score answers by a benchmark's rules  FILE... --task docvqa --html report.html"),
+    "models": ("ivl.models", "the models this program knows"),
 }
 
 USAGE = """usage: python -m ivl COMMAND [OPTIONS]

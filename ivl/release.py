@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivl.config import Config, read_json
+from ivl.config import read_json
 from ivl.data.chat_template import chat_template
 from ivl.data.processor import MEAN, STD, Processor
 from ivl.data.template import find_template, own_system_message
@@ -201,8 +201,3 @@ def _write_processor(settings: Settings, folder: Path, template: str) -> None:
 
 def dump(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def config_of(folder: Path) -> Config:
-    """The config of a folder of either layout."""
-    return Checkpoint.open(folder).config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ TEXTS = (
     "Describe the image. How many sheep are there? 4, or 12?",
     " <ref>cat</ref><box>[[10, 20, 300, 999]]</box>\n\n\tx  y <quad></quad>",
     "请描述这张图片。 Größe naïve 🐑 I'll don't",
-    "<|im_start|>user\nhi<|im_end|></s><|end|> [UNUSED_TOKEN_145]",
+    "<|im_start|>user\nhi<|im_end|></s><|end|> [UNUSED_TOKEN]",
 )
 """What the tokenizer is tried on"""
 
@@ -224,37 +225,41 @@ def _special(settings: Settings) -> Check:
 
 
 def conversations() -> list[list[dict[str, Any]]]:
-    """One to three turns, with and without a system message of their own and the last answer."""
+    """One to three turns, with and without images, a system message of their own, and the last answer."""
     found: list[list[dict[str, Any]]] = []
-    for system in (None, "Answer in one word."):
+    for system, mark in itertools.product((None, "Answer in one word."), ("<image>\n", "")):
         for turns in (1, 2, 3):
             messages = [] if system is None else [{"role": "system", "content": system}]
             for n in range(turns):
-                messages.append({"role": "user", "content": f"<image>\nWhat is {n}? \n" if n % 2 == 0 else "And now?"})
+                messages.append({"role": "user", "content": f"{mark}What is {n}? \n" if n % 2 == 0 else "And now?"})
                 messages.append({"role": "assistant", "content": f'"A\\n" <ref>cat</ref> 四{n}. '})
             found += [messages, messages[:-1]]
     return found
 
 
 def _prompt(folder: Path, settings: Settings, layout: str) -> Check:
-    """What the folder's chat template renders is, byte for byte, what was trained on."""
+    """What the folder's chat template renders is what was trained on: byte for byte, and id for id without images."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    processor = settings.processor
+    processor, tokenizer = settings.processor, settings.processor.tokenizer
     jinja = folder / "chat_template.jinja"
     text = jinja.read_text(encoding="utf-8") if jinja.is_file() else _template_key(folder)
     marks = HF_MARKS if layout == "hf" else RELEASED_MARKS
+    begin = opening(processor.template, tokenizer)
     wrong = []
     for messages in conversations():
         images = sum("<image>" in message["content"] for message in messages)
         row = processor.parse({"messages": messages, "images": ["x.png"] * images})
-        expected = opening(processor.template, processor.tokenizer) + template.written(
-            row, None, processor.template, 0, processor.system_message
-        )
+        expected = begin + template.written(row, None, processor.template, 0, processor.system_message)
         asked = messages[-1]["role"] == "user"
         rendered, _ = render_jinja_template([messages], chat_template=text, add_generation_prompt=asked)
         if rendered[0] != expected.replace(RELEASED_MARKS[0], marks[0]):
             wrong.append(f"{rendered[0]!r}, expected {expected!r}")
+        if images:
+            continue
+        ids, _ = template.encode(row, [], tokenizer, processor.template, 0, processor.system_message)
+        if tokenizer.encode(rendered[0]) != ids:
+            wrong.append(f"{rendered[0]!r} has other ids than in training")
     count = len(conversations())
     return Check("prompt", not wrong, wrong[0] if wrong else f"{count} conversations render as they were trained on")
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, processors
 
 from ivl.data.engines import SentencePieceEngine
 from ivl.data.tokenizer import Tokenizer
@@ -18,10 +18,12 @@ from ivl.types import UserError
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The same vocabulary, added tokens and ids. Raises UserError where the ids of added tokens cannot be kept."""
+    """The same vocabulary, added tokens and ids. Raises UserError where the library cannot say them."""
     engine = tokenizer.engine
+    if tokenizer.leading_space:
+        raise UserError("a blank before the first word of a text only (legacy=False) has no exact form")
     if isinstance(engine, SentencePieceEngine):
-        fast = _of_pieces(engine, {t.id: t.text for t in tokenizer.added.values()}, tokenizer.leading_space)
+        fast = _of_pieces(engine, {t.id: t.text for t in tokenizer.added.values()})
     else:
         fast = tokenizers.Tokenizer.from_str(engine.tokenizer.to_str())
         if engine.nfc:
@@ -31,6 +33,10 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     raw = json.loads(fast.to_str())
     raw["added_tokens"] = [_added(token, tokenizer) for token in sorted(tokenizer.added.values(), key=lambda t: t.id)]
     fast = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    if tokenizer.add_bos and tokenizer.bos_id is not None:
+        bos = tokenizer.token_bytes(tokenizer.bos_id).decode()
+        around = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B", "special_tokens": [(bos, tokenizer.bos_id)]}
+        fast.post_processor = processors.TemplateProcessing(**around)
     odd = [t.text for t in tokenizer.added.values() if fast.token_to_id(t.text) != t.id]
     if odd:
         raise UserError(f"the tokenizers library gives other ids to {', '.join(odd[:5])}")
@@ -49,7 +55,7 @@ def _added(token: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _of_pieces(engine: SentencePieceEngine, names: dict[int, str], leading_space: bool) -> tokenizers.Tokenizer:
+def _of_pieces(engine: SentencePieceEngine, names: dict[int, str]) -> tokenizers.Tokenizer:
     """A sentencepiece model of pairs; `names`: ids whose piece is spelled otherwise."""
     sp = engine.sp
     pieces = [names.get(n, sp.id_to_piece(n)) for n in range(engine.size)]
@@ -70,11 +76,8 @@ def _of_pieces(engine: SentencePieceEngine, names: dict[int, str], leading_space
         byte_fallback=True,
     )
     fast = tokenizers.Tokenizer(bpe)
-    if leading_space:
-        fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    else:
-        blank = [normalizers.Prepend("▁")] if engine.prefix else []
-        fast.normalizer = normalizers.Sequence([*blank, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if engine.prefix or leading_space else []
+    blank = [normalizers.Prepend("▁")] if engine.prefix else []
+    fast.normalizer = normalizers.Sequence([*blank, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if engine.prefix else []
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return fast
