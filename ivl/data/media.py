@@ -19,6 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ivl.data.fetch import FetchPolicy
+from ivl.data.formats import is_url
 from ivl.data.frames import Sample, Sampling, VideoFile, VideoInfo, sample_indices
 from ivl.data.source import HEAD, content, describe, kind_of, open_source
 from ivl.types import UserError
@@ -138,9 +139,13 @@ def video_frame_count(
     end: float | None = None,
     policy: MediaPolicy = _DEFAULT,
 ) -> int:
-    """How many frames `load_video` gives. The video is opened only where that depends on its length."""
+    """How many frames `load_video` gives. A video file is decoded only where that depends on its length.
+
+    Where it does not, a local source is looked at all the same: one that is missing or no video is refused.
+    """
     sampling = Sampling(num_segments, fps, max_frames)
     if fps is None:
+        _look_at_video(source, describe(source), policy)
         return num_segments
     return len(sample_indices(video_info(source, policy), sampling, start, end, where=describe(source)))
 
@@ -300,6 +305,28 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
     return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts if p]
 
 
+def _check_video(opened: BinaryIO, where: str) -> None:
+    kind = kind_of(opened.read(HEAD))
+    if kind in FORMATS and kind not in _ANIMATED:
+        raise UserError(f"{where}: expected a video, found a {kind} image; list it under images")
+    if kind != "video" and kind not in _ANIMATED:
+        _refuse(opened, where, "a video (mp4, webm, avi, gif, …)")
+    opened.seek(0)
+
+
+def _look_at_video(source: Any, where: str, policy: MediaPolicy) -> None:
+    """Refuse what is no video by its first bytes. Nothing is fetched."""
+    if isinstance(source, str) and is_url(source):
+        return
+    if isinstance(source, (list, tuple, Image.Image)) or (
+        isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
+    ):
+        with _video(source, where, policy):
+            return
+    with open_source(source, policy.fetch, lambda opened: None) as opened:
+        _check_video(opened, where)
+
+
 @contextmanager
 def _video(source: Any, where: str, policy: MediaPolicy) -> Iterator[VideoFile | _Animation | _Stills]:
     if isinstance(source, (list, tuple)):
@@ -312,16 +339,8 @@ def _video(source: Any, where: str, policy: MediaPolicy) -> Iterator[VideoFile |
         yield _Stills(sorted(images, key=_natural), where, policy)
         return
 
-    def check(opened: BinaryIO) -> None:
-        kind = kind_of(opened.read(HEAD))
-        if kind in FORMATS and kind not in _ANIMATED:
-            raise UserError(f"{where}: expected a video, found a {kind} image; list it under images")
-        if kind != "video" and kind not in _ANIMATED:
-            _refuse(opened, where, "a video (mp4, webm, avi, gif, …)")
-        opened.seek(0)
-
-    with open_source(source, policy.fetch, check) as opened:
-        check(opened)
+    with open_source(source, policy.fetch, lambda opened: _check_video(opened, where)) as opened:
+        _check_video(opened, where)
         if kind_of(opened.read(HEAD)) in _ANIMATED:
             opened.seek(0)
             yield _Animation(opened, where, policy)

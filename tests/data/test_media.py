@@ -207,7 +207,16 @@ def test_video_file(tmp_path):
     part = load_video(path, num_segments=2, start=1.0, end=2.0)
     assert [round(level(f) / 8) for f in part] == [12, 17]
     assert len(load_video(path, fps=2.0)) == video_frame_count(path, fps=2.0) == 6
-    assert video_frame_count(tmp_path / "not opened", num_segments=7) == 7
+    assert video_frame_count(path, num_segments=7) == 7 == video_frame_count("http://not.fetched/x.mp4", num_segments=7)
+    (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:600])
+    assert video_frame_count(tmp_path / "cut.mp4", num_segments=7) == 7, "nothing is decoded"
+    (tmp_path / "empty").mkdir()
+    for name, words in (("gone.mp4", "no such file"), ("empty", "no frames")):
+        with pytest.raises(UserError, match=words):
+            video_frame_count(tmp_path / name, num_segments=7)
+    (tmp_path / "page.mp4").write_text("<html>404</html>")
+    with pytest.raises(UserError, match="expected a video .*, found text"):
+        video_frame_count(tmp_path / "page.mp4", num_segments=7)
     assert [level(f) for f in load_video(path.read_bytes(), 5)] == [level(f) for f in frames]
     draws = [load_video(path, 4, sample="random", generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     levels = [[level(f) for f in d] for d in draws]
