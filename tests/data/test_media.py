@@ -215,7 +215,7 @@ def test_video_file(tmp_path):
         with pytest.raises(UserError, match=words):
             video_frame_count(tmp_path / name, num_segments=7)
     (tmp_path / "page.mp4").write_text("<html>404</html>")
-    with pytest.raises(UserError, match="expected a video .*, found text"):
+    with pytest.raises(UserError, match=r"expected a video .*, found text"):
         video_frame_count(tmp_path / "page.mp4", num_segments=7)
     assert [level(f) for f in load_video(path.read_bytes(), 5)] == [level(f) for f in frames]
     draws = [load_video(path, 4, sample="random", generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
