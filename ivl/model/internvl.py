@@ -19,8 +19,10 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from ivl.config import Config
 from ivl.model import generate as decoding
+from ivl.model import quant
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.llm import AttentionKernel, as_dtype, build_llm, choose_kernel, hidden_states, set_checkpointing
+from ivl.model.quant import Quantize
 from ivl.model.vision import InternViT
 from ivl.model.weights import load_weights
 from ivl.types import IGNORE, UserError
@@ -106,18 +108,25 @@ class InternVL(nn.Module):
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         attention: AttentionKernel = "auto",
+        quantize: Quantize | None = None,
     ) -> InternVL:
         """A released checkpoint, in eval mode: a folder, or a name that `ivl.hub` finds.
 
+        `quantize`: 8 or 4 bits for the linear layers of the language model's blocks. A checkpoint that is stored in 8
+        bits stays so, and computes in bfloat16.
         Raises UserError where files are missing or broken, or a tensor is missing, unexpected or of another shape.
         """
         from ivl.hub import resolve
 
         checkpoint = Checkpoint.open(resolve(name_or_path))
-        kernel = choose_kernel(attention, device, as_dtype(dtype))
+        dtype = quant.compute_dtype(checkpoint.files, as_dtype(dtype), quantize)
+        kernel = choose_kernel(attention, device, dtype)
         model = cls.from_config(checkpoint.config, dtype, "meta", kernel, checkpoint.image_token_id)
         model.eos_ids = checkpoint.eos_ids
-        load_weights(model, checkpoint.files, device)
+        if quantize or quant.is_int8(checkpoint.files):
+            quant.load_quantized(model, checkpoint.files, device, quantize)
+        else:
+            load_weights(model, checkpoint.files, device)
         return model
 
     @property

@@ -21,7 +21,8 @@ Tensors = list[Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of a file and what they are in the module; names may hold {n}, a layer, and {p}, weight or bias.
+    """Tensors of a file and what they are in the module; names may hold {n}, a layer, and {p}: weight, bias, or SCB,
+    the scales of an 8-bit weight's rows.
 
     `read` and `write` change the tensors themselves, given the config; None: they are the same, one for one.
     """
@@ -153,7 +154,7 @@ class Group:
 
 def _pattern(name: str) -> Pattern[str]:
     text = escape(name)
-    for hole, accepts in (("n", r"\d+"), ("p", "weight|bias"), ("rest", ".+")):
+    for hole, accepts in (("n", r"\d+"), ("p", "weight|bias|SCB"), ("rest", ".+")):
         text = text.replace(escape(f"{{{hole}}}"), f"(?P<{hole}>{accepts})")
     return compile(text)
 

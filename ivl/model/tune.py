@@ -70,6 +70,8 @@ def apply(model: nn.Module, tune: Tune) -> None:
     if len({mode.dora for mode in modes.values() if isinstance(mode, LoRA)}) > 1:
         raise UserError("model.tune: dora is on for one part and off for another; an adapter file holds one kind only")
     for part, mode in modes.items():
+        if mode == "full" and not all(p.is_floating_point() for p in getattr(model, part).parameters()):
+            raise UserError(f"model.tune.{part}: full, but its weights are quantised; give it a LoRA, or load it whole")
         if isinstance(mode, LoRA):
             _inject(model, _lora_config(mode, target_names(model, part, mode)))
     for parameter in model.parameters():

@@ -85,10 +85,14 @@ def load_weights(model: nn.Module, files: Files, device: torch.device | str) -> 
     tie(model)
 
 
-def check(model: nn.Module, files: Files) -> list[Group]:
-    """What to read for each of the model's tensors. Raises UserError listing every tensor that does not fit."""
+def check(model: nn.Module, files: Files, also: Mapping[str, Tensor] | None = None) -> list[Group]:
+    """What to read for each of the model's tensors, and for those of `also`, named like the module's.
+
+    Raises UserError listing every tensor that does not fit.
+    """
     layout = layout_of(files.where, model.config)
-    state = {name: tensor.to("meta") for name, tensor in untied(model.state_dict(), model.config).items()}
+    state = untied(model.state_dict(), model.config) | dict(also or {})
+    state = {name: tensor.to("meta") for name, tensor in state.items()}
     expected = {name: tuple(t.shape) for name, t in to_stored(state, layout, model.config).items()}
     missing = sorted(expected.keys() - files.shapes.keys())
     unexpected = sorted(files.shapes.keys() - expected.keys())
