@@ -154,10 +154,10 @@ def _write_model(
     save_weights(model.state_dict(), folder, names[layout], config, shard_bytes)
     del model  # the written one is read next, and both may not fit
     checks = verify(folder, settings, layout, trained.parts, probe, before, device)
-    beyond = [part for part in trained.lora_parts if part != "language_model"]
-    if beyond:
+    beyond = [part for part in trained.parts if part != "language_model"]
+    if trained.lora_parts and beyond:
         notes.append(
-            f"the LoRA covers {' and '.join(beyond)}: vLLM and lmdeploy serve adapters of the language model only, "
+            f"the adapter changes {' and '.join(beyond)}: vLLM and lmdeploy serve adapters of the language model only, "
             "so serve this merged folder, not the adapter"
         )
     return _report(trained, settings, layout, notes, checks, _commands(layout, config.llm_architecture))

@@ -132,7 +132,7 @@ def test_what_the_released_folder_says(base, tmp_path):
     assert processor.system_message == "Be brief." and processor.max_tiles == 4
     report = json.loads((out / "export_report.json").read_text())
     assert report["parts"] == ["vision_model", "mlp1", "language_model"]
-    assert any("LoRA covers vision_model" in note for note in report["notes"])
+    assert any("adapter changes vision_model and mlp1" in note for note in report["notes"])
     assert set(report["commands"]) == {"vllm", "lmdeploy", "transformers"}
 
 
