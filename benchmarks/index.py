@@ -75,7 +75,8 @@ def main() -> None:
         taken = time.perf_counter() - began
         print(f"| build the index | {taken:.1f} s, {options.rows / taken:.0f} rows a second |")
         began = time.perf_counter()
-        rows, index = usable(Rows(path, processor), build_index(Rows(path, processor), cache_dir=folder / "cache"))
+        rows = Rows(path, processor)
+        rows, index = usable(rows, build_index(rows, cache_dir=folder / "cache"))
         print(f"| second start | {time.perf_counter() - began:.2f} s |")
         print(f"| peak memory of this process | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB |")
         tokens, tiles = index.tokens, index.tiles

@@ -23,7 +23,8 @@ from ivl.data.formats import loads
 from ivl.types import UserError
 
 _CHUNK = 1 << 24
-_BLANK = 64
+_BLANK = 16
+"""Bytes of the shortest line that is not looked at for being blank; a row is longer"""
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
