@@ -21,10 +21,10 @@ WIDTH, LLM_WIDTH, LAYERS = 96, 128, 2
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str]) -> dict[str, int]:
-    """tokenizer.json and its companions: byte-level BPE, numbers of up to three digits whole. Ids of added tokens."""
+    """tokenizer.json and its companions: byte-level BPE, a number is one token. Returns the added tokens' ids."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    cut = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    cut = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -34,7 +34,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> dict[str, int]:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     whole = json.loads(tokenizer.to_str())
     ids = {token: len(whole["model"]["vocab"]) + n for n, token in enumerate((*NAMED, *VISUAL))}
@@ -122,7 +122,7 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith((".ls1", ".ls2")):
-                parameter.fill_(0.3)
+                parameter.fill_(1)
             elif "embed_tokens" in name or name.endswith(("position_embedding", "class_embedding")):
                 parameter.normal_(0, 1, generator=generator)
             elif parameter.ndim > 1:

@@ -39,17 +39,17 @@ class Maker:
         """Questions that follow one another, on one image or on two that come one after the other."""
         if self.rng.random() < 0.7:
             image, notes = self.board(name)
-            asked = [read(notes), *(self.question(notes, kinds=2) for _ in range(2))]
+            asked = [read(notes), *(self.question(notes, reading=0) for _ in range(2))]
             return {**conversation(asked, "<image>"), "images": [image]}
         (first, a), (second, b) = self.board(f"{name}a", most=2), self.board(f"{name}b", most=2)
-        asked = [read(a), ("<image>" + read(b)[0], read(b)[1]), self.question(b, kinds=2)]
+        asked = [read(a), ("<image>" + read(b)[0], read(b)[1]), self.question(b, reading=0)]
         return {**conversation(asked, "<image>"), "images": [first, second]}
 
     def grounding(self, name: str) -> dict[str, Any]:
         """From a name to its box, or from a box to what is in it; in training, in several turns."""
         image, notes = self.board(name)
         asked, objects = [], []
-        for _ in range(2 if self.split == "train" else 1):
+        for _ in range(int(self.rng.integers(1, 3)) if self.split == "train" else 1):
             note = notes[self.rng.integers(len(notes))]
             find = self.rng.random() < 0.6
             asked.append(("Find <ref-object>", "<bbox>") if find else ("What is in <bbox>?", "<ref-object>"))
@@ -82,15 +82,18 @@ class Maker:
         image.save(self.folder / path, quality=90)
         return path, notes
 
-    def question(self, notes: list[Note], kinds: int = 3) -> Asked:
-        """A question that the board answers, and its answer; of the first two or all three kinds."""
-        note = notes[self.rng.integers(len(notes))]
-        kind = self.rng.integers(kinds)
-        if kind == 0:
+    def question(self, notes: list[Note], reading: float | None = None) -> Asked:
+        """A question that the board answers, and its answer; `reading`: share of those that ask for all notes.
+
+        Training asks for all notes most often: it is from reading aloud that the model learns to look.
+        """
+        share = (0.6 if self.split == "train" else 1 / 3) if reading is None else reading
+        if self.rng.random() < share:
+            return read(notes)
+        if self.rng.random() < 0.5:
             return "How many notes are there?", str(len(notes))
-        if kind == 1:
-            return f"Which digit is on the {note.colour} note?", str(note.value)
-        return read(notes)
+        note = notes[self.rng.integers(len(notes))]
+        return f"Which digit is on the {note.colour} note?", str(note.value)
 
 
 def read(notes: list[Note]) -> Asked:

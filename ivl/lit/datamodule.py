@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -20,25 +20,8 @@ from ivl.data.dataset import Mixture, Part, Rows, split
 from ivl.data.index import Index, build_index, joined, usable
 from ivl.data.pack import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor, VideoOptions
+from ivl.data.sources import Source, open_sources
 from ivl.types import IGNORE, Batch, Example, UserError
-
-
-@dataclass(frozen=True)
-class Source:
-    """One source of training rows. Give repeat or ratio to all sources, or to none."""
-
-    path: str
-    """A file of rows (jsonl or json)."""
-    name: str = ""
-    """Its name in losses and scores per source; a row's own `source` wins."""
-    repeat: float | None = None
-    """How often each row is seen in an epoch; 0.1 is a tenth of the rows, another tenth each epoch."""
-    ratio: float | None = None
-    """Share of the epoch's rows, relative to the other sources."""
-    media_root: str | None = None
-    """Where this source's relative media paths start."""
-    max_tiles: int | None = None
-    """Most tiles of an image of this source."""
 
 
 class RankRows:
@@ -79,7 +62,7 @@ class IvlData(LightningDataModule):
 
     Args:
         pretrained: Checkpoint whose tokenizer, template and tiling are used (linked to model.pretrained).
-        train: Files of training rows (jsonl or json).
+        train: Training rows: files (jsonl or json), OpenGVLab meta files, or names of data sets; NAME#N takes N rows.
         mixture: Several sources of training rows, each with its share of an epoch, instead of `train`.
         val: Files of held-out rows: loss and answers.
         val_fraction: Hold out this share of the training rows where `val` is not given.
@@ -188,30 +171,19 @@ class IvlData(LightningDataModule):
         if bool(files) == bool(self.mixture):
             found = "both" if files else "neither"
             raise UserError(f"--data.train: expected files of rows here or sources in --data.mixture, found {found}")
-        files = [files] if isinstance(files, str) else files
-        sources = self.mixture or [Source(path) for path in files]
-        rows = [
-            Rows(
-                source.path,
-                self.processor,
-                root=source.media_root or self.media_root,
-                on_error=self.on_error,
-                source=source.name,
-                max_tiles=source.max_tiles,
-                seed=self.seed,
-            )
-            for source in sources
-        ]
+        options = {"on_error": self.on_error, "seed": self.seed}
+        parts = open_sources(self.mixture or files, self.processor, self.media_root, **options)
         if self.val_fraction and not self.files["val"]:
-            if len(rows) > 1:
+            if len(parts) > 1:
                 raise UserError("--data.val_fraction: works with one training file; give files to --data.val instead")
-            rows[0], self._rows["val"] = split(rows[0], self.val_fraction, self.seed)
+            kept, self._rows["val"] = split(parts[0].rows, self.val_fraction, self.seed)
+            parts = [replace(parts[0], rows=kept)]
         elif self.files["val"]:
             self.rows("val")
-        parts, indexes = [], []
-        for source, part in zip(sources, rows):
-            kept, index = usable(part, _indexed(part, source.path), self.max_bad, self.report)
-            parts.append(Part(kept, source.name or source.path, source.repeat, source.ratio))
+        indexes = []
+        for n, part in enumerate(parts):
+            kept, index = usable(part.rows, _indexed(part), self.max_bad, self.report)
+            parts[n] = replace(part, rows=kept)
             indexes.append(index)
         mixture, index = Mixture(parts, self.seed), joined(indexes)
         if len(parts) > 1:
@@ -284,9 +256,17 @@ class IvlData(LightningDataModule):
         )
 
 
-def _indexed(rows: Rows, name: str) -> Index:
-    with tqdm(total=len(rows), desc=f"index {Path(name).name}", unit="row", disable=None, leave=False) as bar:
-        return build_index(rows, progress=lambda done: bar.update(done - bar.n))
+def _indexed(part: Part) -> Index:
+    """The lengths of a source's rows; a row without an answer is a problem, since nothing can be learnt from it."""
+    rows = part.rows
+    with tqdm(total=len(rows), desc=f"index {part.name}", unit="row", disable=None, leave=False) as bar:
+        index = build_index(rows, progress=lambda done: bar.update(done - bar.n))
+    silent = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
+    if len(silent):
+        index = replace(index, records=index.records.copy(), problems=dict(index.problems))
+        index.records["usable"][silent] = False
+        index.problems |= {int(n): f"{rows.where(n)}: no answer to learn from; add a response" for n in silent}
+    return index
 
 
 class Asked(Dataset):
