@@ -162,9 +162,8 @@ def usable(rows: Rows, index: Index, max_bad: float = 0.05, report: str | Path |
         raise UserError("\n".join([more, *counts, "the next of them:", *others]))
     good = np.flatnonzero(index.records["usable"])
     if not len(good):
-        raise UserError(
-            f"{rows.where(0)}: none of the {len(rows)} rows can be used{where}: {next(iter(index.dropped.values()))}"
-        )
+        first = next(iter([*index.dropped.values(), *bad.values()]))
+        raise UserError(f"{first}\nnone of the {len(rows)} rows can be used{where}")
     kept, part = rows.select(good), index.select(good)
     kept.lengths = np.stack([part.tokens, part.tiles], 1)
     kept.lengths[~part.records["exact"]] = -1

@@ -37,18 +37,18 @@ class Maker:
 
     def turns(self, name: str) -> dict[str, Any]:
         """Questions that follow one another, on one image or on two that come one after the other."""
-        if self.rng.random() < 0.7:
+        if self.rng.random() < 0.75:
             image, notes = self.board(name)
-            asked = [read(notes), *(self.question(notes, reading=0) for _ in range(2))]
+            asked = self.opening(notes) + [self.question(notes, reading=0) for _ in range(2)]
             return {**conversation(asked, "<image>"), "images": [image]}
         (first, a), (second, b) = self.board(f"{name}a", most=2), self.board(f"{name}b", most=2)
-        asked = [read(a), ("<image>" + read(b)[0], read(b)[1]), self.question(b, reading=0)]
-        return {**conversation(asked, "<image>"), "images": [first, second]}
+        before, (query, response) = self.opening(a) or [self.question(a)], self.question(b)
+        return {**conversation([*before, ("<image>" + query, response)], "<image>"), "images": [first, second]}
 
     def grounding(self, name: str) -> dict[str, Any]:
         """From a name to its box, or from a box to what is in it; in training, in several turns."""
         image, notes = self.board(name)
-        asked, objects = [], []
+        asked, objects = self.opening(notes), []
         for _ in range(int(self.rng.integers(1, 3)) if self.split == "train" else 1):
             note = notes[self.rng.integers(len(notes))]
             find = self.rng.random() < 0.6
@@ -82,12 +82,13 @@ class Maker:
         image.save(self.folder / path, quality=90)
         return path, notes
 
-    def question(self, notes: list[Note], reading: float | None = None) -> Asked:
-        """A question that the board answers, and its answer; `reading`: share of those that ask for all notes.
+    def opening(self, notes: list[Note]) -> list[Asked]:
+        """In training most conversations begin with reading all notes: from that the model learns to look."""
+        return [read(notes)] if self.split == "train" and self.rng.random() < 0.75 else []
 
-        Training asks for all notes most often: it is from reading aloud that the model learns to look.
-        """
-        share = (0.6 if self.split == "train" else 1 / 3) if reading is None else reading
+    def question(self, notes: list[Note], reading: float | None = None) -> Asked:
+        """A question that the board answers, and its answer; `reading`: share of those that ask for all notes."""
+        share = (0.5 if self.split == "train" else 1 / 3) if reading is None else reading
         if self.rng.random() < share:
             return read(notes)
         if self.rng.random() < 0.5:

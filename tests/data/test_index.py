@@ -20,6 +20,15 @@ from tests.tiny import write_checkpoint
 WORDS = ["describe", "the", "four", "sheep", "on", "grass,", "a", "small", "cat", "请描述", "100", "<ref>cat</ref>"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in a loader worker; on a busy machine threads wait for one another at each small copy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture="InternLM2ForCausalLM")
@@ -194,8 +203,8 @@ def test_bad_rows_stop_or_are_left_out(small, tmp_path):
     with pytest.raises(UserError) as caught:
         usable(small(), index)
     text = str(caught.value)
-    assert text.startswith("5 of 13 rows cannot be used (on_error is error)")
-    assert f"{tmp_path}/a.jsonl:2: " in text and f"{tmp_path}/b.jsonl:7: not JSON" in text
+    assert text.startswith(f"{tmp_path}/a.jsonl:2: ") and "\n5 of 13 rows cannot be used (on_error is error)" in text
+    assert f"{tmp_path}/b.jsonl:7: not JSON" in text
     assert "4 … expected an image" in text
     report = tmp_path / "out" / "report.txt"
     with pytest.raises(UserError, match=r"more than max_bad = 5\.0%.*report\.txt"):
@@ -219,8 +228,12 @@ def test_nothing_left(small, tmp_path):
     rows.processor.max_length, rows.processor.on_too_long = 5, "drop"
     index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
     assert len(index.dropped) == 6 and not index.problems
-    with pytest.raises(UserError, match="none of the 6 rows can be used"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*\nnone of the 6 rows can be used"):
         usable(rows, index)
+    (tmp_path / "bad.jsonl").write_text('{"query": "no answer", "response": ""}\n')
+    rows = small("bad.jsonl", on_error="skip")
+    with pytest.raises(UserError, match=r"bad\.jsonl:1: .*\nnone of the 1 rows can be used"):
+        usable(rows, build_index(rows, workers=0, cache_dir=tmp_path / "cache"), max_bad=1.0)
 
 
 def test_urls_are_not_asked(checkpoint, tmp_path):
