@@ -216,7 +216,7 @@ def test_bad_rows_stop_or_are_left_out(small, tmp_path):
     assert lines[0] == "# problem: 5 of 13 rows" and lines[3].startswith(f"{tmp_path}/a.jsonl:2: ")
     # A picture that fails later, when it is decoded, is left out of its batch and added to the report
     data = (tmp_path / "2.png").read_bytes()
-    (tmp_path / "2.png").write_bytes(data[:-20])
+    (tmp_path / "2.png").write_bytes(data[: len(data) // 2])
     assert len(rows.__getitems__([0, 1, 2])) == 2
     assert report.read_text().splitlines()[-1].startswith(f"{tmp_path}/a.jsonl:3: ")
     decoded = build_index(small("a.jsonl"), workers=0, media="decode", cache_dir=tmp_path / "cache")
