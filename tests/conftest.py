@@ -9,7 +9,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("IVL_SHARED", REPO.parent / "shared"))
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ivl.types import UserError
 
 ROWS = {
-    "train": {"single": 1500, "turns": 3500, "grounding": 2000, "video": 300},
+    "train": {"single": 2800, "turns": 1600, "grounding": 2200, "video": 200},
     "val": {"single": 200, "turns": 100, "grounding": 150, "video": 60},
 }
 """How many rows of each kind"""
