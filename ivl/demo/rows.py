@@ -12,6 +12,9 @@ from ivl.demo.scenes import Note, Scans, clip, compose, write_clip
 WIDE = 0.05
 """Share of the boards of twice the width, which are cut into tiles"""
 
+POOL = 4500
+"""Different boards of the training rows"""
+
 Asked = tuple[str, str]
 """Question and answer"""
 
@@ -22,35 +25,46 @@ class Maker:
     def __init__(self, folder: Path, split: str, seed: int) -> None:
         self.folder, self.split, self.rng = folder, split, np.random.default_rng(seed)
         self.scans = Scans(held_out=split != "train")
-        self.kinds = {"single": self.single, "turns": self.turns, "grounding": self.grounding, "video": self.video}
+        self.pool: list[tuple[str, list[Note]]] = []
+        self.kinds = {
+            "reading": self.reading,
+            "single": self.single,
+            "turns": self.turns,
+            "grounding": self.grounding,
+            "video": self.video,
+        }
 
     def row(self, kind: str, number: int) -> dict[str, Any]:
         """Row `number` of a kind, its `source`; `id` names it in predictions."""
         name = f"{self.split}-{kind}-{number:05d}"
         return {"id": name, "source": kind, **self.kinds[kind](name)}
 
+    def reading(self, name: str) -> dict[str, Any]:
+        """All notes of a board in order: training begins with it, since from it the model learns to look."""
+        image, notes = self.board(name)
+        query, response = read(notes)
+        return {"query": query, "response": response, "images": [image]}
+
     def single(self, name: str) -> dict[str, Any]:
         """One question on one image."""
         image, notes = self.board(name, columns=4 if self.rng.random() < WIDE else 2)
-        # Training asks mostly to read all notes: from that the model learns to look.
-        reading = self.rng.random() < (0.75 if self.split == "train" else 0.5)
-        query, response = read(notes) if reading else counted(notes)
+        query, response = read(notes) if self.rng.random() < 1 / 3 else self.question(notes)
         return {"query": query, "response": response, "images": [image]}
 
     def turns(self, name: str) -> dict[str, Any]:
         """Questions that follow one another, on one image or on two that come one after the other."""
         if self.rng.random() < 0.85:
             image, notes = self.board(name)
-            asked = self.opening(notes) + [self.question(notes) for _ in range(2)]
+            asked = [self.question(notes) for _ in range(2)]
             return {**conversation(asked, "<image>"), "images": [image]}
         (first, a), (second, b) = self.board(f"{name}a", most=2), self.board(f"{name}b", most=2)
-        before, (query, response) = self.opening(a) or [self.question(a)], self.question(b)
+        before, (query, response) = [self.question(a)], self.question(b)
         return {**conversation([*before, ("<image>" + query, response)], "<image>"), "images": [first, second]}
 
     def grounding(self, name: str) -> dict[str, Any]:
         """From a name to its box, or from a box to what is in it; in training, in several turns."""
         image, notes = self.board(name)
-        asked, objects = self.opening(notes), []
+        asked, objects = [], []
         for _ in range(int(self.rng.integers(1, 3)) if self.split == "train" else 1):
             note = notes[self.rng.integers(len(notes))]
             find = self.rng.random() < 0.6
@@ -78,15 +92,17 @@ class Maker:
         }
 
     def board(self, name: str, columns: int = 2, most: int = 4) -> tuple[str, list[Note]]:
-        """Writes a board; its path from the folder, and its notes."""
+        """A board's path from the folder, and its notes; written, or in training after `POOL` of them used again."""
+        if self.split == "train" and len(self.pool) >= POOL:
+            while True:
+                path, notes = self.pool[self.rng.integers(len(self.pool))]
+                if len(notes) <= most:
+                    return path, notes
         image, notes = compose(self.rng, self.scans, int(self.rng.integers(1, most + 1)), columns)
         path = f"images/{name}.jpg"
         image.save(self.folder / path, quality=90)
+        self.pool.append((path, notes))
         return path, notes
-
-    def opening(self, notes: list[Note]) -> list[Asked]:
-        """In training conversations begin with reading all notes; held-out ones would give the answer away."""
-        return [read(notes)] if self.split == "train" else []
 
     def question(self, notes: list[Note]) -> Asked:
         """A question that the board answers, and its answer."""

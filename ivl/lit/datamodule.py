@@ -86,6 +86,7 @@ class IvlData(LightningDataModule):
         exif: Turn pictures upright as their EXIF block says; false: as stored, like the reference.
         compact_boxes: Write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`.
         system_message: For rows without one, instead of the checkpoint's.
+        shuffle: A new order of the training rows in each epoch; false: as they stand, for a curriculum.
         num_workers: Loader processes. Default: one less than there are cores, four at most.
         seed: Of the order of rows and of random choices inside them.
     """
@@ -116,6 +117,7 @@ class IvlData(LightningDataModule):
         exif: bool = True,
         compact_boxes: bool = False,
         system_message: str | None = None,
+        shuffle: bool = True,
         num_workers: int | None = None,
         seed: int = 0,
     ):
@@ -129,7 +131,7 @@ class IvlData(LightningDataModule):
         self.pack_tokens, self.pack_tiles = pack_tokens or max_length, pack_tiles
         self.on_error, self.max_bad, self.report = on_error, max_bad, report
         self.num_workers = max(0, min(4, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
-        self.seed = seed
+        self.shuffle, self.seed = shuffle, seed
         self.processor = Processor.from_pretrained(
             pretrained,
             max_tiles=max_tiles,
@@ -208,7 +210,8 @@ class IvlData(LightningDataModule):
     def _train_batches(self) -> PackedBatches | GroupedBatches:
         mixture, index = self._train
         place = {"rank": self.trainer.global_rank, "ranks": self.trainer.world_size}
-        common = {"order": mixture.order, "seed": self.seed, **place}
+        order = mixture.order if self.shuffle else lambda epoch: np.arange(len(mixture))
+        common = {"order": order, "seed": self.seed, **place}
         if self.packing:
             return PackedBatches(index.tokens, index.tiles, self.pack_tokens, self.pack_tiles, **common)
         window = 64 if self.group_by_length else 1
