@@ -12,10 +12,10 @@ from tqdm import tqdm
 from ivl.types import UserError
 
 ROWS = {
-    "train": {"reading": 20000, "single": 14000, "turns": 4000, "grounding": 14000, "video": 1500},
+    "train": {"single": 5000, "turns": 900, "grounding": 2100, "video": 400},
     "val": {"single": 200, "turns": 100, "grounding": 150, "video": 60},
 }
-"""How many rows of each kind. Training takes them in this order: reading first, then the others, mixed"""
+"""How many rows of each kind"""
 
 
 def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS) -> None:
@@ -52,15 +52,12 @@ def _write(folder: Path, rows: dict[str, dict[str, int]]) -> None:
         for seed, (split, counts) in enumerate(rows.items()):
             maker = Maker(folder, split, seed)
             with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                first, rest = [], []
                 for kind, count in counts.items():
-                    (first if kind == "reading" else rest).extend((kind, number) for number in range(count))
-                maker.rng.shuffle(rest)
-                for kind, number in first + rest:
-                    row = maker.row(kind, int(number))
-                    file.write(json.dumps(row) + "\n")
-                    texts += [row["query"], row["response"]] if split == "train" else []
-                    bar.update()
+                    for number in range(count):
+                        row = maker.row(kind, number)
+                        file.write(json.dumps(row) + "\n")
+                        texts += [row["query"], row["response"]] if split == "train" else []
+                        bar.update()
     # The tokenizer shall have a word for each number of a box.
     numbers = [round(1000 * pixel / (2 * CELL)) for pixel in range(0, 2 * CELL + 1, STEP)]
     texts += [

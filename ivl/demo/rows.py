@@ -9,11 +9,8 @@ import numpy as np
 
 from ivl.demo.scenes import Note, Scans, clip, compose, write_clip
 
-WIDE = 0.05
+WIDE = 0.1
 """Share of the boards of twice the width, which are cut into tiles"""
-
-POOL = 4500
-"""Different boards of the training rows"""
 
 Asked = tuple[str, str]
 """Question and answer"""
@@ -25,41 +22,28 @@ class Maker:
     def __init__(self, folder: Path, split: str, seed: int) -> None:
         self.folder, self.split, self.rng = folder, split, np.random.default_rng(seed)
         self.scans = Scans(held_out=split != "train")
-        self.pool: list[tuple[str, list[Note]]] = []
-        self.kinds = {
-            "reading": self.reading,
-            "single": self.single,
-            "turns": self.turns,
-            "grounding": self.grounding,
-            "video": self.video,
-        }
+        self.kinds = {"single": self.single, "turns": self.turns, "grounding": self.grounding, "video": self.video}
 
     def row(self, kind: str, number: int) -> dict[str, Any]:
         """Row `number` of a kind, its `source`; `id` names it in predictions."""
         name = f"{self.split}-{kind}-{number:05d}"
         return {"id": name, "source": kind, **self.kinds[kind](name)}
 
-    def reading(self, name: str) -> dict[str, Any]:
-        """All notes of a board in order: training begins with it, since from it the model learns to look."""
-        image, notes = self.board(name)
-        query, response = read(notes)
-        return {"query": query, "response": response, "images": [image]}
-
     def single(self, name: str) -> dict[str, Any]:
         """One question on one image."""
         image, notes = self.board(name, columns=4 if self.rng.random() < WIDE else 2)
-        query, response = read(notes) if self.rng.random() < 1 / 3 else self.question(notes)
+        query, response = self.question(notes)
         return {"query": query, "response": response, "images": [image]}
 
     def turns(self, name: str) -> dict[str, Any]:
         """Questions that follow one another, on one image or on two that come one after the other."""
-        if self.rng.random() < 0.85:
+        if self.rng.random() < 0.7:
             image, notes = self.board(name)
-            asked = [self.question(notes) for _ in range(2)]
+            asked = [read(notes), *(self.question(notes, reading=0) for _ in range(2))]
             return {**conversation(asked, "<image>"), "images": [image]}
         (first, a), (second, b) = self.board(f"{name}a", most=2), self.board(f"{name}b", most=2)
-        before, (query, response) = [self.question(a)], self.question(b)
-        return {**conversation([*before, ("<image>" + query, response)], "<image>"), "images": [first, second]}
+        asked = [read(a), ("<image>" + read(b)[0], read(b)[1]), self.question(b, reading=0)]
+        return {**conversation(asked, "<image>"), "images": [first, second]}
 
     def grounding(self, name: str) -> dict[str, Any]:
         """From a name to its box, or from a box to what is in it; in training, in several turns."""
@@ -92,29 +76,24 @@ class Maker:
         }
 
     def board(self, name: str, columns: int = 2, most: int = 4) -> tuple[str, list[Note]]:
-        """A board's path from the folder, and its notes; written, or in training after `POOL` of them used again."""
-        if self.split == "train" and len(self.pool) >= POOL:
-            while True:
-                path, notes = self.pool[self.rng.integers(len(self.pool))]
-                if len(notes) <= most:
-                    return path, notes
+        """Writes a board; its path from the folder, and its notes."""
         image, notes = compose(self.rng, self.scans, int(self.rng.integers(1, most + 1)), columns)
         path = f"images/{name}.jpg"
         image.save(self.folder / path, quality=90)
-        self.pool.append((path, notes))
         return path, notes
 
-    def question(self, notes: list[Note]) -> Asked:
-        """A question that the board answers, and its answer."""
+    def question(self, notes: list[Note], reading: float | None = None) -> Asked:
+        """A question that the board answers, and its answer; `reading`: share of those that ask for all notes.
+
+        Training asks for all notes most often: it is from reading aloud that the model learns to look.
+        """
+        share = (0.6 if self.split == "train" else 1 / 3) if reading is None else reading
+        if self.rng.random() < share:
+            return read(notes)
         if self.rng.random() < 0.5:
-            return counted(notes)
+            return "How many notes are there?", str(len(notes))
         note = notes[self.rng.integers(len(notes))]
         return f"Which digit is on the {note.colour} note?", str(note.value)
-
-
-def counted(notes: list[Note]) -> Asked:
-    """How many there are."""
-    return "How many notes are there?", str(len(notes))
 
 
 def read(notes: list[Note]) -> Asked:
