@@ -322,7 +322,8 @@ def _overlap(checked: list[Checked], report: TextIO) -> None:
 
 def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
     """One row as it is trained on, and a contact sheet of some."""
-    from ivl.sheet import cell, contact_sheet
+    from ivl.lit.pictures import grid
+    from ivl.sheet import cell
 
     whole = np.flatnonzero(one.usable & one.index.records["exact"])  # nothing is fetched to be shown
     drawn = np.sort(np.random.default_rng(seed).permutation(whole)[:_DRAWN])
@@ -340,7 +341,7 @@ def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
         except UserError as error:  # what only decoding finds: a problem that --media counts
             print(f"\nnot shown: {error}")
     if cells:
-        contact_sheet(cells).save(sheet)
+        grid(cells).save(sheet)
         print(f"\ncontact sheet of {len(cells)} rows: {sheet}")
 
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ivl.data import media
 from ivl.data.processor import Processor
-from ivl.lit.pictures import EXPECTED, GIVEN, MARGIN, draw_boxes
+from ivl.lit.pictures import EXPECTED, GIVEN, draw_boxes
 from ivl.types import Conversation, Media
 
 WIDTH, HEIGHT, LINE, LINES = 320, 240, 13, 7
 MOST = 4
 """Pictures of one row (frames of a video) that are shown"""
-
-
-def contact_sheet(cells: Sequence[Image.Image], columns: int = 4) -> Image.Image:
-    """One picture of cells."""
-    columns = min(columns, len(cells))
-    width, height = cells[0].width + 2 * MARGIN, cells[0].height + 2 * MARGIN
-    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
-    for n, one in enumerate(cells):
-        sheet.paste(one, (n % columns * width + MARGIN, n // columns * height + MARGIN))
-    return sheet
 
 
 def cell(row: Conversation, about: str, processor: Processor) -> Image.Image:

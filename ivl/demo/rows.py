@@ -67,13 +67,7 @@ class Maker:
             ("Which digit is on the note?", str(note.value)),
         ]
         self.rng.shuffle(asked)
-        query, response = asked[1]
-        return {
-            "query": query,
-            "response": response,
-            "history": [["<video>" + asked[0][0], asked[0][1]]],
-            "videos": [path],
-        }
+        return {**conversation(asked, "<video>"), "videos": [path]}
 
     def board(self, name: str, columns: int = 2, most: int = 4) -> tuple[str, list[Note]]:
         """Writes a board; its path from the folder, and its notes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -15,11 +16,16 @@ GIVEN, EXPECTED = (220, 40, 40), (30, 150, 60)
 
 def panel(cells: list[tuple[Image.Image, Conversation, str]], columns: int = 4) -> Image.Image:
     """One picture of all cells. Boxes of the expected answer are green, those of the given answer red."""
-    rows = -(-len(cells) // columns)
-    width, height = SIDE + 2 * MARGIN, SIDE + TEXT + 2 * MARGIN
-    sheet = Image.new("RGB", (width * min(columns, len(cells)), height * rows), "white")
-    for i, (image, row, answer) in enumerate(cells):
-        sheet.paste(_cell(image, row, answer), ((i % columns) * width + MARGIN, (i // columns) * height + MARGIN))
+    return grid([_cell(*cell) for cell in cells], columns)
+
+
+def grid(cells: Sequence[Image.Image], columns: int = 4) -> Image.Image:
+    """Cells of one size on one sheet, row by row."""
+    columns = min(columns, len(cells))
+    width, height = cells[0].width + 2 * MARGIN, cells[0].height + 2 * MARGIN
+    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
+    for n, one in enumerate(cells):
+        sheet.paste(one, (n % columns * width + MARGIN, n // columns * height + MARGIN))
     return sheet
 
 
