@@ -20,14 +20,11 @@ import torch
 from torch import Tensor
 
 from ivl import __version__
-from ivl.config import Config, read_json
 from ivl.data.processor import Processor
-from ivl.data.tokenizer import Tokenizer
 from ivl.families import llm_family
 from ivl.hub import resolve
 from ivl.model import tune as tuning
 from ivl.model.checkpoint import Checkpoint
-from ivl.model.hf import is_hf
 from ivl.model.internvl import InternVL
 from ivl.model.tune import PARTS, LoRA, Tune
 from ivl.model.weights import save_weights
@@ -119,7 +116,7 @@ def export(
     settings = Settings(
         base=folder,
         checkpoint=checkpoint,
-        processor=_processor(trained, folder, checkpoint.config),
+        processor=Processor.from_pretrained(trained.base, system_message=trained.system_message),
         max_tiles=trained.max_tiles or checkpoint.config.max_dynamic_patch,
         dtype=stored if dtype == "auto" else dtype,
     )
@@ -132,12 +129,6 @@ def export(
         dump(temporary / REPORT, report)
     print(_summary(target, report))
     return target
-
-
-def _processor(trained: Trained, folder: Path, config: Config) -> Processor:
-    if not is_hf(read_json(folder / "config.json")):
-        return Processor.from_pretrained(trained.base, system_message=trained.system_message)
-    return Processor(config, Tokenizer.load(folder), system_message=trained.system_message)
 
 
 def _write_model(

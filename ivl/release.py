@@ -16,9 +16,10 @@ from typing import Any
 from ivl.config import read_json
 from ivl.data.chat_template import chat_template
 from ivl.data.processor import MEAN, STD, Processor
-from ivl.data.template import find_template, own_system_message
+from ivl.data.template import own_system_message
+from ivl.hf_config import is_hf, released_config
 from ivl.model.checkpoint import Checkpoint
-from ivl.model.hf import hf_config, is_hf, released_config
+from ivl.model.hf import hf_config
 from ivl.types import UserError
 
 COPIED = (
@@ -92,7 +93,7 @@ def released_json(settings: Settings) -> dict[str, Any]:
     """config.json of the released layout: the base's, with what the export changes and what it left to defaults."""
     raw = copy.deepcopy(read_json(settings.base / "config.json"))
     if is_hf(raw):
-        raw = released_config(raw)
+        raw = released_config(raw) | {"template": settings.processor.template.name}
     config, processor = settings.checkpoint.config, settings.processor
     raw.pop("quantization_config", None)
     raw |= {
@@ -114,7 +115,7 @@ def released_json(settings: Settings) -> dict[str, Any]:
             part[key] = settings.dtype
     if not any(raw.get(key) for key in _DTYPE_KEYS):
         raw["torch_dtype"] = settings.dtype
-    template = find_template(config.template)
+    template = processor.template
     own = raw.get("system_message")
     if own is None:
         own = own_system_message(settings.base, template)
@@ -158,6 +159,7 @@ def write_hf(settings: Settings, folder: Path) -> list[str]:
                 shutil.copyfile(settings.base / name, folder / name)
         path = settings.base / "tokenizer_config.json"
         dump(folder / "tokenizer_config.json", (read_json(path) if path.is_file() else {}) | {"chat_template": text})
+        _image_processor(settings).save_pretrained(folder)
         return [f"no processor files: {error}. The tokenizer files are the base's"]
     return []
 
@@ -165,7 +167,6 @@ def write_hf(settings: Settings, folder: Path) -> list[str]:
 def _write_processor(settings: Settings, folder: Path, template: str) -> None:
     """Tokenizer, image and video processors, by transformers' own classes."""
     from transformers import InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerFast
-    from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 
     from ivl.data.fast_tokenizer import fast_tokenizer
 
@@ -183,20 +184,29 @@ def _write_processor(settings: Settings, folder: Path, template: str) -> None:
         },
         clean_up_tokenization_spaces=False,
     )
-    size = {"height": config.image_size, "width": config.image_size}
-    pixels = {"size": size, "image_mean": list(MEAN), "image_std": list(STD)}
     InternVLProcessor(
-        image_processor=GotOcr2ImageProcessor(
-            **pixels,
-            crop_to_patches=config.dynamic_image_size,
-            min_patches=config.min_dynamic_patch,
-            max_patches=settings.max_tiles,
-        ),
+        image_processor=_image_processor(settings),
         tokenizer=tokenizer,
-        video_processor=InternVLVideoProcessor(**pixels),
+        video_processor=InternVLVideoProcessor(**_pixels(config.image_size)),
         image_seq_length=config.tokens_per_tile,
         chat_template=template,
     ).save_pretrained(folder)
+
+
+def _pixels(size: int) -> dict[str, Any]:
+    return {"size": {"height": size, "width": size}, "image_mean": list(MEAN), "image_std": list(STD)}
+
+
+def _image_processor(settings: Settings) -> Any:
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
+
+    config = settings.processor.config
+    return GotOcr2ImageProcessor(
+        **_pixels(config.image_size),
+        crop_to_patches=config.dynamic_image_size,
+        min_patches=config.min_dynamic_patch,
+        max_patches=settings.max_tiles,
+    )
 
 
 def dump(path: Path, value: Any) -> None:

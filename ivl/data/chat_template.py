@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
-from ivl.data.template import Template
+from ivl.config import Config, read_json
+from ivl.data.template import TEMPLATES, Template, written
 from ivl.data.tokenizer import Tokenizer
+from ivl.types import Conversation, Message, UserError
 
 RELEASED_MARKS = ("<image>", "<video>")
 """What stands for a medium in a text: vLLM and lmdeploy replace it, as the released `chat` does"""
@@ -87,3 +90,62 @@ def opening(template: Template, tokenizer: Tokenizer) -> str:
     text = "" if bos is None else tokenizer.token_bytes(bos).decode()
     wanted = tokenizer.encode(template.system, bos=True)
     return next((t for t in (text, text + " ") if tokenizer.encode(t + template.system) == wanted), text)
+
+
+# The way back: from a folder's own Jinja text to the row of the table that it says in other words
+
+_PROBE = Conversation((Message("user", (" q ",)), Message("assistant", (" a ",))), system="s")
+USUAL = {"Qwen2ForCausalLM": "internvl2_5", "Qwen3ForCausalLM": "internvl2_5"}
+"""Language model → template, where a -hf folder has no chat template: InternVL3 and 3.5 are the released ones"""
+
+
+def recognised(folder: Path, config: Config) -> tuple[str, str | None]:
+    """(name of the template, default system message) that the chat template of a -hf folder renders.
+
+    None: it renders no system message by itself, as the released -hf folders; the template's own stands then, since
+    the models were trained with it. Raises UserError where no known template renders the same.
+    """
+    text, where = _own_text(folder)
+    if text is None:
+        if config.llm_architecture in USUAL:
+            return USUAL[config.llm_architecture], None
+        raise UserError(
+            f"{folder}: no chat_template.jinja, and its language model ({config.llm_architecture}) does not tell the "
+            f"template; add the file from the model's page"
+        )
+    messages = [{"role": message.role, "content": message.text} for message in _PROBE.messages]
+    whole = _rendered(text, [{"role": "system", "content": _PROBE.system}, *messages], where)
+    name = next((n for n, row in TEMPLATES.items() if whole.endswith(written(_PROBE, (), row, 0))), None)
+    if name is None:
+        raise UserError(
+            f"{where}: renders {whole!r}, which no template of this program does; it knows {', '.join(TEMPLATES)}"
+        )
+    row = TEMPLATES[name]
+    opening_text = whole.removesuffix(written(_PROBE, (), row, 0))
+    before = _rendered(text, messages, where).split(row.user)[0].removeprefix(opening_text)
+    if not before.startswith(row.system) or not before.endswith(row.after_user):
+        return name, None
+    return name, before.removeprefix(row.system).removesuffix(row.after_user) or None
+
+
+def _own_text(folder: Path) -> tuple[str | None, Path]:
+    """A folder's chat template and where it stands; transformers has had four places for it."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), path
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file() and isinstance(text := read_json(path).get("chat_template"), str):
+            return text, path
+    return None, folder
+
+
+def _rendered(text: str, messages: list[dict], where: Path) -> str:
+    """In transformers' sandbox: a template can reach nothing but its messages."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        return render_jinja_template([messages], chat_template=text)[0][0]
+    except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{where}: cannot be rendered ({error}); restore it from the model's page") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,9 +15,11 @@ from torch import Tensor
 from ivl.config import Config
 from ivl.data import collate as collating
 from ivl.data import formats, limits, media, template, tiles
+from ivl.data.chat_template import recognised
 from ivl.data.limits import Plan, Shape
 from ivl.data.tokenizer import Tokenizer
 from ivl.families import ReleasedModel, find_model
+from ivl.hf_config import read_config
 from ivl.types import IGNORE, Batch, Conversation, Example, Media, UserError
 
 OnTooLong = Literal["fit", "truncate_text", "drop", "error"]
@@ -131,7 +133,10 @@ class Processor:
         from ivl.hub import resolve
 
         folder = resolve(name_or_path)
-        config = Config.load(folder)
+        config = read_config(folder)
+        if not config.template:
+            name, own = recognised(folder, config)
+            config = replace(config, template=name, system_message=own)
         if system_message is None and config.system_message is None:
             system_message = template.own_system_message(folder, template.find_template(config.template))
         return cls(

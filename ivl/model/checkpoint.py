@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ivl.config import Config, read_json
-from ivl.model.hf import is_hf, released_config
+from ivl.hf_config import is_hf, read_config
 from ivl.model.layouts import OUTPUT_LAYER
 from ivl.model.weights import Files
 from ivl.types import UserError
@@ -30,7 +30,7 @@ class Checkpoint:
         Raises UserError where one is missing or damaged, or the vocabulary is too small for the image token.
         """
         raw = read_json(folder / "config.json")
-        config = Config.from_dict(released_config(raw) if is_hf(raw) else raw, where=str(folder / "config.json"))
+        config = read_config(folder)
         files = Files.of(folder)
         # Some releases with one tensor for both ends of the vocabulary store it twice: then they are two.
         tied = bool(config.llm.get("tie_word_embeddings")) and not OUTPUT_LAYER & files.where.keys()

@@ -110,6 +110,22 @@ def test_a_checkpoint_holds_what_trains_and_a_lora_is_a_peft_folder(base, tmp_pa
     assert (tmp_path / "run/config.yaml").is_file()
 
 
+def test_an_hf_folder_trains_as_the_release_it_was_made_from(base, tmp_path):
+    from ivl.export import export
+
+    hf = export(str(tmp_path / "model-hf"), base=str(base / "model"), layout="hf")
+    released = fit(base, tmp_path / "released")
+    for name, tensor in fit(base, tmp_path / "hf", model__pretrained=str(hf)).items():
+        torch.testing.assert_close(tensor, released[name], atol=0, rtol=0)
+    out = tmp_path / "answers.jsonl"
+    checkpoint = str(tmp_path / "hf/run/checkpoints/last.ckpt")
+    rows = ["--data.predict", str(base / "data/val.jsonl"), "--predictions.file", str(out)]
+    assert main(["predict", "--ckpt_path", checkpoint, *rows]) == 0
+    assert len(out.read_text().splitlines()) == 5
+    merged = export(str(tmp_path / "merged"), run=str(tmp_path / "hf/run"), layout="hf")
+    assert (merged / "chat_template.jinja").read_text() == (hf / "chat_template.jinja").read_text()
+
+
 def test_loss_falls(base, tmp_path):
     settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}
     for name, tune in {"full": "full", "lora": {"rank": 8}}.items():

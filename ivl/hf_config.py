@@ -1,0 +1,116 @@
+"""config.json of transformers' InternVLForConditionalGeneration ("-hf" folders), read as the released one.
+
+`ivl.model.hf` writes it. It names no template: `ivl.data.chat_template.recognised` finds it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ivl.config import Config, read_json
+from ivl.families import LLMS
+from ivl.types import UserError
+
+ARCHITECTURE = "InternVLForConditionalGeneration"
+
+VISION = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "num_channels": "num_channels",
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+    "norm_type": "norm_type",
+    "layer_norm_eps": "layer_norm_eps",
+    "hidden_act": "hidden_act",
+    "attention_dropout": "attention_dropout",
+    "dropout": "projection_dropout",
+    "initializer_range": "initializer_range",
+    "initializer_factor": "layer_scale_init_value",
+}
+"""Released name → transformers' name, within vision_config"""
+
+
+def is_hf(raw: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a -hf folder."""
+    return raw.get("model_type") == "internvl" or raw.get("architectures") == [ARCHITECTURE]
+
+
+def released_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """A -hf config.json in the released form, `template` empty. Raises UserError for what that form cannot say."""
+    from transformers import InternVLConfig
+
+    whole = InternVLConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "dtype", "torch_dtype")})
+    vision, text = whole.vision_config, whole.text_config
+    refuse(
+        "config.json",
+        {
+            "vision_config.use_mean_pooling": (vision.use_mean_pooling, True),
+            "vision_config.use_mask_token": (vision.use_mask_token, False),
+            "vision_config.use_absolute_position_embeddings": (vision.use_absolute_position_embeddings, True),
+            "vision_feature_select_strategy": (whole.vision_feature_select_strategy, "default"),
+            "projector_hidden_act": (whole.projector_hidden_act, "gelu"),
+        },
+    )
+    architecture = next((a for a, row in LLMS.items() if row.model_type == text.model_type and not row.renamed), None)
+    if architecture is None:
+        raise UserError(f"config.json: text_config.model_type {text.model_type!r} is not a language model known here")
+    size, patch = vision.image_size[0], vision.patch_size[0]
+    vision_config = {ours: getattr(vision, theirs) for ours, theirs in VISION.items()}
+    vision_config |= {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "image_size": size,
+        "patch_size": patch,
+        "drop_path_rate": 0.0,
+    }
+    text_config = {k: v for k, v in text.to_dict().items() if k not in ("architectures", "dtype")}
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "template": "",
+        "select_layer": whole.vision_feature_layer,
+        "ps_version": "v2",
+        "downsample_ratio": whole.downsample_ratio,
+        "force_image_size": size,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "pad2square": False,
+        "tie_word_embeddings": whole.tie_word_embeddings,
+        "vision_config": vision_config,
+        "llm_config": text_config | {"architectures": [architecture], "tie_word_embeddings": whole.tie_word_embeddings},
+    }
+
+
+def read_config(folder: str | Path) -> Config:
+    """The config of a checkpoint folder in either layout, with the tile limits of a -hf folder's image processor.
+
+    Raises UserError where there is no config.json, or it is none of an InternVL chat model.
+    """
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    if is_hf(raw):
+        raw = released_config(raw) | _tile_limits(Path(folder))
+    return Config.from_dict(raw, where=str(path))
+
+
+def _tile_limits(folder: Path) -> dict[str, int]:
+    for name, inner in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            values = values.get(inner) or {} if inner else values
+            keys = {"min_dynamic_patch": "min_patches", "max_dynamic_patch": "max_patches"}
+            if found := {ours: values[theirs] for ours, theirs in keys.items() if isinstance(values.get(theirs), int)}:
+                return found
+    return {}
+
+
+def refuse(where: str, values: dict[str, tuple[Any, Any]]) -> None:
+    """Raise UserError listing what differs. `values`: name → (what is there, what must be)."""
+    wrong = [f"{name} must be {need!r}, found {have!r}" for name, (have, need) in values.items() if have != need]
+    if wrong:
+        raise UserError(f"{where}: {'; '.join(wrong)}")
