@@ -48,6 +48,8 @@ class Trained:
     adapter: Path | None = None
     max_tiles: int | None = None
     system_message: str | None = None
+    quantize: str | None = None
+    """How the base was kept while it was trained on"""
     where: str = ""
 
     @property
@@ -150,6 +152,11 @@ def _write_model(
         notes.append(
             f"the adapter changes {' and '.join(beyond)}: vLLM and lmdeploy serve adapters of the language model only, "
             "so serve this merged folder, not the adapter"
+        )
+    if trained.quantize:
+        notes.append(
+            f"trained on a base in {trained.quantize}, merged into the whole weights: answers differ a little from the "
+            "run's; load the folder with quantize for the same memory"
         )
     return _report(trained, settings, layout, notes, checks, _commands(layout, config.llm_architecture))
 
@@ -260,6 +267,7 @@ def read_run(path: Path, base: str | None = None) -> Trained:
         state,
         max_tiles=data.get("max_tiles"),
         system_message=data.get("system_message"),
+        quantize=model.get("quantize"),
         where=str(file),
     )
 

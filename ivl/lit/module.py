@@ -69,6 +69,8 @@ class LitInternVL(LightningModule):
         tune: What trains, per part.
         adapter: PEFT adapter folder to put on the model first (validate and predict).
         dtype: What frozen weights are kept in; `auto` follows trainer.precision. What trains is float32.
+        quantize: Keep the linear layers of the language model's blocks in 8 or 4 bits (needs bitsandbytes): for
+            inference, and as the frozen base of a LoRA (QLoRA). The vision encoder, projector and head stay whole.
         attention: Attention kernel; `auto` takes the fastest that is installed and runs here.
         checkpointing: Activation checkpointing per part.
         optimizer: Made with the parameter groups of what trains.
@@ -83,6 +85,7 @@ class LitInternVL(LightningModule):
         tune: Tune = Tune(),
         adapter: str | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        quantize: Literal["int8", "nf4"] | None = None,
         attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto",
         checkpointing: Checkpointing = Checkpointing(),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
@@ -93,7 +96,7 @@ class LitInternVL(LightningModule):
         super().__init__()
         self.pretrained = pretrained
         self.tune, self.adapter = tune, adapter
-        self.dtype_name, self.attention = dtype, attention
+        self.dtype_name, self.quantize, self.attention = dtype, quantize, attention
         self.checkpointing = checkpointing
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.generation = generation
@@ -117,6 +120,7 @@ class LitInternVL(LightningModule):
             dtype=self._weight_dtype(),
             device=self.trainer.strategy.root_device if whole else "cpu",
             attention=self.attention,
+            quantize=self.quantize,
         )
         if self.adapter:
             tuning.load_adapter(model, self.adapter)

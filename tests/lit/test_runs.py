@@ -126,6 +126,39 @@ def test_an_hf_folder_trains_as_the_release_it_was_made_from(base, tmp_path):
     assert (merged / "chat_template.jinja").read_text() == (hf / "chat_template.jinja").read_text()
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_lora_trains_on_a_base_in_few_bits(base, tmp_path, quantize):
+    pytest.importorskip("bitsandbytes")
+    from ivl.export import export
+    from ivl.model.internvl import InternVL
+
+    model = write_checkpoint(tmp_path / "model", llm={"intermediate_size": 128})  # blocks of 4-bit numbers are 64 wide
+    settings = {
+        "model__pretrained": str(model),
+        "model__quantize": quantize,
+        "model__tune": {"vision_model": "frozen", "mlp1": "frozen", "language_model": {"rank": 4}},
+        "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}},
+        "trainer__max_epochs": 8,
+    }
+    state = fit(base, tmp_path, **settings)
+    assert state and all("lora_" in name and tensor.dtype == torch.float32 for name, tensor in state.items())
+    seen = losses(tmp_path)
+    assert sum(seen[-3:]) < 0.9 * sum(seen[:3]), seen
+    out = ["--data.predict", str(base / "data/val.jsonl"), "--predictions.file", str(tmp_path / "answers.jsonl")]
+    assert main(["predict", "--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt"), *out]) == 0
+    merged = export(str(tmp_path / "merged"), run=str(tmp_path / "run"))
+    report = json.loads((merged / "export_report.json").read_text())
+    assert any(f"trained on a base in {quantize}" in note for note in report["notes"])
+    weight = InternVL.from_pretrained(merged).language_model.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == torch.float32
+
+
+def test_what_is_in_few_bits_cannot_be_tuned_in_full(base, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    assert main(["fit", "--config", str(config(base, tmp_path, model__quantize="nf4"))]) == 2
+    assert "model.tune.language_model: full, but its weights are quantised" in capsys.readouterr().err
+
+
 def test_loss_falls(base, tmp_path):
     settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}
     for name, tune in {"full": "full", "lora": {"rank": 8}}.items():
