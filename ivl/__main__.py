@@ -25,7 +25,12 @@ InternVL in PyTorch Lightning: fine-tune, evaluate and run InternVL chat models 
 commands:
 {commands}
 
-`python -m ivl COMMAND --help` lists the options of a command; `--debug` shows where an error came from.
+options of every command:
+  --hub HUB  where models are looked up by name: huggingface (default) or modelscope
+  --token T  login of that hub; default: HF_TOKEN or MODELSCOPE_API_TOKEN. It is written nowhere
+  --debug    show where an error came from
+
+`python -m ivl COMMAND --help` lists the options of a command.
 """
 
 
@@ -34,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
+    argv, chosen = _taken(argv, ("--hub", "--token"))
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())), end="")
         return 0
@@ -46,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         return _fail(f"{command}: no such command; expected one of {', '.join(COMMANDS)}")
     try:
+        if chosen:
+            from ivl.hub import choose
+
+            choose(chosen.get("--hub"), chosen.get("--token"))
         module = importlib.import_module(COMMANDS[command][0])
         if module.__name__ == "ivl.lit.cli":
             return module.main(argv, prepare_demo=_prepare_demo)
@@ -57,6 +67,19 @@ def main(argv: list[str] | None = None) -> int:
         if debug or message is None:
             traceback.print_exc()
         return _fail(message) if message is not None else 1
+
+
+def _taken(argv: list[str], options: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without these options (`--option value` or `--option=value`), and their values."""
+    rest, found = [], {}
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in options:
+            found[name] = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    return rest, found
 
 
 def _prepare_demo(folder: Path) -> None:

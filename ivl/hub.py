@@ -38,9 +38,33 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CHUNK = 1 << 20
 
 
+@dataclass
+class _Choice:
+    hub: Hub = "huggingface"
+    token: str | None = None
+
+
+_choice = _Choice()
+
+
+def choose(hub: str | None = None, token: str | None = None) -> None:
+    """Where names are looked up by this process, and with which login; None: as before. Neither is written anywhere.
+
+    Raises UserError for an unknown hub.
+    """
+    _choice.hub = _checked(hub) or _choice.hub
+    _choice.token = token or _choice.token
+
+
+def _checked(hub: str | None) -> Hub | None:
+    if hub is not None and hub not in HUBS:
+        raise UserError(f"hub: expected one of {', '.join(HUBS)}, found {hub!r}")
+    return hub
+
+
 def resolve(
     name_or_path: str | Path,
-    hub: Hub = "huggingface",
+    hub: Hub | None = None,
     token: str | None = None,
     revision: str | None = None,
     offline: bool | None = None,
@@ -48,7 +72,8 @@ def resolve(
     """The local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
 
     `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`).
-    `token`: None takes HF_TOKEN or the stored login, or MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
+    `hub`: None takes what `choose` was told, else Hugging Face.
+    `token`: None takes what `choose` was told, else HF_TOKEN or the stored login, or MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
     A copy either hub left on this machine serves both, unless a `revision` is asked for. Downloads go to the hub's own
     cache, go on where they broke off (Hugging Face: with the file that broke off) and overwrite nothing.
     HF_ENDPOINT and MODELSCOPE_DOMAIN name other servers.
@@ -61,8 +86,7 @@ def resolve(
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
-    if hub not in HUBS:
-        raise UserError(f"hub: expected one of {', '.join(HUBS)}, found {hub!r}")
+    hub, token = _checked(hub) or _choice.hub, token or _choice.token
     ids = _ids(str(name_or_path))
     places = [hub] if revision else [hub, *(h for h in HUBS if h != hub)]
     if folder := _on_this_machine(places, ids, revision):
@@ -122,7 +146,7 @@ def _refused(repo_id: str, hub: Hub, why: object) -> UserError:
     return UserError(
         f"{repo_id}: {hub} says that it does not exist or that you may not have it ({why}). Check the name. Some "
         f"models must be applied for: log in, open {page} and apply. Once approved, make a token at {tokens} and pass "
-        f"it as the token or in {variable}; or download the model by hand and give the path of the local folder"
+        f"it with --token or in {variable}; or download the model by hand and give the path of the local folder"
     )
 
 

@@ -185,3 +185,21 @@ def test_an_unknown_command(capsys):
 def test_a_checkpoint_path_that_is_not_there(capsys):
     assert main(["predict", "--ckpt_path", "nowhere/last.ckpt"]) == 2
     assert "error: --ckpt_path nowhere/last.ckpt: no such file" in capsys.readouterr().err
+
+
+def test_hub_and_token_are_options_of_every_command(capsys, monkeypatch, tmp_path):
+    from ivl import hub
+
+    asked = []
+    monkeypatch.setattr(hub, "_choice", hub._Choice())
+    monkeypatch.setattr(hub, "_on_this_machine", lambda *a: None)
+    for place in hub.HUBS:
+        monkeypatch.setitem(hub._LOCK, place, lambda _: tmp_path / "lock")
+        monkeypatch.setitem(hub._DOWNLOAD, place, lambda *a, place=place: asked.append((place, *a)) or tmp_path)
+    assert main(["export", "--hub", "modelscope", "--token=secret", "--base", "internvl2-2b", "--out", "x"]) == 2
+    assert asked == [("modelscope", "OpenGVLab/InternVL2-2B", None, "secret")]
+    argv = ["fit", "--model.pretrained", "internvl2-2b", "--data.train", "x.jsonl"]
+    assert main([*argv, "--hub=huggingface", "--token", "other"]) == 2
+    assert asked[1:] == [("huggingface", "OpenGVLab/InternVL2-2B", None, "other")]
+    assert main(["models", "--hub", "nowhere"]) == 2
+    assert "hub: expected one of huggingface, modelscope, found 'nowhere'" in capsys.readouterr().err
