@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ivl.config import read_json
 from ivl.families import llm_family
+from ivl.model import adapters
 from ivl.types import UserError
 
 PARTS = ("vision_model", "mlp1", "language_model")
@@ -178,6 +179,8 @@ def save_adapter(model: nn.Module, tune: Tune, folder: Path, base: str, state: d
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Put a PEFT adapter folder onto the model: LoRA layers and fully tuned parts. Strict in names and shapes.
 
+    One that another program made, in the names of the releases' own code or of transformers, is translated first.
+
     Raises UserError where a file is missing or damaged, or the adapter does not fit this model.
     """
     from peft import LoraConfig
@@ -191,8 +194,17 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected the weights of a PEFT adapter") from error
-    config = LoraConfig.from_pretrained(str(folder))
-    config.modules_to_save = None  # our modules stay as they are; peft would wrap them
+    try:
+        foreign = adapters.translated(model, state, settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; it was made for {settings.get('base_model_name_or_path')!r}") from error
+    if foreign is None:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.modules_to_save = None  # our modules stay as they are; peft would wrap them
+    else:
+        names, state = foreign.ranks, foreign.state
+        config = LoraConfig(target_modules=list(names), rank_pattern=names, alpha_pattern=foreign.alphas)
+        config.use_dora = foreign.dora
     _inject(model, config)
     model.requires_grad_(False)
     own = {_peft_key(n): p for n, p in model.named_parameters()}
@@ -278,10 +290,10 @@ def adapted_parts(folder: str | Path) -> list[str]:
     path = Path(folder) / "adapter_model.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            tops = {name.removeprefix("base_model.model.").split(".")[0] for name in file.keys()}  # noqa: SIM118
+            parts = {adapters.part_of(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected the weights of a PEFT adapter") from error
-    return [part for part in PARTS if part in tops]
+    return [part for part in PARTS if part in parts]
 
 
 def adapter_base(folder: str | Path) -> str | None:
