@@ -23,6 +23,7 @@ from ivl import __version__
 from ivl.data.processor import Processor
 from ivl.families import llm_family
 from ivl.hub import resolve
+from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.internvl import InternVL
@@ -56,20 +57,20 @@ class Trained:
     def parts(self) -> list[str]:
         """The parts whose weights differ from the base's."""
         if self.adapter is not None:
-            return tuning.adapted_parts(self.adapter)
-        return [part for part in PARTS if self.tune is not None and getattr(self.tune, part) != "frozen"]
+            return adapting.adapted_parts(self.adapter)
+        return [part for part in PARTS if self.tune is not None and self.tune.mode(part) != "frozen"]
 
     @property
     def lora_parts(self) -> list[str]:
         if self.adapter is not None:
             return self.parts
-        return [part for part in self.parts if isinstance(getattr(self.tune, part), LoRA)]
+        return [part for part in self.parts if isinstance(self.tune.mode(part), LoRA)]
 
     def model(self, folder: Path, dtype: str, device: str) -> InternVL:
         """The base with what was trained, not yet merged, in eval mode."""
         model = InternVL.from_pretrained(folder, dtype=dtype, device=device)
         if self.adapter is not None:
-            tuning.load_adapter(model, self.adapter)
+            adapting.load_adapter(model, self.adapter)
         elif self.state is not None:
             tuning.apply(model, self.tune)
             _put(model, self.state, self.where)
@@ -141,7 +142,7 @@ def _write_model(
     notes = write(settings, folder)  # first: it refuses what the layout cannot say before any weight is read
     model = trained.model(settings.base, settings.dtype, device)
     before = probe(model)
-    tuning.merge(model)
+    adapting.merge(model)
     model.to(getattr(torch, settings.dtype))
     names = {"released": llm_family(config.llm_architecture).layout, "hf": "hf"}
     save_weights(model.state_dict(), folder, names[layout], config, shard_bytes)
@@ -164,7 +165,7 @@ def _write_model(
 def _write_adapter(trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str) -> dict[str, Any]:
     model = trained.model(settings.base, settings.dtype, device)
     before = probe(model)
-    tuning.save_adapter(model, trained.tune, folder, trained.base, trained.state)
+    adapting.save_adapter(model, trained.tune, folder, trained.base, trained.state)
     del model
     again = Trained(trained.base, adapter=folder).model(settings.base, settings.dtype, device)
     checks = verify_adapter(folder, before, probe(again))
@@ -229,7 +230,7 @@ def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
     if run is not None:
         return read_run(Path(run), base)
     if adapter is not None:
-        named = base or tuning.adapter_base(adapter)
+        named = base or adapting.adapter_base(adapter)
         if not named:
             raise UserError(f"{adapter}: the adapter does not say what it belongs to; give its checkpoint with --base")
         return Trained(named, adapter=Path(adapter), where=adapter)
@@ -255,7 +256,6 @@ def read_run(path: Path, base: str | None = None) -> Trained:
         raise UserError(f"{file}: no config.yaml of its run beside it; expected the folder as the run left it")
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     model, data = settings["model"], settings.get("data") or {}
-    modes = {part: LoRA(**mode) if isinstance(mode, dict) else mode for part, mode in (model.get("tune") or {}).items()}
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         state = {name.removeprefix("model."): tensor for name, tensor in content["state_dict"].items()}
@@ -263,7 +263,7 @@ def read_run(path: Path, base: str | None = None) -> Trained:
         raise UserError(f"{file}: not a readable checkpoint of a run ({error})") from error
     return Trained(
         base or model["pretrained"],
-        Tune(**modes),
+        Tune.from_dict(model.get("tune") or {}),
         state,
         max_tiles=data.get("max_tiles"),
         system_message=data.get("system_message"),

@@ -24,6 +24,7 @@ from ivl.families import LLMS, llm_family
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.internvl import InternVL
 from ivl.model.layouts import layout_of
+from ivl.model.tune import part_of
 from ivl.model.weights import Files, check
 from ivl.release import HF_MARKS, Settings, copied_files
 from ivl.types import Batch, UserError
@@ -276,9 +277,10 @@ def _frozen(model: InternVL, settings: Settings, parts: Sequence[str]) -> Check:
     meta = InternVL.from_config(checkpoint.config, device="meta")
     for name, tensor in checkpoint.files.read(check(meta, checkpoint.files), checkpoint.config):
         if not torch.equal(state[name].cpu(), tensor.to(state[name].dtype)):
-            part = name.split(".")[0]
+            part = part_of(name)
             changed[part] = changed.get(part, 0) + 1
-    odd = sorted(set(changed) - set(parts))
+    tied = {"embeddings", "head"} if checkpoint.config.llm.get("tie_word_embeddings") else set()
+    odd = sorted(set(changed) - set(parts) - (tied if tied & set(parts) else set()))
     return Check("frozen parts", not odd, f"tensors that differ from the base's: {changed or 'none'}")
 
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import ivl.export as exporting
 from ivl.data.processor import Processor
 from ivl.export import export, main, parse_size
+from ivl.model import peft_adapter as adapter
 from ivl.model import tune
 from ivl.model.internvl import InternVL
-from ivl.model.tune import LoRA, Tune
+from ivl.model.tune import Blocks, LoRA, Tune
 from ivl.types import UserError
 from ivl.verify import Probe, difference
 from tests.model.rows import padded, rows
@@ -56,7 +57,7 @@ def write_run(folder: Path, base: Path, how: Tune = BOTH, data: dict | None = No
     (folder / "checkpoints").mkdir(parents=True)
     state = {f"model.{name}": tensor for name, tensor in tune.trainable_state(model).items()}
     torch.save({"state_dict": state, "pretrained": str(base)}, folder / "checkpoints" / "last.ckpt")
-    modes = {part: vars(mode) if isinstance(mode, LoRA) else mode for part, mode in vars(how).items()}
+    modes = {p: vars(mode) if isinstance(mode, (Blocks, LoRA)) else mode for p, mode in vars(how).items()}
     settings = {"model": {"pretrained": str(base), "tune": modes}, "data": {"max_tiles": None} | (data or {})}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return model
@@ -110,7 +111,7 @@ def test_merging_into_bfloat16_rounds_once(base):
     model = trained(base, Tune(language_model=LoRA(rank=4)), "bfloat16")
     layer = model.language_model.model.layers[0].mlp.up_proj
     exact = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
-    tune.merge(model)
+    adapter.merge(model)
     merged = model.language_model.model.layers[0].mlp.up_proj
     assert type(merged) is torch.nn.Linear
     assert torch.equal(merged.weight, exact.bfloat16())
@@ -147,7 +148,7 @@ def test_the_releases_own_system_message_stays(tmp_path):
 @pytest.mark.parametrize("layout", ["released", "hf"])
 def test_an_adapter_is_merged_into_the_base_it_names(base, tmp_path, layout):
     model = trained(base, Tune(language_model=LoRA(rank=4)))
-    tune.save_adapter(model, Tune(language_model=LoRA(rank=4)), tmp_path / "adapter", str(base))
+    adapter.save_adapter(model, Tune(language_model=LoRA(rank=4)), tmp_path / "adapter", str(base))
     out = export(str(tmp_path / "out"), adapter=str(tmp_path / "adapter"), layout=layout)
     torch.testing.assert_close(logits(InternVL.from_pretrained(out)), logits(model), atol=2e-5, rtol=0)
 
@@ -157,9 +158,9 @@ def test_only_the_adapter(base, tmp_path):
     arguments = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--adapter-only"]
     assert main(arguments) == 0
     again = InternVL.from_pretrained(base)
-    tune.load_adapter(again, tmp_path / "out")
+    adapter.load_adapter(again, tmp_path / "out")
     torch.testing.assert_close(logits(again.eval()), logits(model), atol=1e-6, rtol=0)
-    assert tune.adapted_parts(tmp_path / "out") == ["vision_model", "mlp1", "language_model"]
+    assert adapter.adapted_parts(tmp_path / "out") == ["vision_model", "mlp1", "language_model"]
 
 
 # -- transformers' own layout ------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def test_transformers_loads_the_hf_layout_with_equal_logits(tmp_path, architectu
     assert not any(report.values())
     batch = padded(rows(model))
     pixels = torch.randn(len(batch.tiles), 3, 56, 56)
-    tune.merge(model)
+    adapter.merge(model)
     mine = model(batch.input_ids, batch.attention_mask, tiles=pixels, tiles_per_row=batch.tiles_per_row).logits
     mask = batch.attention_mask
     expected = theirs.eval()(input_ids=batch.input_ids, attention_mask=mask.long(), pixel_values=pixels).logits

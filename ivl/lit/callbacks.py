@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ivl.data.media import load_image
 from ivl.lit.pictures import panel
-from ivl.model import tune as tuning
+from ivl.model import peft_adapter as adapting
 from ivl.types import Batch, Conversation, UserError
 
 
@@ -142,7 +142,7 @@ class Checkpoints(ModelCheckpoint):
     """Lightning's checkpoint, with the LoRA also written as a PEFT adapter folder (`adapter/`) at the end of fit."""
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and self.dirpath and tuning.has_adapter(module.model):
+        if trainer.is_global_zero and self.dirpath and adapting.has_adapter(module.model):
             folder = Path(self.dirpath).parent / "adapter"
-            tuning.save_adapter(module.model, module.tune, folder, base=str(module.pretrained))
+            adapting.save_adapter(module.model, module.tune, folder, base=str(module.pretrained))
             rank_zero_info(f"adapter in {folder}")

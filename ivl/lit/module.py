@@ -19,8 +19,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from ivl.data.grounding import parse_boxes
 from ivl.eval.metrics import exact_match, iou
 from ivl.lit.schedule import Warmup
+from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.internvl import InternVL
+from ivl.model.rates import param_groups
 from ivl.model.tune import Tune
 from ivl.types import Batch, Conversation, UserError
 
@@ -123,7 +125,7 @@ class LitInternVL(LightningModule):
             quantize=self.quantize,
         )
         if self.adapter:
-            tuning.load_adapter(model, self.adapter)
+            adapting.load_adapter(model, self.adapter)
         else:
             tuning.apply(model, self.tune)
         model.set_checkpointing(self.checkpointing.vision_model, self.checkpointing.language_model)
@@ -138,7 +140,7 @@ class LitInternVL(LightningModule):
         return "bfloat16" if "bf16" in precision else "float16" if precision.startswith("16") else "float32"
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.make_optimizer(tuning.param_groups(self.model))
+        optimizer = self.make_optimizer(param_groups(self.model))
         schedule = self.make_schedule(optimizer, self.trainer.datamodule.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

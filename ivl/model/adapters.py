@@ -88,10 +88,13 @@ def translated(model: nn.Module, state: dict[str, Tensor], settings: dict[str, A
 def part_of(key: str) -> str:
     """The part of the model that a tensor of an adapter file belongs to."""
     name = _full_name(key).removeprefix("model.")
-    top = name.split(".")[0]
-    return {"mlp1": "mlp1", "multi_modal_projector": "mlp1", "vision_model": "vision_model"}.get(
-        top, "vision_model" if top == "vision_tower" else "language_model"
-    )
+    top, *inside = name.split(".")
+    if top == "mlp1" or top == "multi_modal_projector":
+        return "mlp1"
+    if top in ("vision_model", "vision_tower"):
+        return "vision_model"
+    ends = {"embed_tokens": "embeddings", "tok_embeddings": "embeddings", "lm_head": "head", "output": "head"}
+    return next((ends[word] for word in (top, *inside) if word in ends), "language_model")
 
 
 def _full_name(key: str) -> str:

@@ -13,32 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from ivl.config import Config
 from ivl.model import generate as decoding
 from ivl.model import quant
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.llm import AttentionKernel, as_dtype, build_llm, choose_kernel, hidden_states, set_checkpointing
+from ivl.model.loss import Losses, losses
+from ivl.model.neftune import add_noise
 from ivl.model.quant import Quantize
 from ivl.model.vision import InternViT
 from ivl.model.weights import load_weights
-from ivl.types import IGNORE, UserError
+from ivl.types import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet, per colour"""
 
 
 @dataclass
-class Output:
-    """What a forward gives. `loss` is `loss_sum` over `num_supervised` (1 where nothing is supervised)."""
+class Output(Losses):
+    """What a forward gives: the losses where there are labels, logits on request."""
 
-    loss: Tensor | None = None
-    loss_sum: Tensor | None = None
-    """Negative log-likelihood of all supervised tokens, for a mean over several batches"""
-    num_supervised: Tensor | None = None
     logits: Tensor | None = None
     """(B, T, V)"""
 
@@ -76,6 +72,10 @@ class InternVL(nn.Module):
         """Ids that end an answer, from the checkpoint's generation_config.json"""
         self.always_run_vision = False
         """Run a zero tile where a batch has none, so that every process of a sharded run calls the same modules"""
+        self.neftune_alpha = 0.0
+        """Noise on the embeddings of text in training, by `add_noise`; 0: none"""
+        self.lora_start: dict[str, tuple[Tensor, Tensor]] = {}
+        """Of each layer whose LoRA was taken out of its weight (`ivl.model.tune`): the two matrices it began with"""
         self.vision_model = InternViT(config.vision, kernel)
         self.language_model = build_llm(config, kernel, dtype)
         width, llm_width = config.projector_width, self.language_model.config.hidden_size
@@ -159,18 +159,23 @@ class InternVL(nn.Module):
         loss_weights: Tensor | None = None,
         return_logits: bool = False,
         loss_chunk: int = 512,
+        label_smoothing: float = 0.0,
     ) -> Output:
         """The fields of `ivl.types.Batch`, whose shapes apply; logits on request or where there are no labels.
 
         `loss_weights` (B, T): how much each supervised token counts. `loss_chunk`: supervised tokens whose logits
-        exist at the same time, so memory does not grow with vocabulary x length.
+        exist at the same time, so memory does not grow with vocabulary x length. `label_smoothing`: share of each
+        target that is spread evenly over the vocabulary.
         Raises UserError where image tokens and tiles disagree.
         """
-        embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids)
+        embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids, attention_mask)
         hidden_BTD = hidden_states(self.language_model, embeds_BTD, attention_mask, position_ids, row_ids)
         output = Output()
         if labels is not None:
-            self._loss(output, hidden_BTD, labels, loss_weights, loss_chunk)
+            rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
+            settings = {"chunk": loss_chunk, "smoothing": label_smoothing}
+            found = losses(self.language_model.lm_head, hidden_BTD, labels, row_ids, rows, loss_weights, **settings)
+            output = Output(**vars(found))
         if labels is None or return_logits:
             output.logits = self.language_model.lm_head(hidden_BTD)
         return output
@@ -181,6 +186,7 @@ class InternVL(nn.Module):
         tiles_N3SS: Tensor | None = None,
         tiles_per_row: Tensor | None = None,
         row_ids_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
     ) -> Tensor:
         """Embeddings of a batch, those of image tokens taken from the tiles in order: (B, T, D)."""
         size = self.config.image_size
@@ -189,6 +195,9 @@ class InternVL(nn.Module):
             tiles_N3SS = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
         self._check_counts(image_BT, tiles_N3SS, tiles_per_row, row_ids_BT)
         embeds_BTD = self.language_model.get_input_embeddings()(input_ids_BT)
+        if self.neftune_alpha and self.training:
+            # Image tokens' embeddings are written over below, so only text gets noise (as in transformers' trainer).
+            embeds_BTD = add_noise(embeds_BTD, self.neftune_alpha, mask_BT, row_ids_BT)
         if len(tiles_N3SS) == 0 and not self._must_run_vision():
             return embeds_BTD
         if len(tiles_N3SS) == 0:
@@ -240,19 +249,3 @@ class InternVL(nn.Module):
                     f"{where}: {have} image tokens (<IMG_CONTEXT>) but {need} tiles of {per_tile} tokens each, which "
                     f"need {need * per_tile}; give every tile its tokens, and do not cut a row inside an image"
                 )
-
-    def _loss(
-        self, output: Output, hidden_BTD: Tensor, labels_BT: Tensor, weights_BT: Tensor | None, chunk: int
-    ) -> None:
-        """Fill in the loss; a position is predicted from the one before it."""
-        supervised = labels_BT[:, 1:] != IGNORE
-        hidden_MD, labels_M = hidden_BTD[:, :-1][supervised], labels_BT[:, 1:][supervised]
-        chunks = zip(hidden_MD.split(chunk), labels_M.split(chunk))
-        nll_M = torch.cat([recomputed(self._nll, h, t, use_reentrant=False) for h, t in chunks])
-        weights_M = torch.ones_like(nll_M) if weights_BT is None else weights_BT[:, 1:][supervised].to(nll_M)
-        output.num_supervised = supervised.sum()
-        output.loss_sum = (nll_M * weights_M).sum()
-        output.loss = output.loss_sum / (weights_M.sum() if weights_BT is not None else output.num_supervised.clamp(1))
-
-    def _nll(self, hidden_MD: Tensor, labels_M: Tensor) -> Tensor:
-        return F.cross_entropy(self.language_model.lm_head(hidden_MD).float(), labels_M, reduction="none")

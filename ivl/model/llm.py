@@ -164,6 +164,10 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
     old = getattr(model, f"gradient_checkpointing_{name}")
     switch = getattr(model, f"activation_checkpointing_{name}", old)
     switch(*([{"use_reentrant": False}] if on else []))
+    for layer in model.model.layers if on else []:
+        # transformers recomputes a layer only in training mode. A frozen language model is in eval mode, but what is
+        # below it may train. Only the layer's own flag: dropout inside asks its own module.
+        layer.training = True
 
 
 def visible(query_positions_BT: Tensor, key_positions_BK: Tensor, rows_BT: Tensor | None, window: int | None) -> Tensor:

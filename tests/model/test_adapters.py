@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ivl.export import export
 from ivl.hf_config import read_config
-from ivl.model import tune
+from ivl.model import peft_adapter
 from ivl.model.hf import hf_config
 from ivl.model.internvl import InternVL
 from ivl.model.layouts import to_stored
@@ -79,10 +79,10 @@ def both(base, adapter, merged, tmp_path) -> None:
     expected = logits(InternVL.from_pretrained(whole))
     model = InternVL.from_pretrained(base)
     before = logits(model)
-    tune.load_adapter(model, adapter)
+    peft_adapter.load_adapter(model, adapter)
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
     assert (before - expected).abs().max() > 0.1
-    tune.merge(model)
+    peft_adapter.merge(model)
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
 
 
@@ -97,7 +97,7 @@ def test_names_of_the_releases_own_code(tmp_path, architecture, settings):
     targets = {"target_modules": r"^(language_model|vision_model)\..*\.(" + "|".join((*inside, *VISION)) + ")$"}
     merged = write_adapter(tmp_path / "adapter", stored(base), layers, **targets, **settings)
     both(base, tmp_path / "adapter", merged, tmp_path)
-    assert tune.adapted_parts(tmp_path / "adapter") == ["vision_model", "language_model"]
+    assert peft_adapter.adapted_parts(tmp_path / "adapter") == ["vision_model", "language_model"]
 
 
 @pytest.mark.parametrize("prefix", ["", "language_model.base_model.model."], ids=["alone", "wrapped"])
@@ -115,7 +115,7 @@ def test_the_language_model_adapted_by_itself(tmp_path, prefix):
         **patterns,
     )
     both(base, tmp_path / "adapter", merged, tmp_path)
-    assert tune.adapted_parts(tmp_path / "adapter") == ["language_model"]
+    assert peft_adapter.adapted_parts(tmp_path / "adapter") == ["language_model"]
 
 
 @pytest.mark.parametrize("layout", ["hf", "hf-4"])
@@ -139,7 +139,7 @@ def test_names_of_transformers(tmp_path, layout, dora):
     (folder / "config.json").write_text(json.dumps(hf_config(model.config, model.image_token_id)))
     save_file({n: t.contiguous() for n, t in merged.items()}, folder / "model.safetensors")
     expected = logits(InternVL.from_pretrained(folder))
-    tune.load_adapter(model, tmp_path / "adapter")
+    peft_adapter.load_adapter(model, tmp_path / "adapter")
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
     assert read_config(folder).vision == model.config.vision
 
@@ -158,7 +158,7 @@ def test_fully_tuned_parts_come_along(tmp_path):
         state[f"base_model.model.{name}"] = merged[name]
     save_file(state, path)
     both(base, tmp_path / "adapter", merged, tmp_path)
-    assert tune.adapted_parts(tmp_path / "adapter") == ["mlp1", "language_model"]
+    assert peft_adapter.adapted_parts(tmp_path / "adapter") == ["mlp1", "language_model"]
 
 
 def test_it_is_exported(tmp_path):
@@ -183,8 +183,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     save_file({n: t for n, t in load_file(path).items() if "lora_A" in n}, path)
     model = InternVL.from_pretrained(base)
     with pytest.raises(UserError, match=r"1 of its 1 layers are not in it in any layout, .*layers\.7\.attention\.wqkv"):
-        tune.load_adapter(model, tmp_path / "other")
+        peft_adapter.load_adapter(model, tmp_path / "other")
     with pytest.raises(UserError, match=r"wqkv without its lora_B; the file is damaged"):
-        tune.load_adapter(model, tmp_path / "half")
+        peft_adapter.load_adapter(model, tmp_path / "half")
     save_weights(model.state_dict(), tmp_path / "again", "internlm2", model.config)  # nothing was changed
     assert all(torch.equal(t, weights[n]) for n, t in stored(tmp_path / "again").items())

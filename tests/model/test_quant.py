@@ -12,6 +12,7 @@ from torch import nn
 
 from ivl.config import Config
 from ivl.export import export
+from ivl.model import peft_adapter as adapter
 from ivl.model import quant, tune
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.internvl import InternVL
@@ -126,11 +127,11 @@ def test_a_lora_trains_on_top_and_is_merged_into_the_whole_weights(tmp_path, qua
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
     with pytest.raises(UserError, match="cannot be merged into"):
-        tune.merge(model)
-    tune.save_adapter(model, how, tmp_path / "adapter", str(folder))
+        adapter.merge(model)
+    adapter.save_adapter(model, how, tmp_path / "adapter", str(folder))
     merged = InternVL.from_pretrained(export(str(tmp_path / "out"), adapter=str(tmp_path / "adapter")))
     again = InternVL.from_pretrained(folder)
-    tune.load_adapter(again, tmp_path / "adapter")
+    adapter.load_adapter(again, tmp_path / "adapter")
     assert distance(logits(merged), logits(again.eval())) < 1e-5
 
 

@@ -1,16 +1,14 @@
-"""What trains, what a LoRA covers, and the adapter folder read by peft itself."""
-
-import json
+"""What trains, what a LoRA covers, and that recomputing layers changes no gradient."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from ivl.families import llm_family
 from ivl.model import tune
 from ivl.model.internvl import InternVL
-from ivl.model.tune import LoRA, Tune
+from ivl.model.rates import param_groups
+from ivl.model.tune import Blocks, LoRA, Tune
 from ivl.types import UserError
+from tests.model.trained import inputs
 from tests.tiny import write_checkpoint
 
 
@@ -19,31 +17,13 @@ def folder(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "qwen2")
 
 
-def inputs(model: InternVL) -> dict:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 200, (2, 24), generator=generator)
-    ids[:, 5:9] = model.image_token_id
-    tiles = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8, generator=generator)
-    return {"input_ids": ids, "tiles": tiles}
-
-
-def stirred(model: InternVL) -> InternVL:
-    """Everything that trains moved, so that an adapter that is not applied shows."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
 def test_table_and_groups_add_up(folder):
     model = InternVL.from_pretrained(folder)
     tune.apply(model, Tune(vision_model="frozen", mlp1="full", language_model=LoRA(rank=4)))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n.split(".")[0] for n in trained} == {"mlp1", "language_model"}
     assert all("lora_" in n for n in trained if n.startswith("language_model"))
-    groups = tune.param_groups(model)
+    groups = param_groups(model)
     assert sum(len(g["params"]) for g in groups) == len(trained)
     assert [g["name"] for g in groups] == ["mlp1", "mlp1_no_decay", "language_model"]
     assert all(p.ndim == 1 for g in groups if g.get("weight_decay") == 0.0 for p in g["params"])
@@ -94,71 +74,134 @@ def test_frozen_weights_keep_their_type_and_what_trains_is_float32(folder):
     assert kinds == ({torch.float32}, {torch.bfloat16})
 
 
-SETTINGS = [
-    Tune(language_model=LoRA(rank=4)),
-    Tune(vision_model=LoRA(rank=2, alpha=3), mlp1="full", language_model=LoRA(rank=4, rslora=True)),
-    Tune(vision_model=LoRA(rank=2, dora=True), mlp1=LoRA(rank=3, dora=True), language_model=LoRA(rank=4, dora=True)),
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=["language", "three parts", "dora"])
-def test_peft_reads_the_adapter_with_equal_logits(folder, tmp_path, settings):
-    from peft import PeftModel
-
-    model = InternVL.from_pretrained(folder)
-    tune.apply(model, settings)
+def labelled(model: InternVL, seed: int = 0) -> dict:
+    """A batch with labels: two rows of unequal length, two tiles, one of the rows supervised less than the other."""
     batch = inputs(model)
-    plain = InternVL.from_pretrained(folder)(**batch).logits
-    expected = stirred(model)(**batch).logits
-    assert (expected - plain).abs().max() > 0.1
-    tune.save_adapter(model, settings, tmp_path / "adapter", base=str(folder))
-    read = PeftModel.from_pretrained(InternVL.from_pretrained(folder), str(tmp_path / "adapter")).eval()
-    torch.testing.assert_close(read(**batch).logits, expected, atol=1e-5, rtol=0)
-    own = InternVL.from_pretrained(folder)
-    tune.load_adapter(own, tmp_path / "adapter")
-    torch.testing.assert_close(own.eval()(**batch).logits, expected, atol=1e-5, rtol=0)
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
+    labels = batch["input_ids"].clone()
+    labels[:, :12] = -100
+    labels[1, :20] = -100
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    return batch | {"labels": labels, "attention_mask": mask, "tiles_per_row": torch.tensor([1, 1])}
 
 
-def test_an_adapter_of_another_model_is_refused(folder, tmp_path):
-    other = InternVL.from_pretrained(write_checkpoint(tmp_path / "other", llm={"hidden_size": 32}))
-    settings = Tune(language_model=LoRA(rank=4))
-    tune.apply(other, settings)
-    tune.save_adapter(other, settings, tmp_path / "adapter", base="other")
-    with pytest.raises(UserError, match=r"does not fit this model .*expected \(4, 64\), found \(4, 32\)"):
-        tune.load_adapter(InternVL.from_pretrained(folder), tmp_path / "adapter")
-    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(UserError, match=r"adapter_model.safetensors: cannot be read"):
-        tune.load_adapter(InternVL.from_pretrained(folder), tmp_path / "adapter")
+def gradients(model: InternVL, **more) -> dict[str, torch.Tensor]:
+    model(**labelled(model), **more).loss_sum.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", ["internvl2_1b", "internvl2_2b", "internvl2_4b"])
-def test_recorded_adapter_gives_the_recorded_loss(golden, name):
-    """The reference's LoRA, on InternLM2's fused wqkv split like the weight it belongs to."""
-    import numpy as np
+MODES = {
+    "lora": Tune(vision_model=LoRA(rank=2), mlp1=LoRA(rank=2), language_model=LoRA(rank=2)),
+    "full": Tune(vision_model="full", mlp1="full", language_model="full"),
+    "head and last block": Tune(vision_model=Blocks(1), mlp1="full", language_model="frozen", head="full"),
+    "projector": Tune(mlp1="full", language_model="frozen"),
+    "dora, pissa": Tune(vision_model=LoRA(rank=2, dora=True), language_model=LoRA(rank=2, dora=True, init="pissa")),
+    "embeddings, head": Tune(language_model="frozen", embeddings="full", head=LoRA(rank=2)),
+}
 
-    from ivl.model.weights import groups
 
-    record = json.loads((golden / f"refs/{name}/lora.json").read_text())
-    model = InternVL.from_pretrained(golden / f"checkpoints/{name}")
-    tensors = load_file(golden / f"refs/{name}/lora.safetensors")
-    deltas = {}
-    for key, a in tensors.items():
-        if ".lora_A." in key:
-            b = tensors[key.replace(".lora_A.", ".lora_B.")]
-            base = key.replace(".lora_A.default", "").replace(".base_model.model.", ".")
-            deltas[base] = record["scaling"] * b @ a
-    with torch.no_grad():
-        for group in groups(model.state_dict(), llm_family(model.config.llm_architecture).layout):
-            if set(group.stored) <= set(deltas):
-                tensors = group.read([deltas.pop(n) for n in group.stored], model.config)
-                for key, delta in zip(group.module, tensors):
-                    model.get_parameter(key).add_(delta)
-    assert not deltas
-    arrays = np.load(golden / f"refs/{name}/forward.npz")
-    batch = {k: torch.from_numpy(arrays[k]) for k in ("input_ids", "labels", "attention_mask", "position_ids")}
-    flags = torch.from_numpy(arrays["image_flags"]).flatten().bool()
-    tiles = torch.from_numpy(arrays["pixel_values"])[flags]
-    batch["attention_mask"] = batch["attention_mask"].bool()
-    out = model(**batch, tiles=tiles)
-    assert float(out.loss) == pytest.approx(record["loss"], abs=1e-4)
+@pytest.mark.parametrize("vision", [False, True], ids=["vit", "vit again"])
+@pytest.mark.parametrize("language", [False, True], ids=["llm", "llm again"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_trainable_tensor_gets_the_gradient_it_gets_without_checkpointing(folder, mode, vision, language):
+    found = {}
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = InternVL.from_pretrained(folder)
+        tune.apply(model, MODES[mode])
+        for name, parameter in model.named_parameters():  # so that no LoRA multiplies by zero
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        if again:
+            model.set_checkpointing(vision, language)
+        calls = []
+        model.language_model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append("llm"))  # noqa: B023
+        model.vision_model.encoder.layers[1].norm1.register_forward_hook(lambda *_: calls.append("vit"))  # noqa: B023
+        found[again] = gradients(model)
+        trains = {"llm": language and again, "vit": vision and again and MODES[mode].vision_model != "frozen"}
+        assert {k: calls.count(k) for k in trains} == {k: 1 + on for k, on in trains.items()}
+    assert found[True].keys() == found[False].keys() and found[True]
+    for name, gradient in found[False].items():
+        assert gradient is not None and gradient.abs().max() > 0, name
+        assert torch.equal(found[True][name], gradient), name
+
+
+def test_full_tuning_leaves_out_blocks_that_are_not_computed(tmp_path):
+    folder = write_checkpoint(tmp_path, overrides={"select_layer": -2})
+    model = InternVL.from_pretrained(folder)
+    tune.apply(model, Tune(vision_model="full", language_model="frozen"))
+    blocks = {n.split(".")[3] for n in tune.trainable_state(model) if ".layers." in n}
+    assert blocks == {"0"}
+    assert all(g is not None for g in gradients(model).values())
+    with pytest.raises(UserError, match=r"vision_model\.last: expected 1 to 1 blocks, found 2"):
+        tune.apply(InternVL.from_pretrained(folder), Tune(vision_model=Blocks(2)))
+
+
+def test_the_last_blocks_train_and_the_others_compute_as_in_use(folder):
+    model = InternVL.from_pretrained(folder)
+    tune.apply(model, Tune(vision_model=Blocks(1), language_model="frozen"))
+    assert {".".join(n.split(".")[:4]) for n in tune.trainable_state(model)} == {"vision_model.encoder.layers.1"}
+    assert [layer.mlp.training for layer in model.vision_model.encoder.layers] == [False, True]
+    assert "vision_model         91,776" not in tune.table(model) and "partly" in tune.table(model)
+
+
+def test_ends_follow_the_blocks_unless_said_otherwise(folder):
+    def trained(**how) -> set[str]:
+        model = InternVL.from_pretrained(folder)
+        tune.apply(model, Tune(**how))
+        return {tune.part_of(n) for n in tune.trainable_state(model)}
+
+    assert trained(language_model="full") == {"language_model", "embeddings", "head"}
+    assert trained(language_model="full", head="frozen") == {"language_model", "embeddings"}
+    assert trained(language_model="frozen", head="full") == {"head"}
+    assert trained() == {"language_model"}
+
+
+def test_one_tensor_at_both_ends_trains_once(tmp_path):
+    folder = write_checkpoint(tmp_path, llm={"tie_word_embeddings": True})
+    model = InternVL.from_pretrained(folder)
+    assert tune.is_tied(model)
+    tune.apply(model, Tune(language_model="frozen", head="full"))
+    assert list(tune.trainable_state(model)) == ["language_model.model.embed_tokens.weight"]
+    assert len(param_groups(model)) == 1
+    for how in ({"head": LoRA()}, {"head": "full", "embeddings": "frozen"}):
+        with pytest.raises(UserError, match="shares its weights with the embeddings"):
+            tune.apply(InternVL.from_pretrained(folder), Tune(**how))
+
+
+def test_pissa_starts_from_the_model_as_it_was_and_the_weight_keeps_the_rest(folder):
+    base, model = InternVL.from_pretrained(folder), InternVL.from_pretrained(folder)
+    tune.apply(model, Tune(language_model=LoRA(rank=4, init="pissa")))
+    batch = inputs(model)
+    torch.testing.assert_close(model(**batch).logits, base(**batch).logits, atol=1e-4, rtol=0)
+    name = "language_model.model.layers.0.mlp.up_proj"
+    left = torch.linalg.svdvals(model.get_submodule(name).base_layer.weight)
+    whole = torch.linalg.svdvals(base.get_submodule(name).weight)
+    torch.testing.assert_close(left[:-4], whole[4:], atol=1e-4, rtol=0)
+    again = InternVL.from_pretrained(folder)
+    tune.apply(again, Tune(language_model=LoRA(rank=4, init="pissa")))
+    assert torch.equal(again.get_submodule(name).base_layer.weight, model.get_submodule(name).base_layer.weight)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_on_a_quantised_base_every_lora_tensor_trains_and_the_base_stays(tmp_path, quantize):
+    pytest.importorskip("bitsandbytes")
+    folder = write_checkpoint(tmp_path, llm={"intermediate_size": 128})
+    model = InternVL.from_pretrained(folder, dtype="bfloat16", quantize=quantize)
+    tune.apply(model, Tune(mlp1="full", language_model=LoRA(rank=4), head="full"))
+    model.set_checkpointing(False, True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # the first matrix of a LoRA has a gradient once the second is not zero
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**labelled(model)).loss
+        loss.backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32 and parameter.grad.abs().max() > 0, name
+        else:
+            assert torch.equal(parameter, before[name]), name
+    assert sum("lora_" in n for n in tune.trainable_state(model)) == 2 * 14
+    with pytest.raises(UserError, match="pissa changes weights, and these are quantised"):
+        tune.apply(InternVL.from_pretrained(folder, dtype="bfloat16", quantize=quantize), MODES["dora, pissa"])

@@ -1,0 +1,101 @@
+"""The loss of supervised tokens: logits a chunk at a time, and how rows are weighted.
+
+Shapes: B rows, T tokens of a row, M supervised tokens, D width, R rows of a batch (more than B where packed).
+torch's own `linear_cross_entropy` computes chunks in the same way, for a plain linear layer without label smoothing;
+here the output layer may carry a LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from ivl.types import IGNORE
+
+Reduction = Literal["token", "sample", "square"]
+
+
+@dataclass
+class Losses:
+    """Of a batch; `loss` is `loss_sum` over `weight_sum` (0 where nothing is supervised)."""
+
+    loss: Tensor | None = None
+    loss_sum: Tensor | None = None
+    """Negative log-likelihood of all supervised tokens, each times its weight, for a mean over several batches"""
+    weight_sum: Tensor | None = None
+    """Of the supervised tokens' weights; `num_supervised` where all count alike"""
+    num_supervised: Tensor | None = None
+    row_losses: Tensor | None = None
+    """(R,) negative log-likelihood of each row's supervised tokens, unweighted and without gradient"""
+    row_tokens: Tensor | None = None
+    """(R,) supervised tokens of each row"""
+
+
+def losses(
+    head: nn.Module,
+    hidden_BTD: Tensor,
+    labels_BT: Tensor,
+    row_ids_BT: Tensor | None,
+    count: int,
+    weights_BT: Tensor | None = None,
+    chunk: int = 512,
+    smoothing: float = 0.0,
+) -> Losses:
+    """The losses of a batch of `count` rows; a position is predicted from the one before it."""
+    supervised = labels_BT[:, 1:] != IGNORE
+    hidden_MD, labels_M = hidden_BTD[:, :-1][supervised], labels_BT[:, 1:][supervised]
+    nll_M = token_losses(head, hidden_MD, labels_M, chunk, smoothing)
+    ones_M = torch.ones_like(nll_M)
+    weights_M = ones_M if weights_BT is None else weights_BT[:, 1:][supervised].to(nll_M)
+    rows_M = rows_of(labels_BT, row_ids_BT)[:, 1:][supervised]
+    loss_sum, weight_sum = (nll_M * weights_M).sum(), weights_M.sum()
+    return Losses(
+        loss=loss_sum / torch.where(weight_sum > 0, weight_sum, 1),
+        loss_sum=loss_sum,
+        weight_sum=weight_sum,
+        num_supervised=supervised.sum(),
+        row_losses=row_sums(nll_M.detach(), rows_M, count),
+        row_tokens=row_sums(ones_M, rows_M, count),
+    )
+
+
+def token_losses(head: nn.Module, hidden_MD: Tensor, labels_M: Tensor, chunk: int, smoothing: float = 0.0) -> Tensor:
+    """Negative log-likelihood of each label: (M,). Logits of `chunk` tokens exist at a time, in backward again."""
+
+    def nll(hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), labels, reduction="none", label_smoothing=smoothing)
+
+    chunks = zip(hidden_MD.split(chunk), labels_M.split(chunk))
+    return torch.cat([recomputed(nll, h, t, use_reentrant=False) for h, t in chunks])
+
+
+def rows_of(labels_BT: Tensor, row_ids_BT: Tensor | None) -> Tensor:
+    """The number of each token's row in its batch (0 for padding): (B, T)."""
+    if row_ids_BT is not None:
+        return row_ids_BT.clamp(min=0)
+    return torch.arange(len(labels_BT), device=labels_BT.device)[:, None].expand_as(labels_BT)
+
+
+def row_sums(values_M: Tensor, rows_M: Tensor, count: int) -> Tensor:
+    """Sums per row: (R,), float32."""
+    return torch.zeros(count, device=values_M.device).index_add(0, rows_M, values_M.float())
+
+
+def loss_weights(labels_BT: Tensor, row_ids_BT: Tensor | None, count: int, reduction: Reduction) -> Tensor | None:
+    """How much each supervised token counts: (B, T), 0 elsewhere; None for `token`, where all count alike.
+
+    A row of n supervised tokens weighs n (`token`), 1 (`sample`), or the square root of n (`square`), as in
+    OpenGVLab/InternVL, internvl_chat/internvl/train/internvl_chat_finetune.py, `len2weight`.
+    """
+    if reduction == "token":
+        return None
+    supervised_BT = labels_BT != IGNORE
+    rows_BT = rows_of(labels_BT, row_ids_BT)
+    counts_R = row_sums(supervised_BT.flatten(), rows_BT.flatten(), count).clamp(min=1)
+    weights_R = counts_R ** (-1.0 if reduction == "sample" else -0.5)
+    return weights_R[rows_BT] * supervised_BT
