@@ -53,6 +53,8 @@ class Data:
     """How videos become frames."""
     exif: bool = True
     """Turn pictures upright as their EXIF block says."""
+    resize: Literal["exact", "fast"] = "exact"
+    """How pictures are resized to tiles."""
     compact_boxes: bool = False
     """Write boxes as `<box>[[...]]</box>`."""
     system_message: str | None = None
@@ -178,6 +180,7 @@ def _processor(args: Namespace) -> Processor:
         on_too_long=data.on_too_long,
         video=VideoOptions(**vars(data.video)),
         exif=data.exif,
+        resize=data.resize,
         compact_boxes=data.compact_boxes,
         system_message=data.system_message,
     )
@@ -258,6 +261,8 @@ def _report(one: Checked, show: int, report: TextIO) -> None:
             print(f"… and {len(lines) - show} more in the report")
             for reason, times in reasons(texts.values()).most_common(show):
                 _say(f"{times:8} {reason}", report)
+    if changed := one.index.describe_changes():
+        _say(f"\nrows that max_length changes: {changed} (of {count})", report)
     if unsure := int((~one.index.records["exact"] & one.usable).sum()):
         _say(
             f"\nrows with media behind URLs, counted with the most tiles there can be: {unsure} (--probe_urls)", report

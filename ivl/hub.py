@@ -72,8 +72,8 @@ def resolve(
     """The local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
 
     `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`).
-    `hub`: None takes what `choose` was told, else Hugging Face.
-    `token`: None takes what `choose` was told, else HF_TOKEN or the stored login, or MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
+    `hub` and `token`: None takes what `choose` was told, else Hugging Face, and HF_TOKEN or the stored login, or
+    MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
     A copy either hub left on this machine serves both, unless a `revision` is asked for. Downloads go to the hub's own
     cache, go on where they broke off (Hugging Face: with the file that broke off) and overwrite nothing.
     HF_ENDPOINT and MODELSCOPE_DOMAIN name other servers.

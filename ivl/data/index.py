@@ -27,15 +27,19 @@ from torch.utils.data import DataLoader, Dataset
 import ivl
 from ivl.data.dataset import Rows
 from ivl.data.formats import is_url
+from ivl.data.limits import CHANGES, changes
 from ivl.data.processor import TooLong
 from ivl.data.rows import default_cache
 from ivl.types import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 256
 _SHOWN = 10
-RECORD = np.dtype([("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4"), ("exact", "?"), ("usable", "?")])
-"""One row: tokens (text and image together), tiles, supervised labels; exact: False where media behind URLs were not
+RECORD = np.dtype(
+    [("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4"), ("changes", "u1"), ("exact", "?"), ("usable", "?")]
+)
+"""One row: tokens (text and image together), tiles, supervised labels; changes: what `on_too_long` did to it, as
+`ivl.data.limits.changes` has it; exact: False where media behind URLs were not
 looked at; usable: False where the row is left out, all else then 0"""
 
 MediaCheck = Literal["header", "decode"]
@@ -69,6 +73,13 @@ class Index:
     def supervised(self) -> np.ndarray:
         """(rows,) int32, labels that count for the loss"""
         return self.records["supervised"]
+
+    def describe_changes(self) -> str:
+        """How many rows were changed or left out because of max_length, in words; empty: none."""
+        made = self.records["changes"][self.records["usable"]]
+        counts = {what: int((made >> n & 1).sum()) for n, what in enumerate(CHANGES.values())}
+        counts["left out"] = len(self.dropped)
+        return ", ".join(f"{what} {count}" for what, count in counts.items() if count)
 
     def select(self, numbers: np.ndarray) -> Index:
         """The records of these rows, in this order."""
@@ -224,15 +235,16 @@ class _Probe(Dataset):
     def _reason(self, number: int, error: UserError) -> str:
         return str(error).removeprefix(f"{self.rows.where(int(number))}: ")  # the file may be kept elsewhere tomorrow
 
-    def _record(self, number: int) -> tuple[int, int, int, bool, bool]:
+    def _record(self, number: int) -> tuple[int, int, int, int, bool, bool]:
         rows = self.rows
         conversation = rows.conversation(number)
         urls = any(isinstance(m.source, str) and is_url(m.source) for m in conversation.media)
         if self.media == "decode" and (self.probe_urls or not urls):
             example = rows.processor(conversation, max_tiles=rows.max_tiles)
-            return len(example.input_ids), len(example.tiles), example.num_supervised, True, True
+            numbers = (len(example.input_ids), len(example.tiles), example.num_supervised)
+            return *numbers, changes(example.notes), True, True
         found = rows.processor.lengths(conversation, max_tiles=rows.max_tiles, probe_urls=self.probe_urls)
-        return found.tokens, found.tiles, found.supervised, self.probe_urls or not urls, True
+        return *found, self.probe_urls or not urls, True
 
 
 def _spread(numbers: np.ndarray) -> list[np.ndarray]:

@@ -47,6 +47,15 @@ class Plan:
         return len(self.labels) - self.labels.count(IGNORE) - (self.labels[:1] not in ([], [IGNORE]))
 
 
+CHANGES = {"tiles": "fewer tiles", "dropped": "oldest turns dropped", "text": "end of the text cut off"}
+"""First word of a note → what was changed"""
+
+
+def changes(notes: Sequence[str]) -> int:
+    """Notes as a number: the bit n is set where the change n of CHANGES was made."""
+    return sum(1 << n for n, word in enumerate(CHANGES) if any(note.startswith(word) for note in notes))
+
+
 Encode = Callable[[Conversation, Sequence[Shape], Sequence[int]], Plan]
 Count = Callable[[Shape, int], int]
 

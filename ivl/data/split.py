@@ -9,14 +9,38 @@ from pathlib import Path
 
 import numpy as np
 
-from ivl.data.dataset import Rows, digests
+from ivl.data.dataset import MakesExamples, Rows, digests
 from ivl.types import UserError
+
+NAME = "validation-split"
+
+
+def remember(folder: str | Path, held: Rows, seed: int = 0) -> Path:
+    """Write a run's held-out rows into its folder; beside an earlier file that says something else, never over it."""
+    folder = Path(folder)
+    new = folder / f".{NAME}.{os.getpid()}.json"
+    save_split(new, held, seed)
+    last = remembered(folder)
+    if last is not None and last.read_bytes() == new.read_bytes():
+        new.unlink()
+        return last
+    count = len(list(folder.glob(f"{NAME}*.json")))
+    return new.rename(folder / (f"{NAME}-{count}.json" if count else f"{NAME}.json"))
+
+
+def remembered(folder: str | Path) -> Path | None:
+    """The file of held-out rows that a run wrote last; None where there is none."""
+    found = sorted(Path(folder).glob(f"{NAME}*.json"), key=lambda path: (len(path.name), path.name))
+    return found[-1] if found else None
 
 
 def save_split(path: str | Path, held: Rows, seed: int = 0) -> None:
     """Remember the held-out rows that `ivl.data.dataset.split` gave: their files, and a digest of each row's text."""
     kept = {
         "files": [str(file.path.absolute()) for file in held.files],
+        "root": None if held.root is None else str(Path(held.root).absolute()),
+        "source": held.source,
+        "max_tiles": held.max_tiles,
         "seed": seed,
         "rows": [f"{digest:016x}" for digest in digests(held, seed)],
     }
@@ -27,9 +51,12 @@ def save_split(path: str | Path, held: Rows, seed: int = 0) -> None:
     os.replace(temporary, path)
 
 
-def split_files(path: str | Path) -> list[str]:
-    """The files that a remembered split is of. Raises UserError."""
-    return _read(path)["files"]
+def open_split(path: str | Path, processor: MakesExamples, root: str | Path | None = None) -> Rows:
+    """The held-out rows that were remembered, from the files they were in. `root`: as in `Rows`, where the run that
+    wrote them had none of its own. Raises UserError as `load_split`."""
+    found = _read(path)
+    own = {"source": found.get("source") or "", "max_tiles": found.get("max_tiles")}
+    return load_split(path, Rows(found["files"], processor, root=found.get("root") or root, **own))[1]
 
 
 def load_split(path: str | Path, rows: Rows) -> tuple[Rows, Rows]:

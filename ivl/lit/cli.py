@@ -58,6 +58,8 @@ class IvlCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.weights_only = True  # a checkpoint is never unpickled
+        if config.data.split == "run-validation":
+            config.data.split = str(run_of(config.get("ckpt_path")))
         folder = config.demo
         if folder and self.prepare_demo:
             type(self).prepare_demo(Path(folder))
@@ -97,6 +99,15 @@ def scores_table(scores: dict[str, dict[str, float]]) -> str:
         iou = f"{values['iou']:.3f}" if "iou" in values else "-"
         lines.append(f"{kind or 'all':<16}{int(values['rows']):>6}{exact:>9}{iou:>10}")
     return "\n".join(lines)
+
+
+def run_of(checkpoint: str | None) -> Path:
+    """The folder of the run that a checkpoint belongs to. Raises UserError where there is none."""
+    parents = Path(checkpoint).parents[:3] if checkpoint else []
+    for folder in parents:
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError("--data.split run-validation: expected --ckpt_path with a checkpoint in the folder of its run")
 
 
 def run_config(argv: list[str]) -> list[str]:

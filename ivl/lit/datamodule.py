@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +23,7 @@ from ivl.data.index import Index, build_index, joined, usable
 from ivl.data.pack import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor, VideoOptions
 from ivl.data.sources import Source, open_sources
+from ivl.data.split import open_split, remember, remembered
 from ivl.types import IGNORE, Batch, Example, UserError
 
 
@@ -68,6 +71,8 @@ class IvlData(LightningDataModule):
         val_fraction: Hold out this share of the training rows where `val` is not given.
         test: Files for `test`.
         predict: Files for `predict`; rows need no response.
+        split: Rows for `predict` instead of files: `run-validation` takes those that the run of `--ckpt_path` held out
+            (its `val`, or its share by `val_fraction`); a run's folder takes that run's.
         media_root: Where relative media paths start. Default: the folder of the file they stand in.
         batch_size: Rows per batch and process, where rows are not packed.
         eval_batch_size: Rows per batch and process in validation and prediction. Default: batch_size.
@@ -83,6 +88,8 @@ class IvlData(LightningDataModule):
         max_bad: Largest share of rows that may be skipped.
         report: File that lists the training rows that were left out, and why.
         video: How videos become frames.
+        resize: exact makes the reference's pixels; fast takes about half the time, and a pixel in some hundreds is a
+            level off.
         exif: Turn pictures upright as their EXIF block says; false: as stored, like the reference.
         compact_boxes: Write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`.
         system_message: For rows without one, instead of the checkpoint's.
@@ -100,6 +107,7 @@ class IvlData(LightningDataModule):
         val_fraction: float | None = None,
         test: str | list[str] | None = None,
         predict: str | list[str] | None = None,
+        split: str | None = None,
         media_root: str | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -114,6 +122,7 @@ class IvlData(LightningDataModule):
         max_bad: float = 0.05,
         report: str | None = None,
         video: VideoOptions = VideoOptions(),
+        resize: Literal["exact", "fast"] = "exact",
         exif: bool = True,
         compact_boxes: bool = False,
         system_message: str | None = None,
@@ -123,7 +132,7 @@ class IvlData(LightningDataModule):
     ):
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
-        self.mixture, self.val_fraction = mixture, val_fraction
+        self.mixture, self.val_fraction, self.split = mixture, val_fraction, split
         self.media_root = media_root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -139,6 +148,7 @@ class IvlData(LightningDataModule):
             on_too_long=on_too_long,
             video=video,
             exif=exif,
+            resize=resize,
             compact_boxes=compact_boxes,
             system_message=system_message,
         )
@@ -151,6 +161,9 @@ class IvlData(LightningDataModule):
         # Files are read before the model is loaded, so that a mistake in them costs nothing.
         if stage == "fit":
             self._set_up_training()
+            folder = self.trainer.log_dir  # asks all ranks
+            if self.val_fraction and not self.files["val"] and folder and self.trainer.is_global_zero:
+                remember(folder, self._rows["val"], self.seed)
         else:
             self.rows({"validate": "val"}.get(stage, stage))
 
@@ -161,6 +174,13 @@ class IvlData(LightningDataModule):
                 self._set_up_training()
                 return self._rows["val"]
             files = self.files[name]
+            if name == "predict" and self.split:
+                if files:
+                    raise UserError(
+                        "--data.predict and --data.split: expected one of them, found both (--data.predict null)"
+                    )
+                self._rows[name] = held_out(self.split, self.processor, self.media_root)
+                return self._rows[name]
             if not files:
                 raise UserError(f"--data.{name}: not given; expected one or more files of rows (jsonl or json)")
             self._rows[name] = Rows(files, self.processor, root=self.media_root, seed=self.seed)
@@ -182,12 +202,14 @@ class IvlData(LightningDataModule):
             parts = [replace(parts[0], rows=kept)]
         elif self.files["val"]:
             self.rows("val")
-        indexes = []
+        before, indexes = [_indexed(part) for part in parts], []
         for n, part in enumerate(parts):
-            kept, index = usable(part.rows, _indexed(part), self.max_bad, self.report)
+            kept, index = usable(part.rows, before[n], self.max_bad, self.report)
             parts[n] = replace(part, rows=kept)
             indexes.append(index)
         mixture, index = Mixture(parts, self.seed), joined(indexes)
+        if changed := joined(before).describe_changes():
+            rank_zero_info(f"rows that max_length changes: {changed} (of {sum(map(len, before))})")
         if len(parts) > 1:
             rank_zero_info(mixture.describe())
         self._train = mixture, index
@@ -270,6 +292,19 @@ def _indexed(part: Part) -> Index:
         index.records["usable"][silent] = False
         index.problems |= {int(n): f"{rows.where(n)}: no answer to learn from; add a response" for n in silent}
     return index
+
+
+def held_out(run: str | Path, processor: Processor, root: str | Path | None = None) -> Rows:
+    """The rows that a run held out: those it remembered, or its files of `data.val`. Raises UserError where none."""
+    if (found := remembered(run)) is not None:
+        return open_split(found, processor, root)
+    settings = Path(run) / "config.yaml"
+    if not settings.is_file():
+        raise UserError(f"--data.split {run}: no config.yaml in it; expected run-validation, or the folder of a run")
+    files = (yaml.safe_load(settings.read_text(encoding="utf-8")).get("data") or {}).get("val")
+    if not files:
+        raise UserError(f"--data.split: {run} held out no rows by data.val or data.val_fraction; give --data.predict")
+    return Rows(files, processor, root=root)
 
 
 class Asked(Dataset):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from PIL import Image
 from ivl.data import index as indexing
 from ivl.data.dataset import Rows
 from ivl.data.index import Index, build_index, fingerprint, joined, reasons, usable
+from ivl.data.limits import changes
 from ivl.data.processor import Processor
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
@@ -83,10 +85,18 @@ def test_lengths_equal_those_of_1000_examples(checkpoint, tmp_path, options):
     assert bool(index.dropped) == ("on_too_long" in options) and index.tiles.max() > 3
     kept, part = usable(rows, index)
     assert len(kept) == len(part) == count - len(index.dropped)
+    changed = 0
     for i in range(len(kept)):
         example = kept[i]
         found = len(example), len(example.tiles), example.num_supervised
         assert found == (part.tokens[i], part.tiles[i], part.supervised[i]), kept.where(i)
+        assert part.records["changes"][i] == changes(example.notes)
+        changed += bool(example.notes)
+    said = [int(word) for word in re.findall(r"\d+", index.describe_changes())]
+    if "on_too_long" in options:
+        assert index.describe_changes() == f"left out {len(index.dropped)}"
+    else:
+        assert (changed > 0) == bool(options) and changed <= sum(said) <= 2 * changed
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ivl.config import Config
+from ivl.data.limits import changes
 from ivl.data.processor import Processor, TooLong, VideoOptions
 from ivl.data.tokenizer import Tokenizer
 from ivl.families import find_model
@@ -346,7 +347,9 @@ def test_lengths_are_those_of_the_example(make, row, max_length, policy):
         with pytest.raises(type(error), match=r"^f:1: "):
             processor.lengths(row, "f:1")
         return
-    assert processor.lengths(row, "f:1") == (len(example), len(example.tiles), example.num_supervised)
+    found = processor.lengths(row, "f:1")
+    assert found[:3] == (len(example), len(example.tiles), example.num_supervised)
+    assert found.changes == changes(example.notes) and bool(found.changes) == bool(example.notes)
     assert max_length is None or len(example) <= max_length
     assert (example.input_ids == processor.tokenizer.context_id).sum() == 4 * len(example.tiles)
     assert sum(example.tiles_per_image) == len(example.tiles)
@@ -421,3 +424,14 @@ def test_picklable(make):
     processor = pickle.loads(pickle.dumps(make(max_tiles=3)))
     row = {"query": "Q", "response": "R", "images": [PHOTO]}
     assert processor(row).input_ids.equal(make(max_tiles=3)(row).input_ids)
+
+
+def test_fast_tiles_are_a_level_off_and_as_many(make):
+    smooth = Image.radial_gradient("L").resize((300, 200)).convert("RGB")
+    row = {"query": "<image>", "response": "a", "images": [smooth]}
+    exact, fast = (make(resize=how)(row) for how in ("exact", "fast"))
+    assert fast.input_ids.tolist() == exact.input_ids.tolist()
+    off = (exact.tiles.int() - fast.tiles.int()).abs()
+    assert 0 < (off > 0).float().mean() < 0.2 and off.max() <= 2
+    with pytest.raises(UserError, match="resize: expected one of exact, fast, found 'quick'"):
+        make(resize="quick")

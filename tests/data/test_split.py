@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ivl.data.dataset import Rows, split
-from ivl.data.split import load_split, save_split, split_files
+from ivl.data.split import load_split, open_split, remember, remembered, save_split
 from ivl.types import UserError
 from tests.data.test_dataset import Stub, query, write
 
@@ -20,7 +20,7 @@ def test_a_split_is_found_again(tmp_path):
     train, held = split(Rows(path, Stub()), 0.2, seed=5)
     save_split(tmp_path / "run" / "split.json", held, seed=5)
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["split.json"]
-    assert split_files(tmp_path / "run" / "split.json") == [str(path)]
+    assert texts(open_split(tmp_path / "run" / "split.json", Stub())) == texts(held)
     again = load_split(tmp_path / "run" / "split.json", Rows(path, Stub()))
     assert again[0].numbers.tolist() == train.numbers.tolist() and again[1].numbers.tolist() == held.numbers.tolist()
 
@@ -54,4 +54,15 @@ def test_a_split_of_other_files_is_refused(tmp_path):
     ):
         (tmp_path / "split.json").write_text(text)
         with pytest.raises(UserError, match=r"split\.json: "):
-            split_files(tmp_path / "split.json")
+            open_split(tmp_path / "split.json", Stub())
+
+
+def test_a_run_that_goes_on_keeps_what_it_remembered(tmp_path):
+    rows = Rows(write(tmp_path, "a.jsonl", 20), Stub(), root=tmp_path / "media", source="name", max_tiles=3)
+    assert remembered(tmp_path / "run") is None
+    (tmp_path / "run").mkdir()
+    paths = [remember(tmp_path / "run", split(rows, share, seed=1)[1], seed=1).name for share in (0.2, 0.2, 0.3)]
+    assert paths == ["validation-split.json", "validation-split.json", "validation-split-1.json"]
+    held = open_split(remembered(tmp_path / "run"), Stub())
+    assert len(held) == 6 and len(list((tmp_path / "run").iterdir())) == 2
+    assert (held.root, held.source, held.max_tiles) == (str(tmp_path / "media"), "name", 3)

@@ -211,6 +211,42 @@ def test_a_fitted_run_predicts_with_its_own_config_and_its_adapter_says_the_same
     assert text["run"] == text["adapter"] != text["base"]
 
 
+@pytest.mark.parametrize("how", ["fraction", "file"])
+def test_a_run_s_held_out_rows_are_found_again(base, tmp_path, capsys, how):
+    """After training, and whatever has been added to the file since."""
+    data = write_rows(tmp_path / "data", 12, "train.jsonl")
+    changes = {"data__val": None, "data__val_fraction": 0.25} if how == "fraction" else {}
+    fit(base, tmp_path, data__train=str(data), **changes)
+    run = tmp_path / "run"
+    assert (run / "validation-split.json").is_file() == (how == "fraction")
+    data.write_text('{"query": "added", "response": "later"}\n' + data.read_text())
+    answers = []
+    for name, argv in {
+        "ckpt": ["--ckpt_path", str(run / "checkpoints/last.ckpt"), "--data.split", "run-validation"],
+        "base": ["--config", str(tmp_path / "config.yaml"), "--data.split", str(run)],
+    }.items():
+        out = tmp_path / f"{name}.jsonl"
+        assert main(["predict", *argv, "--predictions.file", str(out)]) == 0
+        answers.append([json.loads(line)["id"] for line in out.read_text().splitlines()])
+    capsys.readouterr()
+    if how == "file":
+        assert answers == [[f"row{n}" for n in range(5)]] * 2
+        return
+    known = json.loads((run / "validation-split.json").read_text())
+    assert len(answers[0]) == len(known["rows"]) == 3 and answers[0] == answers[1]
+    assert main(["predict", "--config", str(tmp_path / "config.yaml"), "--data.split", "run-validation"]) == 2
+    assert "--data.split run-validation: expected --ckpt_path with a checkpoint" in capsys.readouterr().err
+    assert main(["predict", "--config", str(tmp_path / "config.yaml"), "--data.split", str(tmp_path / "data")]) == 2
+    assert "no config.yaml in it; expected run-validation, or the folder of a run" in capsys.readouterr().err
+
+
+def test_rows_changed_by_the_limit_are_counted(base, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(base, tmp_path, data__max_length=250)
+    (line,) = [r.getMessage() for r in caplog.records if "max_length" in r.getMessage()]
+    assert line.startswith("rows that max_length changes: ") and line.endswith("(of 12)")
+
+
 def test_an_existing_file_of_predictions_is_not_overwritten(base, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
     out.write_text("precious\n")

@@ -22,10 +22,15 @@ def export(model: InternVL, folder, layout: str = "hf"):
     return folder
 
 
-@pytest.fixture(params=[(a, v) for a in FAMILIES for v in TOWERS], ids=lambda p: "-".join(p))
+VARIANTS = {f"{a}-{v}": (a, v, {}) for a in FAMILIES for v in TOWERS}
+VARIANTS |= {f"Phi3ForCausalLM-plain-{v}": ("Phi3ForCausalLM", v, {"rope_scaling": None}) for v in TOWERS}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
 def pair(request, tmp_path):
     """The same random model twice: ours, and transformers' own reading of a folder we wrote."""
-    folder = write_checkpoint(tmp_path / "released", *request.param)
+    architecture, vision, llm = request.param
+    folder = write_checkpoint(tmp_path / "released", architecture, vision, llm=llm)
     ours = InternVL.from_pretrained(folder)
     theirs, report = InternVLForConditionalGeneration.from_pretrained(
         export(ours, tmp_path / "hf"), dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
