@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ivl.families import llm_family
+from ivl.flops import Adapter, Mode, Trained
 from ivl.types import UserError
 
 PARTS = ("vision_model", "mlp1", "language_model", "embeddings", "head")
@@ -88,6 +89,19 @@ def part_of(name: str) -> str:
         if name == place or name.startswith(place + "."):
             return part
     return name.split(".")[0]
+
+
+def described(tune: Tune) -> Trained:
+    """What trains, as `ivl.flops` takes it."""
+
+    def of(part: str) -> Mode:
+        mode = tune.mode(part)
+        if isinstance(mode, LoRA):
+            return Adapter(mode.rank, tuple(mode.targets) if mode.targets else None)
+        return "full" if isinstance(mode, Blocks) else mode
+
+    blocks = tune.vision_model.last if isinstance(tune.vision_model, Blocks) else None
+    return Trained(**{part: of(part) for part in PARTS}, vision_blocks=blocks)
 
 
 def is_tied(model: nn.Module) -> bool:
