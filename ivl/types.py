@@ -16,6 +16,9 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that is not trained on (torch's own default for cross entropy)."""
 
+TRUTH = ("answers", "options", "category", "group", "box", "size")
+"""Fields of a row that a benchmark's rule scores by, beside the expected answer"""
+
 
 class UserError(ValueError):
     """Something only the user can mend. The message says where, what was expected, what was found and what to do.
@@ -72,6 +75,8 @@ class Conversation:
     reference: str | None = None
     source: str = ""
     """Name of the data set (the kind of row) it came from, for scores and losses per source."""
+    truth: dict[str, Any] = field(default_factory=dict, hash=False)
+    """The row's fields among TRUTH: kept for scoring like `reference`, and never shown to the model"""
 
     @property
     def media(self) -> tuple[Media, ...]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.data import grounding
-from ivl.types import Conversation, Media, Message, UserError
+from ivl.types import TRUTH, Conversation, Media, Message, UserError
 
 Row = dict[str, Any]
 Size = Callable[[Any], tuple[int, int]]
@@ -100,7 +100,9 @@ def _parse(row: Any, where: str, root: str | Path | None, size: Size | None, com
     _ground(draft, row.get("objects"), size, compact)
     _check_turns(draft)
     messages = tuple(Message(turn.role, _joined(turn.content), turn.trained) for turn in draft.turns)
-    return Conversation(messages, draft.system, id=_name(row, "id"), where=where, source=_name(row, "source") or "")
+    truth = {key: row[key] for key in TRUTH if row.get(key) is not None}
+    names = {"id": _name(row, "id"), "source": _name(row, "source") or ""}
+    return Conversation(messages, draft.system, where=where, truth=truth, **names)
 
 
 def _joined(content: list[str | Media]) -> tuple[str | Media, ...]:

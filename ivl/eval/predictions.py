@@ -2,7 +2,7 @@
 
 One JSON object a line (or a JSON list of them): `id`, `response`, and the ground truth: `reference` or `answers`, and
 what a benchmark's rule asks for besides (`options`, `category`, `group`, `box`, `size`). `index` and `of`, where given,
-are a row's place and the number of rows of the run; `model`, `max_tiles` and `decoding` say how the answers were made.
+are a row's place and the number of rows of the run; the fields of `RUN` say how the answers were made.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivl.types import UserError
+from ivl.eval.tasks import Task
+from ivl.types import TRUTH, UserError
 
 Row = dict[str, Any]
-RUN = ("model", "max_tiles", "decoding")
+RUN = ("model", "max_tiles", "frames", "decoding")
 """How the answers were made: the same in all rows of a file"""
-_TRUTH = ("answers", "options", "category", "group", "box", "size", "images", "videos")
+_TRUTH = (*TRUTH, "images", "videos")
 
 
 def read(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
@@ -28,6 +29,8 @@ def read(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
     """
     rows = _parsed(path)
     for row in rows:
+        if row.get("error") is not None and row.get("response") is None:
+            raise UserError(f"{row['where']}: was not answered ({row['error']}); mend it and predict again")
         row.update({ours: row.get(theirs) for ours, theirs in (names or {}).items()})
         if not isinstance(row.get("response"), str):
             found = "none" if row.get("response") is None else type(row["response"]).__name__
@@ -107,12 +110,13 @@ def _one_run(rows: Sequence[Row]) -> None:
                 )
 
 
-def join(path: Path, rows: list[Row], truth: Path, partial: bool = False) -> list[Row]:
-    """Take the ground truth by id from a file of data rows. Raises UserError naming rows that one file lacks.
+def join(path: Path, rows: list[Row], truth: Path, task: Task, partial: bool = False) -> list[Row]:
+    """Take the ground truth by id from a file of data rows, or from the folder of the benchmark's official files.
 
-    `partial`: answers to some of the questions only are enough.
+    `partial`: answers to some of the questions only are enough. Raises UserError naming rows that one side lacks.
     """
-    known = {str(row.get("id", row["line"])): row for row in _parsed(truth)}
+    found = task.rows(truth) if truth.is_dir() else _parsed(truth)
+    known = {str(row.get("id", row.get("line"))): row for row in found}
     unknown = [row["id"] for row in rows if row["id"] not in known]
     if unknown:
         raise UserError(f"{path}: {len(unknown)} answers to no question of {truth}: {_some(unknown)}")

@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     names = dict(pair.split("=", 1) for pair in args.field)
     rows = [predictions.read(path, names) for path in files]
     if args.rows:
-        rows = [predictions.join(path, found, Path(args.rows), args.partial) for path, found in zip(files, rows)]
+        rows = [
+            predictions.join(path, found, Path(args.rows), chosen, args.partial) for path, found in zip(files, rows)
+        ]
     rows = [rows[0], *(predictions.align(rows[0], path, found) for path, found in zip(files[1:], rows[1:]))]
     scored = [RULES[chosen.rule].run(found, args.mode) for found in rows]
     found = record(args.task, args.mode, files, rows, scored, args.resamples, args.seed)
@@ -59,7 +61,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         default="compat",
         help="compat: as the published script, its defects included; strict: those mended (default: compat)",
     )
-    parser.add_argument("--rows", metavar="FILE", help="data rows that hold the ground truth, joined by id")
+    parser.add_argument(
+        "--rows",
+        metavar="FILE",
+        help="data rows that hold the ground truth, or the folder of the official files; joined by id",
+    )
     parser.add_argument("--partial", action="store_true", help="answers to some of the questions of --rows are enough")
     parser.add_argument(
         "--field",

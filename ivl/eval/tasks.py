@@ -92,10 +92,10 @@ class Task:
             ) from error
 
 
-def task(name: str) -> Task:
+def task(name: str, option: str = "--task") -> Task:
     """A benchmark by its name. Raises UserError that lists them."""
     if name not in TASKS:
-        raise UserError(f"--task {name}: no such benchmark; expected one of {', '.join(TASKS)}")
+        raise UserError(f"{option} {name}: no such benchmark; expected one of {', '.join(TASKS)}")
     return TASKS[name]
 
 

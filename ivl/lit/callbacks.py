@@ -131,7 +131,8 @@ class PredictionWriter(BasePredictionWriter):
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps({k: v for k, v in row.items() if k != "index"}, ensure_ascii=False) + "\n")
+                # `of` tells a file that was cut off from one of fewer rows (ivl.eval.predictions)
+                file.write(json.dumps(row | {"of": len(expected)}, ensure_ascii=False) + "\n")
         temporary.replace(self.path)
         for part in parts:
             part.unlink()

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from ivl.lit import benchmark
 from ivl.lit.callbacks import Checkpoints, Pictures, PredictionWriter, Throughput
 from ivl.lit.datamodule import IvlData
 from ivl.lit.module import LitInternVL
@@ -60,6 +61,9 @@ class IvlCLI(LightningCLI):
         config.weights_only = True  # a checkpoint is never unpickled
         if config.data.split == "run-validation":
             config.data.split = str(run_of(config.get("ckpt_path")))
+        if self.subcommand == "predict" and config.data.task:
+            for line in benchmark.apply(config, sys.argv):
+                self._say(f"{config.data.task}: {line}")
         folder = config.demo
         if folder and self.prepare_demo:
             type(self).prepare_demo(Path(folder))
@@ -80,6 +84,11 @@ class IvlCLI(LightningCLI):
         self._report()
 
     after_test = after_validate
+
+    def after_predict(self) -> None:
+        if name := self.datamodule.task:
+            writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
+            self._say(f"\nNext:\n  python -m ivl score {writer.path} --task {name} --html report.html")
 
     @rank_zero_only
     def _report(self) -> None:

@@ -24,6 +24,7 @@ from ivl.data.pack import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor, VideoOptions
 from ivl.data.sources import Source, open_sources
 from ivl.data.split import open_split, remember, remembered
+from ivl.lit.benchmark import rows_file
 from ivl.types import IGNORE, Batch, Example, UserError
 
 
@@ -73,6 +74,9 @@ class IvlData(LightningDataModule):
         predict: Files for `predict`; rows need no response.
         split: Rows for `predict` instead of files: `run-validation` takes those that the run of `--ckpt_path` held out
             (its `val`, or its share by `val_fraction`); a run's folder takes that run's.
+        task: A benchmark to answer instead (`score` has the list). Its tiles, lengths and greedy decoding come with it,
+            save what is typed on the command line.
+        task_root: Folder of the benchmark's official files.
         media_root: Where relative media paths start. Default: the folder of the file they stand in.
         batch_size: Rows per batch and process, where rows are not packed.
         eval_batch_size: Rows per batch and process in validation and prediction. Default: batch_size.
@@ -108,6 +112,8 @@ class IvlData(LightningDataModule):
         test: str | list[str] | None = None,
         predict: str | list[str] | None = None,
         split: str | None = None,
+        task: str | None = None,
+        task_root: str = "data",
         media_root: str | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -132,7 +138,8 @@ class IvlData(LightningDataModule):
     ):
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
-        self.mixture, self.val_fraction, self.split = mixture, val_fraction, split
+        self.mixture, self.val_fraction = mixture, val_fraction
+        self.split, self.task, self.task_root = split, task, task_root
         self.media_root = media_root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -174,13 +181,16 @@ class IvlData(LightningDataModule):
                 self._set_up_training()
                 return self._rows["val"]
             files = self.files[name]
-            if name == "predict" and self.split:
-                if files:
-                    raise UserError(
-                        "--data.predict and --data.split: expected one of them, found both (--data.predict null)"
-                    )
-                self._rows[name] = held_out(self.split, self.processor, self.media_root)
-                return self._rows[name]
+            if name == "predict":
+                given = {"predict": files, "split": self.split, "task": self.task}
+                found = [f"--data.{option}" for option, value in given.items() if value]
+                if len(found) > 1:
+                    raise UserError(f"{' and '.join(found)}: expected one of them, found both; set the other to null")
+                if self.split:
+                    self._rows[name] = held_out(self.split, self.processor, self.media_root)
+                    return self._rows[name]
+                if self.task:
+                    files = rows_file(self.task, self.task_root)
             if not files:
                 raise UserError(f"--data.{name}: not given; expected one or more files of rows (jsonl or json)")
             self._rows[name] = Rows(files, self.processor, root=self.media_root, seed=self.seed)

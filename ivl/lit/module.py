@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ivl.data.grounding import parse_boxes
 from ivl.eval.metrics import exact_match, iou
+from ivl.lit.benchmark import scored_by
 from ivl.lit.schedule import Warmup
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
+from ivl.model.fingerprint import fingerprint
 from ivl.model.internvl import InternVL
 from ivl.model.rates import param_groups
 from ivl.model.tune import Tune
@@ -252,9 +255,23 @@ class LitInternVL(LightningModule):
                     "response": answer,
                     "reference": row.reference,
                     "boxes": found,
+                    **scored_by(row),
+                    **self.made_by,
                 }
             )
         return rows
+
+    @cached_property
+    def made_by(self) -> dict[str, Any]:
+        """What the answers of a run are made with, for the record of their score."""
+        processor, name = self.trainer.datamodule.processor, str(self.pretrained)
+        name += f" + {self.adapter}" if self.adapter else ""
+        return {
+            "model": f"{name}@{fingerprint(self.model.state_dict().items())}",
+            "max_tiles": processor.max_tiles,
+            "frames": processor.video.num_segments if processor.video.fps is None else f"{processor.video.fps}/s",
+            "decoding": dict(vars(self.generation)),
+        }
 
     def _generate(self, prompts: Batch) -> list[str]:
         processor = self.trainer.datamodule.processor

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ivl.eval.predictions import align, join, read
+from ivl.eval.tasks import TASKS
 from ivl.types import UserError
 
 
@@ -94,7 +95,7 @@ def test_ground_truth_is_joined_by_id(answers):
         {"id": 1, "query": "q", "response": "gold", "answers": ["a"]}, {"id": 2, "query": "q"}, name="t.jsonl"
     )
     path = answers({"id": 2, "response": "y", "reference": "kept"}, {"id": 1, "response": "x"})
-    found = join(path, read(path), truth)
+    found = join(path, read(path), truth, TASKS["docvqa"])
     assert [(r["response"], r["reference"], r.get("answers")) for r in found] == [
         ("y", "kept", None),
         ("x", "gold", ["a"]),
@@ -107,11 +108,11 @@ def test_questions_without_answer_are_named(answers):
     with pytest.raises(
         UserError, match=r"2 of 3 questions of .*t\.jsonl have no answer: 0, 2; predict again, or --partial"
     ):
-        join(path, read(path), truth)
-    assert len(join(path, read(path), truth, partial=True)) == 1
+        join(path, read(path), truth, TASKS["docvqa"])
+    assert len(join(path, read(path), truth, TASKS["docvqa"], partial=True)) == 1
     path = answers(row(1), row(5))
     with pytest.raises(UserError, match=r"1 answers to no question of .*t\.jsonl: 5"):
-        join(path, read(path), truth, partial=True)
+        join(path, read(path), truth, TASKS["docvqa"], partial=True)
 
 
 def test_two_files_are_put_in_one_order(answers):

@@ -1,0 +1,89 @@
+"""`--data.task NAME`: a benchmark's rows, and its settings where the user typed none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from ivl.data.rows import default_cache
+from ivl.eval.tasks import Task, task
+from ivl.types import Conversation
+
+_NO_LIMIT = 1 << 16
+"""Tokens of a row: the published scripts shorten none"""
+
+
+def rows_file(name: str, root: str, cache_dir: str | Path | None = None) -> Path:
+    """The questions of a benchmark as a file of rows, made from the official files below `root`.
+
+    Kept in the cache under its content. Raises UserError where a file is missing or broken.
+    """
+    folder = Path(cache_dir or default_cache()) / "tasks"
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    made = folder / f".{name}-{os.getpid()}.tmp"
+    try:
+        with made.open("wb") as file:
+            for row in task(name, "--data.task").rows(Path(root).absolute()):
+                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                digest.update(line)
+                file.write(line)
+        path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)
+    return path
+
+
+def settings(chosen: Task) -> dict[str, Any]:
+    """Options as a benchmark is published: its own, greedy decoding, and no row shortened or turned."""
+    found = {
+        "model.generation.max_new_tokens": chosen.max_new_tokens,
+        "model.generation.min_new_tokens": chosen.min_new_tokens,
+        "model.generation.temperature": 0.0,
+        "model.generation.top_p": 1.0,
+        "model.generation.top_k": 0,
+        "model.generation.repetition_penalty": 1.0,
+        "data.max_tiles": chosen.max_tiles,
+        "data.max_length": _NO_LIMIT,
+        "data.exif": False,
+        "data.system_message": None,
+    }
+    if chosen.frames:
+        video = {"num_segments": chosen.frames, "fps": None, "sample": "middle", "max_tiles": chosen.max_tiles}
+        found |= {f"data.video.{name}": value for name, value in video.items()}
+        found["data.video.frame_prefix"] = chosen.frame_prefix
+    return found
+
+
+def apply(config: Namespace, argv: Iterable[str]) -> list[str]:
+    """Set the options of `config.data.task` in a parsed config; one typed in `argv` is the user's and stays.
+
+    Returns a line for each of the user's that is not the benchmark's.
+    """
+    typed = {arg.removeprefix("--").partition("=")[0] for arg in argv if arg.startswith("--")}
+    kept = []
+    for option, value in settings(task(config.data.task, "--data.task")).items():
+        parents = option.split(".")
+        own = any(".".join(parents[:n]) in typed for n in range(1, len(parents) + 1))
+        if not own:
+            config[option] = value
+        elif config[option] != value:
+            kept.append(f"{option} {config[option]} as given (published: {value})")
+    return kept
+
+
+def scored_by(row: Conversation) -> dict[str, Any]:
+    """What a line of predictions says for `python -m ivl score` and its report: ground truth, and where pictures lie.
+
+    Pictures inside the row (data: URIs, bytes) are left out: `score --rows` finds them again.
+    """
+    images = [m.source for m in row.media if m.kind == "image" and isinstance(m.source, (str, os.PathLike))]
+    images = [str(source) for source in images if not str(source).startswith("data:")]
+    return row.truth | ({"images": images} if images else {})
