@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -232,15 +232,26 @@ class Processor:
         """See `ivl.data.collate.collate`."""
         return collating.collate(examples, self.tokenizer.pad_id, packed, multiple_of)
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
+    def decode(self, ids: Sequence[int] | Tensor, stop: Sequence[str] = ()) -> str:
         """The text of an answer: what comes before the token that ends it, without blanks around.
 
-        `<ref>` and `<box>` are kept; bos, eos and padding are left out.
+        `<ref>` and `<box>` are kept; bos, eos and padding are left out. `stop`: texts that end an answer; the first
+        of them is not part of it.
         """
+        text = self._text(ids)
+        return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))].strip()
+
+    def stopped_by(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+        """Says of an answer's tokens whether their text holds one of these; None where there are none to look for."""
+        if "" in stop:
+            raise UserError("stop: an empty text would end every answer; remove it")
+        return (lambda ids: any(text in self._text(ids) for text in stop)) if stop else None
+
+    def _text(self, ids: Sequence[int] | Tensor) -> str:
         ids = [int(token) for token in ids]
         end = next((n for n, token in enumerate(ids) if token in self.stop_ids), len(ids))
         skip = [self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id]
-        return self.tokenizer.decode(ids[:end], skip=[token for token in skip if token is not None]).strip()
+        return self.tokenizer.decode(ids[:end], skip=[token for token in skip if token is not None])
 
     @staticmethod
     def pixel_values(tiles: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ivl.model.llm import attention_mask, fits, is_plain, visible
+from ivl.model.beams import beam_search
+from ivl.model.llm import attention_mask, fits, is_plain, visible, with_cache
 from ivl.types import Batch, UserError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def read(model: nn.Module, embeds_BTD: Tensor, mask_BT: Tensor, memory: Memory) 
     memory.positions_BK = torch.cat([memory.positions_BK, keys_BT], dim=1)
     memory.gaps |= count > 1 and not bool(mask_BT.all())
     total = memory.positions_BK.shape[1]
-    given: dict[str, Any] = {"inputs_embeds": embeds_BTD, "past_key_values": memory.cache, "use_cache": True}
+    given: dict[str, Any] = {"inputs_embeds": embeds_BTD} | with_cache(model, memory.cache)
     plain = fits(model, total) and (first or not memory.gaps)
     if not plain:
         given |= _explicit(model, positions_BT.masked_fill(~mask_BT, 0), memory, embeds_BTD.dtype)
@@ -99,6 +100,14 @@ class Choice:
         if problems:
             raise UserError("; ".join(problems))
 
+    def check_beams(self, num_beams: int) -> None:
+        """Raise UserError where answers cannot be searched for with that many beams."""
+        if num_beams < 1 or (num_beams > 1 and self.temperature > 0):
+            raise UserError(
+                f"num_beams: expected at least 1, and no more than 1 where tokens are sampled; found {num_beams} with "
+                f"temperature {self.temperature}"
+            )
+
     def __call__(self, logits_BV: Tensor, answers: list[list[int]], generators: list[torch.Generator]) -> Tensor:
         """One token id per row, (B,). `answers`: what each row has said so far, for the repetition penalty."""
         logits_BV = logits_BV.float()
@@ -127,14 +136,43 @@ class Choice:
         return logits_BV
 
 
+@dataclass(frozen=True)
+class Ends:
+    """When an answer is over."""
+
+    eos_ids: Sequence[int] = ()
+    """Tokens that end it"""
+    stop: Sequence[Sequence[int]] = ()
+    """Sequences of tokens that end it"""
+    stopped: Callable[[list[int]], bool] | None = None
+    """Asked about the answer so far: for what is seen in its text only"""
+    min_new_tokens: int = 0
+    """None of these ends it before"""
+
+    def over(self, answer: list[int]) -> bool:
+        """Whether the last token ended the answer."""
+        if answer[-1] in self.eos_ids:
+            return True
+        if len(answer) <= self.min_new_tokens:
+            return False
+        if any(answer[-len(s) :] == list(s) for s in self.stop):
+            return True
+        return self.stopped is not None and self.stopped(answer)
+
+    def hold_back(self, logits_BV: Tensor, answers: Sequence[list[int]]) -> None:
+        """Make the ends impossible, in place, where an answer is too short."""
+        short = [row for row, answer in enumerate(answers) if len(answer) < self.min_new_tokens]
+        if short and self.eos_ids:
+            ends = torch.tensor(sorted(set(self.eos_ids)), device=logits_BV.device)
+            logits_BV[torch.tensor(short, device=logits_BV.device)[:, None], ends] = -torch.inf
+
+
 @torch.no_grad()
 def steps(
     model: InternVL,
     batch: Batch,
     max_new_tokens: int,
-    min_new_tokens: int,
-    eos_ids: Sequence[int],
-    stop: Sequence[Sequence[int]],
+    ends: Ends,
     choose: Choice,
     seed: int,
     all_done: Callable[[bool], bool] = bool,
@@ -144,23 +182,19 @@ def steps(
     answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
     generators = [torch.Generator().manual_seed(seed) for _ in answers]
     running = [True] * len(answers)
-    ends = torch.tensor(sorted(set(eos_ids)), dtype=torch.long, device=model.device)
     embeds_BTD = model.embed(batch.input_ids, batch.tiles, batch.tiles_per_row)
     mask_BT = batch.attention_mask
     memory = Memory()
-    for step in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         logits_BV = read(model.language_model, embeds_BTD, mask_BT, memory)
-        if step < min_new_tokens:
-            logits_BV[:, ends] = -torch.inf
+        ends.hold_back(logits_BV, answers)
         ids_B = choose(logits_BV, answers, generators)
         new = ids_B.tolist()
         yield [token if alive else None for token, alive in zip(new, running)]
         for row, token in enumerate(new):
             if running[row]:
                 answers[row].append(token)
-                running[row] = token not in eos_ids and not any(
-                    answers[row][-len(s) :] == list(s) for s in stop if step >= min_new_tokens
-                )
+                running[row] = not ends.over(answers[row])
         if all_done(not any(running)):
             return
         embeds_BTD = model.language_model.get_input_embeddings()(ids_B)[:, None]
@@ -174,11 +208,15 @@ def _check(model: InternVL, batch: Batch, max_new_tokens: int) -> None:
         raise UserError("generate: the batch is packed; expected padded prompts, collate(..., packed=False)")
     if not is_plain(batch.attention_mask, None):
         raise UserError("generate: expected prompts padded on the right, as the collator makes them")
-    longest = int(batch.attention_mask.sum(1).max())
+    check_context(model, int(batch.attention_mask.sum(1).max()), max_new_tokens)
+
+
+def check_context(model: InternVL, prompt: int, max_new_tokens: int) -> None:
+    """Raise UserError where a prompt of that many tokens and its answer exceed the model's context."""
     limit = model.language_model.config.max_position_embeddings
-    if longest + max_new_tokens > limit:
+    if prompt + max_new_tokens > limit:
         raise UserError(
-            f"generate: a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's context of "
+            f"generate: a prompt of {prompt} tokens and max_new_tokens {max_new_tokens} exceed the model's context of "
             f"{limit}; use fewer tiles, a shorter prompt or a smaller max_new_tokens"
         )
 
@@ -196,24 +234,44 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     all_done: Callable[[bool], bool] = bool,
+    stopped: Callable[[list[int]], bool] | None = None,
+    num_beams: int = 1,
 ) -> list[list[int]]:
     """The new token ids of each row, with the token that ended it; a batch of prompts of any lengths.
 
-    `eos_ids` end a row, as does a sequence of `stop`, but not within `min_new_tokens`; by default the checkpoint's own.
+    `eos_ids` end a row, by default the checkpoint's own, as does a sequence of `stop`, or `stopped`, which is asked
+    about the tokens so far; but not within `min_new_tokens`.
     `seed`: each row draws from a generator of its own, so a sampled answer does not depend on its neighbours.
     `repetition_penalty` is over the answer alone. `all_done` makes this process go on until all others are done: it is
-    given whether this one is, and returns whether all are.
+    given whether this one is, and returns whether all are. `num_beams` above 1: beam search, one row after another.
     Raises UserError where a prompt and its answer would not fit the context, or an option is out of range.
     """
     choose = Choice(temperature, top_p, top_k, repetition_penalty)
-    eos = model.eos_ids if eos_ids is None else eos_ids
-    answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
+    ends = Ends(model.eos_ids if eos_ids is None else eos_ids, stop, stopped, min_new_tokens)
     batch = batch.to(model.device)
-    for new in steps(model, batch, max_new_tokens, min_new_tokens, eos, stop, choose, seed, all_done):
+    if num_beams > 1:
+        _check(model, batch, max_new_tokens)
+        choose.check_beams(num_beams)
+        return _searched(model, batch, num_beams, max_new_tokens, ends, repetition_penalty)
+    answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
+    for new in steps(model, batch, max_new_tokens, ends, choose, seed, all_done):
         for answer, token in zip(answers, new):
             if token is not None:
                 answer.append(token)
     return answers
+
+
+@torch.no_grad()
+def _searched(
+    model: InternVL, batch: Batch, num_beams: int, max_new_tokens: int, ends: Ends, repetition_penalty: float
+) -> list[list[int]]:
+    embeds_BTD = model.embed(batch.input_ids, batch.tiles, batch.tiles_per_row)
+    own_B = batch.attention_mask.sum(1).tolist()
+    rows = (embeds_TD[None, :own] for embeds_TD, own in zip(embeds_BTD, own_B))
+    return [
+        beam_search(model.language_model, row_1TD, num_beams, max_new_tokens, ends, repetition_penalty)
+        for row_1TD in rows
+    ]
 
 
 def stream(
@@ -228,12 +286,12 @@ def stream(
     top_k: int = 0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
+    stopped: Callable[[list[int]], bool] | None = None,
 ) -> Iterator[int]:
     """The new token ids of one row as they are made; the settings of `generate`."""
     if len(batch.input_ids) != 1:
         raise UserError(f"stream: expected a batch of one row, found {len(batch.input_ids)}")
     choose = Choice(temperature, top_p, top_k, repetition_penalty)
-    eos = model.eos_ids if eos_ids is None else eos_ids
-    batch = batch.to(model.device)
-    for new in steps(model, batch, max_new_tokens, min_new_tokens, eos, stop, choose, seed):
+    ends = Ends(model.eos_ids if eos_ids is None else eos_ids, stop, stopped, min_new_tokens)
+    for new in steps(model, batch.to(model.device), max_new_tokens, ends, choose, seed):
         yield new[0]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from functools import lru_cache
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -240,6 +242,17 @@ def fits(model: nn.Module, count: int) -> bool:
     """Whether `count` tokens stay inside the sliding window, and below the length where rotary frequencies change."""
     limits = (getattr(model.config, "sliding_window", None), model.model.rotary_emb.limit)
     return all(limit is None or count <= limit for limit in limits)
+
+
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments that give the body of a model its cache."""
+    return {_cache_argument(type(model.model)): cache, "use_cache": True}
+
+
+@lru_cache
+def _cache_argument(body: type[nn.Module]) -> str:
+    # Its name changed within transformers 5.
+    return "cache" if "cache" in signature(body.forward).parameters else "past_key_values"
 
 
 def varlen(rows_BT: Tensor) -> dict[str, Any]:
