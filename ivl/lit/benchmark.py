@@ -50,6 +50,8 @@ def settings(chosen: Task) -> dict[str, Any]:
         "model.generation.top_p": 1.0,
         "model.generation.top_k": 0,
         "model.generation.repetition_penalty": 1.0,
+        "model.generation.num_beams": 1,
+        "model.generation.stop": (),
         "data.max_tiles": chosen.max_tiles,
         "data.max_length": _NO_LIMIT,
         "data.exif": False,

@@ -1,21 +1,20 @@
-"""What Lightning lacks: throughput, sample pictures, predictions in order, the adapter beside each checkpoint."""
+"""What Lightning lacks: throughput, sample pictures, the adapter beside each checkpoint."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from ivl.data.media import load_image
 from ivl.lit.pictures import panel
 from ivl.model import peft_adapter as adapting
-from ivl.types import Batch, Conversation, UserError
+from ivl.types import Batch, Conversation
 
 
 class Throughput(Callback):
@@ -83,60 +82,6 @@ class Pictures(Callback):
 def _picture(row: Conversation):
     last = [m for m in row.media if m.kind == "image"][-1]
     return load_image(last.source)
-
-
-class PredictionWriter(BasePredictionWriter):
-    """Writes one JSON line per row, in input order, complete also under several processes.
-
-    Each process appends to a file of its own while it works; at the end the first one joins them.
-
-    Args:
-        file: Where to write. Default: `predictions.jsonl` in the run's folder. An existing file is not overwritten.
-    """
-
-    def __init__(self, file: str | None = None):
-        super().__init__("batch")
-        self.file = file
-
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if stage != "predict":
-            return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        self.path = Path(trainer.strategy.broadcast(str(self.file or folder / "predictions.jsonl")))
-        if self.path.exists():
-            raise UserError(f"{self.path}: exists already; name another file with --predictions.file or remove it")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._part(trainer.global_rank).write_text("")
-
-    def _part(self, rank: int) -> Path:
-        return self.path.with_name(f"{self.path.name}.part{rank}")
-
-    def write_on_batch_end(
-        self, trainer, module, prediction, batch_indices, batch, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
-            for row in prediction:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
-        trainer.strategy.barrier("predictions")
-        if not trainer.is_global_zero:
-            return
-        parts = [self._part(rank) for rank in range(trainer.world_size)]
-        rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
-        rows.sort(key=lambda row: row["index"])
-        expected = list(trainer.datamodule.predict_indices())
-        if [row["index"] for row in rows] != expected:
-            raise RuntimeError(f"{len(rows)} rows were answered, expected {len(expected)}; the parts are kept: {parts}")
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            for row in rows:
-                # `of` tells a file that was cut off from one of fewer rows (ivl.eval.predictions)
-                file.write(json.dumps(row | {"of": len(expected)}, ensure_ascii=False) + "\n")
-        temporary.replace(self.path)
-        for part in parts:
-            part.unlink()
-        rank_zero_info(f"{len(rows)} answers in {self.path}")
 
 
 class Checkpoints(ModelCheckpoint):

@@ -16,9 +16,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 from ivl.lit import benchmark
-from ivl.lit.callbacks import Checkpoints, Pictures, PredictionWriter, Throughput
+from ivl.lit.callbacks import Checkpoints, Pictures, Throughput
 from ivl.lit.datamodule import IvlData
 from ivl.lit.module import LitInternVL
+from ivl.lit.prediction import PredictionWriter
 from ivl.types import UserError
 
 
@@ -64,9 +65,15 @@ class IvlCLI(LightningCLI):
         if self.subcommand == "predict" and config.data.task:
             for line in benchmark.apply(config, sys.argv):
                 self._say(f"{config.data.task}: {line}")
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are written as they come
         folder = config.demo
         if folder and self.prepare_demo:
             type(self).prepare_demo(Path(folder))
+
+    def before_predict(self) -> None:
+        writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
+        writer.checkpoint = self.config.predict.ckpt_path
 
     def after_fit(self) -> None:
         self._report()

@@ -25,6 +25,7 @@ from ivl.data.processor import Processor, VideoOptions
 from ivl.data.sources import Source, open_sources
 from ivl.data.split import open_split, remember, remembered
 from ivl.lit.benchmark import rows_file
+from ivl.lit.prompts import LAST, Prompt, Prompts
 from ivl.types import IGNORE, Batch, Example, UserError
 
 
@@ -79,7 +80,7 @@ class IvlData(LightningDataModule):
         task_root: Folder of the benchmark's official files.
         media_root: Where relative media paths start. Default: the folder of the file they stand in.
         batch_size: Rows per batch and process, where rows are not packed.
-        eval_batch_size: Rows per batch and process in validation and prediction. Default: batch_size.
+        eval_batch_size: Rows per batch and process in validation. Default: batch_size.
         packing: Rows follow one another in sequences of at most pack_tokens, instead of being padded to the longest.
         pack_tokens: Most tokens of a pack. Default: max_length.
         pack_tiles: Most tiles of a pack. Default: no limit.
@@ -88,7 +89,8 @@ class IvlData(LightningDataModule):
         max_tiles: Most tiles of an image, thumbnail not counted. Default: the checkpoint's.
         on_too_long: What happens to a row above max_length: fit lowers tiles, largest image first, then drops the
             oldest turns; truncate_text cuts the end; drop leaves the row out; error stops.
-        on_error: A training row that cannot be used stops the run, or is skipped and listed in `report`.
+        on_error: A row that cannot be used stops the run, or is skipped: in training it is left out and listed in
+            `report`; in prediction its line says the error instead of an answer.
         max_bad: Largest share of rows that may be skipped.
         report: File that lists the training rows that were left out, and why.
         video: How videos become frames.
@@ -161,6 +163,8 @@ class IvlData(LightningDataModule):
         )
         self._rows: dict[str, Rows] = {}
         self._train: tuple[Mixture, Index] | None = None
+        self.answered: set[int] = set()
+        """Rows to predict that need not be answered again"""
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -171,6 +175,8 @@ class IvlData(LightningDataModule):
             folder = self.trainer.log_dir  # asks all ranks
             if self.val_fraction and not self.files["val"] and folder and self.trainer.is_global_zero:
                 remember(folder, self._rows["val"], self.seed)
+        elif stage == "predict":
+            self._set_up_prediction()
         else:
             self.rows({"validate": "val"}.get(stage, stage))
 
@@ -224,6 +230,18 @@ class IvlData(LightningDataModule):
             rank_zero_info(mixture.describe())
         self._train = mixture, index
 
+    def _set_up_prediction(self) -> None:
+        rows = self.rows("predict")
+        rows = self._rows["predict"] = rows.select(np.arange(len(rows)))
+        rows.as_prompt = True
+        index = _looked_through(rows, "questions")
+        if self.on_error == "error" and (index.problems or index.dropped):
+            problems = sorted((index.problems | index.dropped).items())
+            more = f" (and {len(problems) - 1} more rows; `ivl check` lists them)" if len(problems) > 1 else ""
+            raise UserError(f"{problems[0][1]}{more}; or set --data.on_error skip")
+        # Long rows first: rows of like length are answered together, and none is left over at the end.
+        self._order = np.argsort(-index.tokens, kind="stable")
+
     # -- batches -------------------------------------------------------------------------------------------------
 
     def total_steps(self) -> int:
@@ -269,7 +287,16 @@ class IvlData(LightningDataModule):
         return self._eval_loader("test", _validation)
 
     def predict_dataloader(self) -> DataLoader:
-        return self._eval_loader("predict", _prediction)
+        """One prompt after another, this process's share of those that are not answered; the last is `LAST`."""
+        todo = [int(n) for n in self._order if n not in self.answered]
+        mine = [*todo[self.trainer.global_rank :: self.trainer.world_size], LAST]
+        prompts = Prompts(self.rows("predict"), keep_errors=self.on_error == "skip")
+        return DataLoader(prompts, batch_size=None, sampler=mine, num_workers=self.num_workers)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if isinstance(batch, Prompt):
+            return batch  # its tiles go to the device when its turn has come
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def predict_indices(self) -> range:
         """The rows a complete prediction has."""
@@ -278,7 +305,7 @@ class IvlData(LightningDataModule):
     def _eval_loader(self, name: str, collate: Callable) -> DataLoader:
         rows = self.rows(name)
         batches = RankRows(len(rows), self.eval_batch_size, self.trainer.global_rank, self.trainer.world_size)
-        return self._loader(Asked(rows, with_answer=name != "predict"), batches, partial(collate, self.processor))
+        return self._loader(Asked(rows), batches, partial(collate, self.processor))
 
     def _loader(self, dataset: Dataset, batches: Any, collate: Callable) -> ResumableLoader:
         return ResumableLoader(
@@ -291,11 +318,15 @@ class IvlData(LightningDataModule):
         )
 
 
+def _looked_through(rows: Rows, name: str) -> Index:
+    with tqdm(total=len(rows), desc=f"index {name}", unit="row", disable=None, leave=False) as bar:
+        return build_index(rows, progress=lambda done: bar.update(done - bar.n))
+
+
 def _indexed(part: Part) -> Index:
     """The lengths of a source's rows; a row without an answer is a problem, since nothing can be learnt from it."""
     rows = part.rows
-    with tqdm(total=len(rows), desc=f"index {part.name}", unit="row", disable=None, leave=False) as bar:
-        index = build_index(rows, progress=lambda done: bar.update(done - bar.n))
+    index = _looked_through(rows, part.name)
     silent = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
     if len(silent):
         index = replace(index, records=index.records.copy(), problems=dict(index.problems))
@@ -318,18 +349,18 @@ def held_out(run: str | Path, processor: Processor, root: str | Path | None = No
 
 
 class Asked(Dataset):
-    """Rows to be answered, with their index; with their answer as well where its loss is wanted."""
+    """Held-out rows with their index, as a prompt and with the answer, whose loss is wanted."""
 
-    def __init__(self, rows: Rows, with_answer: bool):
-        self.rows, self.with_answer = rows, with_answer
+    def __init__(self, rows: Rows):
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[int, Example, Example | None]:
+    def __getitem__(self, index: int) -> tuple[int, Example, Example]:
         conversation = self.rows.conversation(index if index >= 0 else -1 - index)
         process = self.rows.processor
-        return index, process(conversation.as_prompt()), process(conversation) if self.with_answer else None
+        return index, process(conversation.as_prompt()), process(conversation)
 
 
 def _validation(processor: Processor, items: list) -> tuple[list[int], Batch, Batch]:
@@ -339,8 +370,3 @@ def _validation(processor: Processor, items: list) -> tuple[list[int], Batch, Ba
         if index < 0:  # filled up: not counted in the loss
             batch.labels[row] = IGNORE
     return list(indices), batch, processor.collate(prompts)
-
-
-def _prediction(processor: Processor, items: list) -> tuple[list[int], Batch]:
-    indices, prompts, _ = zip(*items)
-    return list(indices), processor.collate(prompts)

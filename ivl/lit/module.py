@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -19,13 +19,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ivl.data.grounding import parse_boxes
 from ivl.eval.metrics import exact_match, iou
-from ivl.lit.benchmark import scored_by
+from ivl.lit.prediction import answered, failed
+from ivl.lit.prompts import LAST, Prompt
 from ivl.lit.schedule import Warmup
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.fingerprint import fingerprint
+from ivl.model.generate import Choice, Ends
 from ivl.model.internvl import InternVL
 from ivl.model.rates import param_groups
+from ivl.model.serve import Batching, Engine, Request, row_seed
 from ivl.model.tune import Tune
 from ivl.types import Batch, Conversation, UserError
 
@@ -52,8 +55,19 @@ class Generation:
     """Sample among this many most likely tokens; 0: all."""
     repetition_penalty: float = 1.0
     """Above 1, tokens that already occurred become less likely."""
+    num_beams: int = 1
+    """Above 1, answers are searched for with this many beams, one row after another."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the checkpoint's own end tokens; they are not part of it."""
     seed: int = 0
     """Of the sampling; each row has a generator of its own, so answers do not depend on batching."""
+
+    @property
+    def choice(self) -> Choice:
+        """How a token is chosen. Raises UserError for values out of range."""
+        choice = Choice(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
+        choice.check_beams(self.num_beams)
+        return choice
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ class LitInternVL(LightningModule):
         optimizer: Made with the parameter groups of what trains.
         schedule: Made with the optimizer and the number of optimizer steps; stepped once per optimizer step.
         generation: How answers are generated in validation and prediction.
+        batching: How many rows are answered at the same time in prediction; answers do not depend on it.
         answer_rows: At most this many rows per validation are answered in words; the loss is of all. Unset: all.
     """
 
@@ -96,6 +111,7 @@ class LitInternVL(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
         schedule: ScheduleCallable = lambda o, total_steps: Warmup(o, total_steps),
         generation: Generation = Generation(),
+        batching: Batching = Batching(),
         answer_rows: int | None = None,
     ):
         super().__init__()
@@ -104,7 +120,7 @@ class LitInternVL(LightningModule):
         self.dtype_name, self.quantize, self.attention = dtype, quantize, attention
         self.checkpointing = checkpointing
         self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.generation = generation
+        self.generation, self.batching = generation, batching
         self.answer_rows = answer_rows
         self.model: InternVL | None = None
         # A checkpoint holds only what trains; on_load_checkpoint is strict about that part.
@@ -112,8 +128,12 @@ class LitInternVL(LightningModule):
         self.scores: dict[str, dict[str, float]] = {}
         self.answers: list[dict[str, Any]] = []
         self._tally: dict[str, dict[str, float]] = {}
+        self._engine: Engine | None = None
 
     # -- building ------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        _ = self.generation.choice  # a mistake is told before the model is read
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -237,28 +257,41 @@ class LitInternVL(LightningModule):
 
     # -- predict -------------------------------------------------------------------------------------------------
 
-    def predict_step(self, batch: tuple[list[int], Batch], batch_idx: int) -> list[dict[str, Any]]:
-        indices, prompts = batch
-        processor = self.trainer.datamodule.processor
-        rows = []
-        for index, row, answer in zip(indices, prompts.rows, self._generate(prompts)):
-            if index < 0:
-                continue
-            found = [{"ref": ref, "boxes": boxes} for ref, boxes in parse_boxes(answer)]
-            rows.append(
-                {
-                    "index": index,
-                    "id": row.id,
-                    "where": row.where,
-                    "source": row.source or None,
-                    "prompt": processor.prompt_text(row),
-                    "response": answer,
-                    "reference": row.reference,
-                    "boxes": found,
-                    **scored_by(row),
-                    **self.made_by,
-                }
+    def on_predict_start(self) -> None:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise UserError(
+                f"predict: {type(strategy).__name__} splits the model, but each process answers rows of its own and "
+                f"needs all of it; use --trainer.strategy auto, or model.quantize where memory does not suffice"
             )
+        chosen = self.generation
+        self._engine = Engine(
+            self.model, self._ends(), chosen.choice, chosen.max_new_tokens, chosen.num_beams, self.batching
+        )
+
+    def predict_step(self, prompt: Prompt, batch_idx: int) -> list[dict[str, Any]]:
+        """Hand one prompt to the engine. Returns the rows whose answers have come to an end meanwhile."""
+        if prompt.index == LAST:
+            return []
+        if prompt.error:
+            return [failed(prompt.index, prompt.conversation, prompt.where, prompt.error)]
+        example, conversation = prompt.example, prompt.example.conversation
+        request = Request(
+            (prompt.index, conversation),
+            example.input_ids,
+            example.tiles,
+            seed=row_seed(self.generation.seed, prompt.index),
+        )
+        try:
+            self._engine.submit(request)
+        except UserError as error:
+            text = f"{prompt.where}: {error}"
+            if self.trainer.datamodule.on_error == "error":
+                raise UserError(text) from error
+            return [failed(prompt.index, conversation, prompt.where, text)]
+        rows = []
+        while not self._engine.hungry:
+            rows += self._answered(self._engine.step())
         return rows
 
     @cached_property
@@ -273,10 +306,30 @@ class LitInternVL(LightningModule):
             "decoding": dict(vars(self.generation)),
         }
 
+    def remaining_answers(self) -> Iterator[list[dict[str, Any]]]:
+        """The rows that are still being answered once there are no more prompts."""
+        while self._engine.busy:
+            with self.trainer.precision_plugin.predict_step_context():
+                requests = self._engine.step()
+            yield self._answered(requests)
+
+    def _answered(self, requests: list[Request]) -> list[dict[str, Any]]:
+        processor, stop = self.trainer.datamodule.processor, self.generation.stop
+        return [answered(*r.key, processor.decode(r.answer, stop), processor) | self.made_by for r in requests]
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    def _ends(self) -> Ends:
+        processor, chosen = self.trainer.datamodule.processor, self.generation
+        eos_ids = [*processor.stop_ids, *self.model.eos_ids]
+        return Ends(eos_ids, stopped=processor.stopped_by(chosen.stop), min_new_tokens=chosen.min_new_tokens)
+
     def _generate(self, prompts: Batch) -> list[str]:
-        processor = self.trainer.datamodule.processor
-        settings = vars(self.generation) | {"eos_ids": [*processor.stop_ids, *self.model.eos_ids]}
-        return [processor.decode(ids) for ids in self.model.generate(prompts, **settings)]
+        """Answers in validation."""
+        processor, ends = self.trainer.datamodule.processor, self._ends()
+        settings = {k: v for k, v in vars(self.generation).items() if k != "stop"}
+        found = self.model.generate(prompts, eos_ids=ends.eos_ids, stopped=ends.stopped, **settings)
+        return [processor.decode(ids, self.generation.stop) for ids in found]
 
 
 def score(row: Conversation, answer: str) -> dict[str, float]:

@@ -1,0 +1,322 @@
+"""Predictions on disk: appended as they are made, gone on with after a crash, put in input order at the end.
+
+answers.jsonl.settings.json   what the answers are made with, so that a file never holds two kinds of them
+answers.jsonl.part0, …        one per process, a line per row, as rows are answered
+answers.jsonl                 all rows in order, once there are all; the others are then removed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
+
+from ivl.data.grounding import parse_boxes
+from ivl.data.index import fingerprint
+from ivl.data.processor import Processor
+from ivl.lit.benchmark import scored_by
+from ivl.types import Conversation, UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two programs that write the same file are not told apart
+    fcntl = None
+
+Row = dict[str, Any]
+SYNC_SECONDS = 1.0
+"""Answers are handed to the system at once, and to the disk at least this often"""
+
+
+def answered(index: int, row: Conversation, answer: str, processor: Processor) -> Row:
+    """A row's line: what was asked, what was answered, and what it is compared with."""
+    return {
+        "index": index,
+        "id": row.id,
+        "where": row.where,
+        "source": row.source or None,
+        "prompt": processor.prompt_text(row),
+        "response": answer,
+        "reference": row.reference,
+        "boxes": [{"ref": ref, "boxes": boxes} for ref, boxes in parse_boxes(answer)],
+        **scored_by(row),
+    }
+
+
+def failed(index: int, row: Conversation | None, where: str, error: str) -> Row:
+    """The line of a row that could not be answered; `row` None: it was not even understood."""
+    known = {"id": row.id, "where": row.where, "source": row.source or None} if row else {"id": None, "where": where}
+    return {"index": index, **known, "error": error}
+
+
+class Parts:
+    """The parts of an unfinished file of predictions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path.with_name(f"{path.name}.settings.json")
+        self._file: BinaryIO | None = None
+        self._synced = 0.0
+
+    def _part(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.part{rank}")
+
+    def existing(self) -> list[Path]:
+        """The parts there are."""
+        start = f"{self.path.name}.part"
+        found = [p for p in self.path.parent.glob("*.part*") if p.name.startswith(start)]
+        return sorted(p for p in found if p.name[len(start) :].isdigit())
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Called by one process before any opens its part: begin anew, or mend what a crash has left.
+
+        Raises UserError where the file is finished, is being written, or was begun with other settings.
+        """
+        if self.path.exists():
+            raise UserError(f"{self.path}: exists already; name another file with --predictions.file or remove it")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        parts = self.existing()
+        if not self.settings.exists():
+            if parts:
+                raise UserError(f"{parts[0]}: exists, but {self.settings.name} beside it does not; remove it")
+            _write(self.settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            return
+        other = _differences(json.loads(self.settings.read_text(encoding="utf-8")), settings)
+        if other:
+            raise UserError(
+                f"{self.path}: was begun with other settings ({'; '.join(other)}); give those to finish it, name "
+                f"another file with --predictions.file, or remove {self.settings.name} and {self.path.name}.part*"
+            )
+        for part in parts:
+            with part.open("r+b") as file:
+                _lock(file, part)
+                _mend(file)
+
+    def answered(self) -> set[int]:
+        """The rows that are done."""
+        return {index for index, *_ in self._lines()}
+
+    def _lines(self) -> Iterable[tuple[int, Path, int]]:
+        """Row, part, and offset of each line."""
+        for part in self.existing():
+            with part.open("rb") as file:
+                at = 0
+                for number, line in enumerate(file, 1):
+                    try:
+                        yield json.loads(line)["index"], part, at
+                    except (ValueError, KeyError, TypeError):
+                        raise UserError(
+                            f"{part}:{number}: is damaged; remove this line to answer its row again"
+                        ) from None
+                    at += len(line)
+
+    def open(self, rank: int) -> None:
+        """Begin to append to a process's part."""
+        self._file = self._part(rank).open("ab")
+        _lock(self._file, self._part(rank))
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows; a crash of this process does not lose them."""
+        self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        self._file.flush()
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def join(self, count: int) -> int:
+        """Put `count` rows in order into the file and remove the parts. Returns how many of them are errors.
+
+        Raises UserError where not all are there, and leaves the parts.
+        """
+        found: dict[int, tuple[Path, int]] = {}
+        for index, part, at in self._lines():
+            assert index not in found, f"row {index} was answered twice, in {found[index][0]} and {part}"
+            found[index] = part, at
+        if len(found) != count:
+            raise UserError(
+                f"{self.path}: {len(found)} of {count} rows are answered; the same command goes on with the others"
+            )
+        errors = 0
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        files = {part: part.open("rb") for part in self.existing()}
+        with temporary.open("wb") as out:
+            for index in sorted(found):
+                part, at = found[index]
+                files[part].seek(at)
+                row = json.loads(files[part].readline())
+                errors += "error" in row
+                # `of` tells a file that was cut off from one of fewer rows (ivl.eval.predictions)
+                out.write(json.dumps(row | {"of": count}, ensure_ascii=False).encode() + b"\n")
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(self.path)
+        for part, file in files.items():
+            file.close()
+            part.unlink()
+        self.settings.unlink()
+        return errors
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another program is writing it; wait for it, or name another file") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def _mend(file: BinaryIO) -> None:
+    """Cut off a last line that was not written to its end."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536)
+        file.seek(start)
+        at = file.read(end - start).rfind(b"\n")
+        end = start + at + 1 if at >= 0 else start
+        if at >= 0:
+            break
+    if end < size:
+        file.truncate(end)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+class PredictionWriter(Callback):
+    """Writes one JSON line per row, in input order, complete also after a crash and under several processes.
+
+    Rows are appended to a part for each process as they are answered, and joined at the end. The same command goes on
+    with an unfinished file.
+
+    Args:
+        file: Where to write. Default: `predictions.jsonl` in the run's folder. An existing file is not overwritten.
+    """
+
+    def __init__(self, file: str | None = None):
+        self.file = file
+        self.checkpoint: str | None = None
+        """What the run's trained weights are read from, which says what the answers are made with"""
+        self._parts: Parts | None = None
+        self._bar: tqdm | None = None
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if stage != "predict":
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        path = Path(trainer.strategy.broadcast(str(self.file or folder / "predictions.jsonl")))
+        self._parts = Parts(path)
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                self._parts.begin(self._settings(trainer, module))
+            except UserError as error:
+                problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):
+            raise UserError(problem)
+        data = trainer.datamodule
+        data.answered = self._parts.answered()
+        trainer.strategy.barrier("what is answered is known")
+        self._parts.open(trainer.global_rank)
+        done, count = len(data.answered), len(data.predict_indices())
+        rank_zero_info(f"{done} of {count} rows are in {path}.part*" if done else f"{count} rows → {path}")
+        if bar := trainer.progress_bar_callback:
+            bar.disable()  # it counts rows as they are read, not as they are answered
+
+    @property
+    def path(self) -> Path:
+        """The file, once the run is set up"""
+        return self._parts.path
+
+    def _settings(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """What decides the answers. Files of weights are named with size and time, which change with them."""
+        rows = trainer.datamodule.rows("predict")
+        weights = [self.checkpoint, *(f"{module.adapter}/{name}" for name in _ADAPTER if module.adapter)]
+        return {
+            "rows": [[str(file.path), file.digest] for file in rows.files],
+            "chosen": None if len(rows.numbers) == sum(map(len, rows.files)) else rows.numbers.tolist(),
+            "media_root": rows.root and str(rows.root),
+            "processor": fingerprint(rows.processor),
+            "model": module.pretrained,
+            "trained": [_stamp(path) for path in weights if path],
+            "tune": repr(module.tune) if self.checkpoint else None,
+            "dtype": module.dtype_name,
+            "quantize": repr(module.quantize),
+            "precision": str(trainer.precision),
+            **{f"generation.{name}": value for name, value in json.loads(json.dumps(vars(module.generation))).items()},
+        }
+
+    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
+        mine = sum(trainer.num_predict_batches) - 1  # the last says that there are no more
+        ranks = f", process 1 of {trainer.world_size}" if trainer.world_size > 1 else ""
+        off = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        self._bar = tqdm(total=mine, desc=f"answers{ranks}", unit="row", disable=off, dynamic_ncols=True)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: list[Row], batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._write(outputs)
+
+    def on_predict_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        for rows in module.remaining_answers():
+            self._write(rows)
+
+    def _write(self, rows: list[Row]) -> None:
+        if rows:
+            self._parts.append(rows)
+            self._bar.update(len(rows))
+
+    def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._close()
+        trainer.strategy.barrier("predictions")
+        if not trainer.is_global_zero:
+            return
+        count = len(trainer.datamodule.predict_indices())
+        errors = self._parts.join(count)
+        more = f", {errors} of them errors" if errors else ""
+        rank_zero_info(f"{count} answers in {self._parts.path}{more}")
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._parts is not None:
+            self._parts.close()
+
+
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def _stamp(path: str) -> list[Any]:
+    with suppress(OSError):
+        found = os.stat(path)
+        return [path, found.st_size, found.st_mtime_ns]
+    return [path]
