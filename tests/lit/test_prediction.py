@@ -1,0 +1,290 @@
+"""predict: the answers of each row alone, in input order, whatever crashes, whatever is wrong with a row."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its first import: not one test's own)
+import numpy as np
+import pytest
+from PIL import Image
+
+from ivl.__main__ import main
+from ivl.data.processor import Processor
+from ivl.lit.prediction import Parts
+from ivl.model.internvl import InternVL
+from ivl.types import UserError
+from tests.tiny import write_checkpoint
+
+COUNT = 200
+LIMIT = 6
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
+
+
+def write_questions(folder: Path, count: int = COUNT) -> Path:
+    """Text, images of several shapes, two turns, videos; questions of unequal length."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n, (width, height) in enumerate([(56, 56), (200, 60), (60, 170), (300, 300)]):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+    frames = [Image.fromarray(rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)) for _ in range(6)]
+    frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
+    rows = []
+    for n in range(count):
+        words = " ".join(str(number) for number in rng.integers(0, 100, n % 13))
+        kinds = [
+            {"query": f"How many are there? {words}"},
+            {"query": f"<image>What is it? {words}", "images": [f"{n % 4}.png"], "response": "a cat"},
+            {"query": f"<image>And this? {words}", "images": ["1.png", "2.png"], "history": [["<image>?", "a cat"]]},
+            {"query": f"<video>What happens? {words}", "videos": ["clip.gif"]},
+            {"query": "Again.", "history": [[words or "Hi", "Hello."]]},
+        ]
+        rows.append(kinds[n % 5] | {"id": f"row{n}"})
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_checkpoint(folder / "model")
+    write_questions(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(base) -> list[str]:
+    """The answer of each row, streamed alone."""
+    model, processor = InternVL.from_pretrained(base / "model"), Processor.from_pretrained(base / "model")
+    eos_ids = [*processor.stop_ids, *model.eos_ids]
+    answers = []
+    for n, line in enumerate((base / "data/questions.jsonl").read_text().splitlines()):
+        row = processor.parse(json.loads(line), root=base / "data").as_prompt()
+        batch = processor.collate([processor(row)])
+        tokens = list(model.stream(batch, max_new_tokens=LIMIT, eos_ids=eos_ids))
+        if n % 10 == 0:
+            assert model.generate(batch, max_new_tokens=LIMIT, eos_ids=eos_ids) == [tokens]
+        answers.append(processor.decode(tokens))
+    assert len(set(answers)) > COUNT // 2
+    return answers
+
+
+def command(base: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "predict", "--model.pretrained", str(base / "model"), "--data.predict", str(base / "data/questions.jsonl"),
+        "--model.generation.max_new_tokens", str(LIMIT), "--predictions.file", str(out),
+        "--trainer.logger.init_args.save_dir", str(out.parent), *QUIET, *more,
+    ]  # fmt: skip
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def crash(argv: list[str], parts: Parts, lines: int) -> None:
+    """Start a prediction in a process of its own, and kill it when its part has that many lines."""
+    process = multiprocessing.get_context("fork").Process(target=main, args=(argv,))
+    process.start()
+    deadline = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < deadline:
+        if sum(part.read_bytes().count(b"\n") for part in parts.existing()) >= lines:
+            break
+        time.sleep(0.002)
+    assert process.is_alive(), "it ended before it was killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def test_answers_are_those_of_each_row_alone(base, alone, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    assert main(command(base, out)) == 0
+    found = read(out)
+    assert [row["id"] for row in found] == [f"row{n}" for n in range(COUNT)]
+    assert [row["response"] for row in found] == alone
+    assert found[1]["reference"] == "a cat" and found[0]["reference"] is None
+    assert [path.name for path in tmp_path.glob("answers*")] == ["answers.jsonl"]
+
+
+def test_a_killed_prediction_goes_on(base, alone, tmp_path, caplog):
+    """Killed at several moments, with a line left half written; no row is lost, none comes twice."""
+    out = tmp_path / "answers.jsonl"
+    argv, parts = command(base, out), Parts(out)
+    for lines in (1, 60, 130):
+        crash(argv, parts, lines)
+        assert not out.exists()
+    done = parts.existing()[0].read_bytes()
+    parts.existing()[0].write_bytes(done[: done.rstrip(b"\n").rfind(b"\n") + 20])
+    kept = len(done.splitlines()) - 1
+    assert main(argv) == 0
+    assert f"{kept} of {COUNT} rows are in {out}.part" in caplog.text
+    found = read(out)
+    assert [row["id"] for row in found] == [f"row{n}" for n in range(COUNT)]
+    assert [row["response"] for row in found] == alone
+    assert [path.name for path in tmp_path.glob("answers*")] == ["answers.jsonl"]
+
+
+def test_sampled_rows_do_not_depend_on_batching(base, alone, tmp_path):
+    sampled = ["--model.generation.temperature", "1", "--model.generation.seed", "5"]
+    texts = []
+    for rows in (3, 32):
+        out = tmp_path / f"{rows}.jsonl"
+        assert main(command(base, out, *sampled, "--model.batching.rows", str(rows))) == 0
+        texts.append([row["response"] for row in read(out)])
+    assert texts[0] == texts[1] != alone
+    assert texts[0][0] != texts[0][65], "rows that ask the same draw differently"
+
+
+def test_stop_texts_and_beams(base, alone, tmp_path):
+    stop = alone[0][1:3]
+    out = tmp_path / "stop.jsonl"
+    small = tmp_path / "few.jsonl"
+    rows = [json.loads(line) for line in (base / "data/questions.jsonl").read_text().splitlines()[:7]]
+    small.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    less = ["--data.predict", str(small), "--data.media_root", str(base / "data")]
+    assert main(command(base, out, *less, "--model.generation.stop", json.dumps([stop]))) == 0
+    assert [row["response"] for row in read(out)] == [text.partition(stop)[0].strip() for text in alone[:7]]
+    assert main(command(base, tmp_path / "beams.jsonl", *less, "--model.generation.num_beams", "2")) == 0
+    assert len(read(tmp_path / "beams.jsonl")) == 7
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------------------
+
+
+def error(capsys, argv: list[str]) -> str:
+    status = main(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1
+    return lines[0]
+
+
+def test_other_settings_are_refused_and_named(base, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    argv = command(base, out)
+    crash(argv, Parts(out), 1)
+    line = error(capsys, [*argv, "--model.generation.temperature", "0.7"])
+    assert "begun with other settings (generation.temperature: 0.0 there, 0.7 here)" in line
+    assert "processor: " in error(capsys, [*argv, "--data.max_tiles", "3"])
+    assert "rows: " in error(capsys, [*argv, "--data.predict", str(tail(base, tmp_path))])
+
+
+def tail(base: Path, folder: Path) -> Path:
+    path = folder / "other.jsonl"
+    path.write_text('{"query": "Hi"}\n')
+    return path
+
+
+def bad_rows(base: Path, folder: Path) -> Path:
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "empty.mp4").write_bytes(b"")
+    rows = [
+        {"query": "Good."},
+        {"query": "<image>?", "images": ["nowhere.png"], "id": "missing"},
+        {"query": "<image>?", "images": ["text.jpg"]},
+        {"query": "<video>?", "videos": ["empty.mp4"]},
+        {"query": "<image><image>?", "images": [str(base / "data/0.png")]},
+        {"query": "long " * 3000},
+        {"query": "Good too."},
+    ]
+    path = folder / "bad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_errors_of_rows_are_written_beside_the_answers(base, tmp_path, caplog):
+    path, out = bad_rows(base, tmp_path), tmp_path / "answers.jsonl"
+    more = ["--data.predict", str(path), "--data.on_error", "skip", "--data.max_length", "100000"]
+    assert main(command(base, out, *more)) == 0
+    assert "7 answers" in caplog.text and "5 of them errors" in caplog.text
+    found = read(out)
+    assert ["error" in row for row in found] == [False, True, True, True, True, True, False]
+    for number, row in enumerate(found[1:6], 2):
+        assert row["error"].startswith(f"{path}:{number}: ") and row["where"] == f"{path}:{number}"
+        assert "response" not in row and "\n" not in row["error"]
+    assert found[1]["id"] == "missing" and "nowhere.png" in found[1]["error"]
+    assert "exceed the model's context" in found[5]["error"]
+
+
+def test_an_error_of_a_row_stops_before_the_model_is_read(base, tmp_path, capsys):
+    path = bad_rows(base, tmp_path)
+    argv = command(base, tmp_path / "answers.jsonl", "--data.predict", str(path))
+    line = error(capsys, [*argv, "--model.adapter", str(tmp_path)])
+    assert f"{path}:2: " in line and "4 more rows" in line and "--data.on_error skip" in line
+    assert list(tmp_path.glob("answers*")) == []
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def lines(*indices: int) -> list[dict]:
+    return [{"index": n, "response": str(n)} for n in indices]
+
+
+def begun(path: Path, *parts: list[dict]) -> Parts:
+    whole = Parts(path)
+    whole.begin({"seed": 1})
+    for rank, rows in enumerate(parts):
+        part = Parts(path)
+        part.open(rank)
+        part.append(rows)
+        part.close()
+    return whole
+
+
+def test_parts_are_joined_in_order(tmp_path):
+    whole = begun(tmp_path / "a.jsonl", lines(4, 0, 2), lines(3, 1))
+    assert whole.answered() == {0, 1, 2, 3, 4}
+    assert whole.join(5) == 0
+    assert [row["response"] for row in read(tmp_path / "a.jsonl")] == list("01234")
+    assert [(row["index"], row["of"]) for row in read(tmp_path / "a.jsonl")] == [(n, 5) for n in range(5)]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_parts_that_lack_rows_are_kept(tmp_path):
+    whole = begun(tmp_path / "a.jsonl", lines(0), lines(3))
+    with pytest.raises(UserError, match="2 of 4 rows are answered; the same command goes on"):
+        whole.join(4)
+    assert len(whole.existing()) == 2 and not (tmp_path / "a.jsonl").exists()
+    assert Parts(tmp_path / "a.jsonl").begin({"seed": 1}) is None
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 40])
+def test_a_line_that_was_cut_off_is_dropped(tmp_path, kept):
+    whole = begun(
+        tmp_path / "a.jsonl", [{"index": 0, "response": "x" * 100_000}, {"index": 1, "response": "y" * 90_000}]
+    )
+    part = whole.existing()[0]
+    whole_line = part.read_bytes().find(b"\n") + 1
+    part.write_bytes(part.read_bytes()[: whole_line + kept])
+    again = Parts(tmp_path / "a.jsonl")
+    again.begin({"seed": 1})
+    assert again.answered() == {0}
+    assert part.stat().st_size == whole_line
+    part.write_bytes(b'{"index": 0')
+    again.begin({"seed": 1})
+    assert again.answered() == set() and part.stat().st_size == 0
+
+
+def test_what_is_damaged_foreign_or_in_use_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    whole = begun(path, lines(0, 1))
+    with pytest.raises(UserError, match=r"other settings \(seed: 1 there, 2 here\)"):
+        Parts(path).begin({"seed": 2})
+    part = whole.existing()[0]
+    good = part.read_bytes()
+    part.write_bytes(good + b"nonsense\n")
+    with pytest.raises(UserError, match=r"a\.jsonl\.part0:3: is damaged"):
+        Parts(path).answered()
+    part.write_bytes(good)
+    writing = Parts(path)
+    writing.open(0)
+    with pytest.raises(UserError, match="another program is writing it"):
+        Parts(path).begin({"seed": 1})
+    writing.close()
+    Parts(path).begin({"seed": 1})
+    whole.settings.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl\.settings\.json beside it does not"):
+        Parts(path).begin({"seed": 1})
