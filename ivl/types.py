@@ -141,10 +141,18 @@ class Batch:
     """(rows,) int64 on the CPU: how many of the tiles belong to each row"""
     row_ids: Tensor | None = None
     """(B, T) int64 where packed: which row a token belongs to, -1 for padding; None where padded"""
+    lengths: Tensor | None = None
+    """(rows,) int64 on the CPU: tokens of each row"""
+    features: Tensor | None = None
+    """(N, P, C) of the tiles, where they were computed before (`ivl.data.features`); tiles is then (0, 3, S, S)"""
     rows: list[Conversation] = field(default_factory=list)
     """What each row was made from, for messages, pictures and predictions"""
 
-    _tensors = ("input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids")
+    _tensors = (
+        "input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids", "lengths",
+        "features",
+    )  # fmt: skip
+    _stay = ("tiles_per_row", "lengths")
 
     def keys(self) -> Iterator[str]:
         return (k for k in self._tensors if getattr(self, k) is not None)
@@ -166,8 +174,8 @@ class Batch:
         return int(self.attention_mask.sum())
 
     def _map(self, fn) -> Batch:
-        moved = {k: fn(getattr(self, k)) for k in self.keys() if k != "tiles_per_row"}
-        return Batch(**moved, tiles_per_row=self.tiles_per_row, rows=self.rows)
+        moved = {k: fn(getattr(self, k)) for k in self.keys() if k not in self._stay}
+        return Batch(**moved, **{k: getattr(self, k) for k in self._stay}, rows=self.rows)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))

@@ -45,5 +45,6 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, mult
         tiles=torch.cat([example.tiles for example in examples]),
         tiles_per_row=torch.tensor([len(example.tiles) for example in examples], dtype=torch.int64),
         row_ids=row_ids if packed else None,
+        lengths=torch.tensor(lengths, dtype=torch.int64),
         rows=[example.conversation for example in examples],
     )

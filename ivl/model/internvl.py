@@ -76,6 +76,8 @@ class InternVL(nn.Module):
         """Noise on the embeddings of text in training, by `add_noise`; 0: none"""
         self.lora_start: dict[str, tuple[Tensor, Tensor]] = {}
         """Of each layer whose LoRA was taken out of its weight (`ivl.model.tune`): the two matrices it began with"""
+        self.features_projected = False
+        """Whether features that a batch brings are those behind `mlp1`"""
         self.vision_model = InternViT(config.vision, kernel)
         self.language_model = build_llm(config, kernel, dtype)
         width, llm_width = config.projector_width, self.language_model.config.hidden_size
@@ -156,6 +158,8 @@ class InternVL(nn.Module):
         tiles: Tensor | None = None,
         tiles_per_row: Tensor | None = None,
         row_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        features: Tensor | None = None,
         loss_weights: Tensor | None = None,
         return_logits: bool = False,
         loss_chunk: int = 512,
@@ -168,8 +172,8 @@ class InternVL(nn.Module):
         target that is spread evenly over the vocabulary.
         Raises UserError where image tokens and tiles disagree.
         """
-        embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids, attention_mask)
-        hidden_BTD = hidden_states(self.language_model, embeds_BTD, attention_mask, position_ids, row_ids)
+        embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids, attention_mask, features)
+        hidden_BTD = hidden_states(self.language_model, embeds_BTD, attention_mask, position_ids, row_ids, lengths)
         output = Output()
         if labels is not None:
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
@@ -187,34 +191,46 @@ class InternVL(nn.Module):
         tiles_per_row: Tensor | None = None,
         row_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        features_NPC: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings of a batch, those of image tokens taken from the tiles in order: (B, T, D)."""
+        """Embeddings of a batch, those of image tokens taken from the tiles in order: (B, T, D).
+
+        `features_NPC`: `tower_features` of all tiles, or what `mlp1` made of them (`features_projected`), made before.
+        """
         size = self.config.image_size
         image_BT = input_ids_BT == self.image_token_id
         if tiles_N3SS is None:
             tiles_N3SS = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
-        self._check_counts(image_BT, tiles_N3SS, tiles_per_row, row_ids_BT)
+        count = len(tiles_N3SS) if features_NPC is None else len(features_NPC)
+        self._check_counts(image_BT, count, tiles_N3SS.shape[-1], tiles_per_row, row_ids_BT)
         embeds_BTD = self.language_model.get_input_embeddings()(input_ids_BT)
         if self.neftune_alpha and self.training:
             # Image tokens' embeddings are written over below, so only text gets noise (as in transformers' trainer).
             embeds_BTD = add_noise(embeds_BTD, self.neftune_alpha, mask_BT, row_ids_BT)
-        if len(tiles_N3SS) == 0 and not self._must_run_vision():
+        if count == 0 and not self._must_run_vision():
             return embeds_BTD
-        if len(tiles_N3SS) == 0:
+        if count == 0:
+            features_NPC = None
             # Written nowhere, so every parameter of the tower and the projector gets a gradient, and it is zero.
             tiles_N3SS = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
-        features_NPD = self.tile_features(tiles_N3SS)
+        if features_NPC is None:
+            features_NPD = self.tile_features(tiles_N3SS)
+        else:
+            features_NPD = features_NPC if self.features_projected else self.mlp1(features_NPC.to(self.dtype))
         return embeds_BTD.masked_scatter(image_BT[..., None], features_NPD.to(embeds_BTD.dtype))
 
     def tile_features(self, tiles_N3SS: Tensor) -> Tensor:
         """What the language model reads of each tile, uint8 or normalised: (N, P, D)."""
+        return self.mlp1(self.tower_features(tiles_N3SS).to(self.dtype))
+
+    def tower_features(self, tiles_N3SS: Tensor) -> Tensor:
+        """What `mlp1` reads of each tile, uint8 or normalised: (N, P, C / ratio²)."""
         trained = any(p.requires_grad for p in self.vision_model.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             pixels_N3SS = normalize(tiles_N3SS, self.vision_model.embeddings.patch_embedding.weight.dtype)
             hidden_NLC = self.vision_model(pixels_N3SS, self.config.select_layer)
-        grid_NGGC = hidden_NLC[:, 1:].unflatten(1, (tiles_N3SS.shape[-2] // self.config.vision.patch_size, -1))
-        shuffled_NPC = pixel_shuffle(grid_NGGC, self.config.downsample_ratio, self.config.ps_version)
-        return self.mlp1(shuffled_NPC.to(self.dtype))
+            grid_NGGC = hidden_NLC[:, 1:].unflatten(1, (tiles_N3SS.shape[-2] // self.config.vision.patch_size, -1))
+            return pixel_shuffle(grid_NGGC, self.config.downsample_ratio, self.config.ps_version)
 
     generate = decoding.generate
     stream = decoding.stream
@@ -226,13 +242,18 @@ class InternVL(nn.Module):
         return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
 
     def _check_counts(
-        self, image_BT: Tensor, tiles_N3SS: Tensor, tiles_per_row: Tensor | None, row_ids_BT: Tensor | None
+        self, image_BT: Tensor, count: int, side: int, tiles_per_row: Tensor | None, row_ids_BT: Tensor | None
     ) -> None:
-        """Raise UserError where the image tokens of a row are not those of its tiles."""
-        patches = (tiles_N3SS.shape[-1] // self.config.vision.patch_size) ** 2
+        """Raise UserError where the image tokens of a row are not those of its tiles.
+
+        On the CPU only: elsewhere each step would wait for the answer, and a Processor's rows are right.
+        """
+        if not image_BT.is_cpu:
+            return
+        patches = (side // self.config.vision.patch_size) ** 2
         per_tile = int(patches * self.config.downsample_ratio**2)
         if tiles_per_row is None:
-            tiles, tokens = [len(tiles_N3SS)], [int(image_BT.sum())]
+            tiles, tokens = [count], [int(image_BT.sum())]
         else:
             tiles = tiles_per_row.tolist()
             if row_ids_BT is None:
@@ -240,8 +261,8 @@ class InternVL(nn.Module):
             else:
                 of_row = torch.zeros(len(tiles), dtype=torch.long, device=image_BT.device)
                 tokens = of_row.index_add(0, row_ids_BT.clamp(min=0).flatten(), image_BT.flatten().long()).tolist()
-        if sum(tiles) != len(tiles_N3SS):
-            raise UserError(f"batch: tiles_per_row adds up to {sum(tiles)} tiles, but there are {len(tiles_N3SS)}")
+        if sum(tiles) != count:
+            raise UserError(f"batch: tiles_per_row adds up to {sum(tiles)} tiles, but there are {count}")
         for row, (have, need) in enumerate(zip(tokens, tiles, strict=True)):
             if have != need * per_tile:
                 where = "batch" if tiles_per_row is None else f"row {row} of the batch"

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ivl.config import Config
 from ivl.families import llm_family
+from ivl.model import attention
+from ivl.model.attention import given_rows
 from ivl.types import UserError
 
 AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -154,6 +156,7 @@ def build_llm(config: Config, kernel: str, dtype: torch.dtype = torch.float32) -
     from transformers import AutoModelForCausalLM
 
     settings = llm_config(config)
+    kernel = attention.register() if kernel == "sdpa" else kernel
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=kernel, dtype=dtype)
     model.model.rotary_emb = RotaryEmbedding(model.model.rotary_emb, model.config)
     return model
@@ -205,16 +208,69 @@ def hidden_states(
     mask_BT: Tensor | None = None,
     positions_BT: Tensor | None = None,
     rows_BT: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """The last hidden states of a causal language model, without a cache: (B, T, D).
+    """The last hidden states of a causal language model, without a cache: (B, T, D); 0 at padding.
 
-    `mask_BT`: True where there is a token; `rows_BT`: numbers of rows where packed, -1 for padding.
+    `mask_BT`: True where there is a token; `rows_BT`: numbers of rows where packed, -1 for padding. `lengths` (rows,),
+    on the CPU: tokens of each row, packed or padded on the right, with positions from 0; None: looked for, which waits
+    for the device. Only tokens of rows are computed.
     """
-    body, window = model.model, getattr(model.config, "sliding_window", None)
-    count = embeds_BTD.shape[1]
-    if rows_BT is None and is_plain(mask_BT, positions_BT) and fits(model, count):
-        # Padding on the right is never looked at, so the kernel's own causal path serves.
-        return body(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+    (B, T, _), kernel = embeds_BTD.shape, model.config._attn_implementation
+    if lengths is None:
+        lengths = lengths_of(mask_BT, positions_BT, rows_BT, B, T)
+    if lengths is None or kernel == "eager":
+        return _masked(model, embeds_BTD, mask_BT, positions_BT, rows_BT)
+    counts = lengths.tolist()
+    if rows_BT is None and min(counts) == T and fits(model, T):
+        return model.model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+    flat_MD, places_R = embeds_BTD.flatten(0, 1), None
+    if sum(counts) < len(flat_MD):
+        places_R = places(lengths, B, T, packed=rows_BT is not None).to(flat_MD.device, non_blocking=True)
+        flat_MD = flat_MD.index_select(0, places_R)
+    positions_R = torch.cat([torch.arange(count) for count in counts]).to(flat_MD.device, non_blocking=True)
+    given = given_rows(kernel, [count for count in counts if count], flat_MD)
+    given |= {"inputs_embeds": flat_MD[None], "position_ids": positions_R[None], "use_cache": False}
+    hidden_RD = model.model(**given).last_hidden_state[0]
+    if places_R is not None:
+        hidden_RD = hidden_RD.new_zeros(B * T, hidden_RD.shape[-1]).index_copy(0, places_R, hidden_RD)
+    return hidden_RD.unflatten(0, (B, T))
+
+
+def places(lengths: Tensor, B: int, T: int, packed: bool) -> Tensor:
+    """(R,) where the tokens of rows are in a flattened batch: of rows padded on the right, or of one pack."""
+    if packed:
+        return torch.arange(int(lengths.sum()))
+    return (torch.arange(T) < lengths[:, None]).flatten().nonzero()[:, 0]
+
+
+def lengths_of(
+    mask_BT: Tensor | None, positions_BT: Tensor | None, rows_BT: Tensor | None, B: int, T: int
+) -> Tensor | None:
+    """(rows,) tokens of each row, on the CPU; None where they are not runs from position 0, padded on the right."""
+    if rows_BT is None:
+        whole = torch.full((B,), T) if mask_BT is None else mask_BT.sum(1).cpu()
+        return whole if is_plain(mask_BT, positions_BT) else None
+    if B > 1 or positions_BT is None:
+        return None
+    rows, starts = rows_BT[0].cpu(), positions_BT[0].cpu() == 0
+    own = rows[rows >= 0]
+    _, counts = own.unique_consecutive(return_counts=True)
+    begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
+    steps = torch.cat([torch.arange(int(count)) for count in counts])
+    in_order = bool((rows[: len(own)] >= 0).all()) and len(own.unique()) == len(counts)
+    return counts if in_order and starts[begins].all() and positions_BT[0, : len(own)].cpu().equal(steps) else None
+
+
+def _masked(
+    model: nn.Module,
+    embeds_BTD: Tensor,
+    mask_BT: Tensor | None,
+    positions_BT: Tensor | None,
+    rows_BT: Tensor | None,
+) -> Tensor:
+    """Any layout, by a square mask: for the eager kernel, and for rows with padding inside."""
+    body, window, count = model.model, getattr(model.config, "sliding_window", None), embeds_BTD.shape[1]
     if positions_BT is None:
         positions_BT = torch.arange(count, device=embeds_BTD.device).expand(len(embeds_BTD), -1)
     given: dict[str, Any] = {"inputs_embeds": embeds_BTD, "position_ids": positions_BT, "use_cache": False}

@@ -1,0 +1,75 @@
+"""Attention over rows that follow one another, at the cost of the rows: no mask, no padding, no other row's keys.
+
+transformers asks its AttentionInterface for the function that a config names; ours is torch's fused attention, once
+for each row where the lengths of rows are given, and transformers' own `sdpa` where they are not.
+
+Shapes: T tokens of all rows, H heads, G heads of keys and values, K width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAME = "sdpa_by_row"
+
+
+@cache
+def register() -> str:
+    """Make the function known to transformers. Returns the name a config asks for it by."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
+        lengths = given.pop("lengths_of_rows", None)
+        if lengths is None:
+            return sdpa_attention_forward(module, query, key, value, mask, **given)
+        window = given.get("sliding_window")
+        return by_row(query, key, value, lengths, given.get("scaling"), given.get("dropout", 0.0), window), None
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def by_row(
+    q_1HTK: Tensor,
+    k_1GTK: Tensor,
+    v_1GTK: Tensor,
+    lengths: Sequence[int],
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of each row to itself; `lengths` add up to T. `window`: how far back. Returns (1, T, H, K)."""
+    grouped = q_1HTK.shape[1] != k_1GTK.shape[1]
+    found = []
+    for parts in zip(*(x.split(list(lengths), dim=2) for x in (q_1HTK, k_1GTK, v_1GTK)), strict=True):
+        count = parts[0].shape[2]
+        band = None
+        if window is not None and count > window:
+            square = torch.ones(count, count, dtype=torch.bool, device=q_1HTK.device)
+            band = square.tril() & square.triu(1 - window)
+        found.append(
+            F.scaled_dot_product_attention(
+                *parts, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scale, enable_gqa=grouped
+            )
+        )
+    return torch.cat(found, dim=2).transpose(1, 2)
+
+
+def given_rows(kernel: str, lengths: Sequence[int], like: Tensor) -> dict[str, Any]:
+    """What a language model's forward is given besides its one sequence of rows, for the kernel of its config."""
+    if kernel == NAME:
+        # A mask of four dimensions is passed on as it is; this one is not looked at, and keeps transformers from
+        # making a square one.
+        return {"lengths_of_rows": tuple(lengths), "attention_mask": like.new_empty(0, 0, 0, 0)}
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(like.device, non_blocking=True)
+    longest = max(lengths)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -1,0 +1,93 @@
+"""Attention by rows: equal to a square mask over all, and nothing computed for padding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ivl.model.attention import by_row
+from ivl.model.llm import hidden_states, lengths_of, visible
+from tests.model.test_llm import tiny
+from tests.tiny import FAMILIES
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_see_themselves_alone(window):
+    lengths = [5, 1, 7]
+    q, k, v = torch.randn(1, 4, 13, 8), torch.randn(1, 2, 13, 8), torch.randn(1, 2, 13, 8)
+    rows = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    mask = visible(positions, positions, rows, window)
+    square = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask)
+    torch.testing.assert_close(by_row(q, k, v, lengths, window=window), square.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_padded_batch_a_pack_and_rows_alone_agree_with_their_gradients(architecture):
+    llm = tiny(architecture).language_model
+    lengths = torch.tensor([9, 4, 6])
+    rows = [torch.randn(int(n), 64) for n in lengths]
+    alone = torch.cat([hidden_states(llm, row[None])[0] for row in rows])
+    alone.square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in llm.named_parameters() if p.grad is not None}
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(9) < lengths[:, None]
+    ids = torch.repeat_interleave(torch.arange(3), lengths)
+    ids = torch.cat([ids, torch.tensor([-1, -1])])[None]
+    positions = torch.cat([torch.arange(int(n)) for n in lengths] + [torch.zeros(2, dtype=torch.long)])[None]
+    pack = torch.cat([*rows, torch.zeros(2, 64)])[None]
+    for given in (
+        (padded, mask, None, None, lengths),
+        (padded, mask, None, None, None),
+        (pack, ids >= 0, positions, ids, lengths),
+        (pack, ids >= 0, positions, ids, None),
+    ):
+        llm.zero_grad()
+        seen = []
+        hook = llm.model.layers[0].mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[:2]))  # noqa: B023
+        found = hidden_states(llm, *given)
+        hook.remove()
+        assert seen == [(1, 19)], "padding was computed"
+        kept = found[given[1]]
+        torch.testing.assert_close(kept, alone, atol=1e-5, rtol=1e-5)
+        assert not found[~given[1]].any()
+        kept.square().sum().backward()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(
+                dict(llm.named_parameters())[name].grad,
+                gradient,
+                atol=1e-4,
+                rtol=1e-4,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+
+
+def test_a_pack_makes_nothing_square():
+    """4 rows of 256: with a square mask attention alone would keep 4 x 1024 x 1024 numbers."""
+    llm = tiny("Qwen2ForCausalLM").language_model
+    ids = torch.repeat_interleave(torch.arange(4), 256)[None]
+    positions = torch.arange(256).repeat(4)[None]
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else [out]:
+                largest = max(largest, value.numel()) if isinstance(value, torch.Tensor) else largest
+            return out
+
+    with Watch(), torch.no_grad():
+        hidden_states(llm, torch.randn(1, 1024, 64), ids >= 0, positions, ids, torch.full((4,), 256))
+    assert 1024 * 64 <= largest < 1024 * 1024
+
+
+def test_lengths_are_only_found_where_rows_are_whole_runs():
+    assert lengths_of(None, None, None, 2, 5).tolist() == [5, 5]
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    assert lengths_of(mask, None, None, 2, 3).tolist() == [3, 1]
+    assert lengths_of(mask.flip(1), None, None, 2, 3) is None
+    positions, rows = torch.tensor([[0, 1, 0, 0]]), torch.tensor([[0, 0, 1, -1]])
+    assert lengths_of(rows >= 0, positions, rows, 1, 4).tolist() == [2, 1]
+    assert lengths_of(None, torch.tensor([[1, 2, 0, 0]]), rows, 1, 4) is None
+    assert lengths_of(None, positions, torch.tensor([[0, 1, 0, -1]]), 1, 4) is None
+    assert lengths_of(None, positions, torch.tensor([[-1, 0, 0, 1]]), 1, 4) is None
