@@ -64,7 +64,7 @@ def counted(model: InternVL, tiles: int, lengths: list[int], supervised: int) ->
         batch["tiles"] = torch.zeros(tiles, 3, size, size, dtype=torch.uint8)
     with FlopCounterMode(display=False, custom_mapping=CPU_KERNELS) as counter:
         model(**batch).loss.backward()
-    return counter.get_total_flops(), Work(tiles, total, total**2, supervised)
+    return counter.get_total_flops(), Work(tiles, total, sum(n * n for n in lengths), supervised)
 
 
 def build(raw: dict, mode: Tune, kernel: str = "sdpa", checkpointing: bool = False) -> InternVL:
