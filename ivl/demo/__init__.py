@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ivl.types import UserError
 
 ROWS = {
-    "train": {"single": 16000, "turns": 2000, "grounding": 5000, "video": 600},
+    "train": {"single": 5000, "turns": 900, "grounding": 2100, "video": 400},
     "val": {"single": 200, "turns": 100, "grounding": 150, "video": 60},
 }
 """How many rows of each kind"""

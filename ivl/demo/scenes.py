@@ -44,20 +44,13 @@ class Scans:
         order = np.random.default_rng(0).permutation(len(data.target))
         cut = int(len(order) * HELD_OUT)
         self.ids = order[:cut] if held_out else order[cut:]
-        self._varied = not held_out
         self._images = (data.images * (255 / 16)).astype(np.uint8)
         self._values = data.target
 
     def note(self, rng: np.random.Generator, value: int, colour: str) -> Image.Image:
-        """A note with the digit in somebody's hand; in training turned, stretched and moved a little."""
+        """A note with the digit in somebody's hand."""
         scan = self._images[rng.choice(self.ids[self._values[self.ids] == value])]
-        side = NOTE - 8
-        ink = Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC)
-        if self._varied:
-            turn, wide, high = rng.normal(0, 0.12), *rng.normal(1, 0.06, size=2)
-            a, b, d, e = wide * np.cos(turn), wide * np.sin(turn), -high * np.sin(turn), high * np.cos(turn)
-            x, y = side / 2 * (1 - a - b) + rng.normal(0, 2), side / 2 * (1 - d - e) + rng.normal(0, 2)
-            ink = ink.transform(ink.size, Image.Transform.AFFINE, (a, b, x, d, e, y), Image.Resampling.BILINEAR)
+        ink = Image.fromarray(scan).resize((NOTE - 8, NOTE - 8), Image.Resampling.BICUBIC)
         paper = tuple(int(c) for c in np.array(COLOURS[colour]) + rng.integers(-12, 13, size=3))
         note = Image.new("RGB", (NOTE, NOTE), paper)
         note.paste((30, 30, 34), (4, 4), ink)
@@ -77,7 +70,7 @@ def _pinned(rng: np.random.Generator, place: int, columns: int) -> tuple[int, in
 
 
 def compose(rng: np.random.Generator, scans: Scans, count: int, columns: int = 2) -> tuple[Image.Image, list[Note]]:
-    """A board with `count` notes (4 at most: one of each colour) of different digits and colours, in reading order."""
+    """A board with `count` notes (4 at most) of different digits and colours, in reading order."""
     picture, notes = board(rng, columns), []
     places = sorted(rng.permutation(2 * columns)[:count].tolist())
     for place, value, colour in zip(places, rng.permutation(10), rng.permutation(list(COLOURS))):
