@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ivl.model.generate import Choice, Memory, read
+from ivl.model.generate import Choice, Ends, Memory, read
 from ivl.model.internvl import InternVL
+from ivl.model.serve import Batching, Engine, Request
 from ivl.types import UserError
 from tests.model.rows import packed, padded, rows
 from tests.tiny import FAMILIES, write_checkpoint
@@ -46,13 +47,24 @@ def test_answers_equal_the_reference(recorded, attention):
         if len(tiles):
             batch.tiles = pixels[f"{case['name']}.pixel_values"]
         assert model.generate(batch, max_new_tokens=24, eos_ids=[]) == case["new_tokens"], case["name"]
+        assert served(model, batch, Ends()) == case["new_tokens"], case["name"]
         if "stop" in case:
             stop = case["stop"]
             expected = [cut_after(row, stop["eos_token_id"]) for row in stop["new_tokens"]]
             found = model.generate(batch, max_new_tokens=24, eos_ids=[stop["eos_token_id"]])
             assert found == expected, case["name"]
+            assert served(model, batch, Ends([stop["eos_token_id"]])) == expected, case["name"]
             stopped += len(found[0]) < 24
     assert stopped
+
+
+def served(model: InternVL, batch, ends: Ends) -> list[list[int]]:
+    """The answers of a batch by continuous batching, two rows at a time."""
+    engine, first = Engine(model, ends, max_new_tokens=24, batching=Batching(rows=2)), 0
+    for row, (ids, mask, count) in enumerate(zip(batch.input_ids, batch.attention_mask, batch.tiles_per_row.tolist())):
+        engine.submit(Request(row, ids[mask], batch.tiles[first : first + count]))
+        first += count
+    return [request.answer for request in sorted(engine.run(), key=lambda request: request.key)]
 
 
 def cut_after(ids: list[int], end: int) -> list[int]:
