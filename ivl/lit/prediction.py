@@ -216,7 +216,8 @@ class PredictionWriter(Callback):
     with an unfinished file.
 
     Args:
-        file: Where to write. Default: `predictions.jsonl` in the run's folder. An existing file is not overwritten.
+        file: Where to write. Default: `predictions.jsonl` in the run's folder. An existing file is not overwritten; one
+            that was begun with the same settings is gone on with.
     """
 
     def __init__(self, file: str | None = None):
@@ -258,13 +259,14 @@ class PredictionWriter(Callback):
         """What decides the answers. Files of weights are named with size and time, which change with them."""
         rows = trainer.datamodule.rows("predict")
         weights = [self.checkpoint, *(f"{module.adapter}/{name}" for name in _ADAPTER if module.adapter)]
+        weights += sorted(Path(module.pretrained).glob("*.safetensors"))  # none where it is a model's name
         return {
-            "rows": [[str(file.path), file.digest] for file in rows.files],
+            "rows": [[str(file.path.absolute()), file.digest] for file in rows.files],
             "chosen": None if len(rows.numbers) == sum(map(len, rows.files)) else rows.numbers.tolist(),
             "media_root": rows.root and str(rows.root),
             "processor": fingerprint(rows.processor),
             "model": module.pretrained,
-            "trained": [_stamp(path) for path in weights if path],
+            "weights": [_stamp(Path(path).absolute()) for path in weights if path],
             "tune": repr(module.tune) if self.checkpoint else None,
             "dtype": module.dtype_name,
             "quantize": repr(module.quantize),
@@ -315,8 +317,8 @@ class PredictionWriter(Callback):
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
-def _stamp(path: str) -> list[Any]:
+def _stamp(path: Path) -> list[Any]:
     with suppress(OSError):
-        found = os.stat(path)
-        return [path, found.st_size, found.st_mtime_ns]
-    return [path]
+        found = path.stat()
+        return [str(path), found.st_size, found.st_mtime_ns]
+    return [str(path)]
