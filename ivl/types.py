@@ -108,11 +108,19 @@ class Example:
     tiles_per_image: list[int]
     """Tiles of each image (of each frame of a video), in order; sums to N"""
     conversation: Conversation
+    stored: list[tuple[str | None, int, Tensor | None]] | None = None
+    """Of each image or video with a feature cache: its key there, its tiles, and its features (tiles, P, C) where they
+    are kept, whose pixels are then not among `tiles`. A key of None: not to be kept"""
     notes: list[str] = field(default_factory=list)
     """What was changed to make the row fit (`tiles 12 -> 6`, `dropped 1 turn`)"""
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all media, those whose features are kept included."""
+        return sum(self.tiles_per_image)
 
     @property
     def num_supervised(self) -> int:
@@ -144,7 +152,9 @@ class Batch:
     lengths: Tensor | None = None
     """(rows,) int64 on the CPU: tokens of each row"""
     features: Tensor | None = None
-    """(N, P, C) of the tiles, where they were computed before (`ivl.data.features`); tiles is then (0, 3, S, S)"""
+    """(tiles, P, C) that were computed before (`ivl.data.features`) and are not among `tiles`"""
+    stored: list[tuple[str | None, int, bool]] = field(default_factory=list)
+    """With a feature cache, of each image in order: its key, its tiles, and whether they are among `features`"""
     rows: list[Conversation] = field(default_factory=list)
     """What each row was made from, for messages, pictures and predictions"""
 
@@ -175,7 +185,7 @@ class Batch:
 
     def _map(self, fn) -> Batch:
         moved = {k: fn(getattr(self, k)) for k in self.keys() if k not in self._stay}
-        return Batch(**moved, **{k: getattr(self, k) for k in self._stay}, rows=self.rows)
+        return Batch(**moved, **{k: getattr(self, k) for k in self._stay}, stored=self.stored, rows=self.rows)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))

@@ -40,11 +40,15 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, mult
         batch["labels"][at[0], at[1].start] = IGNORE
         row_ids[at] = n
         start += length
+    stored = [one for example in examples for one in example.stored or []]
+    found = [features for *_, features in stored if features is not None]
     return Batch(
         **batch,
         tiles=torch.cat([example.tiles for example in examples]),
-        tiles_per_row=torch.tensor([len(example.tiles) for example in examples], dtype=torch.int64),
+        tiles_per_row=torch.tensor([example.num_tiles for example in examples], dtype=torch.int64),
         row_ids=row_ids if packed else None,
         lengths=torch.tensor(lengths, dtype=torch.int64),
+        features=torch.cat(found) if found else None,
+        stored=[(key, tiles, features is not None) for key, tiles, features in stored],
         rows=[example.conversation for example in examples],
     )

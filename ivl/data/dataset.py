@@ -146,9 +146,9 @@ class Rows(Dataset[Example]):
         example = self.processor(self.conversation(i), max_tiles=self.max_tiles, generator=generator)
         if self.lengths is not None:
             tokens, tiles = (int(n) for n in self.lengths[i])
-            if tokens >= 0 and (tokens, tiles) != (len(example.input_ids), len(example.tiles)):
+            if tokens >= 0 and (tokens, tiles) != (len(example.input_ids), example.num_tiles):
                 raise UserError(
-                    f"{self.where(i)}: {len(example.input_ids)} tokens and {len(example.tiles)} tiles, but its index "
+                    f"{self.where(i)}: {len(example.input_ids)} tokens and {example.num_tiles} tiles, but its index "
                     f"says {tokens} and {tiles}; a picture changed after the index was made: delete the index"
                 )
         return example

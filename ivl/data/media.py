@@ -92,6 +92,15 @@ def image_size(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -
         return _size(image, exif, where, policy)
 
 
+def image_bytes(source: Any, policy: MediaPolicy = _DEFAULT) -> bytes | None:
+    """An image's file as it is, not decoded; None for a PIL image. Raises UserError where it cannot be opened."""
+    if isinstance(source, Image.Image):
+        return None
+    image_size(source, policy=policy)  # a download is an image before it is kept
+    with open_source(source, policy.fetch, lambda opened: None) as opened:
+        return opened.read()
+
+
 def load_video(
     source: Any,
     num_segments: int = 8,

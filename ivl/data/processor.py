@@ -16,6 +16,7 @@ from ivl.config import Config
 from ivl.data import collate as collating
 from ivl.data import formats, limits, media, template, tiles
 from ivl.data.chat_template import recognised
+from ivl.data.features import FeatureStore, key_of
 from ivl.data.limits import Plan, Shape
 from ivl.data.tokenizer import Tokenizer
 from ivl.families import ReleasedModel, find_model
@@ -104,6 +105,8 @@ class Processor:
         self.released = released
         known = (system_message, config.system_message, released and released.system_message)
         self.system_message = next((text for text in known if text is not None), self.template.system_message)
+        self.features: FeatureStore | None = None
+        """Where features of images are looked for before their pixels are decoded"""
         self.stop_ids = [tokenizer.token_id(self.template.end)]
 
     @classmethod
@@ -190,15 +193,21 @@ class Processor:
         with _naming(conversation):
             plan = self._plan(conversation, max_tiles)
             S = self.config.image_size
-            pixels = [
-                self._pixels(medium, limit, counts, generator)
-                for medium, limit, counts in zip(plan.conversation.media, plan.limits, plan.tiles, strict=True)
-                if counts
-            ]
+            pixels, stored = [], None if self.features is None else []
+            for medium, limit, counts in zip(plan.conversation.media, plan.limits, plan.tiles, strict=True):
+                if not counts:
+                    continue
+                key = self._feature_key(medium, limit)
+                found = self.features.get(key, sum(counts)) if key else None
+                if found is None:
+                    pixels.append(self._pixels(medium, limit, counts, generator))
+                if stored is not None:
+                    stored.append((key, sum(counts), found))
         return Example(
             input_ids=torch.tensor(plan.ids, dtype=torch.int64),
             labels=torch.tensor(plan.labels, dtype=torch.int64),
             tiles=torch.cat([torch.empty((0, 3, S, S), dtype=torch.uint8), *pixels]),
+            stored=stored,
             tiles_per_image=[count for counts in plan.tiles for count in counts],
             conversation=plan.conversation,
             notes=plan.notes,
@@ -318,6 +327,15 @@ class Processor:
             return limit + (config.use_thumbnail and limit > 1)
         low = min(config.min_dynamic_patch, limit)
         return tiles.tile_count(shape.width, shape.height, config.image_size, low, limit, config.use_thumbnail)
+
+    def _feature_key(self, medium: Media, limit: int) -> str | None:
+        """Where a feature cache keeps an image. None: no cache, a video, or an image that has no bytes of its own."""
+        if self.features is None or medium.kind != "image":
+            return None
+        data = media.image_bytes(medium.source, self.policy)
+        config = self.config
+        how = (config.image_size, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail, self.exif)
+        return data and key_of(data, (*how, config.dynamic_image_size, config.pad2square, self.resize))
 
     def _pixels(self, medium: Media, limit: int, counts: list[int], generator: torch.Generator | None) -> Tensor:
         """(N, 3, S, S) uint8 of an image, or of the frames of a video."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ivl.data.dataset import Mixture, Part, Rows, split
+from ivl.data.features import FeatureStore, bytes_needed
 from ivl.data.index import Index, build_index, joined, usable
 from ivl.data.pack import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor, VideoOptions
 from ivl.data.sources import Source, open_sources
 from ivl.data.split import open_split, remember, remembered
 from ivl.lit.benchmark import rows_file
+from ivl.lit.feature_cache import open_store
 from ivl.lit.prompts import LAST, Prompt, Prompts
 from ivl.types import IGNORE, Batch, Example, UserError
 
@@ -100,6 +103,8 @@ class IvlData(LightningDataModule):
         compact_boxes: Write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`.
         system_message: For rows without one, instead of the checkpoint's.
         shuffle: A new order of the training rows in each epoch; false: as they stand, for a curriculum.
+        feature_cache: Folder that keeps what a frozen vision encoder makes of each image, for later epochs and runs.
+        feature_cache_gb: Most disk of that folder, in gigabytes.
         num_workers: Loader processes. Default: one less than there are cores, four at most.
         seed: Of the order of rows and of random choices inside them.
     """
@@ -135,6 +140,8 @@ class IvlData(LightningDataModule):
         compact_boxes: bool = False,
         system_message: str | None = None,
         shuffle: bool = True,
+        feature_cache: str | None = None,
+        feature_cache_gb: float = 100.0,
         num_workers: int | None = None,
         seed: int = 0,
     ):
@@ -163,6 +170,8 @@ class IvlData(LightningDataModule):
         )
         self._rows: dict[str, Rows] = {}
         self._train: tuple[Mixture, Index] | None = None
+        self.feature_cache, self.feature_cache_gb = feature_cache, feature_cache_gb
+        self.feature_store: FeatureStore | None = None
         self.answered: set[int] = set()
         """Rows to predict that need not be answered again"""
 
@@ -267,7 +276,27 @@ class IvlData(LightningDataModule):
         window = 64 if self.group_by_length else 1
         return GroupedBatches(index.tokens, index.tiles, self.batch_size, window=window, **common)
 
+    def _open_feature_store(self) -> None:
+        """Training rows look there for features; held-out rows are few, and are answered from their pixels."""
+        module, (mixture, index) = self.trainer.lightning_module, self._train
+        limit = int(self.feature_cache_gb * 1e9)
+        self.feature_store = open_store(self.feature_cache, limit, module.model, self.trainer)
+        for n, part in enumerate(mixture.parts):
+            rows = part.rows.select(np.arange(len(part.rows)))
+            rows.processor = copy(rows.processor)
+            rows.processor.features = self.feature_store
+            mixture.parts[n] = replace(part, rows=rows)
+        config, model = self.processor.config, module.model
+        width = model.language_model.config.hidden_size if model.features_projected else config.projector_width
+        need = bytes_needed(config, int(index.tiles.sum()), width, model.dtype.itemsize)
+        rank_zero_info(
+            f"feature cache: at most {need / 1e9:.3g} GB for {index.tiles.sum()} tiles in {self.feature_cache}, "
+            f"limit {self.feature_cache_gb:g} GB"
+        )
+
     def train_dataloader(self) -> DataLoader:
+        if self.feature_cache and self.feature_store is None:
+            self._open_feature_store()
         collate = partial(self.processor.collate, packed=self.packing)
         loader = self._loader(self._train[0], self._train_batches(), collate)
         loader.used = self._used

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ivl.data.grounding import parse_boxes
 from ivl.eval.metrics import exact_match, iou
+from ivl.lit.feature_cache import with_features
 from ivl.lit.prediction import answered, failed
 from ivl.lit.prompts import LAST, Prompt
 from ivl.lit.schedule import Warmup
@@ -174,6 +175,8 @@ class LitInternVL(LightningModule):
         self._window_tokens = torch.zeros((), device=self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if (store := self.trainer.datamodule.feature_store) is not None:
+            batch = with_features(batch, self.model, store)
         out = self.model(**batch)
         self._window_loss += out.loss_sum.detach()
         self._window_tokens += out.num_supervised

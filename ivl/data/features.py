@@ -1,0 +1,123 @@
+"""Features of images that a frozen tower computed before, on disk: by content, bounded, shared by processes and runs.
+
+DIR/MODEL/ab/abcdef….safetensors   one image: (tiles, P, C), in the type they were computed in
+
+MODEL says which weights and settings made them, so features of other weights are never found. A file is written under
+another name and moved into place, and carries a checksum: what a crash left is taken for missing. Where the limit is
+reached, features of other models go first, longest unused first; then nothing more is added (in an epoch every image
+is used as often as any other, so replacing one by another gains nothing).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ivl.config import Config
+
+_SUFFIX = ".safetensors"
+
+
+def bytes_needed(config: Config, tiles: int, width: int, element: int) -> int:
+    """Disk of the features of `tiles` tiles, each of `width` numbers a token; `element`: bytes of a number."""
+    return tiles * config.tokens_per_tile * width * element
+
+
+def key_of(data: bytes, settings: Any) -> str:
+    """Of an image's bytes and all that decides how they become tiles."""
+    return hashlib.blake2b(data, digest_size=20, person=hashlib.md5(repr(settings).encode()).digest()).hexdigest()
+
+
+class FeatureStore:
+    """The features of one model below `folder`. Picklable."""
+
+    def __init__(self, folder: str | Path, model: str, limit: int) -> None:
+        """`limit`: bytes of all files below `folder`, those of other models included."""
+        self.folder, self.model, self.limit = Path(folder), model, limit
+        self._used: int | None = None
+        self._unseen = 0
+
+    def path(self, key: str) -> Path:
+        return self.folder / self.model / key[:2] / f"{key}{_SUFFIX}"
+
+    def get(self, key: str, tiles: int) -> Tensor | None:
+        """(tiles, P, C), or None where they are not there or not whole; a damaged file is removed."""
+        path = self.path(key)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                found, told = file.get_tensor("features"), file.metadata() or {}
+            if len(found) == tiles and told.get("crc") == _crc(found):
+                return found
+        except (SafetensorError, OSError, ValueError):
+            pass
+        path.unlink(missing_ok=True)
+        return None
+
+    def put(self, key: str, features: Tensor) -> bool:
+        """Keep (tiles, P, C) where there is room. Returns whether they are there now."""
+        path = self.path(key)
+        if path.is_file():
+            return True
+        features = features.detach().cpu().contiguous()
+        size = features.nbytes
+        if not self._room(size):
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = path.with_name(f".{key}-{os.getpid()}.tmp")
+        try:
+            save_file({"features": features}, made, {"crc": _crc(features)})
+            made.replace(path)
+        except OSError:  # a full disk is no reason to stop a run
+            return False
+        finally:
+            made.unlink(missing_ok=True)
+        self._used += size
+        self._unseen += size
+        return True
+
+    def _room(self, size: int) -> bool:
+        # Other processes write as well: their share is looked up now and then.
+        if self._used is None or self._unseen > self.limit // 64:
+            self._used, self._unseen = sum(found.st_size for _, found in self._files()), 0
+        if self._used + size > self.limit:
+            self._used -= self._drop_others(self._used + size - self.limit)
+        return self._used + size <= self.limit
+
+    def _files(self) -> Iterable[tuple[Path, os.stat_result]]:
+        for path in self.folder.glob(f"*/*/*{_SUFFIX}"):
+            try:
+                yield path, path.stat()
+            except FileNotFoundError:  # another process removed it
+                continue
+
+    def _drop_others(self, wanted: int) -> int:
+        """Remove features of other models, longest unused first, and what crashes left. Returns the bytes gained."""
+        for path in self.folder.glob("*/*/.*.tmp"):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink(missing_ok=True)
+        others = [
+            (found.st_atime, path, found.st_size) for path, found in self._files() if self.model not in path.parts
+        ]
+        gained = 0
+        for _, path, size in sorted(others):
+            if gained >= wanted:
+                break
+            path.unlink(missing_ok=True)
+            gained += size
+        return gained
+
+
+def _crc(tensor: Tensor) -> str:
+    return f"{zlib.crc32(tensor.view(torch.uint8).numpy()):08x}"

@@ -1,0 +1,57 @@
+"""Training on features that the frozen tower computed before, where they are on disk; computed and kept where not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from ivl.data.features import FeatureStore
+from ivl.model.fingerprint import fingerprint
+from ivl.model.internvl import InternVL
+from ivl.types import Batch, UserError
+
+
+def open_store(folder: str, limit: int, model: InternVL, trainer: Trainer) -> FeatureStore:
+    """The store of a run's model. Sets `model.features_projected`. Raises UserError where features would change."""
+    if any(p.requires_grad for p in model.vision_model.parameters()):
+        raise UserError(
+            "--data.feature_cache: the vision encoder trains, so its features change at every step; "
+            "expected model.tune.vision_model frozen, or no feature_cache"
+        )
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise UserError(
+            f"--data.feature_cache: {type(trainer.strategy).__name__} splits the vision encoder, which every process "
+            "must then run at every step; use ddp, or no feature_cache"
+        )
+    model.features_projected = not any(p.requires_grad for p in model.mlp1.parameters())
+    parts = [("vision_model", model.vision_model)] + [("mlp1", model.mlp1)] * model.features_projected
+    tensors = [(f"{name}.{key}", value) for name, part in parts for key, value in part.state_dict().items()]
+    config = model.config
+    settings = (config.select_layer, config.ps_version, config.downsample_ratio, trainer.precision)
+    name = fingerprint([*tensors, (repr(settings), torch.zeros(0))])
+    return FeatureStore(folder, name, limit)
+
+
+@torch.no_grad()
+def with_features(batch: Batch, model: InternVL, store: FeatureStore) -> Batch:
+    """The batch with the features of all its tiles and none of the tiles; those computed here are kept."""
+    if not batch.stored:
+        return batch
+    fresh = None
+    if len(batch.tiles):
+        fresh = model.tower_features(batch.tiles)
+        fresh = model.mlp1(fresh.to(model.dtype)) if model.features_projected else fresh
+    parts, at_found, at_fresh = [], 0, 0
+    for key, tiles, found in batch.stored:
+        if found:
+            parts.append(batch.features[at_found : at_found + tiles])
+            at_found += tiles
+            continue
+        parts.append(fresh[at_fresh : at_fresh + tiles])
+        at_fresh += tiles
+        if key is not None:
+            store.put(key, parts[-1])
+    return replace(batch, features=torch.cat(parts), tiles=batch.tiles[:0], stored=[])
