@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import time
 
 import av
 import numpy as np
@@ -20,6 +21,7 @@ from ivl.data.media import (
     video_info,
 )
 from ivl.types import UserError
+from tests.data.bounds import peak_bytes
 
 RNG = np.random.default_rng(0)
 
@@ -320,8 +322,9 @@ def test_2000_mutated_images():
     ]
     draw = random.Random(0)
     policy = MediaPolicy(max_pixels=4_000_000)
-    good = 0
+    good, before = 0, peak_bytes()
     for i in range(2000):
+        begun = time.process_time()
         data = mutate(seeds[i % len(seeds)], draw)
         try:
             image = load_image(data, policy=policy)
@@ -329,9 +332,11 @@ def test_2000_mutated_images():
             assert len(str(error)) > 20
             continue
         good += 1
+        assert time.process_time() - begun < 5, i
         assert image.mode == "RGB"
         assert image_size(data, policy=policy) == image.size, i
     assert 200 < good < 1800
+    assert peak_bytes() - before < 300e6, "an image has 12 MB at most"
 
 
 @pytest.mark.filterwarnings("ignore")

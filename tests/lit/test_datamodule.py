@@ -1,0 +1,73 @@
+"""The batches of the real loader: the same with any number of workers, and after a restart in the middle."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ivl.data.processor import VideoOptions
+from ivl.lit.datamodule import IvlData
+from tests.lit.rows import write_rows
+from tests.tiny import write_checkpoint
+
+WAYS = {
+    "packed": {"packing": True, "pack_tokens": 700, "pack_tiles": 25},
+    "grouped": {"group_by_length": True, "batch_size": 3},
+    "padded": {"batch_size": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    write_checkpoint(folder / "model")
+    write_rows(folder / "data", 24)
+    frames = [[f"{n % 4}.png"] * 6 for n in range(4)]
+    with (folder / "data/train.jsonl").open("a") as out:  # frames drawn at random, another each epoch
+        out.writelines(json.dumps({"query": "Clip", "response": "moves", "videos": [f]}) + "\n" for f in frames)
+    return folder
+
+
+def loader(base, workers: int, epoch: int = 0, **options):
+    data = IvlData(
+        str(base / "model"),
+        train=str(base / "data/train.jsonl"),
+        num_workers=workers,
+        seed=3,
+        video=VideoOptions(num_segments=2, sample="random"),
+        **options,
+    )
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, log_dir=None, is_global_zero=True)
+    data.setup("fit")
+    made = data.train_dataloader()
+    made.batch_sampler.set_epoch(epoch)
+    return made
+
+
+def shown(batches) -> list[list]:
+    return [[t.tolist() for t in (b.input_ids, b.labels, b.position_ids, b.tiles.sum((1, 2, 3)))] for b in batches]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_batches_with_any_number_of_workers_and_after_a_restart(base, way):
+    whole = {epoch: shown(loader(base, 0, epoch, **WAYS[way])) for epoch in (0, 1)}
+    assert len(whole[0]) > 5 and whole[0] != whole[1]
+    for workers in (1, 4):
+        assert shown(loader(base, workers, 1, **WAYS[way])) == whole[1]
+    before = loader(base, 1, **WAYS[way])
+    before.batch_sampler.set_epoch(1)
+    batches = iter(before)
+    used = shown([next(batches) for _ in range(3)])  # the workers are further on by now
+    before.used = lambda: (1, 3)
+    state = json.loads(json.dumps(before.state_dict()))
+    after = loader(base, 4, **WAYS[way])
+    after.load_state_dict(state)
+    assert used + shown(after) == whole[1]
+
+
+def test_a_row_is_in_one_batch_of_an_epoch(base):
+    batches = list(loader(base, 0, **WAYS["packed"]))
+    assert sum(map(len, batches)) == 28
+    assert all(batch.num_tokens <= 700 and len(batch.tiles) <= 25 for batch in batches)
+    assert torch.cat([batch.tiles_per_row for batch in batches]).sum() == sum(len(batch.tiles) for batch in batches)
