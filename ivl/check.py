@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 
 from ivl.data.dataset import Mixture, Part, Rows
 from ivl.data.facts import read_facts
+from ivl.data.fetch import FetchPolicy
 from ivl.data.index import Index, build_index, joined, reasons
+from ivl.data.media import MediaPolicy
 from ivl.data.processor import Processor, VideoOptions
 from ivl.data.sources import Source, open_sources
 from ivl.types import IGNORE, Example, UserError
@@ -35,6 +37,8 @@ class Data:
 
     train: str | list[str | Source] | None = None
     """Training rows: a file (jsonl, json, a meta file of several), a data set's name, or several."""
+    mixture: list[Source] | None = None
+    """Several sources of training rows, each with its share of an epoch, instead of train."""
     val: str | list[str] | None = None
     """Held-out rows."""
     test: str | list[str] | None = None
@@ -53,6 +57,8 @@ class Data:
     """How videos become frames."""
     exif: bool = True
     """Turn pictures upright as their EXIF block says."""
+    media: MediaPolicy = field(default_factory=MediaPolicy)
+    """Limits of what is opened and fetched."""
     resize: Literal["exact", "fast"] = "exact"
     """How pictures are resized to tiles."""
     compact_boxes: bool = False
@@ -90,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     given = {name: files for name in SPLITS if (files := getattr(args.data, name))}
+    if args.data.mixture:
+        if "train" in given:
+            raise UserError("--data.train and --data.mixture: expected one of them, found both")
+        given = {"train": args.data.mixture} | given
     if not given:
         raise UserError("nothing to check; give --data.train FILE (val, test, predict), or --config FILE")
     checked, unread = [], []
@@ -181,6 +191,7 @@ def _processor(args: Namespace) -> Processor:
         video=VideoOptions(**vars(data.video)),
         exif=data.exif,
         resize=data.resize,
+        policy=MediaPolicy(**vars(data.media) | {"fetch": FetchPolicy(**vars(data.media.fetch))}),
         compact_boxes=data.compact_boxes,
         system_message=data.system_message,
     )

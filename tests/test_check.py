@@ -1,9 +1,12 @@
 """`python -m ivl check` on rows with mistakes: each is found, named by file and line, and nothing else is."""
 
+import inspect
 import json
 import re
+from dataclasses import asdict, is_dataclass
 
 import pytest
+import yaml
 from PIL import Image
 
 from ivl.__main__ import main
@@ -140,6 +143,27 @@ def test_a_config_of_fit(base, tmp_path, capsys):
     config.write_text(text + f"data: {{trian: {train}}}\n")
     assert main(["check", "--config", str(config), *options]) == 2
     assert "data.trian: no such option" in capsys.readouterr().err
+
+
+def test_the_config_that_a_run_left(base, tmp_path, capsys):
+    """Every option of the data module is in it, most of them none of check's; a mixture instead of files."""
+    from ivl.lit.datamodule import IvlData
+
+    train = write(tmp_path / "train.jsonl", GOOD)
+    given = {
+        name: asdict(one.default) if is_dataclass(one.default) else one.default
+        for name, one in inspect.signature(IvlData).parameters.items()
+    }
+    sources = [{"path": train, "name": "a", "ratio": 1.0, "repeat": None}, {"path": train, "name": "b", "ratio": 3.0}]
+    given |= {"pretrained": str(base / "model"), "mixture": sources, "media_root": str(base), "max_length": 205}
+    run = {"seed_everything": 3, "trainer": {"devices": 1}, "ckpt_path": None, "data": given}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run | {"model": {"pretrained": str(base / "model")}}))
+    options = ["--out", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
+    status = main(["check", "--config", str(tmp_path / "config.yaml"), *options])
+    out = capsys.readouterr().out
+    assert status == 0, out
+    assert "| a | 5 | 3 |" in out and "| b | 5 | 7 |" in out
+    assert re.search(r"rows that max_length changes: fewer tiles \d", out), out
 
 
 def test_mistakes_of_the_command_line(base, tmp_path, capsys):

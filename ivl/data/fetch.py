@@ -39,7 +39,9 @@ class FetchPolicy:
     total_timeout: float = 300.0
     """Longest time of one attempt"""
     max_bytes: int = 512 * 1024 * 1024
+    """Largest file that is fetched"""
     max_redirects: int = 5
+    """Most redirections that are followed, each checked like a new address"""
     retries: int = 3
     """Further attempts after a time-out, a broken connection, or the answers 429 and 5xx"""
     backoff: float = 0.5

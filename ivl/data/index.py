@@ -151,16 +151,22 @@ def build_index(
     )
 
 
-def usable(rows: Rows, index: Index, max_bad: float = 0.05, report: str | Path | None = None) -> tuple[Rows, Index]:
+def usable(
+    rows: Rows,
+    index: Index,
+    max_bad: float = 0.05,
+    report: str | Path | None = None,
+    written: bool = False,
+) -> tuple[Rows, Index]:
     """The rows that can be made and their index; each row made later must have these lengths.
 
     Rows that `on_too_long: drop` leaves out are left out. A row with a problem raises where `rows.on_error` is error,
     and is left out where it is skip. `report`: a file that lists what was left out; rows that fail later, when their
-    pictures are decoded, are added to it. Raises UserError where more than a share `max_bad` of rows has problems, or
-    no row is left.
+    pictures are decoded, are added to it. `written`: it is there already, with the rows of several sources.
+    Raises UserError where more than a share `max_bad` of rows has problems, or no row is left.
     """
     bad = index.problems
-    if report is not None:
+    if report is not None and not written:
         write_report(report, index)
     where = f"; all are listed in {report}" if report is not None else ""
     if bad and (rows.on_error == "error" or len(bad) > max_bad * len(rows)):

@@ -57,6 +57,7 @@ class MediaPolicy:
     folder_fps: float = 3.0
     """Frames per second that a folder of frames stands for, where a start, an end or a rate is given"""
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    """Limits of downloads"""
 
 
 _DEFAULT = MediaPolicy()

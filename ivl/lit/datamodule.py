@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from ivl.data.dataset import Mixture, Part, Rows, split
 from ivl.data.features import FeatureStore, bytes_needed
-from ivl.data.index import Index, build_index, joined, usable
+from ivl.data.index import Index, build_index, joined, reasons, usable, write_report
+from ivl.data.media import MediaPolicy
 from ivl.data.pack import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor, VideoOptions
 from ivl.data.sources import Source, open_sources
@@ -97,6 +98,9 @@ class IvlData(LightningDataModule):
         max_bad: Largest share of rows that may be skipped.
         report: File that lists the training rows that were left out, and why.
         video: How videos become frames.
+        media: Limits of what is opened and fetched: pixels, frames, times, sizes, addresses.
+        probe_urls: Fetch media behind URLs before training, so that their sizes are known; otherwise they count with
+            the most tiles they can have, and are fetched when their turn comes.
         resize: exact makes the reference's pixels; fast takes about half the time, and a pixel in some hundreds is a
             level off.
         exif: Turn pictures upright as their EXIF block says; false: as stored, like the reference.
@@ -135,6 +139,8 @@ class IvlData(LightningDataModule):
         max_bad: float = 0.05,
         report: str | None = None,
         video: VideoOptions = VideoOptions(),
+        media: MediaPolicy = MediaPolicy(),
+        probe_urls: bool = False,
         resize: Literal["exact", "fast"] = "exact",
         exif: bool = True,
         compact_boxes: bool = False,
@@ -154,6 +160,7 @@ class IvlData(LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.packing, self.group_by_length = packing, group_by_length
         self.pack_tokens, self.pack_tiles = pack_tokens or max_length, pack_tiles
+        self.probe_urls = probe_urls
         self.on_error, self.max_bad, self.report = on_error, max_bad, report
         self.num_workers = max(0, min(4, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
         self.shuffle, self.seed = shuffle, seed
@@ -165,6 +172,7 @@ class IvlData(LightningDataModule):
             video=video,
             exif=exif,
             resize=resize,
+            policy=media,
             compact_boxes=compact_boxes,
             system_message=system_message,
         )
@@ -227,14 +235,22 @@ class IvlData(LightningDataModule):
             parts = [replace(parts[0], rows=kept)]
         elif self.files["val"]:
             self.rows("val")
-        before, indexes = [_indexed(part) for part in parts], []
+        before, indexes = [_indexed(part, self.probe_urls) for part in parts], []
+        whole = joined(before)
+        if self.report and self.trainer.is_global_zero:
+            write_report(self.report, whole)
         for n, part in enumerate(parts):
-            kept, index = usable(part.rows, before[n], self.max_bad, self.report)
+            kept, index = usable(part.rows, before[n], self.max_bad, self.report, written=True)
             parts[n] = replace(part, rows=kept)
             indexes.append(index)
         mixture, index = Mixture(parts, self.seed), joined(indexes)
-        if changed := joined(before).describe_changes():
-            rank_zero_info(f"rows that max_length changes: {changed} (of {sum(map(len, before))})")
+        if whole.problems:
+            counts = [f"{count:8} {reason}" for reason, count in reasons(whole.problems.values()).most_common(10)]
+            listed = f", listed in {self.report}" if self.report else " (--data.report FILE lists them)"
+            text = f"{len(whole.problems)} of {len(whole)} rows cannot be used and are left out{listed}; by reason:"
+            rank_zero_info("\n".join([text, *counts]))
+        if changed := whole.describe_changes():
+            rank_zero_info(f"rows that max_length changes: {changed} (of {len(whole)})")
         if len(parts) > 1:
             rank_zero_info(mixture.describe())
         self._train = mixture, index
@@ -347,15 +363,15 @@ class IvlData(LightningDataModule):
         )
 
 
-def _looked_through(rows: Rows, name: str) -> Index:
+def _looked_through(rows: Rows, name: str, probe_urls: bool = False) -> Index:
     with tqdm(total=len(rows), desc=f"index {name}", unit="row", disable=None, leave=False) as bar:
-        return build_index(rows, progress=lambda done: bar.update(done - bar.n))
+        return build_index(rows, probe_urls=probe_urls, progress=lambda done: bar.update(done - bar.n))
 
 
-def _indexed(part: Part) -> Index:
+def _indexed(part: Part, probe_urls: bool) -> Index:
     """The lengths of a source's rows; a row without an answer is a problem, since nothing can be learnt from it."""
     rows = part.rows
-    index = _looked_through(rows, part.name)
+    index = _looked_through(rows, part.name, probe_urls)
     silent = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
     if len(silent):
         index = replace(index, records=index.records.copy(), problems=dict(index.problems))

@@ -1,5 +1,6 @@
 """Downloads against a local server that misbehaves in every way; nothing leaves this machine."""
 
+import base64
 import contextlib
 import io
 import ipaddress
@@ -12,11 +13,14 @@ from multiprocessing.pool import ThreadPool
 from typing import ClassVar
 
 import pytest
+import torch
 from PIL import Image
 
 from ivl.data.fetch import FetchPolicy, cached_path, fetch
 from ivl.data.media import MediaPolicy, image_size, load_image, load_video
+from ivl.data.processor import Processor, VideoOptions
 from ivl.types import UserError
+from tests.tiny import write_checkpoint
 
 out = io.BytesIO()
 Image.new("RGB", (30, 20), (250, 0, 0)).save(out, "PNG")
@@ -292,3 +296,38 @@ def test_images_and_videos_by_url(server, policy, tmp_path):
     with pytest.raises(UserError, match=r"expected a video .*, found text"):
         load_video(f"{server}/html", policy=media)
     assert len(load_video(f"{server}/good", 1, policy=media)) == 1
+
+
+def test_rows_name_their_media_in_every_way(server, policy, tmp_path):
+    """The same picture and the same clip, however a row names them: equal examples, equal lengths before pixels."""
+    folder = write_checkpoint(tmp_path / "model")
+    processor = Processor.from_pretrained(
+        folder, max_tiles=4, policy=MediaPolicy(fetch=policy), video=VideoOptions(num_segments=2)
+    )
+    (tmp_path / "good.png").write_bytes(PNG)
+    frames = [Image.new("RGB", (20, 10), (n * 40, 0, 0)) for n in range(6)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=500)
+    (tmp_path / "clip").mkdir()
+    for n, frame in enumerate(frames):
+        frame.save(tmp_path / "clip" / f"{n}.png")
+    uri = "data:image/png;base64," + base64.b64encode(PNG).decode()
+    said = {"role": "assistant", "content": "R"}
+
+    def parts(*before):
+        return {"messages": [{"role": "user", "content": [*before, {"type": "text", "text": "Q"}]}, said]}
+
+    pictures = ["good.png", f"{server}/good", uri, PNG, Image.open(io.BytesIO(PNG))]
+    rows = [{"query": "<image>\nQ", "response": "R", "images": [picture]} for picture in pictures]
+    rows += [{"query": f"<img>{name}</img>\nQ", "response": "R"} for name in ("good.png", f"{server}/good")]
+    rows += [parts({"type": "image_url", "image_url": {"url": url}}) for url in (uri, f"{server}/good")]
+    clips = [{"query": "<video>\nQ", "response": "R", "videos": [source]} for source in ("clip.gif", "clip")]
+    clips += [parts({"type": "video", "video": "clip.gif"}), {"query": "Q", "response": "R", "videos": "clip.gif"}]
+    cut = [row | {"start": 1.0, "end": 2.0} for row in clips[:1]]
+    cut += [{"query": "Q", "response": "R", "videos": [{"path": "clip.gif", "start": 1.0, "end": 2.0}]}]
+    for same in (rows, clips, cut):
+        made = [processor(row, f"f:{n}", tmp_path) for n, row in enumerate(same)]
+        for row, example in zip(same, made):
+            assert example.input_ids.tolist() == made[0].input_ids.tolist(), row
+            assert torch.equal(example.tiles, made[0].tiles), row
+            assert processor.lengths(row, "f:1", tmp_path)[:2] == (len(example), len(example.tiles))
+    assert not torch.equal(processor(clips[0], "", tmp_path).tiles, processor(cut[0], "", tmp_path).tiles)

@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import random
+import sys
 
 import pytest
 
@@ -52,6 +53,12 @@ def test_zst(tmp_path):
     assert [row for _, row in load_rows(path, tmp_path / "cache")] == ROWS
     with pytest.raises(UserError, match="damaged"):
         RowFile(written(tmp_path, "b.jsonl.zst", b"no frame"), tmp_path / "cache")
+
+
+def test_zst_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: zstandard is not installed; pip install"):
+        RowFile(written(tmp_path, "a.jsonl.zst", b"(\xb5/\xfd"), tmp_path / "cache")
 
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path):

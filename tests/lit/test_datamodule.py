@@ -71,3 +71,23 @@ def test_a_row_is_in_one_batch_of_an_epoch(base):
     assert sum(map(len, batches)) == 28
     assert all(batch.num_tokens <= 700 and len(batch.tiles) <= 25 for batch in batches)
     assert torch.cat([batch.tiles_per_row for batch in batches]).sum() == sum(len(batch.tiles) for batch in batches)
+
+
+def test_what_is_left_out_is_counted_and_listed_for_all_sources(base, tmp_path, caplog):
+    bad = [json.dumps({"query": f"q {n}", "response": "r", "images": ["gone.png"]}) + "\n" for n in range(2)]
+    for name in ("a", "b"):
+        good = (base / "data/train.jsonl").read_text()
+        (base / f"data/{name}.jsonl").write_text(good + "".join(bad))
+    options = {"on_error": "skip", "max_bad": 0.2, "report": str(tmp_path / "report.txt")}
+    data = IvlData(
+        str(base / "model"), train=[str(base / "data/a.jsonl"), str(base / "data/b.jsonl")], num_workers=0, **options
+    )
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, log_dir=None, is_global_zero=True)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    text = (tmp_path / "report.txt").read_text()
+    assert text.startswith("# problem: 4 of 60 rows\n#        4 … no such file")
+    assert all(f"{base}/data/{name}.jsonl:{line}: " in text for name in "ab" for line in (29, 30))
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("4 of 60 rows cannot be used and are left out, listed in") for line in said), said
+    assert len(data._train[1]) == 56
