@@ -27,7 +27,7 @@ class Stub:
         if text == "damaged":
             raise UserError(f"{row.where}: a.jpg: a damaged image")
         ids = torch.tensor([int(torch.randint(1000, (), generator=generator))] + [1] * (len(text) - 1))
-        return Example(ids, ids, torch.zeros((max_tiles or 0, 3, 2, 2), dtype=torch.uint8), [], row)
+        return Example(ids, ids, torch.zeros((max_tiles or 0, 3, 2, 2), dtype=torch.uint8), [1] * (max_tiles or 0), row)
 
 
 def write(folder, name, count, **extra):

@@ -1,0 +1,255 @@
+"""Seconds, memory and losses of training steps: ours, and transformers' InternVL with Trainer and peft.
+
+python benchmarks/train_step.py [--size 60m] [--recipe lora] [--steps 12] [--repeats 3] [--profile FILE]
+
+The same random weights (through `ivl export --layout hf`), rows, order, batches of 4, optimizer and LoRA start. Every
+measurement is a process of its own; sides alternate. Rows have 1 to 3 pictures of up to `--max_tiles` tiles each and
+texts of mixed lengths. Pictures are opened and tiled by our processor on both sides, so that the step is compared; a
+warm feature cache is filled by a run before. `--profile`: also a torch profiler summary of one of our steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BATCH, RATE = 4, 1e-3
+LORA = {"rank": 16, "alpha": 32, "dropout": 0.05}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WORDS = "the picture shows a small red thing and a large blue one what is it how many are there read what is written"
+
+
+def write_rows(folder: Path, count: int) -> Path:
+    """`count` rows of pictures and texts of mixed sizes, the same each time."""
+    import numpy as np
+    from PIL import Image
+
+    path = folder / "rows.jsonl"
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    lines = []
+    for n in range(count):
+        images = []
+        for k in range(int(draw.integers(1, 4))):
+            width, height = (int(side) for side in draw.integers(200, 900, 2))
+            small = draw.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
+            Image.fromarray(small).resize((width, height)).save(folder / f"{n}_{k}.jpg")
+            images.append(f"{n}_{k}.jpg")
+        words = WORDS.split()
+        asked, said = (" ".join(draw.choice(words, int(draw.integers(low, high)))) for low, high in ((5, 120), (5, 60)))
+        lines.append(json.dumps({"query": "<image>" * len(images) + asked, "response": said, "images": images}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def same_start(model: torch.nn.Module) -> None:
+    """LoRA weights that depend on the layer's name alone, whoever made the layers."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            layer = ".".join(re.search(r"layers\.(\d+)\.(\w+)\.(\w+)", name).groups())
+            generator = torch.Generator().manual_seed(zlib.crc32(layer.encode()))
+            bound = parameter.shape[1] ** -0.5
+            with torch.no_grad():
+                parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+
+
+def optimizer(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+
+
+def ours(args: argparse.Namespace) -> dict[str, Any]:
+    from lightning.pytorch import Callback, Trainer
+
+    from ivl.lit.datamodule import IvlData
+    from ivl.lit.module import LitInternVL
+    from ivl.lit.schedule import Warmup
+    from ivl.model.tune import LoRA, Tune
+
+    times, losses = [], []
+    lora = LoRA(LORA["rank"], LORA["alpha"], 0.0 if args.no_dropout else LORA["dropout"])
+    tune = Tune("frozen", "frozen", lora) if args.recipe == "lora" else Tune("full", "full", "full")
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, module):
+            same_start(module.model)
+            self.profiler = None
+            times.append(time.perf_counter())
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.append(float(trainer.callback_metrics["train/loss"]))
+            times.append(time.perf_counter())
+            if args.profile and len(times) == 3:
+                self.profiler = torch.profiler.profile(profile_memory=True)
+                self.profiler.start()
+            elif self.profiler is not None:
+                self.profiler.stop()
+                table = self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+                Path(args.profile).write_text(table + "\n")
+                self.profiler = None
+
+    module = LitInternVL(
+        str(args.model),
+        tune,
+        optimizer=optimizer,
+        schedule=lambda o, total_steps: Warmup(o, total_steps, 0, "constant"),
+    )
+    data = IvlData(
+        str(args.model), train=str(args.rows), batch_size=BATCH, max_tiles=args.max_tiles, shuffle=False, num_workers=0,
+        feature_cache=args.cache,
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", max_steps=args.steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[Watch()], use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return {"times": times, "losses": losses}
+
+
+def theirs(args: argparse.Namespace) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+    from transformers import InternVLForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+
+    from ivl.data.dataset import Rows
+    from ivl.data.processor import Processor
+
+    processor = Processor.from_pretrained(args.model, max_tiles=args.max_tiles)
+    model = InternVLForConditionalGeneration.from_pretrained(f"{args.model}-hf", dtype=torch.float32)
+    if args.recipe == "lora":
+        dropout = 0.0 if args.no_dropout else LORA["dropout"]
+        where = rf".*language_model.*\.({'|'.join(TARGETS)})"
+        model = get_peft_model(
+            model, LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], lora_dropout=dropout, target_modules=where)
+        )
+    same_start(model)
+    times, losses = [], []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_log(self, arguments, state, control, logs=None, **_):
+            if "loss" in (logs or {}):
+                losses.append(float(logs["loss"]))
+
+    def collate(examples: list) -> dict[str, torch.Tensor]:
+        batch = processor.collate(examples)
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask.long(),
+            "labels": batch.labels,
+            "pixel_values": processor.pixel_values(batch.tiles),
+        }
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    settings = TrainingArguments(
+        output_dir=str(args.rows.parent / "trainer"), per_device_train_batch_size=BATCH, max_steps=args.steps,
+        logging_steps=1, save_strategy="no", report_to=[], lr_scheduler_type="constant", learning_rate=RATE,
+        max_grad_norm=0.0, use_cpu=True, remove_unused_columns=False, dataloader_num_workers=0, disable_tqdm=True,
+    )  # fmt: skip
+    rows = Rows(args.rows, processor)
+    trained = optimizer([p for p in model.parameters() if p.requires_grad])
+    trainer = InOrder(
+        model, settings, data_collator=collate, train_dataset=rows, callbacks=[Watch()], optimizers=(trained, None)
+    )
+    trainer.train()
+    return {"times": times, "losses": losses}
+
+
+def measure(args: argparse.Namespace, side: str, *more: str) -> dict[str, Any]:
+    """One side in a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--model", str(args.model), "--rows", str(args.rows)]
+    for name in ("recipe", "steps", "max_tiles", "threads"):
+        command += [f"--{name}", str(getattr(args, name))]
+    done = subprocess.run([*command, *more], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{side}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(args: argparse.Namespace) -> None:
+    cache = str(args.rows.parent / f"cache-{args.size}")
+    sides: dict[str, tuple[str, ...]] = {"theirs": ("theirs",), "ours": ("ours",)}
+    if args.recipe == "lora":
+        measure(args, "ours", "--cache", cache)  # fills it
+        sides["ours, features kept"] = ("ours", "--cache", cache)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for _ in range(args.repeats):
+        for name, (side, *more) in sides.items():
+            found[name].append(measure(args, side, *more))
+    curves = [measure(args, side, "--no_dropout")["losses"] for side in ("theirs", "ours")]
+    gap = max(abs(a - b) / abs(a) for a, b in zip(*curves))
+    import peft
+    import transformers
+
+    print(
+        f"\n{args.size}, {args.recipe}, batch {BATCH}, up to {args.max_tiles} tiles, fp32, {args.threads} threads, ",
+        end="",
+    )
+    print(f"{args.steps} steps x {args.repeats}, first left out; torch {torch.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}, peft {peft.__version__}, {platform.machine()}")
+    print("\n| side | samples/s, median | least and most | ratio | peak memory, GB | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    base: tuple[float, float] | None = None
+    for name, runs in found.items():
+        rates = sorted(BATCH / (b - a) for run in runs for a, b in zip(run["times"][1:], run["times"][2:]))
+        rate, memory = statistics.median(rates), statistics.median(run["peak_gb"] for run in runs)
+        base = base or (rate, memory)
+        print(f"| {name} | {rate:.3g} | {rates[0]:.3g} to {rates[-1]:.3g} | {rate / base[0]:.2f} | ", end="")
+        print(f"{memory:.2f} | {memory / base[1]:.2f} |")
+    print(f"\nLosses without dropout differ by at most {gap:.1e}, relative, over {len(curves[0])} steps.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="60m")
+    parser.add_argument("--recipe", choices=("lora", "full"), default="lora")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max_tiles", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/ivl-train-step"))
+    parser.add_argument("--profile", metavar="FILE")
+    for name in ("--side", "--cache"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    for name in ("--model", "--rows"):
+        parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--no_dropout", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        torch.set_num_threads(args.threads)
+        found = {"ours": ours, "theirs": theirs}[args.side](args)
+        print(json.dumps(found | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+        return
+    sys.path.insert(0, str(Path(__file__).parent))
+    from models import write, write_twin
+
+    args.model = write(args.folder / args.size, args.size)
+    write_twin(args.folder / f"{args.size}-hf", args.model)
+    args.rows = write_rows(args.folder / "rows", args.steps * BATCH)
+    if args.profile:
+        measure(args, "ours", "--profile", args.profile)
+    table(args)
+
+
+if __name__ == "__main__":
+    main()
