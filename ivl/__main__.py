@@ -13,6 +13,7 @@ COMMANDS = {
     "test": ("ivl.lit.cli", "the same on the test rows"),
     "predict": ("ivl.lit.cli", "answer rows, one JSON line each       --ckpt_path … --data.predict FILE.jsonl"),
     "check": ("ivl.check", "look for mistakes in data             --config FILE.yaml, or --data.train FILE"),
+    "plan": ("ivl.plan", "memory and time before a weight is read  --config FILE.yaml --device H100-80GB"),
     "export": ("ivl.export", "merge and write a checkpoint          --run RUN --out DIR"),
     "score": ("ivl.eval.score", "score answers by a benchmark's rules  FILE... --task docvqa --html report.html"),
     "models": ("ivl.models", "the models this program knows"),

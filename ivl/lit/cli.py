@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -107,6 +107,18 @@ class IvlCLI(LightningCLI):
         print(text, flush=True)
 
 
+class Reading(IvlCLI):
+    """Reads and checks the options of a command, and makes nothing of them."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    instantiate_classes = after_instantiate_classes = before_instantiate_classes
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
 def scores_table(scores: dict[str, dict[str, float]]) -> str:
     """Held-out scores per kind of row, as text."""
     lines = [f"{'held-out rows':<16}{'rows':>6}{'exact':>9}{'mean IoU':>10}"]
@@ -161,17 +173,31 @@ PURPOSES = {
 }
 
 
+def read(argv: list[str]) -> Namespace:
+    """The options of `fit` in full, its configs merged and its defaults filled in; nothing is made or run."""
+    given = sys.argv
+    try:
+        return _cli(Reading, ["fit", *argv]).config["fit"]
+    finally:
+        sys.argv = given
+
+
 def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
     """Run one of Lightning's commands. Errors are raised: `ivl.__main__` prints them."""
     # Parts that do not train are in eval mode on purpose (ivl.model.tune.apply).
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     IvlCLI.prepare_demo = staticmethod(prepare_demo)
+    _cli(IvlCLI, argv)
+    return 0
+
+
+def _cli(kind: type[IvlCLI], argv: list[str]) -> IvlCLI:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     sys.argv = ["ivl", *run_config(argv)]  # Lightning reads it again when it starts further processes
     common = {"exit_on_error": False}
     usage = "python -m ivl {} --config FILE [--config FILE ...] [--OPTION VALUE ...]"
-    IvlCLI(
+    return kind(
         LitInternVL,
         IvlData,
         seed_everything_default=42,
@@ -187,4 +213,3 @@ def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
         parser_kwargs=common
         | {name: common | {"usage": usage.format(name), "description": text} for name, text in PURPOSES.items()},
     )
-    return 0

@@ -1,0 +1,377 @@
+"""The memory of a training step, before any weight is read.
+
+A shallow copy of the model (its real code, three blocks of each stack, no data: torch's fake tensors) runs a forward
+and a backward while every allocation is counted; what one block adds is multiplied out to the full depth. So whatever
+the code does to memory (a LoRA's dropout, recomputed layers, chunks of logits, autocast's copies) is in the figure.
+
+Not in it: what a kernel allocates inside itself, and how an allocator rounds. The step is simulated with the kernels
+of a CPU; on a GPU fused kernels keep the same tensors, apart from dropout's masks (smaller there).
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ivl.config import Config
+from ivl.model import tune as tuning
+from ivl.model.internvl import InternVL
+from ivl.model.llm import attention_mask, visible
+from ivl.model.loss import token_losses
+from ivl.model.tune import Tune
+from ivl.types import UserError
+
+DEPTH = 3
+"""Blocks of each stack in the simulation: the first may differ, the other two show what one more adds"""
+FP32 = 4
+CONTEXT = 1.0e9
+"""On a GPU: the driver's own, workspaces of libraries, the allocator's slack"""
+QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Bytes of a quantised weight, with its scales"""
+STATES = {"AdamW": 8, "Adam": 8, "SGD": 4, "Adagrad": 4, "RMSprop": 4, "Adafactor": 0.01, "Lion": 4, "8bit": 2}
+"""Bytes an optimizer keeps per trained parameter, by the class's name; 8bit: those with it in their names"""
+
+Strategy = Literal["single", "ddp", "zero2", "fsdp2", "zero3", "layer_split"]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """What one forward of one device is given."""
+
+    rows: int
+    length: int
+    """Tokens of a row, or of a pack"""
+    tiles: int
+    supervised: int
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides memory, beside the shapes."""
+
+    tune: Tune
+    precision: str = "32-true"
+    """Lightning's name"""
+    quantize: Literal["int8", "nf4"] | None = None
+    vision_checkpointing: bool = False
+    language_checkpointing: bool = False
+    attention: str = "sdpa"
+    optimizer: str = "AdamW"
+    accumulate: int = 1
+    strategy: Strategy = "single"
+    devices: int = 1
+    on_gpu: bool = True
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of a part: how many, how many train, and the bytes they are kept in."""
+
+    total: int
+    trainable: int
+    weights: float
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes, beside weights, gradients and optimizer states."""
+
+    forward: float
+    """Most, up to the loss"""
+    backward: float
+    kept: float
+    """What forward leaves for backward"""
+    recomputed: float
+    """Most in backward once what forward kept is gone: the last block computed again, its gradients on the way"""
+    logits: float
+    """Of the above, the logits of a chunk, in the three forms that exist at once"""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on the fullest device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Logits included, at the moment that needs most of all"""
+    logits: float
+    buffers: float
+    """Of the strategy: buckets, gathered blocks; of the optimizer's step; CUDA's own"""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+class Tally(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive among those made under it, views of a model's weights apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes = {p.untyped_storage()._cdata: 0 for p in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = size = storage.nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Count a tensor no longer: it is a gradient now."""
+        self._gone(tensor.untyped_storage()._cdata)
+
+    def mark(self) -> int:
+        """The peak so far; a new one begins."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+class Sketch:
+    """A shallow copy of a model, from which the full one is computed."""
+
+    def __init__(self, config: Config, setup: Setup) -> None:
+        self.config, self.setup = config, setup
+        self.depths = (config.vision.num_hidden_layers, config.llm["num_hidden_layers"])
+        # Where the tower stops early, the same number of blocks is left out of the copy.
+        self.used = config.select_layer % (self.depths[0] + 1)
+        shallow = min(DEPTH, self.used), min(DEPTH, self.depths[1])
+        small = replace(
+            config,
+            vision=replace(config.vision, num_hidden_layers=shallow[0], drop_path_rate=config.vision.drop_path_rate),
+            llm=copy.deepcopy(config.llm) | {"num_hidden_layers": shallow[1]},
+            select_layer=-1,
+        )
+        small.llm.pop("layer_types", None)
+        tune = setup.tune
+        if isinstance(last := tune.vision_model, tuning.Blocks):
+            if not 0 < last.last <= self.used:
+                raise UserError(f"model.tune.vision_model.last: expected 1 to {self.used} blocks, found {last.last}")
+            tune = replace(tune, vision_model=tuning.Blocks(min(last.last, shallow[0])))
+        self.tune = tune
+        self.model = InternVL.from_config(small, _dtype(setup.precision), "meta", setup.attention)
+        with torch.device("meta"):
+            tuning.apply(self.model, _without_pissa(tune))
+        self.model.set_checkpointing(setup.vision_checkpointing, setup.language_checkpointing)
+        self.blocks = (self.model.vision_model.encoder.layers, self.model.language_model.model.layers)
+
+    @property
+    def more(self) -> tuple[int, int]:
+        """Blocks of tower and language model that a full model has beyond the copy, and that are computed."""
+        return self.used - len(self.blocks[0]), self.depths[1] - len(self.blocks[1])
+
+    def parameters(self) -> dict[str, Parameters]:
+        """Per part, of the full model."""
+        found = {part: self._count(part, ()) for part in tuning.PARTS}
+        extra = (self.depths[0] - len(self.blocks[0]), self.more[1])
+        for part, blocks, times in zip(("vision_model", "language_model"), self.blocks, extra):
+            first, last = (self._count(part, tuple(b.named_parameters())) for b in (blocks[0], blocks[-1]))
+            frozen = 0  # blocks that do not train, where only the last do
+            if part == "vision_model" and isinstance(mode := self.setup.tune.vision_model, tuning.Blocks):
+                frozen = self.depths[0] - mode.last - (len(blocks) - min(mode.last, len(blocks)))
+                first = Parameters(last.total, 0, last.total * _dtype(self.setup.precision).itemsize)
+            for each, count in ((last, times - frozen), (first, frozen)):
+                sums = [getattr(found[part], k) + count * v for k, v in asdict(each).items()]
+                found[part] = Parameters(*sums)
+        return found
+
+    def _count(self, part: str, named: tuple) -> Parameters:
+        in_block = bool(named)
+        named = named or [(n, p) for n, p in self.model.named_parameters() if tuning.part_of(n) == part]
+        language = part == "language_model"
+        total = trainable = weights = 0
+        for name, p in named:
+            total += p.numel()
+            trainable += p.numel() * p.requires_grad
+            linear = p.ndim == 2 and not p.requires_grad and (in_block or ".layers." in name)
+            quantized = QUANTIZED.get(self.setup.quantize) if language and linear else None
+            weights += p.numel() * (quantized or p.element_size())
+        return Parameters(total, trainable, weights)
+
+    def block_bytes(self) -> float:
+        """The largest block, in the type it is computed in."""
+        size = 4 if self.setup.precision.startswith("32") else 2
+        return max(sum(p.numel() for p in blocks[-1].parameters()) for blocks in self.blocks) * size
+
+    def activations(self, micro: Micro) -> Activations:
+        """Simulate a forward and a backward."""
+        model = self.model
+        marks: tuple[list[int], list[int]] = ([], [])
+        with FakeTensorMode(), _faked(model):
+            tally = Tally(model)
+            hooks = [
+                block.register_forward_hook(lambda *_, seen=seen: seen.append(tally.live))
+                for blocks, seen in zip(self.blocks, marks)
+                for block in blocks
+            ]
+            trained = [p for p in model.parameters() if p.requires_grad]
+            hooks += [p.register_post_accumulate_grad_hook(lambda p: tally.ignore(p.grad)) for p in trained]
+            with tally, _autocast(self.setup.precision):
+                loss = _forward(model, micro)
+                forward, kept = tally.mark(), tally.live
+                counted = [list(seen) for seen in marks]  # recomputed blocks run their hooks again
+                loss.backward()
+                backward = tally.mark()
+            for hook in hooks:
+                hook.remove()
+        each = [seen[-1] - seen[-2] if len(seen) > 1 else 0 for seen in counted]
+        extra = sum(bytes_ * times for bytes_, times in zip(each, self.more_kept(each)))
+        chunk = min(512, micro.supervised)
+        logits = chunk * self.config.llm["vocab_size"] * (3 * FP32 if self.setup.precision.startswith("32") else 14)
+        return Activations(forward + extra, backward + extra, kept + extra, max(0, backward - kept), logits)
+
+    def more_kept(self, each: list[int]) -> tuple[int, int]:
+        """Of the blocks beyond the copy, how many keep what its last one does."""
+        vision, language = self.more
+        if isinstance(mode := self.setup.tune.vision_model, tuning.Blocks):
+            vision = mode.last - min(mode.last, len(self.blocks[0]))
+        return vision, language
+
+
+def _forward(model: InternVL, micro: Micro) -> Tensor:
+    """`InternVL.forward` and its loss, on shapes: the checks that read values are left out."""
+    size, shape = model.config.image_size, (micro.rows, micro.length)
+    embeds_BTD = model.language_model.get_input_embeddings()(torch.zeros(shape, dtype=torch.long))
+    if micro.tiles:
+        features_NPD = model.tile_features(torch.zeros(micro.tiles, 3, size, size, dtype=torch.uint8))
+        image_BT1 = torch.zeros(*shape, 1, dtype=torch.bool)
+        embeds_BTD = embeds_BTD.masked_scatter(image_BT1, features_NPD.to(embeds_BTD.dtype))
+        del features_NPD
+    hidden_BTD = _hidden(model.language_model, embeds_BTD, micro.packed)
+    del embeds_BTD
+    count = min(micro.supervised, hidden_BTD.shape[0] * hidden_BTD.shape[1])
+    hidden_MD = hidden_BTD.flatten(0, 1)[torch.zeros(count, dtype=torch.long)]
+    del hidden_BTD
+    return token_losses(model.language_model.lm_head, hidden_MD, torch.zeros(count, dtype=torch.long), 512).sum()
+
+
+def _hidden(model: nn.Module, hidden_BTD: Tensor, packed: bool) -> Tensor:
+    """`ivl.model.llm.hidden_states`. Block by block: transformers makes a mask where it cannot read positions."""
+    body, mask = model.model, None
+    positions_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long)
+    if packed:
+        window = getattr(model.config, "sliding_window", None)
+        mask = attention_mask(model, visible(positions_BT, positions_BT, positions_BT, window), hidden_BTD.dtype)
+    elif model.config._attn_implementation == "eager":
+        mask = attention_mask(model, visible(positions_BT, positions_BT, None, None), hidden_BTD.dtype)
+    angles = body.rotary_emb(hidden_BTD, positions_BT)
+    for layer in body.layers:
+        hidden_BTD = layer(
+            hidden_BTD, attention_mask=mask, position_ids=positions_BT, position_embeddings=angles, use_cache=False
+        )
+    return body.norm(hidden_BTD)
+
+
+@contextmanager
+def _faked(model: nn.Module) -> Iterator[None]:
+    """The parameters of a model on the meta device as fake tensors of a CPU, for a while."""
+    kept = []
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                kept.append((module._parameters, name, p))
+                fake = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+    rotary = model.language_model.model.rotary_emb
+    real = {k: v for k, v in vars(rotary).items() if isinstance(v, Tensor)}
+    for name, tensor in real.items():
+        setattr(rotary, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+    try:
+        yield
+    finally:
+        for place, name, p in kept:
+            place[name] = p
+        for name, tensor in real.items():
+            setattr(rotary, name, tensor)
+
+
+def _autocast(precision: str):
+    if precision.startswith("32"):
+        return nullcontext()
+    return torch.autocast("cpu", torch.float16 if precision.startswith("16") else torch.bfloat16)
+
+
+def _dtype(precision: str) -> torch.dtype:
+    """What frozen weights are kept in (`ivl.lit.module`)."""
+    if precision.startswith("32"):
+        return torch.float32
+    return torch.float16 if precision.startswith("16") else torch.bfloat16
+
+
+def _without_pissa(tune: Tune) -> Tune:
+    """The same shapes, started otherwise: pissa needs weights."""
+    modes = {part: getattr(tune, part) for part in tuning.PARTS}
+    return replace(tune, **{k: replace(m, init="default") for k, m in modes.items() if isinstance(m, tuning.LoRA)})
+
+
+def need(sketch: Sketch, micro: Micro) -> Need:
+    """What a step takes on the fullest device, from the second step on."""
+    setup, parts = sketch.setup, sketch.parameters()
+    weights = sum(p.weights for p in parts.values())
+    trained = sum(p.trainable for p in parts.values())
+    gradients, states = trained * FP32, trained * state_bytes(setup.optimizer)
+    found = sketch.activations(micro)
+    n, buffers = setup.devices, CONTEXT if setup.on_gpu else 0.0
+    if setup.strategy == "zero2":
+        # DeepSpeed keeps half-precision weights whole, and a float32 copy of what trains shared out.
+        states = (states + trained * FP32) / n
+        gradients = gradients / n + min(gradients, 1e9)  # a bucket of 5e8 half-precision numbers
+    elif setup.strategy in ("fsdp2", "zero3"):
+        root = sum(parts[p].total for p in ("embeddings", "head")) * 2
+        weights, gradients, states = weights / n, gradients / n, states / n
+        buffers += 2 * sketch.block_bytes() + root if n > 1 else 0
+    elif setup.strategy == "layer_split":
+        block = sketch.block_bytes()
+        outside = sum(parts[p].weights for p in ("embeddings", "head"))
+        weights = (weights - outside) / n + outside / min(n, 2) + block
+        gradients, states = gradients / n, states / n
+    elif setup.strategy == "ddp" and n > 1:
+        buffers += gradients  # buckets
+    share = n if setup.strategy == "layer_split" else 1
+    scaled = [x / share for x in (found.forward, found.backward)]
+    # Lightning frees the gradients of the last step after forward, where they are not being added up.
+    accumulating = setup.accumulate > 1
+    moments = {
+        "forward": (gradients, scaled[0]),
+        "backward": (gradients * accumulating, scaled[1]),
+        "end of backward": (gradients, found.recomputed),
+        # torch's multi-tensor AdamW, the default on a GPU, makes one more copy of all that trains.
+        "optimizer": (gradients, gradients if setup.on_gpu and "8bit" not in setup.optimizer else 0.0),
+    }
+    moment = max(moments, key=lambda name: sum(moments[name]))
+    gradients, activations = moments[moment]
+    return Need(weights, gradients, states, activations, min(found.logits, activations), buffers)
+
+
+def state_bytes(optimizer: str) -> float:
+    """Bytes per trained parameter that an optimizer keeps; of an unknown class, Adam's."""
+    name = optimizer.rpartition(".")[2]
+    if "8bit" in name.lower():
+        return STATES["8bit"]
+    return STATES.get(name, STATES["AdamW"])

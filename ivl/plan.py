@@ -1,0 +1,332 @@
+"""`python -m ivl plan`: what a run will need and take, before a weight is read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ivl import flops
+from ivl.config import Config
+from ivl.devices import DEVICES, Device, find_device
+from ivl.families import config_for, find_model
+from ivl.memory import Micro, Need, Setup, Sketch, need
+from ivl.model import tune as tuning
+from ivl.model.tune import LoRA, Tune
+from ivl.types import UserError
+
+ROW_TILES = 13
+"""Of an image that is cut into twelve, and its thumbnail"""
+SUPERVISED = 0.25
+"""Share of a row's tokens that is learnt from, where no rows are given"""
+FULL = 0.95
+"""How full packs become"""
+
+EPILOG = """
+Options of `fit` are taken as well, so a change can be tried: --model.tune.language_model.rank 64.
+Nothing is downloaded; the checkpoint is a folder, or a released model known by name, whose dimensions are built in.
+Where training rows are named and at hand their lengths are read; else rows of data.max_length are assumed.
+Memory and time are estimates. Against the peak of real training steps on a CPU see benchmarks/plan.md; on GPUs nothing
+has been measured. Exit status 2: the run does not fit --memory (or the memory of --device).
+"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an epoch is made of, and one micro-batch at its largest."""
+
+    largest: Micro
+    work: flops.Work | None
+    """Of an epoch; None: unknown"""
+    batches: float | None
+    """Micro-batches of an epoch, of all devices"""
+    known: str
+    """Where this is from, for people"""
+
+
+def main(argv: list[str]) -> int:
+    """Print a plan. Raises UserError where it does not fit the memory given."""
+    own, rest = _parser().parse_known_args(argv)
+    if own.help:
+        _parser().print_help()
+        return 0
+    from ivl.lit.cli import read  # slow to import
+
+    fit = read(rest)
+    if fit.demo:
+        from ivl.demo import prepare
+
+        prepare(Path(fit.demo))
+    device = _device(own.device)
+    config = checkpoint_config(str(fit.model.pretrained))
+    setup = setup_of(fit, own.devices, device is not None or own.memory is not None or str(fit.trainer.accelerator))
+    rows = rows_of(fit, config, setup)
+    sketch = Sketch(config, setup)
+    found = need(sketch, rows.largest)
+    limit = _bytes(own.memory) if own.memory else device.memory if device else None
+    plan = summary(fit, config, sketch, rows, found, device, own.efficiency)
+    print(json.dumps(plan, indent=2) if own.json else report(plan))
+    if limit is not None and found.total > limit:
+        change = first_fit(config, setup, rows.largest, limit)
+        raise UserError(
+            f"does not fit: about {found.total / 1e9:.1f} GB are needed on a device of {limit / 1e9:.1f} GB; {change}"
+        )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ivl plan",
+        usage="python -m ivl plan --config FILE [--config FILE ...] [--device NAME] [--memory 24GB] [--OPTION]",
+        description="Memory, operations and time of a run, before a weight is read.",
+        epilog=EPILOG,
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this")
+    parser.add_argument("--device", help=f"for its memory and speed: {', '.join(DEVICES)}")
+    parser.add_argument("--devices", type=int, help="how many; default: trainer.devices")
+    parser.add_argument("--memory", help="of one device, such as 24GB or 80GiB")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.4, help="share of the device's rate that is reached, assumed: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _device(name: str | None) -> Device | None:
+    if name is None:
+        return None
+    found = find_device(name)
+    if found is None:
+        raise UserError(f"--device: {name!r} is not known; expected one of {', '.join(DEVICES)}, or give --memory")
+    return found
+
+
+def _bytes(text: str) -> float:
+    """`24GB`, `80GiB` or a number of GB, in bytes."""
+    units = {"GIB": 2**30, "GB": 1e9, "MIB": 2**20, "MB": 1e6, "G": 1e9, "": 1e9}
+    upper = text.upper().replace(" ", "")
+    number = upper.rstrip("GIMB")
+    try:
+        return float(number) * units[upper[len(number) :]]
+    except (ValueError, KeyError):
+        raise UserError(f"--memory: expected a size such as 24GB or 80GiB, found {text!r}") from None
+
+
+def checkpoint_config(pretrained: str) -> Config:
+    """Of a folder, or of a released model's dimensions. Raises UserError for anything else."""
+    if Path(pretrained).is_dir():
+        return Config.load(pretrained)
+    row = find_model(pretrained)
+    if row is None:
+        raise UserError(
+            f"--model.pretrained: {pretrained!r} is neither a folder nor a released model (python -m ivl models)"
+        )
+    return Config.from_dict(config_for(row))
+
+
+# From the options of fit
+
+
+def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> Setup:
+    """What of a fit's options decides memory."""
+    trainer, model = fit.trainer, fit.model
+    count = devices or (trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1)
+    optimizer = getattr(model.optimizer, "class_path", None) or "torch.optim.AdamW"
+    return Setup(
+        tune=Tune.from_dict(_plain(model.tune)),
+        precision=str(trainer.precision or "32-true"),
+        quantize=model.quantize,
+        vision_checkpointing=model.checkpointing.vision_model,
+        language_checkpointing=model.checkpointing.language_model,
+        attention="eager" if model.attention == "eager" else "sdpa",
+        optimizer=optimizer,
+        accumulate=trainer.accumulate_grad_batches,
+        strategy=strategy_of(trainer.strategy, count),
+        devices=count,
+        on_gpu=on_gpu is True or on_gpu not in ("cpu", False),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Namespaces and dataclasses as dicts, what is unset left out."""
+    if hasattr(value, "__dict__"):
+        value = vars(value)
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def strategy_of(strategy: Any, devices: int) -> str:
+    """A strategy of Lightning, as `ivl.memory` knows it."""
+    path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "") or "auto"
+    name = path.rpartition(".")[2].lower()
+    if "deepspeed" in name:
+        stage = getattr(getattr(strategy, "init_args", None), "stage", None)
+        return "zero3" if "3" in name or stage == 3 else "zero2"
+    if "fsdp" in name or "modelparallel" in name:
+        return "fsdp2"
+    return "ddp" if devices > 1 else "single"
+
+
+def rows_of(fit: Any, config: Config, setup: Setup) -> Rows:
+    """What is trained on: the rows named, where they are at hand, else rows of the greatest length."""
+    data = fit.data
+    length = data.pack_tokens or data.max_length if data.packing else data.max_length
+    files = [data.train] if isinstance(data.train, str) else data.train or []
+    if files and not data.mixture and all(Path(f).is_file() for f in files) and Path(fit.model.pretrained).is_dir():
+        return _read_rows(fit, length)
+    tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail
+    most = max(0, length - 64) // config.tokens_per_tile
+    rows = 1 if data.packing else data.batch_size
+    tiles = min(data.pack_tiles or most, most) if data.packing else rows * min(tiles, most)
+    supervised = max(1, int(SUPERVISED * rows * max(length - tiles // rows * config.tokens_per_tile, length // 4)))
+    micro = Micro(rows, length, tiles, supervised, data.packing)
+    return Rows(micro, None, None, f"assumed: rows of {length} tokens, the tiles that they can hold")
+
+
+def _read_rows(fit: Any, length: int) -> Rows:
+    from ivl.data.processor import VideoOptions
+    from ivl.lit.datamodule import IvlData
+
+    options = {k: v for k, v in vars(fit.data).items() if k != "pretrained"}
+    options["video"] = VideoOptions(**_plain(options["video"]))
+    module = IvlData(str(fit.model.pretrained), **options)
+    module.setup("fit")
+    _, index = module._train
+    tokens, tiles, supervised = (int(x.sum()) for x in (index.tokens, index.tiles, index.supervised))
+    longest, count = int(index.tokens.max()), len(index)
+    if fit.data.packing:
+        batches = max(1, math.ceil(tokens / (FULL * length)))
+        most = fit.data.pack_tiles or math.ceil(length * tiles / tokens)
+        micro = Micro(1, length, most, max(1, math.ceil(length * supervised / tokens)), True)
+        work = flops.Work(tiles, batches * length, batches * length**2, supervised)
+    else:
+        rows = min(fit.data.batch_size, count)
+        batches = math.ceil(count / rows)
+        most = int(sorted(index.tiles.tolist())[-rows:][0]) * rows if tiles else 0
+        micro = Micro(rows, longest, max(most, int(index.tiles.max())), max(1, math.ceil(rows * supervised / count)))
+        work = flops.Work(tiles, batches * rows * longest, batches * rows * longest**2, supervised)
+    return Rows(micro, work, batches, f"read: {count} rows, {tokens} tokens, {tiles} tiles")
+
+
+# The plan
+
+
+def summary(
+    fit: Any, config: Config, sketch: Sketch, rows: Rows, found: Need, device: Device | None, efficiency: float
+) -> dict[str, Any]:
+    """The plan, as JSON takes it. Bytes, operations, seconds."""
+    setup, micro = sketch.setup, rows.largest
+    parts = {part: {"parameters": p.total, "trainable": p.trainable} for part, p in sketch.parameters().items()}
+    length = micro.rows * micro.length
+    one = flops.Work(micro.tiles, length, micro.rows * micro.length**2, micro.supervised)
+    trained = tuning.described(setup.tune)
+    again = flops.Recomputed(
+        setup.vision_checkpointing, setup.language_checkpointing, scores=setup.attention != "eager"
+    )
+    done = flops.training_flops(config, trained, one, again).total
+    asked = flops.training_flops(config, trained, one, flops.NOTHING).total
+    times = setup.accumulate * (1 if setup.strategy == "layer_split" else setup.devices)
+    plan: dict[str, Any] = {
+        "pretrained": str(fit.model.pretrained),
+        "parts": parts,
+        "strategy": setup.strategy,
+        "devices": setup.devices,
+        "precision": setup.precision,
+        "batch": asdict(micro) | {"accumulate": setup.accumulate},
+        "rows": rows.known,
+        "memory": asdict(found) | {"total": found.total},
+        "flops_per_step": {"model": asked * times, "computed": done * times},
+        "tokens_per_step": length * times,
+        "estimated": True,
+    }
+    if rows.work is not None:
+        plan["epoch"] = {
+            "steps": math.ceil(rows.batches / times),
+            "tokens": rows.work.tokens,
+            "flops": flops.training_flops(config, trained, rows.work, again).total,
+        }
+    if device is not None:
+        working = 1 if setup.strategy == "layer_split" else setup.devices
+        rate = device.flops * efficiency * working
+        plan["device"] = {"name": device.name, "efficiency_assumed": efficiency, "step_seconds": done * times / rate}
+        if rows.work is not None:
+            plan["device"]["epoch_seconds"] = plan["epoch"]["flops"] / rate
+    return plan
+
+
+def report(plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    lines = [f"{plan['pretrained']}: {plan['strategy']} on {plan['devices']}, {plan['precision']}", ""]
+    lines.append(f"{'part':<16}{'parameters':>16}{'trainable':>16}")
+    lines += [f"{k:<16}{v['parameters']:>16,}{v['trainable']:>16,}" for k, v in plan["parts"].items()]
+    sums = [sum(v[k] for v in plan["parts"].values()) for k in ("parameters", "trainable")]
+    lines += [f"{'all':<16}{sums[0]:>16,}{sums[1]:>16,}", ""]
+    batch, memory = plan["batch"], plan["memory"]
+    kind = "packed" if batch["packed"] else "padded"
+    lines.append(
+        f"largest batch: {batch['rows']} x {batch['length']} tokens ({kind}), {batch['tiles']} tiles, "
+        f"{batch['supervised']} supervised; {batch['accumulate']} per step ({plan['rows']})"
+    )
+    lines.append("memory of one device, estimated, GB:")
+    names = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
+    lines += [f"  {name:<14}{memory[name] / 1e9:>9.2f}" for name in names]
+    lines.append(f"  logits are {memory['logits'] / 1e9:.2f} of the activations, whatever the length")
+    work = plan["flops_per_step"]
+    lines.append(
+        f"\na step: {plan['tokens_per_step']:,} tokens at most, {work['model'] / 1e12:.2f} TFLOP of the model, "
+        f"{work['computed'] / 1e12:.2f} with what is computed again"
+    )
+    if epoch := plan.get("epoch"):
+        lines.append(f"an epoch: about {epoch['steps']:,} steps, {epoch['tokens']:,} tokens, padding included")
+    if device := plan.get("device"):
+        seconds = f"{device['step_seconds']:.3g} s a step"
+        if "epoch_seconds" in device:
+            seconds += f", {device['epoch_seconds'] / 3600:.3g} h an epoch"
+        lines.append(f"{device['name']}, {100 * device['efficiency_assumed']:.0f} % of its rate assumed: {seconds}")
+    return "\n".join(lines)
+
+
+def first_fit(config: Config, setup: Setup, micro: Micro, limit: float) -> str:
+    """The first of the usual changes, one upon another, that fits."""
+    made: list[str] = []
+    for text, tried, batch in changes(config, setup, micro):
+        made.append(text)
+        if need(Sketch(config, tried), batch).total <= limit:
+            return "it would fit with " + ", ".join(made)
+    return "no usual change makes it fit: take a larger device, or more of them with sharding"
+
+
+def changes(config: Config, setup: Setup, micro: Micro) -> Iterator[tuple[str, Setup, Micro]]:
+    """Each with those before it: what costs least first."""
+    if not setup.language_checkpointing:
+        setup = replace(setup, language_checkpointing=True)
+        yield "--model.checkpointing.language_model true", setup, micro
+    if not setup.vision_checkpointing and setup.tune.vision_model != "frozen":
+        setup = replace(setup, vision_checkpointing=True)
+        yield "--model.checkpointing.vision_model true", setup, micro
+    if micro.rows > 1:
+        rows = micro.rows
+        micro = Micro(1, micro.length, math.ceil(micro.tiles / rows), math.ceil(micro.supervised / rows))
+        setup = replace(setup, accumulate=setup.accumulate * rows)
+        yield f"--data.batch_size 1 --trainer.accumulate_grad_batches {setup.accumulate}", setup, micro
+    if setup.precision.startswith("32") and setup.on_gpu:
+        setup = replace(setup, precision="bf16-mixed")
+        yield "--trainer.precision bf16-mixed", setup, micro
+    if setup.devices > 1 and setup.strategy in ("single", "ddp"):
+        setup = replace(setup, strategy="fsdp2")
+        yield "--config configs/strategy/fsdp2.yaml", setup, micro
+    if any(mode == "full" for mode in (setup.tune.language_model, setup.tune.vision_model)):
+        setup = replace(setup, tune=Tune(language_model=LoRA(rank=16)))
+        yield "--config configs/tune/lora.yaml", setup, micro
+    if micro.tiles > 7:
+        micro = replace(micro, tiles=7)
+        yield "--data.max_tiles 6", setup, micro
+    if setup.quantize is None and isinstance(setup.tune.language_model, LoRA) and setup.on_gpu:
+        setup = replace(setup, quantize="nf4")
+        yield "--config configs/tune/qlora.yaml", setup, micro
