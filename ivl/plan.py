@@ -54,6 +54,11 @@ def main(argv: list[str]) -> int:
     if own.help:
         _parser().print_help()
         return 0
+    if own.headers:
+        from ivl.recipes import rewrite
+
+        rewrite(Path(own.headers))
+        return 0
     from ivl.lit.cli import read  # slow to import
 
     fit = read(rest)
@@ -95,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--efficiency", type=float, default=0.4, help="share of the device's rate that is reached, assumed: %(default)s"
     )
+    parser.add_argument("--headers", metavar="FOLDER", help="instead: write the memory into the configs in this folder")
     parser.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -168,7 +174,7 @@ def strategy_of(strategy: Any, devices: int) -> str:
     if "deepspeed" in name:
         stage = getattr(getattr(strategy, "init_args", None), "stage", None)
         return "zero3" if "3" in name or stage == 3 else "zero2"
-    if "fsdp" in name or "modelparallel" in name:
+    if any(kind in name for kind in ("fsdp", "modelparallel", "sharded")):
         return "fsdp2"
     return "ddp" if devices > 1 else "single"
 

@@ -113,7 +113,7 @@ class Reading(IvlCLI):
     def before_instantiate_classes(self) -> None:
         pass
 
-    instantiate_classes = after_instantiate_classes = before_instantiate_classes
+    instantiate_classes = after_instantiate_classes = _set_seed = before_instantiate_classes
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass

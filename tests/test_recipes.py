@@ -1,0 +1,40 @@
+"""The numbers on top of the configs are those that the present code computes."""
+
+from pathlib import Path
+
+import pytest
+
+from ivl.families import MODELS, find_model
+from ivl.model.tune import LoRA
+from ivl.models import config_of, memory
+from ivl.recipes import RECIPES, body, gigabytes, header, recipes
+
+REPO = Path(__file__).resolve().parents[1]
+DOCUMENT = [row for row in MODELS if row.in_document]
+FAST = ("internvl2-2b", "internvl-chat-v1_5-int8")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, marks=() if r.name in FAST else pytest.mark.slow, id=r.name) for r in DOCUMENT],
+)
+def test_a_header_is_up_to_date(row):
+    """Else: python -m ivl plan --headers configs"""
+    path = REPO / config_of(row)
+    text = path.read_text(encoding="utf-8")
+    assert text == header(path) + body(text)
+
+
+def test_a_recipe_needs_its_files(tmp_path):
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune/qlora.yaml").write_text("")
+    assert [r.stacked for r in recipes(find_model("internvl2-2b"), tmp_path)] == [(), ("tune/qlora.yaml",)]
+    assert [r.stacked for r in recipes(find_model("internvl-chat-v1_5-int8"), tmp_path)] == [()]
+
+
+@pytest.mark.parametrize("name", ["internvl2-1b", "internvl2-8b"])
+def test_the_table_of_models_agrees(name: str):
+    """`python -m ivl models` has no time to simulate; its closed form is held to the simulation."""
+    row = find_model(name)
+    simulated = gigabytes(row, RECIPES[0], LoRA(rank=8, alpha=32, dropout=0.05))
+    assert memory(row).lora / 1e9 == pytest.approx(simulated, rel=0.15)
