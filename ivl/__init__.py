@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ivl.chat import Chat
     from ivl.data.processor import Processor
     from ivl.model.internvl import InternVL
     from ivl.types import Batch, Conversation, Example, Media, Message, UserError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Chat": "ivl.chat",
     "InternVL": "ivl.model.internvl",
     "Processor": "ivl.data.processor",
     "Batch": "ivl.types",
@@ -22,7 +24,7 @@ _HOMES = {
     "Message": "ivl.types",
     "UserError": "ivl.types",
 }
-__all__ = ["Batch", "Conversation", "Example", "InternVL", "Media", "Message", "Processor", "UserError"]
+__all__ = ["Batch", "Chat", "Conversation", "Example", "InternVL", "Media", "Message", "Processor", "UserError"]
 
 
 def __getattr__(name: str):

@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": ("ivl.lit.cli", "loss and scores on held-out rows      --ckpt_path RUN/checkpoints/last.ckpt"),
     "test": ("ivl.lit.cli", "the same on the test rows"),
     "predict": ("ivl.lit.cli", "answer rows, one JSON line each       --ckpt_path … --data.predict FILE.jsonl"),
+    "chat": ("ivl.terminal", "talk to a model                       --model internvl2-2b"),
     "check": ("ivl.check", "look for mistakes in data             --config FILE.yaml, or --data.train FILE"),
     "plan": ("ivl.plan", "memory and time before a weight is read  --config FILE.yaml --device H100-80GB"),
     "export": ("ivl.export", "merge and write a checkpoint          --run RUN --out DIR"),

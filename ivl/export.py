@@ -8,7 +8,6 @@ DIR holds `export_report.json` with every check of `ivl.verify`. Nothing is left
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from ivl.hub import resolve
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.checkpoint import Checkpoint
+from ivl.model.devices import parse_size
 from ivl.model.internvl import InternVL
 from ivl.model.tune import PARTS, LoRA, Tune
 from ivl.model.weights import save_weights
@@ -68,7 +68,10 @@ class Trained:
 
     def model(self, folder: Path, dtype: str, device: str) -> InternVL:
         """The base with what was trained, not yet merged, in eval mode."""
-        model = InternVL.from_pretrained(folder, dtype=dtype, device=device)
+        return self.onto(InternVL.from_pretrained(folder, dtype=dtype, device=device))
+
+    def onto(self, model: InternVL) -> InternVL:
+        """Add what was trained to the base's model, not merged, in eval mode."""
         if self.adapter is not None:
             adapting.load_adapter(model, self.adapter)
         elif self.state is not None:
@@ -107,7 +110,7 @@ def export(
     Raises:
         UserError: for what a person can mend; nothing is left behind then.
     """
-    shard_bytes = parse_size(max_shard_size)
+    shard_bytes = parse_size(max_shard_size, "max_shard_size")
     target = Path(out)
     trained = _trained(run, adapter, base)
     if adapter_only and (trained.tune is None or not trained.lora_parts):
@@ -331,15 +334,6 @@ def beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def parse_size(text: str) -> int:
-    """`5GB` → bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if size < 1:
-        raise UserError(f"--max_shard_size: expected a size such as 5GB or 800MB, found {text!r}")
-    return size
 
 
 def main(argv: list[str]) -> int:

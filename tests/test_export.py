@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import ivl.export as exporting
 from ivl.data.processor import Processor
-from ivl.export import export, main, parse_size
+from ivl.export import export, main
 from ivl.model import peft_adapter as adapter
 from ivl.model import tune
 from ivl.model.internvl import InternVL
@@ -301,11 +301,6 @@ def test_a_run_of_another_base(base, tmp_path):
     (tmp_path / "run/checkpoints/last.ckpt").mkdir(parents=True)
     with pytest.raises(UserError, match="a checkpoint in pieces, one per process"):
         export(str(tmp_path / "out"), run=str(tmp_path / "run"))
-
-
-def test_sizes():
-    sizes = [parse_size(text) for text in ("5GB", "800 MB", "1.5kb", "2GiB", "7")]
-    assert sizes == [5 * 10**9, 8 * 10**8, 1500, 2 * 2**30, 7]
 
 
 def test_the_probe_sees_every_part(base):

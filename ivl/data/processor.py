@@ -64,6 +64,24 @@ class Lengths(NamedTuple):
     """What was done to make the row fit, as `ivl.data.limits.changes` has it"""
 
 
+class Opened:
+    """What is known of the media of a conversation that goes on, so that each of them is opened once."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[int, tuple[Media, Shape]] = {}
+        self._pixels: dict[tuple[int, int], Tensor] = {}
+
+    def shape(self, find: Callable[[Media, bool], Shape], medium: Media, probe_urls: bool) -> Shape:
+        if id(medium) not in self._shapes:
+            self._shapes[id(medium)] = medium, find(medium, probe_urls)  # held, so that the id stays its own
+        return self._shapes[id(medium)][1]
+
+    def pixels(self, medium: Media, limit: int, cut: Callable[[], Tensor]) -> Tensor:
+        if (id(medium), limit) not in self._pixels:
+            self._pixels[id(medium), limit] = cut()
+        return self._pixels[id(medium), limit]
+
+
 class Processor:
     """Rows → examples and batches; token ids → answers. Picklable."""
 
@@ -183,15 +201,18 @@ class Processor:
         root: str | Path | None = None,
         max_tiles: int | None = None,
         generator: torch.Generator | None = None,
+        opened: Opened | None = None,
     ) -> Example:
         """A row (or a Conversation) → Example. A row without an answer ends where the assistant's begins.
 
         `where`, `root`: as in `ivl.data.formats.parse`. `max_tiles`: this row's own limit. `generator` draws the
-        frames where `video.sample` is random. Raises UserError that begins with the row's `where`.
+        frames where `video.sample` is random. `opened`: media of earlier calls, not opened again.
+        Raises UserError that begins with the row's `where`.
         """
         conversation = self.parse(row, where, root)
         with _naming(conversation):
-            plan = self._plan(conversation, max_tiles)
+            opened = opened or Opened()
+            plan = self._plan(conversation, max_tiles, opened=opened)
             S = self.config.image_size
             pixels, stored = [], None if self.features is None else []
             for medium, limit, counts in zip(plan.conversation.media, plan.limits, plan.tiles, strict=True):
@@ -200,7 +221,8 @@ class Processor:
                 key = self._feature_key(medium, limit)
                 found = self.features.get(key, sum(counts)) if key else None
                 if found is None:
-                    pixels.append(self._pixels(medium, limit, counts, generator))
+                    cut = partial(self._pixels, medium, limit, counts, generator)
+                    pixels.append(opened.pixels(medium, limit, cut))
                 if stored is not None:
                     stored.append((key, sum(counts), found))
         return Example(
@@ -270,14 +292,21 @@ class Processor:
 
     # From a conversation to what will be encoded
 
-    def _plan(self, conversation: Conversation, max_tiles: int | None = None, probe_urls: bool = True) -> Plan:
+    def _plan(
+        self,
+        conversation: Conversation,
+        max_tiles: int | None = None,
+        probe_urls: bool = True,
+        opened: Opened | None = None,
+    ) -> Plan:
         self._check_abilities(conversation)
         limit = self.max_tiles if max_tiles is None else max_tiles
         if self.share_tiles:
             images = sum(medium.kind == "image" for medium in conversation.media)
             limit = max(1, limit // max(1, images))
         most = [limit if medium.kind == "image" else self.video.max_tiles for medium in conversation.media]
-        plan = self._encode(conversation, [self._shape(m, probe_urls) for m in conversation.media], most)
+        shape = self._shape if opened is None else partial(opened.shape, self._shape)
+        plan = self._encode(conversation, [shape(m, probe_urls) for m in conversation.media], most)
         training = conversation.messages[-1].role == "assistant"
         if self.max_length is not None and len(plan.ids) > self.max_length:
             plan = self._shortened(plan, training)

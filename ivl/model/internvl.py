@@ -9,6 +9,7 @@ D width of the language model, V vocabulary, M supervised tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ivl.config import Config
+from ivl.model import devices as splitting
 from ivl.model import generate as decoding
 from ivl.model import quant
 from ivl.model.checkpoint import Checkpoint
@@ -111,24 +113,40 @@ class InternVL(nn.Module):
         device: str | torch.device = "cpu",
         attention: AttentionKernel = "auto",
         quantize: Quantize | None = None,
+        devices: int | Sequence[str] | None = None,
+        device_max_memory: Sequence[str] | None = None,
+        device_map: str | Path | Mapping[str, str | int] | None = None,
+        training: bool = False,
     ) -> InternVL:
         """A released checkpoint, in eval mode: a folder, or a name that `ivl.hub` finds.
 
         `quantize`: 8 or 4 bits for the linear layers of the language model's blocks. A checkpoint that is stored in 8
-        bits stays so, and computes in bfloat16.
+        bits stays so, and computes in bfloat16. float32 is taken, with a warning, where the device has no `dtype`.
+        `devices`, `device_max_memory`, `device_map`: the model is split over several devices, and `device` does not
+        count; see `ivl.model.devices.choose`. `training`: room for what training keeps, and nothing offloaded.
         Raises UserError where files are missing or broken, or a tensor is missing, unexpected or of another shape.
         """
         from ivl.hub import resolve
 
         checkpoint = Checkpoint.open(resolve(name_or_path))
-        dtype = quant.compute_dtype(checkpoint.files, as_dtype(dtype), quantize)
+        config, files = checkpoint.config, checkpoint.files
+        dtype = quant.compute_dtype(files, as_dtype(dtype), quantize)
+        placement = None
+        if any(option is not None for option in (devices, device_max_memory, device_map)):
+            sized = cls.from_config(config, dtype, "meta")
+            bits = quant.bits(sized, files, quantize)
+            placement = splitting.choose(sized, devices, device_max_memory, device_map, bits, training)
+            device = placement.main
+        dtype = splitting.supported_dtype(dtype, device)
         kernel = choose_kernel(attention, device, dtype)
-        model = cls.from_config(checkpoint.config, dtype, "meta", kernel, checkpoint.image_token_id)
+        model = cls.from_config(config, dtype, "meta", kernel, checkpoint.image_token_id)
         model.eos_ids = checkpoint.eos_ids
-        if quantize or quant.is_int8(checkpoint.files):
-            quant.load_quantized(model, checkpoint.files, device, quantize)
+        if quantize or quant.is_int8(files):
+            quant.load_quantized(model, files, placement or device, quantize)
         else:
-            load_weights(model, checkpoint.files, device)
+            load_weights(model, files, placement or device)
+        if placement:
+            splitting.dispatch(model, placement)
         return model
 
     @property

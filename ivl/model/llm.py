@@ -43,8 +43,10 @@ def choose_kernel(kernel: AttentionKernel, device: torch.device | str, dtype: to
     installed = find_spec("flash_attn") is not None
     half = dtype in (torch.float16, torch.bfloat16)
     on_gpu = torch.device(device).type == "cuda"
+    # flash-attn 2 has no kernels for GPUs before compute capability 8.
+    old = on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
     if kernel == "auto":
-        return "flash_attention_2" if installed and half and on_gpu else "sdpa"
+        return "flash_attention_2" if installed and half and on_gpu and not old else "sdpa"
     if kernel == "flash_attention_2" and not installed:
         raise UserError(
             "attention: flash_attention_2 needs the package flash-attn, which is not installed; "

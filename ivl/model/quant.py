@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ivl.model.layouts import groups, layout_of
-from ivl.model.weights import Files, check, place, tie
+from ivl.model.weights import Files, Where, check, device_of, place, tie
 from ivl.types import UserError
 
 Quantize = Literal["int8", "nf4"]
@@ -46,15 +46,14 @@ def compute_dtype(files: Files, dtype: torch.dtype, quantize: str | None) -> tor
     return torch.bfloat16
 
 
-def load_quantized(model: nn.Module, files: Files, device: torch.device | str, quantize: Quantize | None) -> None:
+def load_quantized(model: nn.Module, files: Files, device: Where, quantize: Quantize | None) -> None:
     """As `ivl.model.weights.load_weights`, for a model on the meta device; `quantize` None: as the files have it."""
     bnb = _bitsandbytes()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    stored = _scaled(model, files, list(linears)) if is_int8(files) else []
-    also = {f"{name}.{SCALES}": torch.empty(linears[name].out_features, device="meta") for name in stored}
-    chosen = set(stored) or {name for name in linears if name.startswith("language_model.model.")}
+    stored, chosen = is_int8(files), bits(model, files, quantize).keys()
+    scales = {f"{name}.{SCALES}": torch.empty(linears[name].out_features, device="meta") for name in chosen if stored}
     waiting: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in files.read(check(model, _without_formats(files), also), model.config):
+    for name, tensor in files.read(check(model, _without_formats(files), scales), model.config):
         owner, _, leaf = name.rpartition(".")
         if owner not in chosen or leaf == "bias":
             place(model, name, tensor, device)
@@ -63,12 +62,25 @@ def load_quantized(model: nn.Module, files: Files, device: torch.device | str, q
         parts[leaf] = tensor
         if not stored:
             weight = waiting.pop(owner)["weight"].to(model.dtype)
-            _swap(model, owner, _of_float(bnb, linears[owner], weight, device, quantize))
+            _swap(model, owner, _of_float(bnb, linears[owner], weight, device_of(name, device), quantize))
         elif len(parts) == 2:
-            _swap(model, owner, _of_int8(bnb, linears[owner], **waiting.pop(owner), device=device))
-    model.is_loaded_in_8bit = bool(stored) or quantize == "int8"  # peft asks
+            parts = waiting.pop(owner)
+            _swap(model, owner, _of_int8(bnb, linears[owner], **parts, device=device_of(name, device)))
+    model.is_loaded_in_8bit = stored or quantize == "int8"  # peft asks
     model.is_loaded_in_4bit = quantize == "nf4"
     tie(model)
+
+
+def bits(model: nn.Module, files: Files, quantize: Quantize | None) -> dict[str, float]:
+    """The linear layers that will be quantised, and how many bits each of their weights takes. None: an empty dict."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if is_int8(files):
+        return dict.fromkeys(_scaled(model, files, linears), 8.0)
+    if quantize is None:
+        return {}
+    # nf4: a scale in float32 for 64 weights.
+    each = {"int8": 8.0, "nf4": 4.5}[quantize]
+    return {name: each for name in linears if name.startswith("language_model.model.")}
 
 
 def _bitsandbytes() -> Any:

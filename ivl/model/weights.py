@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from ivl.config import Config, read_json
 from ivl.model.layouts import Group, groups, layout_of, to_stored
 from ivl.types import UserError
+
+Where = torch.device | str | Callable[[str], torch.device | str]
+"""One device for all tensors, or what tells the device of a tensor's name"""
 
 
 @dataclass
@@ -74,7 +77,7 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path}: not a readable safetensors file ({error}); is the download complete?") from error
 
 
-def load_weights(model: nn.Module, files: Files, device: torch.device | str) -> None:
+def load_weights(model: nn.Module, files: Files, device: Where) -> None:
     """Put a checkpoint's weights into a model (on the meta device, or not), in the dtypes of the model's parameters.
 
     One tensor at a time, so memory peaks at the model and one file. Raises UserError, before any work, that lists
@@ -132,13 +135,17 @@ def tie(model: nn.Module) -> None:
         language_model.lm_head.weight = language_model.get_input_embeddings().weight
 
 
-def place(model: nn.Module, name: str, tensor: Tensor, device: torch.device | str) -> None:
+def device_of(name: str, where: Where) -> torch.device | str:
+    return where(name) if callable(where) else where
+
+
+def place(model: nn.Module, name: str, tensor: Tensor, device: Where) -> None:
     """Make `tensor` the parameter `name`, in that parameter's dtype and with its requires_grad."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     old = getattr(module, leaf)
     # A copy even where nothing changes: what safetensors gives is a window into a file that may be replaced.
-    own = torch.empty(tensor.shape, dtype=old.dtype, device=device).copy_(tensor)
+    own = torch.empty(tensor.shape, dtype=old.dtype, device=device_of(name, device)).copy_(tensor)
     setattr(module, leaf, nn.Parameter(own, requires_grad=old.requires_grad))
 
 

@@ -1,0 +1,220 @@
+"""A conversation with a model, turn by turn: `Chat`, and the reference document's `inference` and `inference_stream`.
+
+The whole conversation is written down by the template at every turn, and what begins as before is not read again
+(`ivl.model.turns`): an answer is that of a fresh prompt, at the price of the new tokens.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ivl.data.processor import Opened, Processor
+from ivl.model.generate import Choice
+from ivl.model.internvl import InternVL
+from ivl.model.turns import Turns
+from ivl.types import Conversation, Message, UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are made."""
+
+    max_new_tokens: int = 1024
+    """The longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 is greedy; above, tokens are sampled."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together have this probability."""
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that already occurred in the answer become less likely."""
+    seed: int = 0
+    """Of the sampling, begun anew for each answer."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
+        self.choice()
+
+    def choice(self) -> Choice:
+        return Choice(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
+
+
+class Chat:
+    """A conversation. `ask` returns an answer, `stream` its text as it is made; both take it into the history.
+
+    An answer that is stopped (`stream` closed, or interrupted) stays in the history as far as it came, and a turn
+    that fails leaves no trace.
+    """
+
+    def __init__(
+        self,
+        model: InternVL,
+        processor: Processor,
+        system: str | None = None,
+        settings: Settings | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """`system`: instead of the checkpoint's system message. `max_length`: tokens a conversation may have with its
+        last question, instead of the model's context."""
+        self.model = model
+        self.processor = processor
+        self.system = system
+        self.settings = settings or Settings()
+        context = model.language_model.config.max_position_embeddings
+        self.max_length = context if max_length is None else min(max_length, context)
+        self.context = context
+        self.notes: list[str] = []
+        """What the processor changed to make the last question fit"""
+        self.turns = Turns(model)
+        """What the model has read"""
+        self._messages: tuple[Message, ...] = ()
+        self._opened = Opened()
+
+    @property
+    def history(self) -> list[list[str]]:
+        """[question, answer] of each turn; media as their marks."""
+        texts = [message.text for message in self._messages]
+        return [list(pair) for pair in zip(texts[::2], texts[1::2])]
+
+    def clear(self) -> None:
+        """Start anew, with the same system message."""
+        self._messages = ()
+        self._opened = Opened()
+        self.turns.forget()
+
+    def ask(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:
+        """The answer to a question about these media and what came before.
+
+        `<image>` and `<video>` in the question say where media stand; without marks they come first. `images`: paths,
+        URLs, `data:` URIs, bytes or PIL images; a path may also be written as `<img>path</img>`.
+        Raises UserError for media that cannot be opened or do not match the marks, and where there is no room left.
+        """
+        return "".join(self.stream(query, images, videos))
+
+    def stream(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Iterator[str]:
+        """Pieces of the answer as they are made; together they are what `ask` returns."""
+        return self._answer(self._message(query, images, videos))
+
+    def _message(self, query: str, images: Sequence[Any], videos: Sequence[Any]) -> Message:
+        for mark, media in (("<image>", images), ("<video>", videos)):
+            if mark in query and not media:
+                kind = mark.strip("<>")
+                raise UserError(f"{query.count(mark)} {mark} marks but no {kind}; add the {kind} or drop a mark")
+        row = {"query": query, "images": list(images), "videos": list(videos)}
+        return self.processor.parse(row).messages[-1]
+
+    def _answer(self, message: Message) -> Iterator[str]:
+        conversation = Conversation((*self._messages, message), self.system)
+        example = self.processor(conversation, opened=self._opened)
+        self.notes = example.notes
+        room = self._room(len(example))
+        end_ids = {*self.processor.stop_ids, *self.model.eos_ids}
+        options = (min(self.settings.max_new_tokens, room), end_ids, self.settings.choice(), self.settings.seed)
+        words = Words(self.processor)
+        try:
+            for token in self.turns.answer(example.input_ids.tolist(), example.tiles, *options):
+                if piece := words.add(token):
+                    yield piece
+            if piece := words.rest():
+                yield piece
+        except (GeneratorExit, KeyboardInterrupt):
+            self._keep(message, words.text)
+            raise
+        self._keep(message, words.text, empty=True)
+
+    def _room(self, length: int) -> int:
+        """Tokens that an answer may have."""
+        if length > self.max_length or length >= self.context:
+            what = "the model's context" if self.max_length == self.context else "max_length"
+            raise UserError(
+                f"the conversation has {length} tokens with this question, and {what} is {self.max_length}; start "
+                "anew (clear), or use fewer tiles"
+            )
+        return self.context - length
+
+    def _keep(self, message: Message, answer: str, empty: bool = False) -> None:
+        if answer or empty:
+            self._messages = (*self._messages, message, Message("assistant", (answer,)))
+
+
+class Words:
+    """Token ids → text that can be printed at once: whole characters, without blanks around the answer."""
+
+    def __init__(self, processor: Processor) -> None:
+        tokenizer = processor.tokenizer
+        self.text = ""
+        """What has been given out"""
+        self._bytes_of = tokenizer.token_bytes
+        self._skipped = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+        # A character may be spread over several tokens.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._blanks = ""
+
+    def add(self, token: int) -> str:
+        """The text that this token completes."""
+        return "" if token in self._skipped else self._give(self._decoder.decode(self._bytes_of(token)))
+
+    def rest(self) -> str:
+        """What an answer that ended inside a character leaves."""
+        return self._give(self._decoder.decode(b"", final=True))
+
+    def _give(self, new: str) -> str:
+        text = self._blanks + new
+        if not self.text:
+            text = text.lstrip()
+        piece = text.rstrip()
+        self._blanks = text[len(piece) :]
+        self.text += piece
+        return piece
+
+
+def inference_stream(
+    model: InternVL,
+    processor: Processor,
+    query: str,
+    history: Sequence[Sequence[str]] = (),
+    system: str | None = None,
+    images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
+    settings: Settings | None = None,
+) -> Iterator[tuple[str, list[list[str]]]]:
+    """The reference document's function: (answer so far, history with it), again and again. Nothing is remembered.
+
+    `images` are those of the whole conversation, in order. Raises UserError as `Chat.ask` does.
+    """
+    row = {
+        "query": query,
+        "history": [list(pair) for pair in history],
+        "images": list(images),
+        "videos": list(videos),
+    }
+    conversation = processor.parse(row)
+    chat = Chat(model, processor, system, settings)
+    chat._messages = conversation.messages[:-1]
+    asked = [list(pair) for pair in history]
+    answer = ""
+    for piece in chat._answer(conversation.messages[-1]):
+        answer += piece
+        yield answer, [*asked, [query, answer]]
+    if not answer:
+        yield answer, [*asked, [query, answer]]
+
+
+def inference(
+    model: InternVL,
+    processor: Processor,
+    query: str,
+    history: Sequence[Sequence[str]] = (),
+    system: str | None = None,
+    images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
+    settings: Settings | None = None,
+) -> tuple[str, list[list[str]]]:
+    """The reference document's function: (answer, history with it). Arguments as of `inference_stream`."""
+    *_, last = inference_stream(model, processor, query, history, system, images, videos, settings)
+    return last

@@ -1,0 +1,206 @@
+"""Answers of a conversation that goes on are those of a fresh prompt; nothing is read twice."""
+
+import pytest
+import torch
+from PIL import Image
+
+from ivl import Chat, InternVL, Processor
+from ivl.chat import Settings, Words, inference, inference_stream
+from ivl.types import UserError
+from tests import tiny
+
+FAMILIES = [
+    ("InternLM2ForCausalLM", "internlm2-chat", None),
+    ("Qwen2ForCausalLM", "Hermes-2", None),
+    ("Qwen3ForCausalLM", "internvl2_5", None),
+    ("LlamaForCausalLM", "Hermes-2", None),
+    ("LlamaForCausalLM", "internvl_zh", "yi"),
+    ("Phi3ForCausalLM", "phi3-chat", None),
+]
+SHORT = Settings(max_new_tokens=9)
+
+
+def picture(number: int, size: tuple[int, int] = (60, 60)) -> Image.Image:
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
+    return Image.fromarray(pixels.numpy())
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tiny.write_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return InternVL.from_pretrained(folder), Processor.from_pretrained(folder, max_length=None)
+
+
+def fresh(model, processor, row, settings=SHORT) -> str:
+    batch = processor.collate([processor(row)])
+    ends = [*processor.stop_ids, *model.eos_ids]
+    return processor.decode(model.generate(batch, **vars(settings), eos_ids=ends)[0])
+
+
+@pytest.mark.parametrize("architecture, template, tokenizer", FAMILIES, ids=lambda value: str(value))
+def test_every_turn_answers_as_a_fresh_prompt_does(tmp_path, architecture, template, tokenizer):
+    folder = tiny.write_checkpoint(tmp_path, architecture, template=template, tokenizer=tokenizer)
+    model, processor = InternVL.from_pretrained(folder), Processor.from_pretrained(folder)
+    chat = Chat(model, processor, settings=SHORT)
+    images, history, tokens, tiles = [], [], 0, 0
+    questions = [
+        ("<image>What is in the picture?", [picture(1)]),
+        ("And in these? <image> and <image>", [picture(2, (200, 60)), picture(3)]),
+        ("How many sheep are there?", []),
+        ("请描述这张图片。", []),
+    ]
+    for question, media in questions:
+        images += media
+        answer = chat.ask(question, media)
+        row = {"query": question, "history": history, "images": images}
+        assert answer == fresh(model, processor, row), question
+        whole = processor(row)
+        # New are the question, its images, the template's words, and at most the last answer again.
+        assert chat.turns.tokens_read <= len(whole) - tokens
+        assert chat.turns.tiles_read == len(whole.tiles) - tiles
+        tokens, tiles = len(whole), len(whole.tiles)
+        history.append([question, answer])
+    assert chat.history == history
+
+
+def test_a_second_turn_reads_only_its_own_tokens(parts):
+    model, processor = parts
+    chat = Chat(model, processor, settings=SHORT)
+    chat.ask("<image>What is it?", [picture(1)])
+    first = chat.turns.tokens_read
+    chat.ask("Really?")
+    assert chat.turns.tokens_read < first / 2
+    assert chat.turns.tiles_read == 0
+
+
+def test_what_changed_is_read_again(parts):
+    """Another system message, a picture in another's place: only what comes before it is kept."""
+    model, processor = parts
+    chat = Chat(model, processor, settings=SHORT)
+    chat.ask("<image>What is it?", [picture(1)])
+    for system, image in (("Be short.", 1), ("Be short.", 2)):
+        answer = fresh(model, processor, {"query": "<image>What is it?", "images": [picture(image)], "system": system})
+        chat._messages, chat.system = (), system
+        assert chat.ask("<image>What is it?", [picture(image)]) == answer
+        # The tower does not see a picture twice.
+        assert chat.turns.tiles_read == (image != 1)
+
+
+def test_frequencies_that_follow_from_the_length(tmp_path):
+    """Beyond the limit of longrope (256 here) the keys of a shorter prompt do not serve; later ones do again."""
+    folder = tiny.write_checkpoint(tmp_path, "Phi3ForCausalLM")
+    model, processor = InternVL.from_pretrained(folder), Processor.from_pretrained(folder, max_tiles=1)
+    chat = Chat(model, processor, settings=SHORT)
+    history, read = [], []
+    for number in range(5):
+        question = f"Question {number}: " + "how many are there? " * (5 if number < 2 else 1)
+        assert chat.ask(question) == fresh(model, processor, {"query": question, "history": history})
+        history.append([question, chat.history[-1][1]])
+        read.append((len(processor({"query": question, "history": history[:-1]})), chat.turns.tokens_read))
+    first_beyond = next(n for n, (total, _) in enumerate(read) if total > 256)
+    assert 0 < first_beyond < 4
+    for n, (total, new) in enumerate(read):
+        assert (new == total) == (n in (0, first_beyond)), read
+
+
+def test_an_answer_comes_in_pieces_and_a_stopped_one_is_kept(parts):
+    model, processor = parts
+    chat = Chat(model, processor, settings=SHORT)
+    whole = chat.ask("How many sheep are there?")
+    chat.clear()
+    assert chat.history == []
+    pieces = list(chat.stream("How many sheep are there?"))
+    assert "".join(pieces) == whole and len(pieces) > 2
+    chat.clear()
+    stream = chat.stream("How many sheep are there?")
+    begun = next(stream) + next(stream)
+    stream.close()
+    assert chat.history == [["How many sheep are there?", begun.strip()]]
+    assert chat.ask("Go on.") == fresh(model, processor, {"query": "Go on.", "history": [*chat.history[:1]]})
+
+
+def test_a_turn_that_fails_leaves_no_trace(parts, tmp_path):
+    model, processor = parts
+    chat = Chat(model, processor, settings=SHORT)
+    chat.ask("How many sheep are there?")
+    before = chat.history
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.mp4").touch()
+    for question, images, videos, message in (
+        ("<image>What?", [], [], "1 <image> marks but no image; add the image or drop a mark"),
+        ("<image><image>What?", [picture(1)], [], "2 <image> marks but 1 image"),
+        ("<image>What?", ["absent.jpg"], [], "absent.jpg"),
+        ("<image>What?", [str(tmp_path / "text.jpg")], [], r"text\.jpg"),
+        ("<video>What?", [], [str(tmp_path / "empty.mp4")], r"empty\.mp4"),
+        ("sheep " * 5000, [], [], r"tokens with this question, and the model's context is 4096; start anew"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chat.ask(question, images, videos)
+        assert chat.history == before
+    expected = fresh(model, processor, {"query": "And cats?", "history": before})
+    assert chat.ask("And cats?") == expected
+
+
+def test_an_interrupted_read_is_not_remembered(parts, monkeypatch):
+    model, processor = parts
+    chat = Chat(model, processor, settings=SHORT)
+    chat.ask("How many sheep are there?")
+    before = chat.history
+    layer = model.language_model.model.layers[1]
+    with monkeypatch.context() as patch:
+
+        def stop(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        patch.setattr(layer, "forward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("And cats?")
+    assert chat.history == before
+    assert chat.ask("And cats?") == fresh(model, processor, {"query": "And cats?", "history": before})
+
+
+def test_an_answer_ends_at_the_context_or_max_length_refuses(parts):
+    model, processor = parts
+    chat = Chat(model, processor, settings=Settings(max_new_tokens=5000), max_length=30)
+    with pytest.raises(UserError, match=r"tokens with this question, and max_length is 30"):
+        chat.ask("How many sheep are there? " * 5)
+    with pytest.raises(UserError, match="max_new_tokens: expected at least 1, found 0"):
+        Settings(max_new_tokens=0)
+    with pytest.raises(UserError, match="temperature: expected at least 0"):
+        Settings(temperature=-1)
+
+
+def test_only_whole_characters_are_printed(parts):
+    _, processor = parts
+    for text in ("图中有四只羊。", "  a cat, \n and a dog  ", "é🐑 <ref>x</ref>"):
+        words = Words(processor)
+        pieces = [words.add(token) for token in processor.tokenizer.encode(text)]
+        pieces.append(words.rest())
+        assert "".join(pieces) == words.text == text.strip()
+        assert not any("�" in piece for piece in pieces)
+    cut = processor.tokenizer.encode("羊")[:1]
+    words = Words(processor)
+    assert words.add(cut[0]) == "" and words.rest() == "�"
+
+
+def test_the_functions_of_the_document(parts):
+    model, processor = parts
+    response, history = inference(model, processor, "<image>How far?", images=[picture(1)], settings=SHORT)
+    row = {"query": "<image>How far?", "images": [picture(1)]}
+    assert history == [["<image>How far?", response]] and response == fresh(model, processor, row)
+    said = list(inference_stream(model, processor, "Which is it?", [["How far?", response]], settings=SHORT))
+    assert [len(answer) for answer, _ in said] == sorted(len(answer) for answer, _ in said)
+    answer, history = said[-1]
+    assert history == [["How far?", response], ["Which is it?", answer]]
+    assert answer == fresh(model, processor, {"query": "Which is it?", "history": [["How far?", response]]})
+
+
+def test_a_split_model_talks_as_the_whole_one(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path)
+    processor = Processor.from_pretrained(folder)
+    said = []
+    for options in ({}, {"devices": ["cpu", "cpu"]}):
+        chat = Chat(InternVL.from_pretrained(folder, **options), processor, settings=SHORT)
+        said.append([chat.ask("<image>What is it?", [picture(1)]), chat.ask("Really?")])
+    assert said[0] == said[1]

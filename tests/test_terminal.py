@@ -1,0 +1,220 @@
+"""The chat in a pseudo-terminal: the reference document's session, key by key, against the API's answers."""
+
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ivl import Chat, InternVL, Processor
+from ivl.__main__ import main
+from ivl.chat import Settings
+from ivl.terminal import LINE, printable
+from tests import tiny
+from tests.test_chat import picture
+
+MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
+WAIT = 240.0
+"""Seconds until a test gives up; the machine may be busy"""
+
+
+class Terminal:
+    """A command of this program, forked off, at the other end of a pseudo-terminal."""
+
+    def __init__(self, argv: list[str], state: Path) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.environ |= {"XDG_STATE_HOME": str(state), "TERM": "dumb"}
+                sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in enumerate("rww"))
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                status = main(argv)
+                sys.stdout.flush()
+            finally:
+                os._exit(status)
+        self.seen = ""
+
+    def until(self, text: str) -> str:
+        """What is printed up to `text`, which is taken too."""
+        limit = time.monotonic() + WAIT
+        while text not in self.seen:
+            left = limit - time.monotonic()
+            if left <= 0 or not select.select([self.fd], [], [], left)[0]:
+                raise AssertionError(f"{text!r} did not come; so far: {self.seen!r}")
+            try:
+                new = os.read(self.fd, 65536)
+            except OSError:  # the other end is closed
+                new = b""
+            if not new:
+                raise AssertionError(f"ended before {text!r}; so far: {self.seen!r}")
+            self._bytes = getattr(self, "_bytes", b"") + new
+            self.seen = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", self._bytes.decode("utf-8", "ignore").replace("\r", ""))
+        before, _, rest = self.seen.partition(text)
+        self._bytes, self.seen = rest.encode(), rest
+        return before
+
+    def type(self, line: str) -> None:
+        os.write(self.fd, line.encode() + b"\n")
+        self.until(line + "\n")
+
+    def press(self, key: bytes) -> None:
+        os.write(self.fd, key)
+
+    def status(self) -> int:
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+def start(folder: Path, state: Path, *options: str) -> Terminal:
+    terminal = Terminal(["chat", "--model", str(folder), *options], state)
+    assert "exit or quit" in terminal.until("<<< ")
+    return terminal
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("pictures", ["generated", "shared"])
+def test_the_session_of_the_document(folder, tmp_path, pictures):
+    if pictures == "shared":
+        if not MEDIA.is_dir():
+            pytest.skip(f"no {MEDIA}")
+        cat, animal = MEDIA / "image1.jpg", MEDIA / "waterview.jpg"
+    else:
+        cat, animal = tmp_path / "cat.png", tmp_path / "animal.png"
+        picture(1, (90, 60)).save(cat)
+        picture(2, (60, 140)).save(animal)
+    baby = tmp_path / "baby.gif"
+    picture(3).save(baby, save_all=True, append_images=[picture(n) for n in range(4, 14)], duration=100)
+    inline = f"image1: <img>{cat}</img> image2: <img>{animal}</img> What is the difference bewteen the two images?"
+    chat = Chat(
+        InternVL.from_pretrained(folder),
+        Processor.from_pretrained(folder, max_tiles=2),
+        settings=Settings(max_new_tokens=8),
+    )
+    terminal = start(folder, tmp_path, "--max_new_tokens", "8", "--max_tiles", "2")
+    session: list[tuple[str, list[Path], list[Path]] | str] = [
+        ("<image>describe the image", [cat], []),
+        ("<image>What is the difference from the last picture", [animal], []),
+        ("What the two pictures have in common", [], []),
+        "clear",
+        ("<video>Describe this video.", [], [baby]),
+        "clear",
+        (inline, [], []),
+    ]
+    for step in session:
+        if step == "clear":
+            terminal.type("clear")
+            chat.clear()
+        else:
+            question, images, videos = step
+            terminal.type(question)
+            for kind, paths in (("an image", images), ("a video", videos)):
+                for path in paths:
+                    terminal.until(f"Input {kind} path or URL <<< ")
+                    terminal.type(str(path))
+            answer = terminal.until(f"\n{LINE}\n")
+            assert answer == printable(chat.ask(question, images, videos)), question
+        terminal.until("<<< ")
+    terminal.type("exit")
+    assert terminal.status() == 0
+    kept = (tmp_path / "ivl" / "chat_history").read_text().splitlines()
+    assert kept[:3] == ["<image>describe the image", str(cat), session[1][0]] and kept[-1] == "exit"
+
+
+def test_words_of_command_and_what_goes_wrong(folder, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.mp4").touch()
+    history = tmp_path / "ivl" / "chat_history"
+    history.parent.mkdir()
+    history.write_text("typed long ago\n")
+    chat = Chat(InternVL.from_pretrained(folder), Processor.from_pretrained(folder), settings=Settings(8))
+    terminal = start(folder, tmp_path, "--max_new_tokens", "8", "--max_length", "400")
+    for mark, path, message in (
+        ("<image>", "/nowhere/cat.jpg", "/nowhere/cat.jpg"),
+        ("<image>", str(tmp_path / "text.jpg"), "text.jpg"),
+        ("<video>", str(tmp_path / "empty.mp4"), "empty.mp4"),
+        ("<image>", "", "no path given, and the <image> of the question needs one"),
+    ):
+        terminal.type(f"{mark}What?")
+        terminal.until("path or URL <<< ")
+        terminal.type(path)
+        assert message in terminal.until("<<< ").partition("error: ")[2]
+    terminal.type("sheep " * 120)
+    terminal.until("tokens with this question, and max_length is 400; start anew")
+    terminal.until("<<< ")
+    terminal.type("multi-line")
+    terminal.until("<<<[M] ")
+    terminal.type("How many sheep")
+    terminal.type("are there?#")
+    assert terminal.until(f"\n{LINE}\n") == printable(chat.ask("How many sheep\nare there?"))
+    terminal.until("<<<[M] ")
+    terminal.type("single-line")
+    terminal.until("<<< ")
+    terminal.type("reset-system")
+    terminal.until("<<<[S] ")
+    terminal.type("Be short.")
+    terminal.until("<<< ")
+    terminal.type("And cats?")
+    chat.clear()
+    chat.system = "Be short."
+    assert terminal.until(f"\n{LINE}\n") == printable(chat.ask("And cats?"))
+    terminal.until("<<< ")
+    terminal.press(b"\x03")
+    terminal.until("<<< ")
+    terminal.press(b"\x04")
+    assert terminal.status() == 0
+    assert history.read_text().startswith("typed long ago\n<image>What?\n/nowhere/cat.jpg\n")
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_session(folder, tmp_path):
+    terminal = start(folder, tmp_path, "--max_new_tokens", "4000", "--temperature", "3")
+    terminal.type("How many sheep are there?")
+    terminal.press(b"\x03")
+    terminal.until("\n<<< ")
+    terminal.type("quit")
+    assert terminal.status() == 0
+
+
+def test_one_turn_models_ask_for_media_and_refuse_later_ones(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "InternVL-Chat-V1-5", "InternLM2ForCausalLM")
+    picture(1).save(tmp_path / "cat.png")
+    terminal = start(folder, tmp_path, "--max_new_tokens", "8")
+    terminal.type("Describe this image.")
+    terminal.until("Input a media path or URL <<< ")
+    terminal.type(str(tmp_path / "cat.png"))
+    terminal.until(f"\n{LINE}\n")
+    terminal.until("<<< ")
+    terminal.type("And <image>?")
+    terminal.until("Input an image path or URL <<< ")
+    terminal.type(str(tmp_path / "cat.png"))
+    assert "internvl-chat-v1_5 takes images in one turn only, found them in 2" in terminal.until("\n<<< ")
+    terminal.type("And what else?")
+    assert "media path" not in terminal.until(f"\n{LINE}\n")
+    terminal.type("exit")
+    assert terminal.status() == 0
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "chat: expected --model NAME or a folder, --adapter DIR, or --ckpt_path RUN"),
+        (["--model", "internvl9-9b"], "internvl9-9b: neither a folder nor a known model"),
+        (["--adapter", "a", "--ckpt_path", "b"], "--ckpt_path and --adapter: expected one of them"),
+        (["--ckpt_path", "/nowhere/run"], "no such folder; expected a run"),
+        (["--max_new_tokens", "many"], "max_new_tokens"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(capsys, argv, message):
+    assert main(["chat", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
