@@ -157,6 +157,8 @@ class Batch:
     """With a feature cache, of each image in order: its key, its tiles, and whether they are among `features`"""
     rows: list[Conversation] = field(default_factory=list)
     """What each row was made from, for messages, pictures and predictions"""
+    supervised: list[int] = field(default_factory=list)
+    """Labels of each row that count for the loss: known without waiting for a device"""
 
     _tensors = (
         "input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids", "lengths",
@@ -181,11 +183,12 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Tokens of rows, padding not counted."""
-        return int(self.attention_mask.sum())
+        return int((self.attention_mask if self.lengths is None else self.lengths).sum())
 
     def _map(self, fn) -> Batch:
         moved = {k: fn(getattr(self, k)) for k in self.keys() if k not in self._stay}
-        return Batch(**moved, **{k: getattr(self, k) for k in self._stay}, stored=self.stored, rows=self.rows)
+        kept = {k: getattr(self, k) for k in (*self._stay, "stored", "rows", "supervised")}
+        return Batch(**moved, **kept)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))

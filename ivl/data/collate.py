@@ -51,4 +51,5 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, mult
         features=torch.cat(found) if found else None,
         stored=[(key, tiles, features is not None) for key, tiles, features in stored],
         rows=[example.conversation for example in examples],
+        supervised=[example.num_supervised for example in examples],
     )

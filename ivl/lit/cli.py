@@ -8,18 +8,22 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ivl.lit import benchmark
-from ivl.lit.callbacks import Checkpoints, Pictures, Throughput
+from ivl.lit.callbacks import Checkpoints, Pictures
 from ivl.lit.datamodule import IvlData
 from ivl.lit.module import LitInternVL
+from ivl.lit.precision import choose_precision, device_has_bf16
 from ivl.lit.prediction import PredictionWriter
+from ivl.lit.scoring import scores_table
+from ivl.lit.watch import Progress, Watch
 from ivl.types import UserError
 
 
@@ -67,6 +71,7 @@ class IvlCLI(LightningCLI):
                 self._say(f"{config.data.task}: {line}")
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come
+        self._choose_precision(config.trainer)
         folder = config.demo
         if folder and self.prepare_demo:
             type(self).prepare_demo(Path(folder))
@@ -74,6 +79,22 @@ class IvlCLI(LightningCLI):
     def before_predict(self) -> None:
         writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
         writer.checkpoint = self.config.predict.ckpt_path
+
+    def _choose_precision(self, trainer: Namespace) -> None:
+        if self.subcommand == "predict" or trainer.get("precision") is None:
+            return
+        accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else "auto"
+        trainer.precision, notice = choose_precision(str(trainer.precision), device_has_bf16(accelerator))
+        if notice:
+            rank_zero_info(notice)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self.config_init[self.subcommand].trainer
+        if given.enable_progress_bar is not False and not any(
+            isinstance(c, ProgressBar) for c in given.callbacks or []
+        ):
+            kwargs["callbacks"] = [*(given.callbacks or []), Progress()]
+        return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
         self._report()
@@ -117,16 +138,6 @@ class Reading(IvlCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
-
-
-def scores_table(scores: dict[str, dict[str, float]]) -> str:
-    """Held-out scores per kind of row, as text."""
-    lines = [f"{'held-out rows':<16}{'rows':>6}{'exact':>9}{'mean IoU':>10}"]
-    for kind, values in sorted(scores.items(), key=lambda item: (item[0] == "", item[0])):
-        exact = f"{100 * values['exact']:.1f} %" if "exact" in values else "-"
-        iou = f"{values['iou']:.3f}" if "iou" in values else "-"
-        lines.append(f"{kind or 'all':<16}{int(values['rows']):>6}{exact:>9}{iou:>10}")
-    return "\n".join(lines)
 
 
 def run_of(checkpoint: str | None) -> Path:
@@ -205,7 +216,7 @@ def _cli(kind: type[IvlCLI], argv: list[str]) -> IvlCLI:
         save_config_callback=SaveConfig,
         trainer_defaults={
             "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": ""}},
-            "callbacks": [Throughput(), Pictures(), LearningRateMonitor("step")],
+            "callbacks": [Watch(), Pictures()],
             "enable_model_summary": False,  # ivl.model.tune.table says more
             "log_every_n_steps": 10,
             "use_distributed_sampler": False,  # the data module gives every rank its rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,33 +10,35 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ivl.data.grounding import parse_boxes
-from ivl.eval.metrics import exact_match, iou
 from ivl.lit.feature_cache import with_features
+from ivl.lit.health import FiniteLoss, out_of_memory
 from ivl.lit.prediction import answered, failed
 from ivl.lit.prompts import LAST, Prompt
 from ivl.lit.schedule import Warmup
+from ivl.lit.scoring import Metric, Scores, check_metrics
+from ivl.lit.watch import SourceLosses
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.fingerprint import fingerprint
 from ivl.model.generate import Choice, Ends
 from ivl.model.internvl import InternVL
-from ivl.model.rates import param_groups
+from ivl.model.loss import Reduction, loss_weights
+from ivl.model.rates import Rates, param_groups, scale_rates
 from ivl.model.serve import Batching, Engine, Request, row_seed
 from ivl.model.tune import Tune
-from ivl.types import Batch, Conversation, UserError
+from ivl.types import Batch, UserError
 
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 
 LOSS_UNIT = 1024.0
 """Backward runs on the sum of token losses divided by this (a power of two, so it costs no rounding); the gradients
-are divided by the number of supervised tokens of the whole optimizer step once that is known."""
+are divided by the weight of all supervised tokens of the optimizer step once that is known."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,20 @@ class LitInternVL(LightningModule):
             inference, and as the frozen base of a LoRA (QLoRA). The vision encoder, projector and head stay whole.
         attention: Attention kernel; `auto` takes the fastest that is installed and runs here.
         checkpointing: Activation checkpointing per part.
+        loss_reduction: How much a row counts in a step: by its supervised tokens, alike, or by their square root
+            (token, sample, square).
+        label_smoothing: Share of each target that is spread evenly over the vocabulary, in training.
+        neftune: Noise on the embeddings of text in training, alpha of NEFTune (5 is usual); 0: none.
         optimizer: Made with the parameter groups of what trains.
+        rates: Learning rate and weight decay per part, where they differ from the optimizer's.
         schedule: Made with the optimizer and the number of optimizer steps; stepped once per optimizer step.
         generation: How answers are generated in validation and prediction.
         batching: How many rows are answered at the same time in prediction; answers do not depend on it.
+        metrics: Scores of the answers in validation: val/NAME is logged, over all rows and per source, to choose
+            checkpoints and to stop by.
         answer_rows: At most this many rows per validation are answered in words; the loss is of all. Unset: all.
+        stop_after_bad: Stop after this many optimizer steps in a row whose loss or gradients are not finite; each is
+            skipped.
     """
 
     def __init__(
@@ -109,18 +119,25 @@ class LitInternVL(LightningModule):
         quantize: Literal["int8", "nf4"] | None = None,
         attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto",
         checkpointing: Checkpointing = Checkpointing(),
+        loss_reduction: Reduction = "token",
+        label_smoothing: float = 0.0,
+        neftune: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
+        rates: Rates = Rates(),
         schedule: ScheduleCallable = lambda o, total_steps: Warmup(o, total_steps),
         generation: Generation = Generation(),
         batching: Batching = Batching(),
+        metrics: list[Metric] = ["exact", "iou"],  # noqa: B006  (never changed)
         answer_rows: int | None = None,
+        stop_after_bad: int = 5,
     ):
         super().__init__()
         self.pretrained = pretrained
         self.tune, self.adapter = tune, adapter
         self.dtype_name, self.quantize, self.attention = dtype, quantize, attention
         self.checkpointing = checkpointing
-        self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.loss_reduction, self.label_smoothing, self.neftune = loss_reduction, label_smoothing, neftune
+        self.make_optimizer, self.make_schedule, self.rates = optimizer, schedule, rates
         self.generation, self.batching = generation, batching
         self.answer_rows = answer_rows
         self.model: InternVL | None = None
@@ -128,8 +145,16 @@ class LitInternVL(LightningModule):
         self.strict_loading = False
         self.scores: dict[str, dict[str, float]] = {}
         self.answers: list[dict[str, Any]] = []
-        self._tally: dict[str, dict[str, float]] = {}
         self._engine: Engine | None = None
+        check_metrics(metrics)
+        self.metrics = metrics
+        self._scores = Scores(metrics)
+        self.stop_after_bad = stop_after_bad
+        self.source_losses = SourceLosses()
+        self.shown: dict[str, float] = {}
+        """What the progress bar shows, as of the last log step"""
+        self._batch: Batch | None = None
+        """What is at work, for messages"""
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -153,6 +178,7 @@ class LitInternVL(LightningModule):
         else:
             tuning.apply(model, self.tune)
         model.set_checkpointing(self.checkpointing.vision_model, self.checkpointing.language_model)
+        model.neftune_alpha = self.neftune
         self.model = model
         if self.trainer.training:
             rank_zero_info(f"{self.pretrained}\n{tuning.table(model)}")
@@ -164,38 +190,99 @@ class LitInternVL(LightningModule):
         return "bfloat16" if "bf16" in precision else "float16" if precision.startswith("16") else "float32"
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.make_optimizer(param_groups(self.model))
-        schedule = self.make_schedule(optimizer, self.trainer.datamodule.total_steps())
+        optimizer = self.make_optimizer(param_groups(self.model, self.rates))
+        scale_rates(optimizer)
+        if optimizer.defaults.get("fused") and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError(
+                "model.optimizer: fused and trainer.precision 16-mixed do not go together (a fused optimizer unscales "
+                "gradients too late for the loss's denominator); leave fused out, or train in bf16-mixed"
+            )
+        self.total_steps = self.trainer.datamodule.total_steps()
+        schedule = self.make_schedule(optimizer, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- fit -----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        odd = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32}
+        if odd and isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+            raise UserError(
+                f"trainer.precision {self.trainer.precision}: it rounded what trains to {odd.pop()}, not float32. "
+                "Choose bf16-mixed: frozen weights are kept in 16 bits there as well"
+            )
         self._window_loss = torch.zeros((), device=self.device)
-        self._window_tokens = torch.zeros((), device=self.device)
+        self._window_weight = torch.zeros((), device=self.device)
+        self._norm: Tensor | None = None
+        self._finite = FiniteLoss(self.stop_after_bad, self.trainer.log_every_n_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if (store := self.trainer.datamodule.feature_store) is not None:
-            batch = with_features(batch, self.model, store)
-        out = self.model(**batch)
+        self._batch = batch
+        with self._memory("forward"):
+            if (store := self.trainer.datamodule.feature_store) is not None:
+                batch = with_features(batch, self.model, store)
+            weights = loss_weights(batch.labels, batch.row_ids, len(batch), self.loss_reduction)
+            out = self.model(**batch, loss_weights=weights, label_smoothing=self.label_smoothing)
         self._window_loss += out.loss_sum.detach()
-        self._window_tokens += out.num_supervised
+        self._window_weight += out.weight_sum
+        self._finite.add(batch.rows, out.loss_sum)
+        self.source_losses.add(batch.rows, out.row_losses, out.row_tokens)
         # Lightning divides by the number of micro-batches; the right denominator follows in on_before_optimizer_step.
         return out.loss_sum * (self.trainer.accumulate_grad_batches / LOSS_UNIT)
 
+    def backward(self, loss: Tensor) -> None:
+        with self._memory("backward"):
+            loss.backward()
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Make the gradients those of the mean over all supervised tokens: of all ranks and micro-batches."""
-        totals = torch.stack([self._window_loss, self._window_tokens])
+        """Make the gradients those of the weighted mean over all supervised tokens: of all ranks and micro-batches."""
+        totals = torch.stack([self._window_loss, self._window_weight])
         ranks = self.trainer.world_size
         if ranks > 1:
             torch.distributed.all_reduce(totals)
-        loss, tokens = totals
-        scale = LOSS_UNIT * ranks / tokens.clamp(min=1)
+        loss, weight = totals
+        weight = weight.clamp(min=1)  # no row weighs less, so this is where nothing is supervised
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
-        self.log("train/loss", loss / tokens.clamp(min=1), prog_bar=True, batch_size=1)
+        self._norm = None
+        bad = ~torch.isfinite(loss)
+        if gradients:
+            torch._foreach_mul_(gradients, LOSS_UNIT * ranks / weight)
+            self._norm = _total_norm(gradients)
+            self.log("train/grad_norm", self._norm, batch_size=1)
+            if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which looks for overflow itself
+                bad |= ~torch.isfinite(self._norm)
+        self.log("train/loss", loss / weight, batch_size=1)
         self._window_loss.zero_()
-        self._window_tokens.zero_()
+        self._window_weight.zero_()
+        self._finite.close(self.trainer.global_step, bad, optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm that is known already, which also serves fused optimizers (Lightning refuses those)."""
+        whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+        if not whole or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and self._norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, self._norm)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        with self._memory("the optimizer's step"):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        FiniteLoss.release(getattr(optimizer, "optimizer", optimizer))
+
+    def on_fit_end(self) -> None:
+        self._finite.read()
+
+    def _memory(self, doing: str) -> Any:
+        data = self.trainer.datamodule
+        size = f"data.pack_tokens ({data.pack_tokens})" if data.packing else f"data.batch_size ({data.batch_size})"
+        limits = f"data.max_length ({data.processor.max_length}) or data.max_tiles ({data.processor.max_tiles})"
+        off = [f"model.checkpointing.{k}: true" for k, on in vars(self.checkpointing).items() if not on]
+        advice = f"lower {size} and raise trainer.accumulate_grad_batches, or lower {limits}"
+        return out_of_memory(self._batch, advice + (f", or set {' and '.join(off)}" if off else ""), doing)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {f"model.{n}" for n in tuning.trainable_state(self.model)}
@@ -215,44 +302,31 @@ class LitInternVL(LightningModule):
     # -- validate and test ---------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._tally = defaultdict(lambda: defaultdict(float))
+        self._scores = Scores(self.metrics)
         self.answers = []
 
     def validation_step(self, batch: tuple[list[int], Batch, Batch], batch_idx: int) -> None:
         indices, batch, prompts = batch
-        out = self.model(**batch)
-        total = self._tally[""]
-        total["loss"] += float(out.loss_sum)
-        total["tokens"] += int(out.num_supervised)
-        if self.answer_rows is not None and indices[0] >= self.answer_rows:
-            return
-        for index, row, answer in zip(indices, prompts.rows, self._generate(prompts)):
+        self._batch = batch
+        with out_of_memory(batch, f"lower data.eval_batch_size ({len(batch)})", "validation"):
+            out = self.model(**batch)
+            self._scores.add_losses(batch.rows, out.row_losses, out.row_tokens)
+            if self.answer_rows is not None and indices[0] >= self.answer_rows:
+                return
+            answers = self._generate(prompts)
+        for index, row, answer in zip(indices, prompts.rows, answers):
             if index < 0:  # filled up so that all ranks have equally many batches
                 continue
-            scores = score(row, answer)
+            scores = self._scores.add_answer(row, answer)
             self.answers.append({"index": index, "row": row, "answer": answer, **scores})
-            for kind in {"", row.source or "rows"}:
-                tally = self._tally[kind]
-                tally["rows"] += 1
-                for name, value in scores.items():
-                    tally[name] += value
-                    tally[f"{name}_rows"] += 1
 
     def on_validation_epoch_end(self) -> None:
-        tallies = [{k: dict(v) for k, v in self._tally.items()}]
-        if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, tallies[0])
-            tallies = gathered
-        self.scores = summary(tallies)
-        total = self.scores.get("", {})
-        for name in ("loss", "exact", "iou"):
-            if name in total:
-                self.log(f"val/{name}", total[name], prog_bar=name != "iou", batch_size=1)
+        self.scores = self._scores.means(self.trainer.world_size)
         for kind, values in self.scores.items():
-            for name in ("exact", "iou"):
-                if kind and name in values:
-                    self.log(f"val/{kind}/{name}", values[name], batch_size=1)
+            for name in ("loss", *self.metrics):
+                if name in values:
+                    place = f"val/{kind}/{name}" if kind else f"val/{name}"
+                    self.log(place, values[name], prog_bar=not kind and name in ("loss", "exact"), batch_size=1)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -335,36 +409,7 @@ class LitInternVL(LightningModule):
         return [processor.decode(ids, self.generation.stop) for ids in found]
 
 
-def score(row: Conversation, answer: str) -> dict[str, float]:
-    """Exact match with the reference, and IoU of the boxes where the reference has boxes.
-
-    Boxes are compared one by one in their order; a box that is missing or too many counts as 0.
-    """
-    if row.reference is None:
-        return {}
-    scores = {"exact": float(exact_match(answer, row.reference))}
-    wanted = [box for _, boxes in parse_boxes(row.reference) for box in boxes]
-    if wanted:
-        given = [box for _, boxes in parse_boxes(answer) for box in boxes]
-        hits = [iou(a, b) for a, b in zip(given, wanted)]
-        scores["iou"] = sum(hits) / max(len(given), len(wanted))
-    return scores
-
-
-def summary(tallies: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The sums of all ranks → means per kind of row; the kind "" is all rows."""
-    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for tally in tallies:
-        for kind, values in tally.items():
-            for name, value in values.items():
-                sums[kind][name] += value
-    means: dict[str, dict[str, float]] = {}
-    for kind in sorted(sums):
-        values = sums[kind]
-        means[kind] = {"rows": values["rows"]}
-        if values["tokens"]:
-            means[kind]["loss"] = values["loss"] / values["tokens"]
-        for name in ("exact", "iou"):
-            if values[f"{name}_rows"]:
-                means[kind][name] = values[name] / values[f"{name}_rows"]
-    return means
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, over all shards, before clipping."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -51,6 +51,10 @@ def test_packed():
 def test_the_same_tokens_are_trained_on(packed):
     batch = collate(ROWS, pad_id=0, packed=packed)
     assert batch.num_supervised == sum(row.num_supervised for row in ROWS) == 3 + 2 + 3
+    assert (batch.lengths.tolist(), batch.supervised) == ([5, 3, 4], [3, 2, 3])
+    moved = batch.to("cpu")
+    assert (moved.lengths.tolist(), moved.supervised, moved.num_tokens) == ([5, 3, 4], [3, 2, 3], 12)
+    assert batch.num_tokens == int(batch.attention_mask.sum())
 
 
 def test_length_is_rounded_up():
