@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -108,6 +109,22 @@ def _guilty(step: _Step) -> tuple[bool, str]:
     guilty = [row for rows, finite in step.parts if not bool(finite) for row in rows]
     everything = [row for rows, _ in step.parts for row in rows]
     return bool(guilty), named(guilty or everything)
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, over all shards, before clipping; on the device."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def what_to_lower(data: Any, checkpointing: Mapping[str, bool]) -> str:
+    """Advice for a training step that did not fit, with the present values of a data module."""
+    size = f"data.pack_tokens ({data.pack_tokens})" if data.packing else f"data.batch_size ({data.batch_size})"
+    limits = f"data.max_length ({data.processor.max_length}) or data.max_tiles ({data.processor.max_tiles})"
+    off = " and ".join(f"model.checkpointing.{part}: true" for part, on in checkpointing.items() if not on)
+    return f"lower {size} and raise trainer.accumulate_grad_batches, or lower {limits}" + (
+        f", or set {off}" if off else ""
+    )
 
 
 @contextmanager

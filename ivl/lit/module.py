@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ivl.lit.feature_cache import with_features
-from ivl.lit.health import FiniteLoss, out_of_memory
+from ivl.lit.health import FiniteLoss, out_of_memory, total_norm, what_to_lower
 from ivl.lit.prediction import answered, failed
 from ivl.lit.prompts import LAST, Prompt
 from ivl.lit.schedule import Warmup
@@ -246,7 +247,7 @@ class LitInternVL(LightningModule):
         bad = ~torch.isfinite(loss)
         if gradients:
             torch._foreach_mul_(gradients, LOSS_UNIT * ranks / weight)
-            self._norm = _total_norm(gradients)
+            self._norm = total_norm(gradients)
             self.log("train/grad_norm", self._norm, batch_size=1)
             if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which looks for overflow itself
                 bad |= ~torch.isfinite(self._norm)
@@ -276,13 +277,8 @@ class LitInternVL(LightningModule):
     def on_fit_end(self) -> None:
         self._finite.read()
 
-    def _memory(self, doing: str) -> Any:
-        data = self.trainer.datamodule
-        size = f"data.pack_tokens ({data.pack_tokens})" if data.packing else f"data.batch_size ({data.batch_size})"
-        limits = f"data.max_length ({data.processor.max_length}) or data.max_tiles ({data.processor.max_tiles})"
-        off = [f"model.checkpointing.{k}: true" for k, on in vars(self.checkpointing).items() if not on]
-        advice = f"lower {size} and raise trainer.accumulate_grad_batches, or lower {limits}"
-        return out_of_memory(self._batch, advice + (f", or set {' and '.join(off)}" if off else ""), doing)
+    def _memory(self, doing: str) -> AbstractContextManager[None]:
+        return out_of_memory(self._batch, what_to_lower(self.trainer.datamodule, vars(self.checkpointing)), doing)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {f"model.{n}" for n in tuning.trainable_state(self.model)}
@@ -407,9 +403,3 @@ class LitInternVL(LightningModule):
         settings = {k: v for k, v in vars(self.generation).items() if k != "stop"}
         found = self.model.generate(prompts, eos_ids=ends.eos_ids, stopped=ends.stopped, **settings)
         return [processor.decode(ids, self.generation.stop) for ids in found]
-
-
-def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, over all shards, before clipping."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
