@@ -107,6 +107,22 @@ def test_every_kind_of_lora_is_merged(base, tmp_path, lora):
     torch.testing.assert_close(logits(merged), logits(model), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        Tune(vision_model=Blocks(1), language_model=LoRA(rank=4, init="pissa"), head="full"),
+        Tune(mlp1="full", language_model="frozen", embeddings="full", head=LoRA(rank=3)),
+    ],
+    ids=["last block, pissa, head", "ends"],
+)
+def test_every_part_that_trained_is_in_the_export_and_no_other(base, tmp_path, how):
+    model = write_run(tmp_path / "run", base, how)
+    out = export(str(tmp_path / "out"), run=str(tmp_path / "run"))
+    torch.testing.assert_close(logits(InternVL.from_pretrained(out)), logits(model), atol=1e-4, rtol=0)
+    parts = [part for part in tune.PARTS if how.mode(part) != "frozen"]
+    assert json.loads((out / "export_report.json").read_text())["parts"] == parts
+
+
 def test_merging_into_bfloat16_rounds_once(base):
     model = trained(base, Tune(language_model=LoRA(rank=4)), "bfloat16")
     layer = model.language_model.model.layers[0].mlp.up_proj
