@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ivl.data.processor import Processor, VideoOptions
 from ivl.demo import prepare
+from ivl.demo.rows import Boards, write_rows
 from ivl.demo.scenes import Scans
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
@@ -35,7 +37,7 @@ def test_no_scan_is_both_learnt_from_and_asked_about():
 
 
 def test_every_row_is_understood_and_fits_the_model(demo):
-    processor = Processor.from_pretrained(demo / "model", video=VideoOptions(num_segments=4))
+    processor = Processor.from_pretrained(demo / "model", video=VideoOptions(num_segments=3))
     model = InternVL.from_pretrained(demo / "model")
     seen = {}
     for row in rows(demo, "train.jsonl") + rows(demo, "val.jsonl"):
@@ -44,15 +46,13 @@ def test_every_row_is_understood_and_fits_the_model(demo):
         assert 0 < float(out.loss.detach()) < 20
         seen.setdefault(row["source"], []).append(example)
     assert set(seen) == set(FEW)
-    assert all(len(e.tiles) == 4 for e in seen["video"])
+    assert all(len(e.tiles) == 3 for e in seen["video"])
     assert any(len(e.tiles_per_image) == 2 for e in seen["turns"])
     grounded = [e.conversation for e in seen["grounding"]]
-    assert all("<box> [[" in "".join(m.text for m in c.messages) for c in grounded)
+    assert all("<box>" in "".join(m.text for m in c.messages) for c in grounded)
 
 
 def test_a_wide_board_is_cut_into_tiles(demo):
-    from PIL import Image
-
     processor = Processor.from_pretrained(demo / "model")
     wide = processor({"query": "?", "images": [Image.new("RGB", (256, 128))]})
     assert wide.tiles_per_image == [3]
@@ -80,8 +80,25 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+def test_no_answer_stands_in_the_history(demo):
+    for row in rows(demo, "train.jsonl") + rows(demo, "val.jsonl"):
+        asked = [query for query, _ in row.get("history", [])] + [row["query"]]
+        if len(row.get("images", [])) < 2:  # of two boards the same may be asked
+            assert row["source"] == "grounding" or len(set(asked)) == len(asked), row
+            assert not any("Read" in query for query in asked[:-1]), row
+
+
+def test_rows_of_other_boards_and_fewer_rows_of_the_same(tmp_path):
+    wide = Boards(notes=(0, 1), wide=1.0)
+    some = list(write_rows(tmp_path / "some", "train", {"single": 4}, seed=3, boards=wide))
+    more = list(write_rows(tmp_path / "more", "train", {"grounding": 2, "single": 8}, seed=3, boards=wide))
+    assert [r for r in more if r["source"] == "single"][:4] == some
+    assert rows(tmp_path / "some", "train.jsonl") == some
+    assert {Image.open(tmp_path / "some" / row["images"][0]).size for row in some} == {(256, 128)}
+    assert {row["response"] for row in some + more if "many" in row["query"]} <= {"2"}
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(reason="boxes are learnt (mean IoU 0.70 measured), reading digits is not yet (37 %)")
 def test_the_demo_learns(tmp_path):
     """What the README promises: at least 90 % of held-out questions on one image, and a mean IoU of 0.5."""
     command = [sys.executable, "-m", "ivl", "fit", "--config", str(REPO / "configs/demo.yaml")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,8 +11,8 @@ from tqdm import tqdm
 from ivl.types import UserError
 
 ROWS = {
-    "train": {"single": 5000, "turns": 900, "grounding": 2100, "video": 400},
-    "val": {"single": 200, "turns": 100, "grounding": 150, "video": 60},
+    "train": {"single": 12000, "turns": 2500, "grounding": 5000, "video": 500},
+    "val": {"single": 300, "turns": 100, "grounding": 150, "video": 60},
 }
 """How many rows of each kind"""
 
@@ -42,25 +41,17 @@ def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS) -> None:
 
 def _write(folder: Path, rows: dict[str, dict[str, int]]) -> None:
     from ivl.demo.model import write_checkpoint
-    from ivl.demo.rows import Maker
+    from ivl.demo.rows import write_rows
     from ivl.demo.scenes import CELL, STEP
 
-    for name in ("images", "videos"):
-        (folder / name).mkdir()
     texts = []
     with tqdm(total=sum(sum(counts.values()) for counts in rows.values()), desc="prepare the demo", unit="row") as bar:
         for seed, (split, counts) in enumerate(rows.items()):
-            maker = Maker(folder, split, seed)
-            with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                for kind, count in counts.items():
-                    for number in range(count):
-                        row = maker.row(kind, number)
-                        file.write(json.dumps(row) + "\n")
-                        texts += [row["query"], row["response"]] if split == "train" else []
-                        bar.update()
+            for row in write_rows(folder, split, counts, seed):
+                texts += [row["query"], row["response"]] if split == "train" else []
+                bar.update()
     # The tokenizer shall have a word for each number of a box.
     numbers = [round(1000 * pixel / (2 * CELL)) for pixel in range(0, 2 * CELL + 1, STEP)]
-    texts += [
-        f"system user assistant Frame1: <box> [[{n}, {n}, {n}, {n}]] </box> red 7, the blue note" for n in numbers
-    ] * 50
+    texts += [f"<box> [[{n}, {n}, {n}, {n}]] </box>" for n in numbers] * 50
+    texts += ["system\nuser\nassistant\nFrame1: "] * 2000
     write_checkpoint(folder / "model", texts)

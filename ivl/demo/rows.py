@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,85 +12,111 @@ import numpy as np
 
 from ivl.demo.scenes import Note, Scans, clip, compose, write_clip
 
-WIDE = 0.1
-"""Share of the boards of twice the width, which are cut into tiles"""
+KINDS = ("single", "turns", "grounding", "video")
 
 Asked = tuple[str, str]
 """Question and answer"""
 
 
+@dataclass(frozen=True)
+class Boards:
+    """What boards are drawn."""
+
+    notes: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)
+    """How often a board has one note, two, three, four"""
+    wide: float = 0.1
+    """Share, among questions on one image, of boards twice as wide: cut into tiles, or else too small to read"""
+
+
+def write_rows(
+    folder: Path, split: str, counts: dict[str, int], seed: int, boards: Boards = Boards()
+) -> Iterator[dict[str, Any]]:
+    """Make so many rows of each kind: media below `folder`, rows in `folder/SPLIT.jsonl`; they are handed on as made.
+
+    Rows of the split `train` are made from the scans for training, those of any other from the held-out ones. Equal
+    arguments make equal rows, and of each kind the first n are the same however many follow.
+    """
+    for name in ("images", "videos"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+        for kind, count in counts.items():
+            maker = Maker(folder, split, [seed, KINDS.index(kind)], boards)
+            for number in range(count):
+                row = maker.row(kind, number)
+                file.write(json.dumps(row) + "\n")
+                yield row
+
+
 class Maker:
     """Makes rows of one half of the data and writes their media below `folder`, named by the row's id."""
 
-    def __init__(self, folder: Path, split: str, seed: int) -> None:
-        self.folder, self.split, self.rng = folder, split, np.random.default_rng(seed)
+    def __init__(self, folder: Path, split: str, seed: int | list[int], boards: Boards = Boards()) -> None:
+        self.folder, self.split, self.rng, self.boards = folder, split, np.random.default_rng(seed), boards
         self.scans = Scans(held_out=split != "train")
-        self.kinds = {"single": self.single, "turns": self.turns, "grounding": self.grounding, "video": self.video}
 
     def row(self, kind: str, number: int) -> dict[str, Any]:
         """Row `number` of a kind, its `source`; `id` names it in predictions."""
         name = f"{self.split}-{kind}-{number:05d}"
-        return {"id": name, "source": kind, **self.kinds[kind](name)}
+        return {"id": name, "source": kind, **getattr(self, kind)(name)}
 
     def single(self, name: str) -> dict[str, Any]:
         """One question on one image."""
-        image, notes = self.board(name, columns=4 if self.rng.random() < WIDE else 2)
+        image, notes = self.board(name, columns=4 if self.rng.random() < self.boards.wide else 2)
         query, response = self.question(notes)
         return {"query": query, "response": response, "images": [image]}
 
     def turns(self, name: str) -> dict[str, Any]:
-        """Questions that follow one another, on one image or on two that come one after the other."""
-        if self.rng.random() < 0.7:
+        """Questions that follow one another, on one image or on two; no answer says what a later one asks."""
+        if self.rng.random() < 0.5:
             image, notes = self.board(name)
-            asked = [read(notes), *(self.question(notes, reading=0) for _ in range(2))]
-            return {**conversation(asked, "<image>"), "images": [image]}
-        (first, a), (second, b) = self.board(f"{name}a", most=2), self.board(f"{name}b", most=2)
-        asked = [read(a), ("<image>" + read(b)[0], read(b)[1]), self.question(b, reading=0)]
-        return {**conversation(asked, "<image>"), "images": [first, second]}
+            asked = [note_of(notes[n]) for n in self.rng.permutation(len(notes))[:2]]
+            asked = asked if len(asked) == 2 else [*asked, count(notes)]
+            return {**conversation(asked, "<image>\n"), "images": [image]}
+        boards = [self.board(f"{name}{which}") for which in "ab"]
+        asked = [self.question(notes) for _, notes in boards]
+        asked = [(f"<image>\n{query}", response) for query, response in asked]
+        return {**conversation(asked), "images": [image for image, _ in boards]}
 
     def grounding(self, name: str) -> dict[str, Any]:
-        """From a name to its box, or from a box to what is in it; in training, in several turns."""
+        """From a name to its box, or from a box to what is in it."""
         image, notes = self.board(name)
-        asked, objects = [], []
-        for _ in range(int(self.rng.integers(1, 3)) if self.split == "train" else 1):
-            note = notes[self.rng.integers(len(notes))]
-            find = self.rng.random() < 0.6
-            asked.append(("Find <ref-object>", "<bbox>") if find else ("What is in <bbox>?", "<ref-object>"))
-            caption = f"the {note.colour} note" if find else f"{note.colour} {note.value}"
-            objects.append({"caption": caption, "bbox": list(note.box), "bbox_type": "real", "image": 0})
-        return {**conversation(asked, "<image>"), "images": [image], "objects": objects}
+        note = notes[self.rng.integers(len(notes))]
+        if self.rng.random() < 0.5:
+            row, caption = {"query": f"Find the {note.colour} note.", "response": "<ref-object><bbox>"}, note.colour
+        else:
+            row, caption = {"query": "What is in <bbox>?", "response": "<ref-object>"}, f"{note.colour} {note.value}"
+        objects = [{"caption": caption, "bbox": list(note.box), "bbox_type": "real", "image": 0}]
+        return {**row, "images": [image], "objects": objects}
 
     def video(self, name: str) -> dict[str, Any]:
-        """Where a note of a clip moves to, and what is on it."""
+        """Where a note of a clip moves to, or what is on it."""
         frames, note, direction = clip(self.rng, self.scans)
         path = f"videos/{name}.mp4"
         write_clip(frames, self.folder / path)
-        asked = [
-            ("In which direction does the note move?", direction),
-            ("Which digit is on the note?", str(note.value)),
-        ]
-        self.rng.shuffle(asked)
-        return {**conversation(asked, "<video>"), "videos": [path]}
+        if self.rng.random() < 0.5:
+            return {"query": "Where does the note move?", "response": direction, "videos": [path]}
+        return {"query": "What is on the note?", "response": f"{note.colour} {note.value}", "videos": [path]}
 
-    def board(self, name: str, columns: int = 2, most: int = 4) -> tuple[str, list[Note]]:
+    def question(self, notes: list[Note]) -> Asked:
+        """One that the board answers: half of them of one note, the others of all."""
+        draw = self.rng.random()
+        if draw < 0.5:
+            return note_of(notes[self.rng.integers(len(notes))])
+        return read(notes) if draw < 0.8 else count(notes)
+
+    def board(self, name: str, columns: int = 2) -> tuple[str, list[Note]]:
         """Writes a board; its path from the folder, and its notes."""
-        image, notes = compose(self.rng, self.scans, int(self.rng.integers(1, most + 1)), columns)
+        weights = np.array(self.boards.notes)
+        many = 1 + int(self.rng.choice(len(weights), p=weights / weights.sum()))
+        image, notes = compose(self.rng, self.scans, many, columns)
         path = f"images/{name}.jpg"
         image.save(self.folder / path, quality=90)
         return path, notes
 
-    def question(self, notes: list[Note], reading: float | None = None) -> Asked:
-        """A question that the board answers, and its answer; `reading`: share of those that ask for all notes.
 
-        Training asks for all notes most often: it is from reading aloud that the model learns to look.
-        """
-        share = (0.6 if self.split == "train" else 1 / 3) if reading is None else reading
-        if self.rng.random() < share:
-            return read(notes)
-        if self.rng.random() < 0.5:
-            return "How many notes are there?", str(len(notes))
-        note = notes[self.rng.integers(len(notes))]
-        return f"Which digit is on the {note.colour} note?", str(note.value)
+def note_of(note: Note) -> Asked:
+    """One note, named by colour, then digit: having said the colour, a model finds the digit in one step, not two."""
+    return f"What is on the {note.colour} note?", f"{note.colour} {note.value}"
 
 
 def read(notes: list[Note]) -> Asked:
@@ -95,8 +124,13 @@ def read(notes: list[Note]) -> Asked:
     return "Read the notes.", ", ".join(f"{note.colour} {note.value}" for note in notes)
 
 
-def conversation(asked: list[Asked], mark: str) -> dict[str, Any]:
-    """The last question and its answer, the others as history; the mark stands at the very beginning."""
+def count(notes: list[Note]) -> Asked:
+    """The number of notes."""
+    return "How many notes are there?", str(len(notes))
+
+
+def conversation(asked: list[Asked], mark: str = "") -> dict[str, Any]:
+    """The last question and its answer, the others as history; `mark` stands at the very beginning."""
     turns = [[("" if n else mark) + query, response] for n, (query, response) in enumerate(asked)]
     query, response = turns.pop()
     return {"query": query, "response": response, **({"history": turns} if turns else {})}

@@ -44,17 +44,28 @@ class Scans:
         order = np.random.default_rng(0).permutation(len(data.target))
         cut = int(len(order) * HELD_OUT)
         self.ids = order[:cut] if held_out else order[cut:]
+        self._varied = not held_out
         self._images = (data.images * (255 / 16)).astype(np.uint8)
         self._values = data.target
 
     def note(self, rng: np.random.Generator, value: int, colour: str) -> Image.Image:
-        """A note with the digit in somebody's hand."""
+        """A note with the digit in somebody's hand; in training turned, stretched and moved a little."""
         scan = self._images[rng.choice(self.ids[self._values[self.ids] == value])]
         ink = Image.fromarray(scan).resize((NOTE - 8, NOTE - 8), Image.Resampling.BICUBIC)
+        if self._varied:
+            ink = _varied(rng, ink)
         paper = tuple(int(c) for c in np.array(COLOURS[colour]) + rng.integers(-12, 13, size=3))
         note = Image.new("RGB", (NOTE, NOTE), paper)
         note.paste((30, 30, 34), (4, 4), ink)
         return note
+
+
+def _varied(rng: np.random.Generator, ink: Image.Image) -> Image.Image:
+    """As another hand might write it: some degrees of turn, some per cent of stretch, a pixel or two of shift."""
+    turn, (wide, high), middle = rng.normal(0, 0.12), rng.normal(1, 0.06, size=2), ink.width / 2
+    a, b, d, e = wide * np.cos(turn), wide * np.sin(turn), -high * np.sin(turn), high * np.cos(turn)
+    x, y = middle * (1 - a - b) + rng.normal(0, 2), middle * (1 - d - e) + rng.normal(0, 2)
+    return ink.transform(ink.size, Image.Transform.AFFINE, (a, b, x, d, e, y), Image.Resampling.BILINEAR)
 
 
 def board(rng: np.random.Generator, columns: int) -> Image.Image:
