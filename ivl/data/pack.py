@@ -1,12 +1,13 @@
 """Lengths of rows → batches: packs filled to the last token, or padded batches of rows of like length.
 
 Every batch is decided from lengths alone, before any row is made: the same for the same seed and epoch on every rank
-and with any number of workers, as many on every rank, each row of the epoch once.
+and with any number of workers, as many on every rank and in every epoch, each row of the epoch once.
 
 How packs are filled. The epoch's rows, in their shuffled order, are cut into windows of equal size. The rows of a
 window are taken longest first, those with tiles before those without; each goes into the open pack that it fills best,
 or opens a new one. At the end of a window its packs are closed as they are. Where the number of packs is no multiple
-of the ranks, the packs with most rows are split in two until it is. Then packs are shuffled over the epoch.
+of the ranks, or below that of the epoch that needs most, the packs with most rows are split in two until it is. Then
+packs are shuffled over the epoch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -81,13 +83,23 @@ def _fill(places: list[int], tokens: np.ndarray, tiles: np.ndarray, max_tokens: 
 class _Batches(Sampler[list[tuple[int, int]]]):
     """Batches of one rank. Each is a list of (epoch, row): keys of a `Rows` or a `Mixture`."""
 
-    def __init__(self, tokens: np.ndarray, tiles: np.ndarray, order: Order | None, rank: int, ranks: int, seed: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        tiles: np.ndarray,
+        order: Order | None,
+        rank: int,
+        ranks: int,
+        seed: int,
+        epochs: int = 1,
+    ):
         if len(tokens) == 0:
             raise UserError("batches: no rows; expected at least one")
         if not 0 <= rank < ranks:
             raise UserError(f"batches: rank {rank} of {ranks}; expected 0 to {ranks - 1}")
         self.tokens, self.tiles = np.asarray(tokens, np.int64), np.asarray(tiles, np.int64)
         self.rank, self.ranks, self.seed = rank, ranks, seed
+        self.epochs = epochs
         self.epoch = 0
         self.done = 0
         """Batches of this epoch already used: where the next pass begins"""
@@ -105,14 +117,21 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         if self._made is None or self._made[0] != epoch:
             order = self._rows(epoch)
             groups = self._groups(self.tokens[order], self.tiles[order])
-            _divide(groups, self.ranks)
+            _divide(groups, self.count)
             costs = np.array([self._cost(order[group]) for group in groups])
             self._made = epoch, [order[groups[n]].tolist() for n in self._dealt(costs, epoch)]
         return self._made[1]
 
+    @cached_property
+    def count(self) -> int:
+        """Batches of all ranks in an epoch: as many as the epoch needs that needs most, and a multiple of the ranks."""
+        orders = (self._rows(epoch) for epoch in range(self.epochs))
+        most = max(len(self._groups(self.tokens[order], self.tiles[order])) for order in orders)
+        return most + -most % self.ranks
+
     def __len__(self) -> int:
-        """Batches of this rank in this epoch; epochs differ a little."""
-        return len(self.batches(self.epoch)) // self.ranks
+        """Batches of this rank in an epoch."""
+        return self.count // self.ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, start = self.epoch, self.done
@@ -125,11 +144,11 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         return {"epoch": self.epoch, "done": used, "settings": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a position. Raises UserError where rows, limits, seed or ranks are other than they were."""
+        """Go on at a position. Raises UserError where, inside an epoch, rows, limits, seed or ranks have changed."""
         changed = {
             k: (v, state["settings"].get(k)) for k, v in self._settings().items() if v != state["settings"].get(k)
         }
-        if changed:
+        if changed and state["done"]:
             found = ", ".join(f"{name} was {was!r} and is now {now!r}" for name, (now, was) in changed.items())
             raise UserError(f"batches: cannot go on in the middle of an epoch: {found}; restore it or begin a new run")
         self.epoch, self.done = state["epoch"], state["done"]
@@ -177,6 +196,7 @@ class PackedBatches(_Batches):
         ranks: int = 1,
         seed: int = 0,
         window: int = 8192,
+        epochs: int = 1,
     ) -> None:
         """
         Args:
@@ -184,8 +204,9 @@ class PackedBatches(_Batches):
             tiles: (rows,) tiles of each row, `Index.tiles`.
             order: epoch → rows; None: each row once, shuffled.
             window: rows that are packed together, at most.
+            epochs: how many there will be; all get as many packs as the one that needs most.
         """
-        super().__init__(tokens, tiles, order, rank, ranks, seed)
+        super().__init__(tokens, tiles, order, rank, ranks, seed, epochs)
         self.max_tokens, self.max_tiles, self.window = max_tokens, max_tiles, window
 
     def efficiency(self, epoch: int = 0) -> float:
@@ -194,7 +215,8 @@ class PackedBatches(_Batches):
         return float(sum(self.tokens[pack].sum() for pack in packs) / (len(packs) * self.max_tokens))
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"max_tokens": self.max_tokens, "max_tiles": self.max_tiles, "window": self.window}
+        own = {"max_tokens": self.max_tokens, "max_tiles": self.max_tiles, "window": self.window, "packs": self.count}
+        return super()._settings() | own
 
     def _groups(self, tokens: np.ndarray, tiles: np.ndarray) -> list[list[int]]:
         return fill_packs(tokens, tiles, self.max_tokens, self.max_tiles, self.window)
@@ -248,13 +270,15 @@ class GroupedBatches(_Batches):
         return int(self.tokens[rows].max())
 
 
-def _divide(groups: list[list[int]], ranks: int) -> None:
-    """Split groups with most rows, in place, until their number is a multiple of `ranks`."""
-    missing = -len(groups) % ranks
+def _divide(groups: list[list[int]], count: int) -> None:
+    """Split groups with most rows, in place, until there are `count`."""
+    missing = count - len(groups)
     rows = sum(map(len, groups))
     if len(groups) + missing > rows:
-        raise UserError(f"batches: {rows} rows cannot be spread over {ranks} ranks; give more rows or fewer processes")
-    while missing:
+        raise UserError(
+            f"batches: {rows} rows cannot be spread over {count} batches; give more rows or fewer processes"
+        )
+    while missing > 0:
         largest = sorted(range(len(groups)), key=lambda n: -len(groups[n]))[:missing]
         for n in largest:
             if len(groups[n]) > 1:

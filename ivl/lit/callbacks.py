@@ -1,20 +1,16 @@
-"""What Lightning lacks: sample answers, and the adapter beside each checkpoint."""
+"""What Lightning lacks: sample answers."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info
 from PIL.Image import Image
 
 from ivl.data.media import load_image
 from ivl.lit.pictures import panel
-from ivl.model import peft_adapter as adapting
 from ivl.types import Conversation
 
 
@@ -69,13 +65,3 @@ def _as_text(answers: list[dict[str, Any]]) -> str:
 def _picture(row: Conversation):
     last = [m for m in row.media if m.kind == "image"][-1]
     return load_image(last.source)
-
-
-class Checkpoints(ModelCheckpoint):
-    """Lightning's checkpoint, with the LoRA also written as a PEFT adapter folder (`adapter/`) at the end of fit."""
-
-    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and self.dirpath and adapting.has_adapter(module.model):
-            folder = Path(self.dirpath).parent / "adapter"
-            adapting.save_adapter(module.model, module.tune, folder, base=str(module.pretrained))
-            rank_zero_info(f"adapter in {folder}")

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import platform
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ivl.lit import benchmark
-from ivl.lit.callbacks import Checkpoints, Pictures
+from ivl.lit.callbacks import Pictures
+from ivl.lit.checkpoints import Checkpoints, WholeFiles, newest_whole
 from ivl.lit.datamodule import IvlData
 from ivl.lit.module import LitInternVL
 from ivl.lit.precision import choose_precision, device_has_bf16
@@ -28,17 +34,38 @@ from ivl.types import UserError
 
 
 class SaveConfig(SaveConfigCallback):
-    """The full config beside each fit, under a name of its own where a resumed run goes on in the same folder."""
+    """Config, versions and digests of the data beside each fit; under new names where a run goes on in its folder."""
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         folder = trainer.log_dir  # asks all ranks
         if stage != "fit" or folder is None or not trainer.is_global_zero or self.already_saved:
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        names = itertools.chain(["config.yaml"], (f"config-{n}.yaml" for n in itertools.count(1)))
-        path = next(path for path in (Path(folder) / name for name in names) if not path.exists())
-        self.parser.save(self.config, path, skip_none=False)
+        endings = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
+        ending = next(ending for ending in endings if not (Path(folder) / f"config{ending}.yaml").exists())
+        self.parser.save(self.config, Path(folder) / f"config{ending}.yaml", skip_none=False)
+        made = {"versions": versions(), "data": trainer.datamodule.fingerprints()}
+        (Path(folder) / f"versions{ending}.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         self.already_saved = True
+
+
+def versions() -> dict[str, str]:
+    """What made a run: python, the packages it computes with, and the commit of this one where it is a checkout."""
+    names = ("ivl", "torch", "lightning", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pillow")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a folder, not installed
+            found[name] = "not installed"
+    folder = Path(__file__).resolve().parents[2]
+    if (folder / ".git").exists():
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        try:
+            found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            found["commit"] = "unknown"
+    return found
 
 
 class IvlCLI(LightningCLI):
@@ -64,6 +91,8 @@ class IvlCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.weights_only = True  # a checkpoint is never unpickled
+        if config.get("ckpt_path") == "last":
+            resolve_last(config, resume=self.subcommand == "fit")
         if config.data.split == "run-validation":
             config.data.split = str(run_of(config.get("ckpt_path")))
         if self.subcommand == "predict" and config.data.task:
@@ -75,6 +104,9 @@ class IvlCLI(LightningCLI):
         folder = config.demo
         if folder and self.prepare_demo:
             type(self).prepare_demo(Path(folder))
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads the whole file here, in every process, for hyperparameters that ours do not hold."""
 
     def before_predict(self) -> None:
         writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
@@ -94,6 +126,10 @@ class IvlCLI(LightningCLI):
             isinstance(c, ProgressBar) for c in given.callbacks or []
         ):
             kwargs["callbacks"] = [*(given.callbacks or []), Progress()]
+        plugins = given.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeFiles()]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -149,13 +185,43 @@ def run_of(checkpoint: str | None) -> Path:
     raise UserError("--data.split run-validation: expected --ckpt_path with a checkpoint in the folder of its run")
 
 
+def resolve_last(config: Namespace, resume: bool) -> None:
+    """Put the newest whole checkpoint in the place of `--ckpt_path last`; where there is none yet, a fit begins anew.
+
+    A run that is resumed goes on in its own folder. Raises UserError where all checkpoints are broken, or none is
+    there to be used.
+    """
+    logger = config.trainer.logger[0] if isinstance(config.trainer.logger, list) else config.trainer.logger
+    settings = logger.init_args if isinstance(logger, Namespace) and "init_args" in logger else Namespace()
+    runs = Path(settings.get("save_dir") or config.trainer.default_root_dir or ".") / (settings.get("name") or "")
+    version = settings.get("version")
+    run = "*" if version is None else version if isinstance(version, str) else f"version_{version}"
+    folders = (
+        [Path(config.checkpoint.dirpath)] if config.checkpoint.dirpath else sorted(runs.glob(f"{run}/checkpoints"))
+    )
+    where = config.checkpoint.dirpath or f"{runs}/{run}/checkpoints"
+    found = newest_whole(folders)
+    if found is None and (not resume or any(any(folder.glob("*.ckpt")) for folder in folders)):
+        raise UserError(f"--ckpt_path last: no whole checkpoint in {where}; give the file of one")
+    rank_zero_info(f"--ckpt_path last: {found or f'nothing in {where} yet, the run begins'}")
+    config.ckpt_path = None if found is None else str(found)
+    if resume and found and "version" in settings and not config.checkpoint.dirpath:
+        settings.version = found.parent.parent.name
+
+
 def run_config(argv: list[str]) -> list[str]:
     """The run's own config in front, where only a fitted run's checkpoint is given (`--ckpt_path`)."""
     command, *rest = argv
     path = _value(rest, "--ckpt_path")
     if command == "fit" or path is None or _value(rest, "--config") or _value(rest, "-c"):
         return argv
-    checkpoint = Path(path)
+    if path == "last":
+        checkpoint = newest_whole(sorted(Path("runs").glob("*/checkpoints")))
+        if checkpoint is None:
+            raise UserError("--ckpt_path last: no whole checkpoint in runs/; give the file of one, or a --config")
+        rest += ["--ckpt_path", str(checkpoint)]
+    else:
+        checkpoint = Path(path)
     if not checkpoint.exists():
         raise UserError(
             f"--ckpt_path {checkpoint}: no such file; expected a checkpoint of a run, such as RUN/checkpoints/last.ckpt"

@@ -28,6 +28,7 @@ from ivl.data.processor import Processor, VideoOptions
 from ivl.data.sources import Source, open_sources
 from ivl.data.split import open_split, remember, remembered
 from ivl.lit.benchmark import rows_file
+from ivl.lit.checkpoints import unfinished
 from ivl.lit.feature_cache import open_store
 from ivl.lit.prompts import LAST, Prompt, Prompts
 from ivl.types import IGNORE, Batch, Example, UserError
@@ -267,6 +268,11 @@ class IvlData(LightningDataModule):
         # Long rows first: rows of like length are answered together, and none is left over at the end.
         self._order = np.argsort(-index.tokens, kind="stable")
 
+    def fingerprints(self) -> dict[str, str]:
+        """Each file of training and held-out rows, and a digest of its contents."""
+        parts = [part.rows for part in self._train[0].parts] if self._train else []
+        return {str(file.path): file.digest for rows in (*parts, *self._rows.values()) for file in rows.files}
+
     # -- batches -------------------------------------------------------------------------------------------------
 
     def total_steps(self) -> int:
@@ -274,21 +280,40 @@ class IvlData(LightningDataModule):
         trainer = self.trainer
         if trainer.max_steps > 0:
             return trainer.max_steps
-        limit, steps = trainer.limit_train_batches, 0
-        batches = self._train_batches()
-        for epoch in range(max(1, trainer.max_epochs or 1)):
-            batches.set_epoch(epoch)
-            count = min(len(batches), limit) if isinstance(limit, int) else int(len(batches) * limit)
-            steps += math.ceil(count / trainer.accumulate_grad_batches)
-        return steps
+        return self._epochs() * self._steps(self.batches_of_epoch())
+
+    def batches_of_epoch(self) -> int:
+        """Batches of this process in an epoch of training."""
+        return self._limited(len(self._train_batches()))
+
+    def _limited(self, batches: int) -> int:
+        limit = self.trainer.limit_train_batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    def _steps(self, batches: int) -> int:
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)
+
+    def _epochs(self) -> int:
+        """Epochs of the run, at most, where that is known."""
+        return max(1, self.trainer.max_epochs or 1)
+
+    def _place(self) -> tuple[int, int]:
+        """Whose rows this process takes, and of how many; processes that share layers (tensor parallel) share rows."""
+        place = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        return place["rank"], place["num_replicas"]
 
     def _train_batches(self) -> PackedBatches | GroupedBatches:
         mixture, index = self._train
-        place = {"rank": self.trainer.global_rank, "ranks": self.trainer.world_size}
+        rank, ranks = self._place()
         order = mixture.order if self.shuffle else lambda epoch: np.arange(len(mixture))
-        common = {"order": order, "seed": self.seed, **place}
+        common = {"order": order, "seed": self.seed, "rank": rank, "ranks": ranks}
         if self.packing:
-            return PackedBatches(index.tokens, index.tiles, self.pack_tokens, self.pack_tiles, **common)
+            packs = partial(PackedBatches, index.tokens, index.tiles, self.pack_tokens, self.pack_tiles, **common)
+            epochs = self._epochs()
+            if self.trainer.max_steps > 0:  # whichever of the two limits comes first
+                needed = math.ceil(self.trainer.max_steps / max(1, self._steps(self._limited(len(packs())))))
+                epochs = needed if epochs == 1 else min(epochs, needed)
+            return packs(epochs=epochs)
         window = 64 if self.group_by_length else 1
         return GroupedBatches(index.tokens, index.tiles, self.batch_size, window=window, **common)
 
@@ -314,13 +339,16 @@ class IvlData(LightningDataModule):
         if self.feature_cache and self.feature_store is None:
             self._open_feature_store()
         collate = partial(self.processor.collate, packed=self.packing)
-        loader = self._loader(self._train[0], self._train_batches(), collate)
+        batches = self._train_batches()
+        batches.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # a resumed run begins here
+        loader = self._loader(self._train[0], batches, collate)
         loader.used = self._used
         return loader
 
     def _used(self) -> tuple[int, int]:
         loop = self.trainer.fit_loop
         done, epoch = loop.epoch_loop.batch_progress.current.processed, loop.epoch_progress.current.processed
+        done -= unfinished(self.trainer)
         return (epoch, done) if done < loop.max_batches else (epoch + 1, 0)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -343,13 +371,17 @@ class IvlData(LightningDataModule):
             return batch  # its tiles go to the device when its turn has come
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
+    def rows_of_step(self) -> int:
+        """Rows of all ranks in a batch of validation."""
+        return self.eval_batch_size * self._place()[1]
+
     def predict_indices(self) -> range:
         """The rows a complete prediction has."""
         return range(len(self.rows("predict")))
 
     def _eval_loader(self, name: str, collate: Callable) -> DataLoader:
         rows = self.rows(name)
-        batches = RankRows(len(rows), self.eval_batch_size, self.trainer.global_rank, self.trainer.world_size)
+        batches = RankRows(len(rows), self.eval_batch_size, *self._place())
         return self._loader(Asked(rows), batches, partial(collate, self.processor))
 
     def _loader(self, dataset: Dataset, batches: Any, collate: Callable) -> ResumableLoader:
@@ -360,6 +392,7 @@ class IvlData(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # what a loader draws for its workers is not taken from the run's numbers
         )
 
 

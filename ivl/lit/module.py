@@ -11,7 +11,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,6 +36,7 @@ from ivl.model.fingerprint import fingerprint
 from ivl.model.generate import Choice, Ends
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
+from ivl.model.parallel import build_sharded, parallelize
 from ivl.model.rates import Rates, param_groups, scale_rates
 from ivl.model.serve import Batching, Engine, Request, row_seed
 from ivl.model.tune import Tune
@@ -165,24 +172,32 @@ class LitInternVL(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        # Where each process holds the whole model it is read straight onto its device; sharded, onto the host first.
-        whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        model = InternVL.from_pretrained(
-            self.pretrained,
-            dtype=self._weight_dtype(),
-            device=self.trainer.strategy.root_device if whole else "cpu",
-            attention=self.attention,
-            quantize=self.quantize,
-        )
-        if self.adapter:
-            adapting.load_adapter(model, self.adapter)
-        else:
-            tuning.apply(model, self.tune)
+        model = self._model(self.trainer.strategy)
         model.set_checkpointing(self.checkpointing.vision_model, self.checkpointing.language_model)
         model.neftune_alpha = self.neftune
         self.model = model
         if self.trainer.training:
             rank_zero_info(f"{self.pretrained}\n{tuning.table(model)}")
+
+    def _model(self, strategy: Strategy) -> InternVL:
+        """The model with what trains in place, as the strategy spreads it."""
+        common = {"dtype": self._weight_dtype(), "attention": self.attention}
+        sharded = isinstance(strategy, ModelParallelStrategy)
+        if sharded and not self.adapter and not self.quantize:
+            return build_sharded(self.pretrained, self.tune, strategy.device_mesh, strategy.root_device, **common)
+        # Where each process holds the whole model it is read straight onto its device; otherwise onto the host first.
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+        device = strategy.root_device if whole else "cpu"
+        model = InternVL.from_pretrained(self.pretrained, device=device, quantize=self.quantize, **common)
+        if self.adapter:
+            adapting.load_adapter(model, self.adapter)
+        else:
+            tuning.apply(model, self.tune)
+        if sharded:
+            parallelize(model, strategy.device_mesh)
+        elif not whole:  # Lightning shards it, or DeepSpeed does
+            model.always_run_vision = True
+        return model
 
     def _weight_dtype(self) -> str:
         if self.dtype_name != "auto":
@@ -227,6 +242,10 @@ class LitInternVL(LightningModule):
         self._window_weight += out.weight_sum
         self._finite.add(batch.rows, out.loss_sum)
         self.source_losses.add(batch.rows, out.row_losses, out.row_tokens)
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            # It keeps gradients to itself, so each micro-batch is a mean over what all ranks learn from in it.
+            weight = self.trainer.strategy.reduce(out.weight_sum.clone(), reduce_op="sum")
+            return out.loss_sum * self.trainer.world_size / weight.clamp(min=1)
         # Lightning divides by the number of micro-batches; the right denominator follows in on_before_optimizer_step.
         return out.loss_sum * (self.trainer.accumulate_grad_batches / LOSS_UNIT)
 
@@ -243,6 +262,8 @@ class LitInternVL(LightningModule):
         loss, weight = totals
         weight = weight.clamp(min=1)  # no row weighs less, so this is where nothing is supervised
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            gradients = []
         self._norm = None
         bad = ~torch.isfinite(loss)
         if gradients:
@@ -307,7 +328,9 @@ class LitInternVL(LightningModule):
         with out_of_memory(batch, f"lower data.eval_batch_size ({len(batch)})", "validation"):
             out = self.model(**batch)
             self._scores.add_losses(batch.rows, out.row_losses, out.row_tokens)
-            if self.answer_rows is not None and indices[0] >= self.answer_rows:
+            # By the first row of all ranks' batches, so that all ranks answer, or none does.
+            first = batch_idx * self.trainer.datamodule.rows_of_step()
+            if self.answer_rows is not None and first >= self.answer_rows:
                 return
             answers = self._generate(prompts)
         for index, row, answer in zip(indices, prompts.rows, answers):
@@ -401,5 +424,7 @@ class LitInternVL(LightningModule):
         """Answers in validation."""
         processor, ends = self.trainer.datamodule.processor, self._ends()
         settings = {k: v for k, v in vars(self.generation).items() if k != "stop"}
+        if self.model.always_run_vision:  # of a sharded model every process computes every token, or all wait
+            settings["all_done"] = self.trainer.strategy.reduce_boolean_decision
         found = self.model.generate(prompts, eos_ids=ends.eos_ids, stopped=ends.stopped, **settings)
         return [processor.decode(ids, self.generation.stop) for ids in found]

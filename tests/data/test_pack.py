@@ -110,7 +110,7 @@ def test_few_rows():
     ones, none = np.ones(3, np.int64), np.zeros(3, np.int64)
     samplers = [PackedBatches(ones, none, 10, rank=rank, ranks=3) for rank in range(3)]
     assert [len(list(sampler)) for sampler in samplers] == [1, 1, 1]
-    with pytest.raises(UserError, match="3 rows cannot be spread over 4 ranks"):
+    with pytest.raises(UserError, match="3 rows cannot be spread over 4 batches"):
         len(PackedBatches(ones, none, 10, ranks=4))
     with pytest.raises(UserError, match="no rows"):
         PackedBatches(ones[:0], none[:0], 10)

@@ -1,0 +1,240 @@
+"""Checkpoints of a run: whole or not there at all, and exact: a resumed run goes on as if it had not stopped.
+
+A checkpoint is one file, the same under every strategy that keeps tensors in torch (one device, DDP, FSDP2): what
+trains, optimizer, schedule, loops, the state of every random generator of every process, and the data position. It is
+written under a temporary name, flushed to the disk and renamed, so a file that is named `*.ckpt` was once whole; its
+zip checksums tell whether it still is.
+
+Positions are ends of accumulation windows: inside one, gradients would have to be saved as well. A checkpoint that is
+due inside a window waits for its end. Only one that belongs to a validation inside a window cannot wait: it holds the
+position where that window began, whose micro-batches are then computed again, with the same random numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from ivl.model import peft_adapter as adapting
+from ivl.model import tune as tuning
+from ivl.types import UserError
+
+PARTIAL = ".part"
+"""Ending of a checkpoint that is being written"""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint so that it is whole or absent, whenever the machine stops; reads only whole ones."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name, too, is on the disk
+        finally:
+            os.close(folder)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
+        """Never unpickles, whatever `weights_only` says. Mapped into memory, so a process reads only what it takes.
+
+        Raises UserError where the file is missing or damaged.
+        """
+        if (problem := damage(path)) is not None:
+            raise UserError(f"{path}: {problem}; give another one, or the newest whole one by --ckpt_path last")
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint file, by the checksums in it; None where it is whole."""
+    path = Path(path)
+    if path.is_dir():  # DeepSpeed's
+        files = sorted(path.rglob("*.pt"))
+        return next(filter(None, map(damage, files)), None) if files else "an empty folder"
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+        return f"damaged (checksum of {broken})" if broken else None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        return f"not a whole checkpoint ({error})"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def newest_whole(folders: Iterable[Path]) -> Path | None:
+    """The newest whole checkpoint in runs' `checkpoints` folders; says which broken ones it passes over."""
+    found = [(path.stat().st_mtime_ns, path) for folder in folders for path in folder.glob("*.ckpt")]
+    for _, path in sorted(found, reverse=True):
+        if (problem := damage(path)) is None:
+            return path
+        rank_zero_warn(f"{path}: {problem}; passed over")
+    return None
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and has saved its state. The exit status is 128 + the signal's number."""
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's checkpoint callback: exact, on a schedule and on SIGTERM and SIGINT.
+
+    At the first signal the optimizer step (or the validation) that is under way is finished, the state is saved in
+    `last.ckpt`, and the process exits with 143 or 130. At the second it exits at once, and saves nothing.
+    A LoRA is also written as a PEFT adapter folder (`adapter/`) at the end of fit.
+    """
+
+    _signal: int = 0
+    _random: list[dict[str, Any]] | None = None
+    """Of each process, from a checkpoint, until the first step"""
+
+    # -- signals -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if trainer.is_global_zero and self.dirpath:
+            for partial in Path(self.dirpath).glob(f".*.ckpt{PARTIAL}"):
+                partial.unlink()
+        self._handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+
+            def handle(number: int, frame: Any) -> None:
+                if self._signal:
+                    if kill := getattr(trainer.strategy.launcher, "kill", None):
+                        kill(signal.SIGKILL)
+                    raise Stopped(128 + number)
+                self._signal = number
+                # print may be at work already where the signal comes in
+                os.write(2, f"\n{signal.Signals(number).name}: stops after this step; again: stops now\n".encode())
+
+            self._handlers = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        for number, handler in getattr(self, "_handlers", {}).items():
+            signal.signal(number, handler)
+        self._handlers = {}
+        super().teardown(trainer, module, stage)
+
+    def _stop_where_asked(self, trainer: Trainer) -> None:
+        """Any process may have the signal; all of them stop at the same step."""
+        if not trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
+            return
+        number = self._signal or signal.SIGTERM
+        path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"stopped at step {trainer.global_step}; go on with the same command and --ckpt_path {path}")
+        # Lightning kills the first process where one that it started ends with another status than 0.
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        own = trainer.is_global_zero or environment is None or environment.creates_processes_externally
+        raise Stopped(128 + number if own else 0)
+
+    # -- when ----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._random is not None:
+            set_random_state(self._random, trainer.global_rank)
+            self._random = None
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._window_start = random_state()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if unfinished(trainer):
+            return
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        self._stop_where_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_validation_end(trainer, module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not unfinished(trainer):
+            self._stop_where_asked(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.save_last and self._last_global_step_saved != trainer.global_step:  # steps after the last validation
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self.dirpath or not adapting.has_adapter(module.model):
+            return
+        state = trainer.strategy.lightning_module_state_dict()  # asks all processes where each has a shard
+        if trainer.is_global_zero:
+            state = {name: state[f"model.{name}"] for name in tuning.trainable_state(module.model)}
+            folder = Path(self.dirpath).parent / "adapter"
+            adapting.save_adapter(module.model, module.tune, folder, base=str(module.pretrained), state=state)
+            rank_zero_info(f"adapter in {folder}")
+
+    # -- what ----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        again = unfinished(trainer)
+        mine = self._window_start if again else random_state()
+        states: list[Any] = [mine]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, mine)
+        checkpoint["random"] = states
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            for name in counts:
+                counts[name] -= again
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._random = checkpoint.get("random")
+        loops = checkpoint["loops"]["fit_loop"]
+        loader = loops["state_dict"].get("combined_loader")
+        counts = loops["epoch_loop.batch_progress"]["current"]
+        if trainer.state.fn == "fit" and loader and not loader[0]["done"] and counts["ready"]:
+            # An epoch has ended. Lightning sees it by the number of batches, which follows from that of processes.
+            more = trainer.datamodule.batches_of_epoch() - counts["ready"]
+            for name in counts:
+                counts[name] += more
+
+
+def unfinished(trainer: Trainer) -> int:
+    """Micro-batches of an accumulation window that has not come to its optimizer step; 0 between windows."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    ready = progress.current.ready
+    last = progress.is_last_batch or ready == trainer.num_training_batches
+    return 0 if last else ready % trainer.accumulate_grad_batches
+
+
+def random_state() -> dict[str, Any]:
+    """The state of this process's generators: torch, CUDA, numpy, python. Plain values and tensors only."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(states: list[dict[str, Any]], rank: int) -> None:
+    """Go on with the generators of a process; those of the first where there were fewer processes."""
+    state = states[rank if rank < len(states) else 0]
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))

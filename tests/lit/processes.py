@@ -1,0 +1,64 @@
+"""Runs in processes of their own, forked from one in which everything is imported; several as torchrun starts them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from ivl.__main__ import main
+
+
+def _child(argv: list[str], log: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.exit(main(argv))
+
+
+def started(argv: list[str], log: Path, environment: dict[str, str] | None = None) -> BaseProcess:
+    """`python -m ivl ARGV`, what it prints in `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ivl.lit.cli", "tests.lit.processes"])
+    process = context.Process(target=_child, args=(argv, log, environment or {}))
+    process.start()
+    return process
+
+
+def ranks(argv: list[str], folder: Path, count: int = 2) -> list[BaseProcess]:
+    """The processes of one distributed run; what rank r prints is in `folder/rankR.log`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+    common |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": str(count)}
+    folder.mkdir(parents=True, exist_ok=True)
+    argv = [*argv, "--trainer.devices", str(count)]
+    return [
+        started(argv, folder / f"rank{r}.log", common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)
+    ]
+
+
+def finished(processes: list[BaseProcess], folder: Path, status: int = 0, limit: float = 600.0) -> None:
+    """Wait for the processes of a run; all end with `status`."""
+    end = time.monotonic() + limit
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [status] * len(processes), (codes, (folder / "rank0.log").read_text()[-3000:])
+
+
+def wait(process: BaseProcess, condition: Callable[[], object], limit: float = 300.0) -> None:
+    """Until `condition()` holds or the process ends."""
+    end = time.monotonic() + limit
+    while process.is_alive() and not condition():
+        assert time.monotonic() < end, "the run does not get on"
+        time.sleep(0.001)
