@@ -7,6 +7,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from ivl.shipped import FOLDER, with_configs
+
 COMMANDS = {
     "fit": ("ivl.lit.cli", "fine-tune a model                     --config configs/demo.yaml"),
     "validate": ("ivl.lit.cli", "loss and scores on held-out rows      --ckpt_path RUN/checkpoints/last.ckpt"),
@@ -32,6 +34,9 @@ options of every command:
   --token T  login of that hub; default: HF_TOKEN or MODELSCOPE_API_TOKEN. It is written nowhere
   --debug    show where an error came from
 
+FILE of --config: a path, or the name of a config that comes with the program, such as demo, internvl2-2b, tune/lora or
+  strategy/ddp ({folder}). Several are merged from left to right.
+
 `python -m ivl COMMAND --help` lists the options of a command.
 """
 
@@ -43,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = [a for a in argv if a != "--debug"]
     argv, chosen = _taken(argv, ("--hub", "--token"))
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())), end="")
+        commands = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+        print(USAGE.format(commands=commands, folder=FOLDER), end="")
         return 0
-    command = argv[0]
+    command, argv = argv[0], with_configs(argv)
     if command == "--version":
         from ivl import __version__
 
