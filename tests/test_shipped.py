@@ -48,7 +48,9 @@ def test_the_help_says_where_configs_are(capsys):
 
 
 def _folders(top: str) -> set[str]:
-    return {".".join(p.parent.relative_to(REPO).parts) for p in (REPO / top).rglob("*.py") if "__pycache__" not in p.parts}
+    return {
+        ".".join(p.parent.relative_to(REPO).parts) for p in (REPO / top).rglob("*.py") if "__pycache__" not in p.parts
+    }
 
 
 def test_every_folder_of_the_package_is_shipped():

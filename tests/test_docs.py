@@ -1,0 +1,234 @@
+"""The pages say what is true: rows are rows, yaml is accepted, commands are understood by their own parsers, links lead
+somewhere, Python imports what is there. Nothing is trained, loaded or fetched."""
+
+import ast
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+from ivl import shipped
+from ivl.__main__ import COMMANDS
+from ivl.data.formats import loads, parse
+
+REPO = Path(__file__).resolve().parents[1]
+PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
+WANTED = {
+    "data",
+    "finetuning",
+    "inference",
+    "evaluation",
+    "distributed",
+    "export",
+    "from_ms_swift",
+    "from_internvl",
+    "design",
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        body for name, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if name == language
+    ]
+
+
+def named(found: list[tuple[Path, str]]):
+    return [pytest.param(text, id=f"{page.stem}-{n}") for n, (page, text) in enumerate(found)]
+
+
+def test_the_pages_are_there():
+    assert {page.stem for page in (REPO / "docs").glob("*.md")} >= WANTED
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+ROWS = [(page, line) for page in PAGES for block in blocks(page, "json") for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("line", named(ROWS))
+def test_a_row_is_understood(line):
+    conversation = parse(loads(line), size=lambda source: (640, 480))
+    assert conversation.messages[0].role == "user"
+    assert not any(re.search(r"<(bbox|ref-object)>", message.text) for message in conversation.messages)
+
+
+@pytest.mark.parametrize("text", named([(page, b) for page in PAGES for b in blocks(page, "jsonc")]))
+def test_a_meta_file_is_one(text):
+    for entry in json.loads(text).values():
+        assert (
+            {"annotation"}
+            <= set(entry)
+            <= {"root", "annotation", "repeat_time", "length", "data_augment", "max_dynamic_patch"}
+        )
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> list[str]:
+    """`-m ivl …` lines of a page's shell blocks and of its tables, with continued lines joined."""
+    lines = [line for block in blocks(page, "shell") for line in block.replace("\\\n", " ").splitlines()]
+    outside = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines += re.findall(r"`((?:[^`]* )?-m ivl [^`]*)`", outside)
+    return [line for line in lines if re.search(r"-m ivl \w", line)]
+
+
+def arguments(line: str) -> list[str]:
+    return [w for w in shlex.split(line.split("-m ivl ", 1)[1], comments=True) if w not in ("&&", "|")]
+
+
+COMMAND_LINES = [(page, line) for page in PAGES for line in commands(page)]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a run in it, where commands that name one find its config."""
+    folder = tmp_path_factory.mktemp("work")
+    checkpoints = folder / "runs/version_0/checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "last.ckpt").touch()
+    (folder / "runs/version_0/config.yaml").write_text("model: {pretrained: internvl2-2b}\n")
+    return folder
+
+
+class Understood(Exception):
+    """The options were read; nothing shall run."""
+
+
+def understood(*args, **options):
+    raise Understood
+
+
+STOPS = {
+    "check": ("ivl.check", "_processor"),
+    "chat": ("ivl.terminal", "chat"),
+    "export": ("ivl.export", "export"),
+    "models": ("ivl.models", "_lines"),
+    "plan": ("ivl.plan", "rows_of"),
+    "score": ("ivl.eval.score", "task"),
+}
+"""The first thing each command does with its options"""
+
+
+def read_options(argv: list[str], monkeypatch) -> None:
+    """Let a command's own parser read its arguments. Raises what the command raises."""
+    argv = shipped.with_configs(argv)
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    if module.__name__ == "ivl.lit.cli":
+        for step in ("before_instantiate_classes", "instantiate_classes", "_run_subcommand"):
+            monkeypatch.setattr(module.IvlCLI, step, understood)
+        run = lambda: module.main(argv, prepare_demo=lambda folder: None)  # noqa: E731
+    else:
+        place, name = STOPS[argv[0]]
+        monkeypatch.setattr(importlib.import_module(place), name, understood)
+        run = lambda: module.main(argv[1:])  # noqa: E731
+    with pytest.raises(Understood):
+        run()
+
+
+@pytest.mark.parametrize("line", named(COMMAND_LINES))
+def test_a_command_is_understood_by_its_parser(line, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("sys.argv", ["ivl"])
+    argv = arguments(line)
+    if argv[0].startswith("-") or "--help" in argv:
+        return
+    for word in argv:
+        if word.startswith("configs/"):
+            assert (REPO / word).is_file(), word
+    read_options(argv, monkeypatch)
+
+
+def test_a_wrong_option_is_noticed(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("sys.argv", ["ivl"])
+    for line in (
+        "fit --config demo --data.colour red",
+        "fit --config demo --trainer.devices blue",
+        "export --colour red",
+    ):
+        with pytest.raises(Exception, match=r"(?i)colour|blue"):
+            read_options(line.split(), monkeypatch)
+
+
+YAMLS = [(page, text) for page in PAGES for text in blocks(page, "yaml")]
+
+
+@pytest.mark.parametrize("text", named(YAMLS))
+def test_yaml_is_accepted_on_top_of_a_models_config(text, tmp_path, monkeypatch):
+    assert isinstance(yaml.safe_load(text), dict)
+    (tmp_path / "page.yaml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["ivl"])
+    read_options(["fit", "--config", "internvl2_2b", "--config", str(tmp_path / "page.yaml")], monkeypatch)
+
+
+# -- options, Python, links -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        name, _, anchor = unquote(target).partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}, (
+                f"{page.name}: {target}"
+            )
+
+
+PYTHON = [(page, text) for page in PAGES for text in blocks(page, "python")]
+
+
+@pytest.mark.parametrize("text", named(PYTHON))
+def test_python_reads_and_imports_what_is_there(text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "ivl":
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+PATHS = [
+    (page, path)
+    for page in PAGES
+    for path in re.findall(r"`((?:ivl|tests|configs|docs|benchmarks)/[\w./-]+)`", page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("path", named(sorted(set(PATHS))))
+def test_a_path_that_is_named_exists(path):
+    assert (REPO / path).exists()
+
+
+DIFFS = [(page, text) for page in PAGES for text in blocks(page, "diff")]
+
+
+@pytest.mark.parametrize("text", named(DIFFS))
+def test_a_diff_fits_the_present_code(text):
+    """Its unchanged and removed lines stand in the file it names, in that order, and what it makes is Python."""
+    files = re.split(r"^--- ", text, flags=re.MULTILINE)[1:]
+    assert files
+    for part in files:
+        path, *hunk = part.splitlines()
+        code = (REPO / path.strip()).read_text(encoding="utf-8").splitlines()
+        made, at, added = [], 0, []
+        for line in hunk:
+            kind, line = line[:1], line[1:]
+            if kind == "+":  # right after the line above it; at the start of a hunk, right before the line below
+                (made if at else added).append(line)
+                continue
+            assert line in code[at:], f"{path}: {line!r} is not there (any more)"
+            found = code.index(line, at)
+            made += code[at:found] + added + [line] * (kind == " ")
+            at, added = found + 1, []
+        compile("\n".join(made + code[at:]), path, "exec")
