@@ -95,7 +95,7 @@ class Session:
             return line
         lines = [line]
         while not lines[-1].rstrip().endswith("#"):
-            lines.append(input())
+            lines.append(input("... "))
             _remember(lines[-1])
         return "\n".join(lines).rstrip().removesuffix("#")
 

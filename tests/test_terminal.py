@@ -1,11 +1,14 @@
 """The chat in a pseudo-terminal: the reference document's session, key by key, against the API's answers."""
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -38,6 +41,8 @@ class Terminal:
                 sys.stdout.flush()
             finally:
                 os._exit(status)
+        # Wide enough that no line is broken, or scrolled sideways.
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 10_000, 0, 0))
         self.seen = ""
 
     def until(self, text: str) -> str:
@@ -155,6 +160,7 @@ def test_words_of_command_and_what_goes_wrong(folder, tmp_path):
     terminal.type("multi-line")
     terminal.until("<<<[M] ")
     terminal.type("How many sheep")
+    terminal.until("... ")
     terminal.type("are there?#")
     assert terminal.until(f"\n{LINE}\n") == printable(chat.ask("How many sheep\nare there?"))
     terminal.until("<<<[M] ")

@@ -221,7 +221,7 @@ def parse_size(text: str, option: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size < 1:
-        raise UserError(f"--{option}: expected a size such as 15GB or 800MB, found {text!r}")
+        raise UserError(f"--{option}: expected a size such as 5GB or 800MB, found {text!r}")
     return size
 
 

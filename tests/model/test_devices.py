@@ -132,7 +132,7 @@ def test_options_that_do_not_go_together(tiny_folder):
         choose(model, devices=2, device_map={"": "cpu"})
     with pytest.raises(UserError, match="1 sizes for 2 devices; expected one for each, such as 15GB 15GB"):
         choose(model, ["cpu", "cpu"], ["3GB"])
-    with pytest.raises(UserError, match=r"--device_max_memory: expected a size such as 15GB or 800MB, found 'much'"):
+    with pytest.raises(UserError, match=r"--device_max_memory: expected a size such as 5GB or 800MB, found 'much'"):
         choose(model, ["cpu"], ["much"])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="devices: 2 asked for, but no GPU is found here; leave it out"):
