@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import sys
 import termios
@@ -13,11 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ivl import Chat, InternVL, Processor
 from ivl.__main__ import main
 from ivl.chat import Settings
-from ivl.terminal import LINE, printable
+from ivl.data.fetch import FetchPolicy
+from ivl.data.media import MediaPolicy
+from ivl.model.peft_adapter import save_adapter
+from ivl.model.tune import LoRA, Tune, apply
+from ivl.terminal import LINE, Session, chat, printable
 from tests import tiny
 from tests.test_chat import picture
 
@@ -224,3 +230,32 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys, argv, message):
     assert main(["chat", *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_an_adapter_is_put_on_its_model(folder, tmp_path):
+    """Its own base is found; the answer is that of the model with the adapter, which differs from the base's."""
+    model, processor = InternVL.from_pretrained(folder), Processor.from_pretrained(folder)
+    plain = Chat(model, processor, settings=Settings(8)).ask("How many sheep?")
+    made = Tune(language_model=LoRA(rank=4))
+    apply(model, made)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    save_adapter(model, made, tmp_path / "adapter", str(folder))
+    adapted = Chat(model.eval(), processor, settings=Settings(8)).ask("How many sheep?")
+    session = chat(adapter=str(tmp_path / "adapter"), device="cpu", settings=Settings(8))
+    assert session.chat.ask("How many sheep?") == adapted != plain
+
+
+def test_a_url_that_hangs_is_one_line(folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        fetching = FetchPolicy(timeout=0.2, total_timeout=0.5, retries=0, allow_private=True)
+        processor = Processor.from_pretrained(folder, policy=MediaPolicy(fetch=fetching))
+        session = Session(Chat(InternVL.from_pretrained(folder), processor, settings=Settings(8)))
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/cat.png"
+        session._take(f"<img>{url}</img> What is it?")
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and url in error and error.count("\n") == 1
+        session._take("And cats?")
+    assert [question for question, _ in session.chat.history] == ["And cats?"]
