@@ -17,8 +17,8 @@ ROWS = {
 """How many rows of each kind"""
 
 
-def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS) -> None:
-    """Make the demo's data and model in `folder`; nothing where they are there already. The same files every time.
+def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS, seed: int = 0) -> None:
+    """Make the demo's data and model in `folder`; nothing where they are there already. Equal seeds make equal files.
 
     Everything is written beside the folder and renamed, so it is there whole or not at all.
     Raises UserError where the folder exists and is something else.
@@ -31,7 +31,7 @@ def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(temporary, rows)
+        _write(temporary, rows, seed)
         temporary.chmod(0o755)
         if not folder.exists():  # another process may have been faster
             temporary.rename(folder)
@@ -39,19 +39,19 @@ def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder: Path, rows: dict[str, dict[str, int]]) -> None:
+def _write(folder: Path, rows: dict[str, dict[str, int]], seed: int) -> None:
     from ivl.demo.model import write_checkpoint
     from ivl.demo.rows import write_rows
     from ivl.demo.scenes import CELL, STEP
 
     texts = []
     with tqdm(total=sum(sum(counts.values()) for counts in rows.values()), desc="prepare the demo", unit="row") as bar:
-        for seed, (split, counts) in enumerate(rows.items()):
-            for row in write_rows(folder, split, counts, seed):
+        for n, (split, counts) in enumerate(rows.items()):
+            for row in write_rows(folder, split, counts, 2 * seed + n):
                 texts += [row["query"], row["response"]] if split == "train" else []
                 bar.update()
     # The tokenizer shall have a word for each number of a box.
     numbers = [round(1000 * pixel / (2 * CELL)) for pixel in range(0, 2 * CELL + 1, STEP)]
     texts += [f"<box> [[{n}, {n}, {n}, {n}]] </box>" for n in numbers] * 50
     texts += ["system\nuser\nassistant\nFrame1: "] * 2000
-    write_checkpoint(folder / "model", texts)
+    write_checkpoint(folder / "model", texts, seed)

@@ -35,8 +35,8 @@ def _cell(image: Image.Image, row: Conversation, answer: str) -> Image.Image:
     picture = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     draw = ImageDraw.Draw(picture)
     last = row.messages[-1] if row.messages[-1].role == "user" else row.messages[-2]
-    draw_boxes(draw, last.text, picture.size, EXPECTED)
-    draw_boxes(draw, row.reference or "", picture.size, EXPECTED)
+    draw_boxes(draw, last.text, picture.size, EXPECTED, width=5)  # to be seen around an equal box given
+    draw_boxes(draw, row.reference or "", picture.size, EXPECTED, width=5)
     draw_boxes(draw, answer, picture.size, GIVEN)
     cell.paste(picture, (0, 0))
     font = ImageFont.load_default(12)
@@ -54,10 +54,12 @@ def _cell(image: Image.Image, row: Conversation, answer: str) -> Image.Image:
     return cell
 
 
-def draw_boxes(draw: ImageDraw.ImageDraw, text: str, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
+def draw_boxes(
+    draw: ImageDraw.ImageDraw, text: str, size: tuple[int, int], colour: tuple[int, int, int], width: int = 2
+) -> None:
     """Draw every box a text names (0 to 1000) onto a picture of this size."""
     for _, boxes in parse_boxes(text):
         for box in boxes:
             x1, y1, x2, y2 = to_pixels(box, size)
             if x1 <= x2 and y1 <= y2:
-                draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
+                draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
