@@ -275,11 +275,9 @@ def _hidden(model: nn.Module, hidden_BTD: Tensor, packed: bool) -> Tensor:
     """`ivl.model.llm.hidden_states`. Block by block: transformers makes a mask where it cannot read positions."""
     body, mask = model.model, None
     positions_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long)
-    if packed:
-        window = getattr(model.config, "sliding_window", None)
-        mask = attention_mask(model, visible(positions_BT, positions_BT, positions_BT, window), hidden_BTD.dtype)
-    elif model.config._attn_implementation == "eager":
-        mask = attention_mask(model, visible(positions_BT, positions_BT, None, None), hidden_BTD.dtype)
+    if model.config._attn_implementation == "eager":
+        rows_BT = positions_BT if packed else None
+        mask = attention_mask(model, visible(positions_BT, positions_BT, rows_BT, None), hidden_BTD.dtype)
     angles = body.rotary_emb(hidden_BTD, positions_BT)
     for layer in body.layers:
         hidden_BTD = layer(

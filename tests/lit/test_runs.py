@@ -215,8 +215,11 @@ def test_a_fitted_run_predicts_with_its_own_config_and_its_adapter_says_the_same
             [sys.executable, "-m", "ivl", "predict", *argv, *out], capture_output=True, text=True, cwd=tmp_path
         )
         assert done.returncode == 0, done.stderr[-2000:]
-    text = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("run", "adapter", "base")}
-    assert text["run"] == text["adapter"] != text["base"]
+    said = {
+        name: [row | {"model": None} for row in map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())]
+        for name in ("run", "adapter", "base")
+    }  # each names the model it came from
+    assert said["run"] == said["adapter"] != said["base"]
 
 
 @pytest.mark.parametrize("how", ["fraction", "file"])
