@@ -188,7 +188,8 @@ def test_yaml_is_accepted_on_top_of_a_models_config(text, tmp_path, lightning, m
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text):
+        target = "".join(target)
         if target.startswith(("http://", "https://", "mailto:")):
             continue
         name, _, anchor = unquote(target).partition("#")
