@@ -127,7 +127,12 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         """Batches of all ranks in an epoch: as many as the epoch needs that needs most, and a multiple of the ranks."""
         orders = (self._rows(epoch) for epoch in range(self.epochs))
         most = max(len(self._groups(self.tokens[order], self.tiles[order])) for order in orders)
-        return most + -most % self.ranks
+        count = most + -most % self.ranks
+        if count > (rows := len(self._rows(0))):  # said before training begins, not at its first batch
+            raise UserError(
+                f"batches: {rows} rows cannot be spread over {count} batches; give more rows or fewer processes"
+            )
+        return count
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -273,11 +278,6 @@ class GroupedBatches(_Batches):
 def _divide(groups: list[list[int]], count: int) -> None:
     """Split groups with most rows, in place, until there are `count`."""
     missing = count - len(groups)
-    rows = sum(map(len, groups))
-    if len(groups) + missing > rows:
-        raise UserError(
-            f"batches: {rows} rows cannot be spread over {count} batches; give more rows or fewer processes"
-        )
     while missing > 0:
         largest = sorted(range(len(groups)), key=lambda n: -len(groups[n]))[:missing]
         for n in largest:

@@ -40,7 +40,7 @@ def test_a_score_is_printed_and_written(file, tmp_path, capsys):
     assert "p.jsonl         60.00  [30.00, 90.00]" in out
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["files"][0]["score"] == 60
-    assert found["files"][0]["run"] == {"model": "m", "max_tiles": 18, "decoding": None}
+    assert found["files"][0]["run"] == {"model": "m", "max_tiles": 18, "frames": None, "decoding": None}
     assert found["files"][0]["asked_as_published"] == 10
     assert found["files"][0]["prompt"].startswith("<image>\nWhat? Answer")
     assert found["published"]["max_tiles"] == 18

@@ -38,7 +38,17 @@ def loader(base, workers: int, epoch: int = 0, **options):
         video=VideoOptions(num_segments=2, sample="random"),
         **options,
     )
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1, log_dir=None, is_global_zero=True)
+    progress = SimpleNamespace(current=SimpleNamespace(processed=epoch))
+    data.trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
+        log_dir=None,
+        is_global_zero=True,
+        strategy=None,
+        max_epochs=2,
+        max_steps=-1,
+        fit_loop=SimpleNamespace(epoch_progress=progress),
+    )
     data.setup("fit")
     made = data.train_dataloader()
     made.batch_sampler.set_epoch(epoch)
