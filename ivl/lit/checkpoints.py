@@ -152,6 +152,11 @@ class Checkpoints(ModelCheckpoint):
         if self._random is not None:
             set_random_state(self._random, trainer.global_rank)
             self._random = None
+            # Resumed at the end of an epoch, Lightning does not count the next one as begun; what is saved in it would
+            # then be read as the end of that epoch.
+            epochs = trainer.fit_loop.epoch_progress
+            for counts in (epochs.current, epochs.total):
+                counts.ready = counts.started = counts.processed + 1
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window_start = random_state()
 
@@ -186,7 +191,10 @@ class Checkpoints(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         again = unfinished(trainer)
-        mine = self._window_start if again else random_state()
+        if self._random is not None:  # resumed at the end of an epoch, saved before a step: the state still waits
+            mine = of_process(self._random, trainer.global_rank)
+        else:
+            mine = self._window_start if again else random_state()
         states: list[Any] = [mine]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -228,9 +236,14 @@ def random_state() -> dict[str, Any]:
     }
 
 
+def of_process(states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+    """The state of a process among those saved; that of the first where there were fewer processes."""
+    return states[rank if rank < len(states) else 0]
+
+
 def set_random_state(states: list[dict[str, Any]], rank: int) -> None:
-    """Go on with the generators of a process; those of the first where there were fewer processes."""
-    state = states[rank if rank < len(states) else 0]
+    """Go on with the generators of a process."""
+    state = of_process(states, rank)
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -9,13 +9,14 @@ import time
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
 from ivl.__main__ import main
-from ivl.lit.checkpoints import damage, newest_whole, random_state, set_random_state
+from ivl.lit.checkpoints import Checkpoints, damage, newest_whole, random_state, set_random_state
 from tests.lit import test_runs
 from tests.lit.processes import started, wait
 from tests.lit.rows import write_rows
@@ -101,6 +102,41 @@ def test_a_resumed_run_equals_the_uninterrupted_one(base, tmp_path, kind, picked
 @pytest.mark.parametrize("kind", ["padded", "grouped", "packed", "mixed", "by steps", "validated"])
 def test_a_run_resumes_exactly_from_every_step(base, tmp_path, kind, workers):
     resumes_exactly(base, tmp_path, kind, workers)
+
+
+def test_saved_before_the_first_step_a_resumed_run_keeps_the_random_state(base, tmp_path):
+    """Resumed at the end of an epoch, a run saves once before any step: that checkpoint is no less exact."""
+    changes = kinds(base)["packed"] | EACH | {"data__val": None, "trainer__max_epochs": 3}
+    run(base, tmp_path / "whole", **changes)
+    ends = (tmp_path / "whole/run/checkpoints").glob("epoch=0-*.ckpt")
+    path = max(ends, key=lambda p: torch.load(p, weights_only=True)["global_step"])
+    torch.manual_seed(99)
+    kept = Checkpoints()
+    progress = SimpleNamespace(is_last_batch=True, current=SimpleNamespace(ready=0))
+    trainer = SimpleNamespace(
+        world_size=1,
+        global_rank=0,
+        num_training_batches=1,
+        state=SimpleNamespace(fn="validate"),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )
+    loaded = torch.load(path, weights_only=True)
+    kept.on_load_checkpoint(trainer, None, loaded)
+    again = {"loops": loaded["loops"]}
+    kept.on_save_checkpoint(trainer, None, again)
+    assert torch.equal(again["random"][0]["torch"], loaded["random"][0]["torch"])
+
+
+def test_a_run_resumed_at_the_end_of_an_epoch_is_resumed_again(base, tmp_path):
+    changes = kinds(base)["packed"] | EACH | {"data__val": None, "trainer__max_epochs": 4}
+    run(base, tmp_path / "whole", **changes)
+    steps = torch.load(tmp_path / "whole/run/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    first = steps // 4
+    for n, start in enumerate((first, 2 * first, 2 * first + 1)):
+        (path,) = (tmp_path / ("whole" if n == 0 else "again0") / "run/checkpoints").glob(f"*-step={start}.ckpt")
+        run(base, tmp_path / f"again{n}", "--ckpt_path", str(path), **changes)
+        assert losses(tmp_path / f"again{n}") == losses(tmp_path / "whole")[start:]
+        assert_same(tmp_path / f"again{n}", tmp_path / "whole")
 
 
 # -- processes that end before their time --------------------------------------------------------------------------
