@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ivl.config import Config
 from ivl.model import tune as tuning
+from ivl.model.attention import given_rows
 from ivl.model.internvl import InternVL
 from ivl.model.llm import attention_mask, visible
 from ivl.model.loss import token_losses
@@ -278,11 +279,12 @@ def _hidden(model: nn.Module, hidden_BTD: Tensor, packed: bool) -> Tensor:
     if model.config._attn_implementation == "eager":
         rows_BT = positions_BT if packed else None
         mask = attention_mask(model, visible(positions_BT, positions_BT, rows_BT, None), hidden_BTD.dtype)
+    given: dict[str, Any] = {"attention_mask": mask}
+    if packed and mask is None:
+        given = given_rows(model.config._attn_implementation, [hidden_BTD.shape[1]], hidden_BTD)
     angles = body.rotary_emb(hidden_BTD, positions_BT)
     for layer in body.layers:
-        hidden_BTD = layer(
-            hidden_BTD, attention_mask=mask, position_ids=positions_BT, position_embeddings=angles, use_cache=False
-        )
+        hidden_BTD = layer(hidden_BTD, position_ids=positions_BT, position_embeddings=angles, use_cache=False, **given)
     return body.norm(hidden_BTD)
 
 
