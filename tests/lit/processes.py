@@ -11,11 +11,14 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 from ivl.__main__ import main
 
 
 def _child(argv: list[str], log: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    torch.set_num_threads(1)  # as in the tests' own process: sums of other threads round otherwise
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
