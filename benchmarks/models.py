@@ -1,6 +1,6 @@
 """Checkpoints of random weights for the other benchmarks: in the released layout, and the same in transformers' own.
 
-python benchmarks/models.py OUT         # OUT/60m, OUT/60m-hf, OUT/tiny, OUT/tiny-hf
+python benchmarks/models.py OUT         # OUT/60m, OUT/60m-hf and so on
 """
 
 from __future__ import annotations
@@ -69,6 +69,19 @@ SIZES: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
             "intermediate_size": 1536,
         },
     ),
+    # InternVL2-1B's proportions: widths halved, a third of the blocks
+    "vit-heavy": (
+        224,
+        {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 2048},
+        {
+            "vocab_size": 20000,
+            "hidden_size": 448,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 7,
+            "num_key_value_heads": 1,
+            "intermediate_size": 2432,
+        },
+    ),
     "tiny": (
         56,
         {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96},
@@ -82,7 +95,7 @@ SIZES: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
         },
     ),
 }
-"""Name → pixels a side of a tile, the tower, the language model. A tile of 60m is 64 tokens, one of tiny 4."""
+"""Name → pixels a side of a tile, the tower, the language model. A tile is 64 tokens, one of tiny 4."""
 
 
 def write(folder: Path, size: str, seed: int = 0) -> Path:

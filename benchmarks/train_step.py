@@ -187,7 +187,7 @@ def measure(args: argparse.Namespace, side: str, *more: str) -> dict[str, Any]:
 
 
 def table(args: argparse.Namespace) -> None:
-    cache = str(args.rows.parent / f"cache-{args.size}")
+    cache = str(args.rows.parent / f"cache-{args.size}-{args.max_tiles}")
     sides: dict[str, tuple[str, ...]] = {"theirs": ("theirs",), "ours": ("ours",)}
     if args.recipe == "lora":
         measure(args, "ours", "--cache", cache)  # fills it
@@ -245,7 +245,7 @@ def main() -> None:
 
     args.model = write(args.folder / args.size, args.size)
     write_twin(args.folder / f"{args.size}-hf", args.model)
-    args.rows = write_rows(args.folder / "rows", args.steps * BATCH)
+    args.rows = write_rows(args.folder / f"rows-{args.steps}", args.steps * BATCH)
     if args.profile:
         measure(args, "ours", "--profile", args.profile)
     table(args)

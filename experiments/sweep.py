@@ -1,37 +1,112 @@
-"""Runs `python -m ivl fit` on the demo once per setting and seed, and draws what held-out rows scored.
+"""Fits the demo's tiny model once per setting and seed, and draws what held-out rows score as it learns.
 
-A run that is finished is not repeated, so that a sweep goes on where it was stopped. Used by each folder's `run.py`.
+The rows are the demo's, but of one kind at a time, so that a run takes a minute or two on one core; two run at once. A
+run that is finished is not repeated: a sweep goes on where it was stopped, and experiments share equal runs. Used by
+each folder's `run.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ivl.demo import prepare
+from ivl.demo.rows import Boards, Maker
+
 REPO = Path(__file__).resolve().parents[1]
+RUNS = REPO / "experiments/runs"
+DATA = RUNS / "data"
 SEEDS = (0, 1, 2)
+ROWS = {"train": {"single": 12000, "grounding": 6000}, "val": {"single": 300, "grounding": 150}}
+STEPS, CHECKS = 750, 5  # twice all `single` rows in batches of 32
+
+Scores = dict[str, list[tuple[int, float]]]
 
 
-def fit(folder: Path, name: str, options: dict[str, str], seed: int) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every score of one run below `folder`/runs."""
-    runs, name = folder / "runs", f"{name}-seed{seed}"
-    done = runs / f"{name}.json"
+class Columns(Maker):
+    """Boards of a certain number of columns, whatever is asked; the row's source says how many."""
+
+    columns = 2
+
+    def single(self, name: str) -> dict:
+        return super().single(name) | {"source": f"{self.columns}_columns"}
+
+    def board(self, name: str, columns: int = 2):
+        return super().board(name, self.columns)
+
+
+def make_data() -> None:
+    """The checkpoint, `KIND-train.jsonl` and `KIND-val.jsonl` for single and grounding, and `columns-*.jsonl`."""
+    prepare(DATA, ROWS)
+    for split in ("train", "val"):
+        lines = (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        for kind in ROWS[split]:
+            (DATA / f"{kind}-{split}.jsonl").write_text("".join(x for x in lines if json.loads(x)["source"] == kind))
+        if not (DATA / f"columns-{split}.jsonl").is_file():
+            rows = []
+            for seed, columns in enumerate((2, 4, 6)):
+                maker = Columns(DATA, split, [seed, split == "val"], Boards())
+                maker.columns = columns
+                rows += [maker.row("single", 10**4 * columns + n) for n in range(ROWS[split]["single"] // 3)]
+            (DATA / f"columns-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def part_of(kind: str, share: float) -> str:
+    """The first `share` of the rows for training, as a file."""
+    lines = (DATA / f"{kind}-train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path = DATA / f"{kind}-train-{share:g}.jsonl"
+    path.write_text("".join(lines[: round(share * len(lines))]), encoding="utf-8")
+    return str(path)
+
+
+def base(seed: int) -> str:
+    """A folder with the model that the plain run of this seed ended with: it reads, and was never asked for a box."""
+    folder = RUNS / f"base-{seed}"
+    if not folder.is_dir():
+        run = fit({}, seed)[1]
+        _ivl("export", "--run", str(run), "--out", str(folder))
+    return str(folder)
+
+
+def fit(options: dict[str, str], seed: int, kind: str = "single") -> tuple[Scores, Path]:
+    """(step, value) of every score of one run, and the run's folder."""
+    key = hashlib.sha256(json.dumps([kind, sorted(options.items())]).encode()).hexdigest()[:12]
+    run = RUNS / f"{key}-seed{seed}"
+    done = run / "scores.json"
     if not done.is_file():
-        argv = [sys.executable, "-m", "ivl", "fit", "--config", str(REPO / "configs/demo.yaml")]
-        argv += ["--demo", str(REPO / "demo"), "--seed_everything", str(seed), "--data.seed", str(seed)]
-        for key, path in {"model.pretrained": "model", "data.train": "train.jsonl", "data.val": "val.jsonl"}.items():
-            argv += [f"--{key}", options.get(key, str(REPO / "demo" / path))]
-        argv += ["--trainer.logger.init_args.save_dir", str(runs), "--trainer.logger.init_args.version", name]
-        argv += [part for key, value in options.items() for part in (f"--{key}", value)]
-        subprocess.run(argv, check=True, cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)})
-        done.write_text(json.dumps(_scores(runs / name)))
-    return json.loads(done.read_text())
+        plain = {
+            "model.pretrained": str(DATA / "model"),
+            "data.train": str(DATA / f"{kind}-train.jsonl"),
+            "data.val": str(DATA / f"{kind}-val.jsonl"),
+            "data.media_root": str(DATA),
+            "trainer.max_epochs": "-1",
+            "trainer.max_steps": str(STEPS),
+            "trainer.check_val_every_n_epoch": "null",
+            "trainer.val_check_interval": str(STEPS // CHECKS),
+            "trainer.logger.init_args.save_dir": str(RUNS),
+            "trainer.logger.init_args.version": run.name,
+        }
+        argv = ["fit", "--config", str(REPO / "configs/demo.yaml"), "--demo", "null"]
+        argv += ["--seed_everything", str(seed), "--data.seed", str(seed)]
+        _ivl(*argv, *(part for key, value in (plain | options).items() for part in (f"--{key}", value)))
+        done.write_text(json.dumps(_scores(run)))
+    return json.loads(done.read_text()), run
 
 
-def _scores(run: Path) -> dict[str, list[tuple[int, float]]]:
+def _ivl(*argv: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "ivl", *argv], cwd=REPO, env=environment, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(argv)}\n{done.stderr.decode()[-2000:]}")
+
+
+def _scores(run: Path) -> Scores:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
@@ -40,22 +115,38 @@ def _scores(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
-def sweep(folder: Path, settings: dict[str, dict[str, str]], scores: tuple[str, ...], seeds=SEEDS) -> None:
-    """Fit every setting with every seed; `result.md` and `result.png` beside `run.py` show the last of each score."""
-    found = {name: [fit(folder, name, options, seed) for seed in seeds] for name, options in settings.items()}
+def sweep(folder: Path, settings: dict[str, dict[str, str]], scores: tuple[str, ...], kind: str = "single") -> None:
+    """Fit every setting with every seed; `result.md` and `result.png` beside `run.py` show the last of each score.
+
+    An option's value may hold `{base}`: the checkpoint of `base` for the seed.
+    """
+
+    def one(asked: tuple[str, int]) -> Scores:
+        name, seed = asked
+        options = {k: base(seed) if v == "{base}" else v for k, v in settings[name].items()}
+        found = fit(options, seed, kind)[0]
+        print(f"{name}, seed {seed}: " + ", ".join(f"{s} {found[s][-1][1]:.3f}" for s in scores), flush=True)
+        return found
+
+    make_data()
+    if any("{base}" in options.values() for options in settings.values()):
+        for seed in SEEDS:
+            base(seed)
+    asked = [(name, seed) for name in settings for seed in SEEDS]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1))) as pool:
+        runs = dict(zip(asked, pool.map(one, asked)))
+    found = {name: [runs[name, seed] for seed in SEEDS] for name in settings}
     lines = [f"| setting | {' | '.join(scores)} |", "| --- |" + " --- |" * len(scores)]
-    for name, runs in found.items():
-        cells = []
-        for score in scores:
-            last = [run[score][-1][1] for run in runs if run.get(score)]
-            cells.append(f"{sum(last) / len(last):.3f} ({min(last):.3f} to {max(last):.3f})" if last else "-")
+    for name, of_seeds in found.items():
+        last = [[run[score][-1][1] for run in of_seeds] for score in scores]
+        cells = [f"{statistics.mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in last]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    (folder / "result.md").write_text(f"{len(seeds)} seeds; mean (least to most)\n\n" + "\n".join(lines) + "\n")
+    (folder / "result.md").write_text(f"{len(SEEDS)} seeds; mean (least to most)\n\n" + "\n".join(lines) + "\n")
     _draw(folder / "result.png", found, scores)
     print("\n".join(lines))
 
 
-def _draw(path: Path, found: dict[str, list[dict]], scores: tuple[str, ...]) -> None:
+def _draw(path: Path, found: dict[str, list[Scores]], scores: tuple[str, ...]) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -64,7 +155,7 @@ def _draw(path: Path, found: dict[str, list[dict]], scores: tuple[str, ...]) -> 
     figure, axes = pyplot.subplots(1, len(scores), figsize=(5 * len(scores), 4), squeeze=False)
     for axis, score in zip(axes[0], scores):
         for n, (name, runs) in enumerate(found.items()):
-            for k, run in enumerate(run for run in runs if run.get(score)):
+            for k, run in enumerate(runs):
                 axis.plot(*zip(*run[score]), color=f"C{n}", alpha=0.7, label=None if k else name)
         axis.set(title=score, xlabel="optimizer step")
         axis.grid(alpha=0.3)

@@ -24,14 +24,15 @@ def test_the_readme_has_its_parts(folder):
     assert f"python experiments/{folder.name}/run.py" in text
 
 
-@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.name != "digits"], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_its_settings_are_options(folder, monkeypatch, capsys):
-    """(digits reads the demo's rows, which are made by the demo.)"""
     monkeypatch.syspath_prepend(str(ROOT))
     import sweep
 
     asked = []
-    monkeypatch.setattr(sweep, "sweep", lambda here, settings, scores: asked.append((settings, scores)))
+    monkeypatch.setattr(sweep, "make_data", lambda: None)
+    monkeypatch.setattr(sweep, "part_of", lambda kind, share: f"{kind}-{share}.jsonl")
+    monkeypatch.setattr(sweep, "sweep", lambda here, settings, scores, kind="single": asked.append((settings, scores)))
     path = sys.path[:]
     runpy.run_path(str(folder / "run.py"))
     sys.path[:] = path

@@ -1,4 +1,4 @@
-"""How does the rank of the language model's LoRA change what the demo learns?"""
+"""What rank does a LoRA need to teach a model that reads notes to say where they are?"""
 
 import sys
 from pathlib import Path
@@ -6,8 +6,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sweep import sweep
 
-HERE = Path(__file__).parent
-
-FROZEN = "{vision_model: full, mlp1: full, language_model: %s}"
-settings = {f"rank {r}": {"model.tune": FROZEN % f"{{rank: {r}, alpha: {2 * r}}}"} for r in (2, 8, 32)}
-sweep(HERE, settings | {"full": {"model.tune": FROZEN % "full"}}, ("val/loss", "val/exact", "val/iou"))
+TUNE = "{vision_model: frozen, mlp1: frozen, language_model: %s}"
+settings = {
+    f"rank {r}": {
+        "model.pretrained": "{base}",
+        "model.tune": TUNE % f"{{rank: {r}, alpha: {2 * r}}}",
+        "model.optimizer.init_args.lr": "0.002",
+    }
+    for r in (1, 4, 16, 64)
+}
+settings["full"] = {"model.pretrained": "{base}", "model.tune": TUNE % "full"}
+sweep(Path(__file__).parent, settings, ("val/loss", "val/iou"), kind="grounding")

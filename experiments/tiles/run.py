@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sweep import sweep
+from sweep import DATA, sweep
 
-HERE = Path(__file__).parent
-
-settings = {f"{n} tiles": {"data.max_tiles": str(n)} for n in (1, 2, 4, 6)}
-sweep(HERE, settings, ("val/loss", "val/exact", "val/iou", "speed/samples_per_s"))
+rows = {"data.train": str(DATA / "columns-train.jsonl"), "data.val": str(DATA / "columns-val.jsonl")}
+settings = {f"max_tiles {n}": rows | {"data.max_tiles": str(n)} for n in (1, 2, 3)}
+sweep(Path(__file__).parent, settings, tuple(f"val/{n}_columns/exact" for n in (2, 4, 6)))
