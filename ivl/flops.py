@@ -254,10 +254,10 @@ def _llm(config: Config, mode: Mode, grad: bool, work: Work, recomputed: Recompu
     for _ in range(config.llm["num_hidden_layers"]):
         cost, again, grad = _block(block, mode, grad, work.tokens, pairs, recomputed.scores)
         if recomputed.language_model:
-            # Checkpointing stops where backward has all it needs: the result of the last product it does not.
+            # Checkpointing stops where backward has all it needs: the result of the last product it does not, unless
+            # that is one operation with a LoRA's.
             adapted = isinstance(mode, Adapter) and mode.covers(block.down)
-            last = 2 * mode.rank * block.down.outputs if adapted else _product(block.down)
-            total += max(0.0, again - last * work.tokens)
+            total += max(0.0, again - (0 if adapted else _product(block.down)) * work.tokens)
         total += cost
     return total, grad
 

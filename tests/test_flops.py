@@ -40,8 +40,13 @@ def _backward(grad, query, key, value, *args, out_shape=None, **kwargs):
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-# The counter knows the fused kernels of CUDA, not that of a CPU; the formulas are its own.
+def _product(added, left, right, *args, out_shape=None, **kwargs):
+    return 2 * left[0] * left[1] * right[1]
+
+
+# The counter knows the fused kernels of CUDA, not that of a CPU, nor products added in place; the formulas are its own.
 CPU_KERNELS = {
+    aten.addmm_: _product,
     aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }

@@ -259,8 +259,11 @@ def inject(model: nn.Module, config) -> None:
     """Put peft's layers in place."""
     from peft import inject_adapter_in_model
 
+    from ivl.model.lora import use  # peft takes a second to import
+
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     del model.peft_config  # parts are injected one after the other; peft would take the next for a second adapter
+    use(model)
 
 
 def _matrices(layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,108 @@
+"""peft's LoRA on a linear layer as one operation of autograd: the same layer, less memory and time in training.
+
+peft's own forward keeps for backward, of each layer, the input after dropout and a mask as wide and as precise as the
+input; here layers share one input, and a mask is one byte a value. `tune.inject` puts it in peft's place.
+
+Shapes: N tokens, I and O features in and out, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from ivl.model.tune import ADAPTER
+
+
+def kept(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
+    """What dropout keeps, as bool, and the share that it keeps: 16 random bits a value, so to the next 1 / 65536.
+
+    Drawn four values at a time: on a CPU Bernoulli numbers cost as much as a layer's product with its weight.
+    """
+    dropped = round(dropout * 2**16)
+    words = torch.empty(shape.numel() // 4 + 1, dtype=torch.int64, device=device)
+    words.random_(torch.iinfo(torch.int64).min, None)
+    bits = words.view(torch.int16)[: shape.numel()].view(shape)
+    return bits >= dropped - 2**15, 1 - dropped / 2**16
+
+
+class LoRAProduct(torch.autograd.Function):
+    """x W' + bias + scale · dropout(x) A' B', with W and the bias frozen; in autocast's dtype where that is on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        kind = x_NI.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_NI.dtype
+        mask_NI = None
+        if dropout:
+            mask_NI, share = kept(x_NI.shape, dropout, x_NI.device)
+            scale = scale / share
+        seen_NI = x_NI if mask_NI is None else x_NI * mask_NI
+        low_NR = F.linear(seen_NI.to(dtype), a_RI.to(dtype))
+        y_NO = F.linear(x_NI.to(dtype), weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+        y_NO.addmm_(low_NR, b_OR.to(dtype).t(), alpha=scale)
+        ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, mask_NI, low_NR)
+        ctx.scale = scale
+        return y_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, weight_OI, a_RI, b_OR, mask_NI, low_NR = ctx.saved_tensors
+        dtype, dx_NI = dy_NO.dtype, None
+        db_OR = (dy_NO.t() @ low_NR).to(b_OR.dtype) * ctx.scale
+        dlow_NR = (dy_NO @ b_OR.to(dtype)) * ctx.scale
+        seen_NI = x_NI if mask_NI is None else x_NI * mask_NI
+        da_RI = (dlow_NR.t() @ seen_NI.to(dtype)).to(a_RI.dtype)
+        if ctx.needs_input_grad[0]:
+            dx_NI = dlow_NR @ a_RI.to(dtype)
+            if mask_NI is not None:
+                dx_NI *= mask_NI
+            dx_NI = dx_NI.addmm_(dy_NO, weight_OI.to(dtype)).to(x_NI.dtype)
+        return dx_NI, None, None, da_RI, db_OR, None, None
+
+
+class LoRALinear(lora.Linear):
+    """peft's layer; what it holds, and what files of it are, is unchanged."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or self.disable_adapters or self.merged or not self._plain():
+            return super().forward(x, *args, **kwargs)
+        base, dropout = self.base_layer, self.lora_dropout[ADAPTER]
+        share = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        tensors = (base.weight, base.bias, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
+        y_NO = LoRAProduct.apply(x.flatten(0, -2), *tensors, self.scaling[ADAPTER], share)
+        return y_NO.unflatten(0, x.shape[:-1])
+
+    def _plain(self) -> bool:
+        """Whether this is one adapter on frozen weights that are whole here: not split over devices, nor gathered by
+        hooks of the modules that this forward does not call (DeepSpeed's third stage)."""
+        if self.active_adapters != [ADAPTER] or self.lora_variant or self.lora_bias.get(ADAPTER):
+            return False
+        base = self.base_layer
+        frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
+        weights = [*frozen, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
+        split = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in weights)
+        return not split and not any(p.requires_grad for p in frozen)
+
+
+def use(model: nn.Module) -> None:
+    """Let peft's LoRA layers on linear layers compute this way; those on other layers, quantised ones too, stay."""
+    for module in model.modules():
+        if type(module) is lora.Linear and type(module.base_layer) is nn.Linear:
+            module.__class__ = LoRALinear
