@@ -32,6 +32,10 @@ def kept(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tenso
     return bits >= dropped - 2**15, 1 - dropped / 2**16
 
 
+def _kept_of(x_NI: Tensor, mask_NI: Tensor | None) -> Tensor:
+    return x_NI if mask_NI is None else torch.where(mask_NI, x_NI, x_NI.new_zeros(()))
+
+
 class LoRAProduct(torch.autograd.Function):
     """x W' + bias + scale · dropout(x) A' B', with W and the bias frozen; in autocast's dtype where that is on."""
 
@@ -52,7 +56,7 @@ class LoRAProduct(torch.autograd.Function):
         if dropout:
             mask_NI, share = kept(x_NI.shape, dropout, x_NI.device)
             scale = scale / share
-        seen_NI = x_NI if mask_NI is None else x_NI * mask_NI
+        seen_NI = _kept_of(x_NI, mask_NI)
         low_NR = F.linear(seen_NI.to(dtype), a_RI.to(dtype))
         y_NO = F.linear(x_NI.to(dtype), weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
         y_NO.addmm_(low_NR, b_OR.to(dtype).t(), alpha=scale)
@@ -67,12 +71,9 @@ class LoRAProduct(torch.autograd.Function):
         dtype, dx_NI = dy_NO.dtype, None
         db_OR = (dy_NO.t() @ low_NR).to(b_OR.dtype) * ctx.scale
         dlow_NR = (dy_NO @ b_OR.to(dtype)) * ctx.scale
-        seen_NI = x_NI if mask_NI is None else x_NI * mask_NI
-        da_RI = (dlow_NR.t() @ seen_NI.to(dtype)).to(a_RI.dtype)
+        da_RI = (dlow_NR.t() @ _kept_of(x_NI, mask_NI).to(dtype)).to(a_RI.dtype)
         if ctx.needs_input_grad[0]:
-            dx_NI = dlow_NR @ a_RI.to(dtype)
-            if mask_NI is not None:
-                dx_NI *= mask_NI
+            dx_NI = _kept_of(dlow_NR @ a_RI.to(dtype), mask_NI)
             dx_NI = dx_NI.addmm_(dy_NO, weight_OI.to(dtype)).to(x_NI.dtype)
         return dx_NI, None, None, da_RI, db_OR, None, None
 
