@@ -196,8 +196,7 @@ def table(args: argparse.Namespace) -> None:
     for _ in range(args.repeats):
         for name, (side, *more) in sides.items():
             found[name].append(measure(args, side, *more))
-    curves = [measure(args, side, "--no_dropout")["losses"] for side in ("theirs", "ours")]
-    gap = max(abs(a - b) / abs(a) for a, b in zip(*curves))
+    curves = [] if args.no_curves else [measure(args, side, "--no_dropout")["losses"] for side in ("theirs", "ours")]
     import peft
     import transformers
 
@@ -216,7 +215,9 @@ def table(args: argparse.Namespace) -> None:
         base = base or (rate, memory)
         print(f"| {name} | {rate:.3g} | {rates[0]:.3g} to {rates[-1]:.3g} | {rate / base[0]:.2f} | ", end="")
         print(f"{memory:.2f} | {memory / base[1]:.2f} |")
-    print(f"\nLosses without dropout differ by at most {gap:.1e}, relative, over {len(curves[0])} steps.")
+    if curves:
+        gap = max(abs(a - b) / abs(a) for a, b in zip(*curves))
+        print(f"\nLosses without dropout differ by at most {gap:.1e}, relative, over {len(curves[0])} steps.")
 
 
 def main() -> None:
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/ivl-train-step"))
     parser.add_argument("--profile", metavar="FILE")
+    parser.add_argument("--no_curves", action="store_true", help="do not compare losses")
     for name in ("--side", "--cache"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     for name in ("--model", "--rows"):
