@@ -186,6 +186,11 @@ def measure(args: argparse.Namespace, side: str, *more: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def steps_of(run: dict[str, Any]) -> list[float]:
+    """Seconds of each step but the first."""
+    return [b - a for a, b in zip(run["times"][1:], run["times"][2:])]
+
+
 def table(args: argparse.Namespace) -> None:
     cache = str(args.rows.parent / f"cache-{args.size}-{args.max_tiles}")
     sides: dict[str, tuple[str, ...]] = {"theirs": ("theirs",), "ours": ("ours",)}
@@ -206,15 +211,18 @@ def table(args: argparse.Namespace) -> None:
     )
     print(f"{args.steps} steps x {args.repeats}, first left out; torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}, peft {peft.__version__}, {platform.machine()}")
-    print("\n| side | samples/s, median | least and most | ratio | peak memory, GB | ratio |")
+    print("\n| side | samples/s, median | least and most | times as fast, step by step | peak memory, GB | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
-    base: tuple[float, float] | None = None
+    base = found["theirs"]
+    memory_of_base = statistics.median(run["peak_gb"] for run in base)
     for name, runs in found.items():
-        rates = sorted(BATCH / (b - a) for run in runs for a, b in zip(run["times"][1:], run["times"][2:]))
-        rate, memory = statistics.median(rates), statistics.median(run["peak_gb"] for run in runs)
-        base = base or (rate, memory)
-        print(f"| {name} | {rate:.3g} | {rates[0]:.3g} to {rates[-1]:.3g} | {rate / base[0]:.2f} | ", end="")
-        print(f"{memory:.2f} | {memory / base[1]:.2f} |")
+        rates = sorted(BATCH / seconds for run in runs for seconds in steps_of(run))
+        # the same step of the same repeat, so that a machine whose speed drifts does not count
+        faster = [a / b for other, run in zip(base, runs) for a, b in zip(steps_of(other), steps_of(run))]
+        memory = statistics.median(run["peak_gb"] for run in runs)
+        print(f"| {name} | {statistics.median(rates):.3g} | {rates[0]:.3g} to {rates[-1]:.3g} | ", end="")
+        print(f"{statistics.median(faster):.2f} ({min(faster):.2f} to {max(faster):.2f}) | ", end="")
+        print(f"{memory:.2f} | {memory / memory_of_base:.2f} |")
     if curves:
         gap = max(abs(a - b) / abs(a) for a, b in zip(*curves))
         print(f"\nLosses without dropout differ by at most {gap:.1e}, relative, over {len(curves[0])} steps.")
