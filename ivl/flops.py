@@ -90,10 +90,12 @@ class Recomputed:
     """The logits: they are made in chunks, and not kept"""
     scores: bool = True
     """Attention's scores: fused kernels do not keep them; attention written out does"""
+    last_mlp: bool = False
+    """Not a second time, but for tokens whose result nobody reads: the last block's MLP, see `ivl.model.last_block`"""
 
 
-NOTHING = Recomputed(head=False, scores=False)
-"""The operations that the model asks for, whatever the implementation does again: what MFU is made of"""
+NOTHING = Recomputed(head=False, scores=False, last_mlp=True)
+"""The operations that the model asks for, whatever the implementation does again or leaves out: what MFU is made of"""
 
 
 @dataclass(frozen=True)
@@ -251,24 +253,29 @@ def _projector(config: Config, mode: Mode, grad: bool, tiles: int) -> tuple[floa
 def _llm(config: Config, mode: Mode, grad: bool, work: Work, recomputed: Recomputed) -> tuple[float, bool]:
     block, pairs, total = llm_block(config), 4 * llm_widths(config)[1] * work.pairs, 0.0
     grad = grad or recomputed.language_model  # transformers' checkpointing asks a gradient of its input
-    for _ in range(config.llm["num_hidden_layers"]):
-        cost, again, grad = _block(block, mode, grad, work.tokens, pairs, recomputed.scores)
+    depth = config.llm["num_hidden_layers"]
+    for n in range(depth):
+        read = work.supervised if n == depth - 1 and not recomputed.last_mlp else None
+        cost, again, grad = _block(block, mode, grad, work.tokens, pairs, recomputed.scores, read)
         if recomputed.language_model:
             # Checkpointing stops where backward has all it needs: the result of the last product it does not, unless
             # that is one operation with a LoRA's.
             adapted = isinstance(mode, Adapter) and mode.covers(block.down)
-            total += max(0.0, again - (0 if adapted else _product(block.down)) * work.tokens)
+            last = 0 if adapted else _product(block.down)
+            total += max(0.0, again - last * (work.tokens if read is None else read))
         total += cost
     return total, grad
 
 
 def _block(
-    block: Block, mode: Mode, grad: bool, positions: int, pairs: float, scores_again: bool
+    block: Block, mode: Mode, grad: bool, positions: int, pairs: float, scores_again: bool, read: int | None = None
 ) -> tuple[float, float, bool]:
     """Operations of a block; those of its forward, where backward needs it; whether its output needs a gradient.
 
-    `grad`: whether its input does. `pairs`: operations of attention, forward.
+    `grad`: whether its input does. `pairs`: operations of attention, forward. `read`: positions of its MLP, where they
+    are not all.
     """
+    read = positions if read is None else read
     grad = grad or mode == "full"  # its first norm
     before, inside = _linears(block.before, mode, grad)
     # Two products for each of the two, and the scores once more in a fused kernel.
@@ -278,8 +285,10 @@ def _block(
     up, inside = _linears(block.up, mode, grad)
     down, inside = _linears((block.down,), mode, inside)
     grad = grad or inside
-    forward = pairs + positions * sum(_product(x) + _low_rank(x, mode) for x in block.linears)
-    return attention + positions * (before + after + up + down), forward * grad, grad
+    of_mlp = sum(_product(x) + _low_rank(x, mode) for x in (*block.up, block.down))
+    of_all = sum(_product(x) + _low_rank(x, mode) for x in (*block.before, block.after))
+    forward = pairs + positions * of_all + read * of_mlp
+    return attention + positions * (before + after) + read * (up + down), forward * grad, grad
 
 
 def _linears(linears: tuple[Linear, ...], mode: Mode, grad: bool) -> tuple[float, bool]:

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from ivl.config import Config
 from ivl.model import tune as tuning
-from ivl.model.attention import given_rows
+from ivl.model.attention import NAME, given_rows
 from ivl.model.internvl import InternVL
+from ivl.model.last_block import WANTED
 from ivl.model.llm import attention_mask, visible
 from ivl.model.loss import token_losses
 from ivl.model.tune import Tune
@@ -241,7 +242,8 @@ class Sketch:
                 backward = tally.mark()
             for hook in hooks:
                 hook.remove()
-        each = [seen[-1] - seen[-2] if len(seen) > 1 else 0 for seen in counted]
+        # The language model's last block computes less than the others.
+        each = [seen[-end] - seen[-end - 1] if len(seen) > end else 0 for seen, end in zip(counted, (1, 2))]
         extra = sum(bytes_ * times for bytes_, times in zip(each, self.more_kept(each)))
         chunk = min(512, micro.supervised)
         logits = chunk * self.config.llm["vocab_size"] * (3 * FP32 if self.setup.precision.startswith("32") else 14)
@@ -264,28 +266,31 @@ def _forward(model: InternVL, micro: Micro) -> Tensor:
         image_BT1 = torch.zeros(*shape, 1, dtype=torch.bool)
         embeds_BTD = embeds_BTD.masked_scatter(image_BT1, features_NPD.to(embeds_BTD.dtype))
         del features_NPD
-    hidden_BTD = _hidden(model.language_model, embeds_BTD, micro.packed)
+    count = min(micro.supervised, embeds_BTD.shape[0] * embeds_BTD.shape[1])
+    hidden_MD = _hidden(model.language_model, embeds_BTD, micro.packed, torch.zeros(count, dtype=torch.long))
     del embeds_BTD
-    count = min(micro.supervised, hidden_BTD.shape[0] * hidden_BTD.shape[1])
-    hidden_MD = hidden_BTD.flatten(0, 1)[torch.zeros(count, dtype=torch.long)]
-    del hidden_BTD
     return token_losses(model.language_model.lm_head, hidden_MD, torch.zeros(count, dtype=torch.long), 512).sum()
 
 
-def _hidden(model: nn.Module, hidden_BTD: Tensor, packed: bool) -> Tensor:
+def _hidden(model: nn.Module, hidden_BTD: Tensor, packed: bool, wanted_M: Tensor) -> Tensor:
     """`ivl.model.llm.hidden_states`. Block by block: transformers makes a mask where it cannot read positions."""
-    body, mask = model.model, None
+    body, kernel, (rows, length, _) = model.model, model.config._attn_implementation, hidden_BTD.shape
     positions_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long)
-    if model.config._attn_implementation == "eager":
+    given: dict[str, Any] = {"use_cache": False}
+    if kernel == "eager":
         rows_BT = positions_BT if packed else None
-        mask = attention_mask(model, visible(positions_BT, positions_BT, rows_BT, None), hidden_BTD.dtype)
-    given: dict[str, Any] = {"attention_mask": mask}
-    if packed and mask is None:
-        given = given_rows(model.config._attn_implementation, [hidden_BTD.shape[1]], hidden_BTD)
-    angles = body.rotary_emb(hidden_BTD, positions_BT)
-    for layer in body.layers:
-        hidden_BTD = layer(hidden_BTD, position_ids=positions_BT, position_embeddings=angles, use_cache=False, **given)
-    return body.norm(hidden_BTD)
+        given["attention_mask"] = attention_mask(
+            model, visible(positions_BT, positions_BT, rows_BT, None), hidden_BTD.dtype
+        )
+    else:
+        hidden_BTD, positions_BT = hidden_BTD.flatten(0, 1)[None], positions_BT.view(1, -1)
+        given |= given_rows(kernel, [length] * rows, hidden_BTD)
+    given |= {"position_ids": positions_BT, "position_embeddings": body.rotary_emb(hidden_BTD, positions_BT)}
+    for n, layer in enumerate(body.layers):
+        last = {WANTED: wanted_M} if kernel == NAME and n == len(body.layers) - 1 else {}
+        hidden_BTD = layer(hidden_BTD, **given, **last)
+    hidden_BTD = body.norm(hidden_BTD)
+    return hidden_BTD[0] if kernel == NAME else hidden_BTD.flatten(0, 1)[wanted_M]
 
 
 @contextmanager

@@ -233,7 +233,10 @@ def summary(
     one = flops.Work(micro.tiles, length, micro.rows * micro.length**2, micro.supervised)
     trained = tuning.described(setup.tune)
     again = flops.Recomputed(
-        setup.vision_checkpointing, setup.language_checkpointing, scores=setup.attention != "eager"
+        setup.vision_checkpointing,
+        setup.language_checkpointing,
+        scores=setup.attention != "eager",
+        last_mlp=setup.attention != "sdpa",
     )
     done = flops.training_flops(config, trained, one, again).total
     asked = flops.training_flops(config, trained, one, flops.NOTHING).total

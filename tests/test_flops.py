@@ -90,7 +90,7 @@ def tiny(architecture: str = "Qwen2ForCausalLM", vision: str = "300m") -> dict:
 @pytest.mark.parametrize("mode", MODES)
 def test_training_is_what_torch_counts(mode: str, kernel: str, checkpointing: bool):
     model = build(tiny(), MODES[mode], kernel, checkpointing)
-    recomputed = Recomputed(checkpointing, checkpointing, scores=kernel == "sdpa")
+    recomputed = Recomputed(checkpointing, checkpointing, scores=kernel == "sdpa", last_mlp=kernel != "sdpa")
     total, work = counted(model, tiles=3, lengths=[40], supervised=9)
     assert flops.training_flops(model.config, described(MODES[mode]), work, recomputed).total == pytest.approx(
         total, rel=1e-3

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ivl.model.last_block import WANTED
+
 NAME = "sdpa_by_row"
 
 
@@ -27,6 +29,7 @@ def register() -> str:
     from transformers.masking_utils import sdpa_mask
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
+        given.pop(WANTED, None)  # the last block's
         lengths = given.pop("lengths_of_rows", None)
         if lengths is None:
             return sdpa_attention_forward(module, query, key, value, mask, **given)

@@ -22,7 +22,7 @@ from ivl.model import generate as decoding
 from ivl.model import quant
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.llm import AttentionKernel, as_dtype, build_llm, choose_kernel, hidden_states, set_checkpointing
-from ivl.model.loss import Losses, losses
+from ivl.model.loss import Losses, losses, supervised_places
 from ivl.model.neftune import add_noise
 from ivl.model.quant import Quantize
 from ivl.model.vision import InternViT
@@ -191,15 +191,17 @@ class InternVL(nn.Module):
         Raises UserError where image tokens and tiles disagree.
         """
         embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids, attention_mask, features)
-        hidden_BTD = hidden_states(self.language_model, embeds_BTD, attention_mask, position_ids, row_ids, lengths)
+        where = (attention_mask, position_ids, row_ids, lengths)
+        read_M = None if labels is None or return_logits else supervised_places(labels)
+        hidden = hidden_states(self.language_model, embeds_BTD, *where, read_M)  # (B, T, D), or (M, D)
         output = Output()
         if labels is not None:
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
             settings = {"chunk": loss_chunk, "smoothing": label_smoothing}
-            found = losses(self.language_model.lm_head, hidden_BTD, labels, row_ids, rows, loss_weights, **settings)
+            found = losses(self.language_model.lm_head, hidden, labels, row_ids, rows, loss_weights, **settings)
             output = Output(**vars(found))
         if labels is None or return_logits:
-            output.logits = self.language_model.lm_head(hidden_BTD)
+            output.logits = self.language_model.lm_head(hidden)
         return output
 
     def embed(

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ivl.config import Config
 from ivl.families import llm_family
-from ivl.model import attention
+from ivl.model import attention, last_block
 from ivl.model.attention import given_rows
+from ivl.model.last_block import WANTED
 from ivl.types import UserError
 
 AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -161,6 +162,7 @@ def build_llm(config: Config, kernel: str, dtype: torch.dtype = torch.float32) -
     kernel = attention.register() if kernel == "sdpa" else kernel
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=kernel, dtype=dtype)
     model.model.rotary_emb = RotaryEmbedding(model.model.rotary_emb, model.config)
+    last_block.mark(model)
     return model
 
 
@@ -211,8 +213,11 @@ def hidden_states(
     positions_BT: Tensor | None = None,
     rows_BT: Tensor | None = None,
     lengths: Tensor | None = None,
+    wanted_M: Tensor | None = None,
 ) -> Tensor:
     """The last hidden states of a causal language model, without a cache: (B, T, D); 0 at padding.
+
+    `wanted_M`: flattened places of tokens; only theirs are returned, (M, D), and no others' are computed to the end.
 
     `mask_BT`: True where there is a token; `rows_BT`: numbers of rows where packed, -1 for padding. `lengths` (rows,),
     on the CPU: tokens of each row, packed or padded on the right, with positions from 0; None: looked for, which waits
@@ -222,9 +227,10 @@ def hidden_states(
     if lengths is None:
         lengths = lengths_of(mask_BT, positions_BT, rows_BT, B, T)
     if lengths is None or kernel == "eager":
-        return _masked(model, embeds_BTD, mask_BT, positions_BT, rows_BT)
+        hidden_BTD = _masked(model, embeds_BTD, mask_BT, positions_BT, rows_BT)
+        return hidden_BTD if wanted_M is None else hidden_BTD.flatten(0, 1).index_select(0, wanted_M)
     counts = lengths.tolist()
-    if rows_BT is None and min(counts) == T and fits(model, T):
+    if wanted_M is None and rows_BT is None and min(counts) == T and fits(model, T):
         return model.model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
     flat_MD, places_R = embeds_BTD.flatten(0, 1), None
     if sum(counts) < len(flat_MD):
@@ -233,7 +239,12 @@ def hidden_states(
     positions_R = torch.cat([torch.arange(count) for count in counts]).to(flat_MD.device, non_blocking=True)
     given = given_rows(kernel, [count for count in counts if count], flat_MD)
     given |= {"inputs_embeds": flat_MD[None], "position_ids": positions_R[None], "use_cache": False}
+    if wanted_M is not None:
+        wanted_M = wanted_M if places_R is None else torch.searchsorted(places_R, wanted_M)
+        given |= {WANTED: wanted_M} if kernel == attention.NAME else {}
     hidden_RD = model.model(**given).last_hidden_state[0]
+    if wanted_M is not None:
+        return hidden_RD if WANTED in given else hidden_RD.index_select(0, wanted_M)
     if places_R is not None:
         hidden_RD = hidden_RD.new_zeros(B * T, hidden_RD.shape[-1]).index_copy(0, places_R, hidden_RD)
     return hidden_RD.unflatten(0, (B, T))

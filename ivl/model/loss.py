@@ -38,7 +38,7 @@ class Losses:
 
 def losses(
     head: nn.Module,
-    hidden_BTD: Tensor,
+    hidden: Tensor,
     labels_BT: Tensor,
     row_ids_BT: Tensor | None,
     count: int,
@@ -46,9 +46,13 @@ def losses(
     chunk: int = 512,
     smoothing: float = 0.0,
 ) -> Losses:
-    """The losses of a batch of `count` rows; a position is predicted from the one before it."""
+    """The losses of a batch of `count` rows; a position is predicted from the one before it.
+
+    `hidden`: (B, T, D), or (M, D) at `supervised_places` alone.
+    """
     supervised = labels_BT[:, 1:] != IGNORE
-    hidden_MD, labels_M = hidden_BTD[:, :-1][supervised], labels_BT[:, 1:][supervised]
+    hidden_MD = hidden if hidden.ndim == 2 else hidden[:, :-1][supervised]
+    labels_M = labels_BT[:, 1:][supervised]
     nll_M = token_losses(head, hidden_MD, labels_M, chunk, smoothing)
     ones_M = torch.ones_like(nll_M)
     weights_M = ones_M if weights_BT is None else weights_BT[:, 1:][supervised].to(nll_M)
@@ -62,6 +66,13 @@ def losses(
         row_losses=row_sums(nll_M.detach(), rows_M, count),
         row_tokens=row_sums(ones_M, rows_M, count),
     )
+
+
+def supervised_places(labels_BT: Tensor) -> Tensor:
+    """Flattened places whose next token is supervised: (M,)."""
+    ahead_BT = torch.full_like(labels_BT, IGNORE)
+    ahead_BT[:, :-1] = labels_BT[:, 1:]
+    return (ahead_BT != IGNORE).flatten().nonzero()[:, 0]
 
 
 def token_losses(head: nn.Module, hidden_MD: Tensor, labels_M: Tensor, chunk: int, smoothing: float = 0.0) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ivl.model.attention import by_row
-from ivl.model.llm import hidden_states, lengths_of, visible
+from ivl.model.llm import hidden_states, lengths_of, set_checkpointing, visible
 from tests.model.test_llm import tiny
 from tests.tiny import FAMILIES
 
@@ -91,3 +91,30 @@ def test_lengths_are_only_found_where_rows_are_whole_runs():
     assert lengths_of(None, torch.tensor([[1, 2, 0, 0]]), rows, 1, 4) is None
     assert lengths_of(None, positions, torch.tensor([[0, 1, 0, -1]]), 1, 4) is None
     assert lengths_of(None, positions, torch.tensor([[-1, 0, 0, 1]]), 1, 4) is None
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_asked_for_some_tokens_the_last_block_computes_no_others(architecture, kernel, again):
+    llm = tiny(architecture, attention=kernel).language_model.train()
+    set_checkpointing(llm, again)
+    lengths = torch.tensor([9, 4, 6])
+    padded = torch.randn(3, 9, 64, requires_grad=True)
+    mask = torch.arange(9) < lengths[:, None]
+    wanted = torch.tensor([2, 5, 8, 12, 18, 23])  # flattened; all of them tokens
+    found = []
+    for asked in (None, wanted):
+        llm.zero_grad()
+        padded.grad = None
+        seen = []
+        hook = llm.model.layers[-1].mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[-2]))  # noqa: B023
+        hidden = hidden_states(llm, padded, mask, None, None, lengths, asked)
+        hidden = hidden.flatten(0, 1)[wanted] if asked is None else hidden
+        hidden.square().sum().backward()
+        hook.remove()
+        found.append([hidden, padded.grad, *(p.grad.clone() for p in llm.parameters() if p.grad is not None)])
+        assert set(seen) == {9 if kernel == "eager" else 19 if asked is None else len(wanted)}
+    assert len(found[0]) == len(found[1]) > 10
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
