@@ -32,7 +32,11 @@ WORDS = "the picture shows a small red thing and a large blue one what is it how
 
 
 def write_rows(folder: Path, count: int) -> Path:
-    """`count` rows of pictures and texts of mixed sizes, the same each time."""
+    """`count` rows of pictures and texts of mixed sizes, the same each time.
+
+    Drawn so that in batches of 4 with up to 6 tiles a picture two thirds of the padded positions are tokens, and one in
+    fifteen of these is supervised, as in common instruction data.
+    """
     import numpy as np
     from PIL import Image
 
@@ -40,20 +44,32 @@ def write_rows(folder: Path, count: int) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(0)
-    lines = []
+    draw = np.random.default_rng(2)
+    lines, words = [], WORDS.split()
     for n in range(count):
         images = []
-        for k in range(int(draw.integers(1, 4))):
-            width, height = (int(side) for side in draw.integers(200, 900, 2))
+        for k in range(int(draw.choice([1, 2, 3], p=[0.55, 0.25, 0.2]))):
+            width, height = (int(side) for side in np.exp(draw.uniform(np.log(100), np.log(1000), 2)))
             small = draw.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
             Image.fromarray(small).resize((width, height)).save(folder / f"{n}_{k}.jpg")
             images.append(f"{n}_{k}.jpg")
-        words = WORDS.split()
-        asked, said = (" ".join(draw.choice(words, int(draw.integers(low, high)))) for low, high in ((5, 120), (5, 60)))
+        asked = " ".join(draw.choice(words, int(np.clip(draw.lognormal(np.log(40), 1.0), 3, 300))))
+        said = " ".join(draw.choice(words, int(np.clip(draw.lognormal(np.log(17), 0.8), 2, 120))))
         lines.append(json.dumps({"query": "<image>" * len(images) + asked, "response": said, "images": images}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def shares(model: Path, rows: Path, max_tiles: int) -> tuple[float, float]:
+    """Of the positions of padded batches those that are tokens, and of these the supervised ones."""
+    from ivl.data.dataset import Rows
+    from ivl.data.processor import Processor
+
+    read = Rows(rows, Processor.from_pretrained(model, max_tiles=max_tiles))
+    examples = [read[n] for n in range(len(read))]
+    lengths = [len(example) for example in examples]
+    padded = sum(BATCH * max(lengths[n : n + BATCH]) for n in range(0, len(lengths), BATCH))
+    return sum(lengths) / padded, sum(example.num_supervised for example in examples) / sum(lengths)
 
 
 def same_start(model: torch.nn.Module) -> None:
@@ -209,6 +225,8 @@ def table(args: argparse.Namespace) -> None:
         f"\n{args.size}, {args.recipe}, batch {BATCH}, up to {args.max_tiles} tiles, fp32, {args.threads} threads, ",
         end="",
     )
+    tokens, supervised = shares(args.model, args.rows, args.max_tiles)
+    print(f"{tokens:.0%} of padded positions are tokens, {supervised:.1%} of these supervised, ", end="")
     print(f"{args.steps} steps x {args.repeats}, first left out; torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}, peft {peft.__version__}, {platform.machine()}")
     print("\n| side | samples/s, median | least and most | times as fast, step by step | peak memory, GB | ratio |")
@@ -255,7 +273,7 @@ def main() -> None:
 
     args.model = write(args.folder / args.size, args.size)
     write_twin(args.folder / f"{args.size}-hf", args.model)
-    args.rows = write_rows(args.folder / f"rows-{args.steps}", args.steps * BATCH)
+    args.rows = write_rows(args.folder / f"mixed-{args.steps}", args.steps * BATCH)
     if args.profile:
         measure(args, "ours", "--profile", args.profile)
     table(args)
