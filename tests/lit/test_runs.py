@@ -12,6 +12,11 @@ import torch
 import yaml
 
 from ivl.__main__ import main
+from ivl.data.dataset import Rows
+from ivl.data.processor import Processor
+from ivl.model import tune
+from ivl.model.internvl import InternVL
+from ivl.model.tune import Tune
 from tests.lit.rows import write_rows
 from tests.tiny import write_checkpoint
 
@@ -101,6 +106,19 @@ def test_accumulation_does_not_change_the_step(base, tmp_path, reduction):
             torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=1e-5)
         for tag in ("train/loss", "train/grad_norm"):
             assert scalars(tmp_path / str(accumulate), tag) == pytest.approx(scalars(tmp_path / "whole", tag), rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(base, tmp_path):
+    """Its size too, which clipping and weight decay depend on, and which Adam alone would not show."""
+    fit(base, tmp_path, data__batch_size=12, trainer__max_epochs=1)
+    processor, model = Processor.from_pretrained(base / "model"), InternVL.from_pretrained(base / "model")
+    rows = Rows(base / "data/train.jsonl", processor)
+    tune.apply(model, Tune("full", "full", "full"))
+    loss = model(**processor.collate([rows[n] for n in range(len(rows))])).loss
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(rows) == 12 and losses(tmp_path)[0] == pytest.approx(float(loss), rel=1e-5)
+    assert scalars(tmp_path, "train/grad_norm")[0] == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_packing_does_not_change_the_step(base, tmp_path):
