@@ -14,7 +14,7 @@ import yaml
 from ivl.__main__ import main
 from ivl.data.dataset import Rows
 from ivl.data.processor import Processor
-from ivl.model import tune
+from ivl.model import tune as tuning
 from ivl.model.internvl import InternVL
 from ivl.model.tune import Tune
 from tests.lit.rows import write_rows
@@ -113,7 +113,7 @@ def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(base, tmp_path)
     fit(base, tmp_path, data__batch_size=12, trainer__max_epochs=1)
     processor, model = Processor.from_pretrained(base / "model"), InternVL.from_pretrained(base / "model")
     rows = Rows(base / "data/train.jsonl", processor)
-    tune.apply(model, Tune("full", "full", "full"))
+    tuning.apply(model, Tune("full", "full", "full"))
     loss = model(**processor.collate([rows[n] for n in range(len(rows))])).loss
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
