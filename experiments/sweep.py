@@ -1,8 +1,8 @@
 """Fits the demo's tiny model once per setting and seed, and draws what held-out rows score as it learns.
 
-The rows are the demo's, but of one kind at a time, so that a run takes a minute or two on one core; two run at once. A
-run that is finished is not repeated: a sweep goes on where it was stopped, and experiments share equal runs. Used by
-each folder's `run.py`.
+The rows are the demo's, but of one kind at a time and with one note on a board, so that a model reads after some
+hundred steps, a minute on one core; as many run at once as there are cores. A run that is finished is not repeated: a
+sweep goes on where it was stopped, and experiments share equal runs. Used by each folder's `run.py`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ivl.demo import prepare
-from ivl.demo.rows import Boards, Maker
+from ivl.demo.rows import Boards, Maker, write_rows
 
 REPO = Path(__file__).resolve().parents[1]
 RUNS = REPO / "experiments/runs"
 DATA = RUNS / "data"
 SEEDS = (0, 1, 2)
 ROWS = {"train": {"single": 12000, "grounding": 6000}, "val": {"single": 300, "grounding": 150}}
-STEPS, CHECKS = 750, 5  # twice all `single` rows in batches of 32
+STEPS, CHECKS = 375, 5  # all `single` rows once, in batches of 32
+ONE = Boards(notes=(1.0,), wide=0.0)
 
 Scores = dict[str, list[tuple[int, float]]]
 
@@ -42,25 +43,28 @@ class Columns(Maker):
 
 
 def make_data() -> None:
-    """The checkpoint, `KIND-train.jsonl` and `KIND-val.jsonl` for single and grounding, and `columns-*.jsonl`."""
-    prepare(DATA, ROWS)
+    """The checkpoint, and train.jsonl and val.jsonl in folders single, grounding and columns."""
+    prepare(DATA, {"train": {"single": 2000}, "val": {"single": 1}})  # for the checkpoint and its tokenizer
     for split in ("train", "val"):
-        lines = (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        for kind in ROWS[split]:
-            (DATA / f"{kind}-{split}.jsonl").write_text("".join(x for x in lines if json.loads(x)["source"] == kind))
-        if not (DATA / f"columns-{split}.jsonl").is_file():
+        for seed, kind in enumerate(("single", "grounding")):
+            folder = DATA / kind
+            if not (folder / f"{split}.jsonl").is_file():
+                list(write_rows(folder, split, {kind: ROWS[split][kind]}, 10 + seed, ONE))
+        path = DATA / f"columns/{split}.jsonl"
+        if not path.is_file():
+            (path.parent / "images").mkdir(parents=True, exist_ok=True)
             rows = []
-            for seed, columns in enumerate((2, 4, 6)):
-                maker = Columns(DATA, split, [seed, split == "val"], Boards())
+            for columns in (2, 4, 6):
+                maker = Columns(path.parent, split, [columns, split == "val"], ONE)
                 maker.columns = columns
                 rows += [maker.row("single", 10**4 * columns + n) for n in range(ROWS[split]["single"] // 3)]
-            (DATA / f"columns-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def part_of(kind: str, share: float) -> str:
     """The first `share` of the rows for training, as a file."""
-    lines = (DATA / f"{kind}-train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    path = DATA / f"{kind}-train-{share:g}.jsonl"
+    lines = (DATA / kind / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path = DATA / kind / f"train-{share:g}.jsonl"
     path.write_text("".join(lines[: round(share * len(lines))]), encoding="utf-8")
     return str(path)
 
@@ -82,9 +86,8 @@ def fit(options: dict[str, str], seed: int, kind: str = "single") -> tuple[Score
     if not done.is_file():
         plain = {
             "model.pretrained": str(DATA / "model"),
-            "data.train": str(DATA / f"{kind}-train.jsonl"),
-            "data.val": str(DATA / f"{kind}-val.jsonl"),
-            "data.media_root": str(DATA),
+            "data.train": str(DATA / kind / "train.jsonl"),
+            "data.val": str(DATA / kind / "val.jsonl"),
             "trainer.max_epochs": "-1",
             "trainer.max_steps": str(STEPS),
             "trainer.check_val_every_n_epoch": "null",

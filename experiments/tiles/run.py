@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sweep import DATA, sweep
+from sweep import sweep
 
-rows = {"data.train": str(DATA / "columns-train.jsonl"), "data.val": str(DATA / "columns-val.jsonl")}
-settings = {f"max_tiles {n}": rows | {"data.max_tiles": str(n)} for n in (1, 2, 3)}
-sweep(Path(__file__).parent, settings, tuple(f"val/{n}_columns/exact" for n in (2, 4, 6)))
+settings = {f"max_tiles {n}": {"data.max_tiles": str(n)} for n in (1, 2, 3)}
+sweep(Path(__file__).parent, settings, tuple(f"val/{n}_columns/exact" for n in (2, 4, 6)), kind="columns")
