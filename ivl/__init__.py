@@ -27,7 +27,7 @@ _HOMES = {
 __all__ = ["Batch", "Chat", "Conversation", "Example", "InternVL", "Media", "Message", "Processor", "UserError"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'ivl' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -7,7 +7,7 @@ The whole conversation is written down by the template at every turn, and what b
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ class Chat:
         """
         return "".join(self.stream(query, images, videos))
 
-    def stream(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Iterator[str]:
+    def stream(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Generator[str, None, None]:
         """Pieces of the answer as they are made; together they are what `ask` returns."""
         return self._answer(self._message(query, images, videos))
 
@@ -108,16 +108,16 @@ class Chat:
         row = {"query": query, "images": list(images), "videos": list(videos)}
         return self.processor.parse(row).messages[-1]
 
-    def _answer(self, message: Message) -> Iterator[str]:
+    def _answer(self, message: Message) -> Generator[str, None, None]:
         conversation = Conversation((*self._messages, message), self.system)
         example = self.processor(conversation, opened=self._opened)
         self.notes = example.notes
         room = self._room(len(example))
         end_ids = {*self.processor.stop_ids, *self.model.eos_ids}
-        options = (min(self.settings.max_new_tokens, room), end_ids, self.settings.choice(), self.settings.seed)
+        most, choice, seed = min(self.settings.max_new_tokens, room), self.settings.choice(), self.settings.seed
         words = Words(self.processor)
         try:
-            for token in self.turns.answer(example.input_ids.tolist(), example.tiles, *options):
+            for token in self.turns.answer(example.input_ids.tolist(), example.tiles, most, end_ids, choice, seed):
                 if piece := words.add(token):
                     yield piece
             if piece := words.rest():

@@ -6,20 +6,17 @@ import argparse
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from tqdm.auto import tqdm
 
 from ivl.data.dataset import Mixture, Part, Rows
 from ivl.data.facts import read_facts
 from ivl.data.fetch import FetchPolicy
-from ivl.data.index import Index, build_index, joined, reasons
+from ivl.data.index import Index, build_index, joined, progress_bar, reasons
 from ivl.data.media import MediaPolicy
 from ivl.data.processor import Processor, VideoOptions
 from ivl.data.sources import Source, open_sources
@@ -222,13 +219,13 @@ def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tupl
 def _checked(name: str, parts: list[Part], args: Namespace) -> Checked:
     indexes, facts = [], []
     for part in parts:
-        with _bar(f"{name}: lengths of {part.name}", part.rows) as progress:
-            media = "decode" if args.media else "header"
+        with progress_bar(f"{name}: lengths of {part.name}", part.rows) as progress:
+            media: Literal["header", "decode"] = "decode" if args.media else "header"
             index = build_index(part.rows, args.workers, media, args.probe_urls, args.cache_dir, progress)
         if name != "predict":
             _need_answers(part.rows, index)
         indexes.append(index)
-        with _bar(f"{name}: texts of {part.name}", part.rows) as progress:
+        with progress_bar(f"{name}: texts of {part.name}", part.rows) as progress:
             workers = os.cpu_count() or 1 if args.workers is None else args.workers
             facts.append(read_facts(part.rows, index.records["usable"], workers, args.cache_dir, progress))
     return Checked(name, Mixture(parts), joined(indexes), np.concatenate(facts))
@@ -240,12 +237,6 @@ def _need_answers(rows: Rows, index: Index) -> None:
     index.problems |= {int(n): f"{rows.where(int(n))}: {NO_ANSWER}" for n in prompts}
     index.records = index.records.copy()
     index.records[prompts] = np.zeros((), index.records.dtype)
-
-
-@contextmanager
-def _bar(text: str, rows: Rows) -> Iterator[Callable[[int], None]]:
-    with tqdm(total=len(rows), desc=text, unit="row", disable=None, leave=False) as bar:
-        yield lambda done: bar.update(done - bar.n)
 
 
 # The report
@@ -281,9 +272,14 @@ def _report(one: Checked, show: int, report: TextIO) -> None:
     if one.usable.any():
         _say("\n" + distributions(one.index, one.facts), report)
         longest = np.argsort(-one.index.tokens, kind="stable")[: min(5, int(one.usable.sum()))]
-        lengths = [f"{one.index.tokens[n]:8} tokens {one.index.tiles[n]:4} tiles  {one.where(n)}" for n in longest]
+        lengths = [f"{_lengths(one.index, int(n)):>24}  {one.where(int(n))}" for n in longest]
         _say("\nlongest rows:\n" + "\n".join(lengths), report)
     _repeated(one, report)
+
+
+def _lengths(index: Index, number: int) -> str:
+    tiles = int(index.tiles[number])
+    return f"{index.tokens[number]} tokens, {tiles} tile{'s' * (tiles != 1)}"
 
 
 def distributions(index: Index, facts: np.ndarray) -> str:
@@ -328,7 +324,7 @@ def _overlap(checked: list[Checked], report: TextIO) -> None:
         seen = np.isin(one.facts["same"], train.facts["same"][train.usable]) & one.usable
         if seen.any():
             _say(f"\nrows of data.{one.name} that are in data.train as well: {int(seen.sum())}", report)
-            lines = [one.where(n) for n in np.flatnonzero(seen)]
+            lines = [one.where(int(n)) for n in np.flatnonzero(seen)]
             print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
             report.write("\n".join(lines) + "\n")
 
@@ -352,8 +348,8 @@ def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
             if number == shown:
                 example = processor(conversation, max_tiles=rows.max_tiles)
                 print(f"\nas it is trained on: {rows.where(inner)}\n{rendered(example, processor)}")
-            lengths = f"{one.index.tokens[number]} tokens, {one.index.tiles[number]} tiles"
-            cells.append(cell(conversation, f"{Path(rows.where(inner)).name}  {lengths}", processor))
+            about = f"{Path(rows.where(inner)).name}  {_lengths(one.index, int(number))}"
+            cells.append(cell(conversation, about, processor))
         except UserError as error:  # what only decoding finds: a problem that --media counts
             print(f"\nnot shown: {error}")
     if cells:

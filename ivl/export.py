@@ -27,7 +27,8 @@ from ivl.model import tune as tuning
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.devices import parse_size
 from ivl.model.internvl import InternVL
-from ivl.model.tune import PARTS, LoRA, Tune
+from ivl.model.quant import Quantize
+from ivl.model.tune import PARTS, How, LoRA, Tune
 from ivl.model.weights import save_weights
 from ivl.release import Settings, dump, write_hf, write_released
 from ivl.types import UserError
@@ -49,7 +50,7 @@ class Trained:
     adapter: Path | None = None
     max_tiles: int | None = None
     system_message: str | None = None
-    quantize: str | None = None
+    quantize: Quantize | None = None
     """How the base was kept while it was trained on"""
     where: str = ""
 
@@ -58,13 +59,16 @@ class Trained:
         """The parts whose weights differ from the base's."""
         if self.adapter is not None:
             return adapting.adapted_parts(self.adapter)
-        return [part for part in PARTS if self.tune is not None and self.tune.mode(part) != "frozen"]
+        return [part for part, mode in self._modes().items() if mode != "frozen"]
 
     @property
     def lora_parts(self) -> list[str]:
         if self.adapter is not None:
             return self.parts
-        return [part for part in self.parts if isinstance(self.tune.mode(part), LoRA)]
+        return [part for part, mode in self._modes().items() if isinstance(mode, LoRA)]
+
+    def _modes(self) -> dict[str, How]:
+        return {} if self.tune is None else {part: self.tune.mode(part) for part in PARTS}
 
     def model(self, folder: Path, dtype: str, device: str) -> InternVL:
         """The base with what was trained, not yet merged, in eval mode."""
@@ -74,7 +78,7 @@ class Trained:
         """Add what was trained to the base's model, not merged, in eval mode."""
         if self.adapter is not None:
             adapting.load_adapter(model, self.adapter)
-        elif self.state is not None:
+        elif self.state is not None and self.tune is not None:
             tuning.apply(model, self.tune)
             _put(model, self.state, self.where)
         return model.eval().requires_grad_(False)
@@ -166,6 +170,7 @@ def _write_model(
 
 
 def _write_adapter(trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str) -> dict[str, Any]:
+    assert trained.tune is not None, "only a run's LoRA is written as an adapter"
     model = trained.model(settings.base, settings.dtype, device)
     before = probe(model)
     adapting.save_adapter(model, trained.tune, folder, trained.base, trained.state)
@@ -340,7 +345,7 @@ def main(argv: list[str]) -> int:
     """The command. Returns 0; raises UserError for what a person can mend."""
     from jsonargparse import ArgumentParser
 
-    flags = {"adapter_only", "overwrite"}
+    flags: set[str | int] = {"adapter_only", "overwrite"}
     parser = ArgumentParser(
         prog="python -m ivl export", description="Write a trained model as a checkpoint folder.", exit_on_error=False
     )

@@ -107,28 +107,36 @@ _ALSO: dict[str, dict[str, Any]] = {
 _SCALING = ("dynamic_factor",)
 
 
-def _internlm2(*sizes: int, vocab: int = 92553, theta: float = 1e6, factor: float = 2.0, unverified=()) -> Backbone:
+Sizes = tuple[int, int, int, int, int]
+"""hidden_size, layers, heads, key-value heads, intermediate_size"""
+
+
+def _internlm2(
+    sizes: Sizes, vocab: int = 92553, theta: float = 1e6, factor: float = 2.0, unverified: tuple[str, ...] = ()
+) -> Backbone:
     return Backbone("InternLM2ForCausalLM", *sizes, vocab, theta, factor, 32768, 1e-5, unverified=unverified)
 
 
-def _qwen2(*sizes: int, vocab: int = 151674, factor: float | None = None, unverified=()) -> Backbone:
+def _qwen2(
+    sizes: Sizes, vocab: int = 151674, factor: float | None = None, unverified: tuple[str, ...] = ()
+) -> Backbone:
     return Backbone("Qwen2ForCausalLM", *sizes, vocab, 1e6, factor, unverified=unverified)
 
 
-def _qwen3(*sizes: int) -> Backbone:
+def _qwen3(sizes: Sizes) -> Backbone:
     return Backbone("Qwen3ForCausalLM", *sizes, 151936, 1e6, None, 40960, head_dim=128)
 
 
-# hidden_size, layers, heads, key-value heads, intermediate_size. Each is checked by the published size of its release.
+# Each row is checked by the published size of its release.
 BACKBONES: dict[str, Backbone] = {
-    "internlm2-chat-1_8b": _internlm2(2048, 24, 16, 8, 8192),
-    "internlm2-chat-20b": _internlm2(6144, 48, 48, 8, 16384, factor=3.0),
-    "internlm2_5-1_8b-chat": _internlm2(2048, 24, 16, 8, 8192, unverified=_SCALING),
-    "internlm2_5-7b-chat": _internlm2(4096, 32, 32, 8, 14336, unverified=_SCALING),
-    "internlm2_5-20b-chat": _internlm2(6144, 48, 48, 8, 16384, unverified=_SCALING),
+    "internlm2-chat-1_8b": _internlm2((2048, 24, 16, 8, 8192)),
+    "internlm2-chat-20b": _internlm2((6144, 48, 48, 8, 16384), factor=3.0),
+    "internlm2_5-1_8b-chat": _internlm2((2048, 24, 16, 8, 8192), unverified=_SCALING),
+    "internlm2_5-7b-chat": _internlm2((4096, 32, 32, 8, 14336), unverified=_SCALING),
+    "internlm2_5-20b-chat": _internlm2((6144, 48, 48, 8, 16384), unverified=_SCALING),
     # InternLM3 in InternLM2's layout and class; vocabulary: 128512 and nine visual tokens.
     "internlm3-8b-instruct": _internlm2(
-        4096, 48, 32, 2, 10240, vocab=128521, theta=5e7, factor=6.0, unverified=("vocab_size", *_SCALING)
+        (4096, 48, 32, 2, 10240), vocab=128521, theta=5e7, factor=6.0, unverified=("vocab_size", *_SCALING)
     ),
     "Phi-3-mini-128k-instruct": Backbone(
         "Phi3ForCausalLM", 3072, 32, 32, 32, 8192, 32020, 1e4, None, 131072, 1e-5, unverified=("rope_scaling",)
@@ -140,23 +148,23 @@ BACKBONES: dict[str, Backbone] = {
     "Hermes-2-Theta-Llama-3-70B": Backbone(
         "LlamaForCausalLM", 8192, 80, 64, 8, 28672, 128265, 5e5, None, 8192, 1e-5, unverified=("vocab_size",)
     ),
-    "Qwen2-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864, vocab=151655),
-    "Qwen2.5-0.5B-Instruct": _qwen2(896, 24, 14, 2, 4864),
-    "Qwen2.5-3B-Instruct": _qwen2(2048, 36, 16, 2, 11008),
-    "Qwen2.5-32B-Instruct": _qwen2(5120, 64, 40, 8, 27648, unverified=_SCALING),
-    "Qwen2.5-72B-Instruct": _qwen2(8192, 80, 64, 8, 29568),
-    "Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 4864, factor=2.0, unverified=_SCALING),
-    "Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 8960, factor=2.0, unverified=_SCALING),
-    "Qwen2.5-7B": _qwen2(3584, 28, 28, 4, 18944, factor=2.0),
-    "Qwen2.5-14B": _qwen2(5120, 48, 40, 8, 13824, factor=2.0, unverified=_SCALING),
-    "Qwen2.5-32B": _qwen2(5120, 64, 40, 8, 27648, factor=2.0, unverified=_SCALING),
-    "Qwen2.5-72B": _qwen2(8192, 80, 64, 8, 29568, factor=2.0),
-    "Qwen3-0.6B": _qwen3(1024, 28, 16, 8, 3072),
-    "Qwen3-1.7B": _qwen3(2048, 28, 16, 8, 6144),
-    "Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728),
-    "Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288),
-    "Qwen3-14B": _qwen3(5120, 40, 40, 8, 17408),
-    "Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600),
+    "Qwen2-0.5B-Instruct": _qwen2((896, 24, 14, 2, 4864), vocab=151655),
+    "Qwen2.5-0.5B-Instruct": _qwen2((896, 24, 14, 2, 4864)),
+    "Qwen2.5-3B-Instruct": _qwen2((2048, 36, 16, 2, 11008)),
+    "Qwen2.5-32B-Instruct": _qwen2((5120, 64, 40, 8, 27648), unverified=_SCALING),
+    "Qwen2.5-72B-Instruct": _qwen2((8192, 80, 64, 8, 29568)),
+    "Qwen2.5-0.5B": _qwen2((896, 24, 14, 2, 4864), factor=2.0, unverified=_SCALING),
+    "Qwen2.5-1.5B": _qwen2((1536, 28, 12, 2, 8960), factor=2.0, unverified=_SCALING),
+    "Qwen2.5-7B": _qwen2((3584, 28, 28, 4, 18944), factor=2.0),
+    "Qwen2.5-14B": _qwen2((5120, 48, 40, 8, 13824), factor=2.0, unverified=_SCALING),
+    "Qwen2.5-32B": _qwen2((5120, 64, 40, 8, 27648), factor=2.0, unverified=_SCALING),
+    "Qwen2.5-72B": _qwen2((8192, 80, 64, 8, 29568), factor=2.0),
+    "Qwen3-0.6B": _qwen3((1024, 28, 16, 8, 3072)),
+    "Qwen3-1.7B": _qwen3((2048, 28, 16, 8, 6144)),
+    "Qwen3-4B": _qwen3((2560, 36, 32, 8, 9728)),
+    "Qwen3-8B": _qwen3((4096, 36, 32, 8, 12288)),
+    "Qwen3-14B": _qwen3((5120, 40, 40, 8, 17408)),
+    "Qwen3-32B": _qwen3((5120, 64, 64, 8, 25600)),
 }
 
 TOWERS: dict[str, VisionConfig] = {
@@ -250,17 +258,17 @@ def config_for(row: ReleasedModel) -> dict[str, Any]:
     }
 
 
-def _v1_5(stem: str, tower: str, llm: str, template: str, system_message: str, **options) -> ReleasedModel:
+def _v1_5(stem: str, tower: str, llm: str, template: str, system_message: str, **options: Any) -> ReleasedModel:
     name = stem.lower().replace("v1-5", "v1_5")
     options |= {"multi_turn_images": False, "video": False, "system_message": system_message}
     return ReleasedModel(name, f"OpenGVLab/{stem}", tower, llm, template, **options)
 
 
-def _series(family: str, template: str, *sizes: tuple[str, ...], **options) -> tuple[ReleasedModel, ...]:
+def _series(family: str, template: str, *sizes: tuple[str, ...], **options: Any) -> tuple[ReleasedModel, ...]:
     """Rows of (size, tower, language model), and a template where it is not the family's."""
     return tuple(
         ReleasedModel(
-            f"{family}-{size}".lower(), f"OpenGVLab/{family}-{size}", tower, llm, *own or [template], **options
+            f"{family}-{size}".lower(), f"OpenGVLab/{family}-{size}", tower, llm, (*own, template)[0], **options
         )
         for size, tower, llm, *own in sizes
     )

@@ -153,6 +153,8 @@ def llm_widths(config: Config) -> tuple[int, int, int, int]:
 def llm_block(config: Config) -> Block:
     """A block of the language model."""
     width, q, kv, inner = llm_widths(config)
+    before: tuple[Linear, ...]
+    up: tuple[Linear, ...]
     if config.llm_architecture == "Phi3ForCausalLM":  # fused, as its class has them
         before = (Linear("self_attn.qkv_proj", width, q + 2 * kv),)
         up = (Linear("mlp.gate_up_proj", width, 2 * inner),)
@@ -312,8 +314,9 @@ def _product(linear: Linear) -> float:
 
 
 def _low_rank(linear: Linear, mode: Mode) -> float:
-    adapted = isinstance(mode, Adapter) and mode.covers(linear)
-    return 2 * mode.rank * (linear.inputs + linear.outputs) if adapted else 0
+    if isinstance(mode, Adapter) and mode.covers(linear):
+        return 2 * mode.rank * (linear.inputs + linear.outputs)
+    return 0
 
 
 def _embedding(config: Config) -> float:

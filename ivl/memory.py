@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -28,8 +28,9 @@ from ivl.model import tune as tuning
 from ivl.model.attention import NAME, given_rows
 from ivl.model.internvl import InternVL
 from ivl.model.last_block import WANTED
-from ivl.model.llm import attention_mask, visible
+from ivl.model.llm import AttentionKernel, LanguageModel, attention_mask, visible
 from ivl.model.loss import token_losses
+from ivl.model.quant import Quantize
 from ivl.model.tune import Tune
 from ivl.types import UserError
 
@@ -65,10 +66,10 @@ class Setup:
     tune: Tune
     precision: str = "32-true"
     """Lightning's name"""
-    quantize: Literal["int8", "nf4"] | None = None
+    quantize: Quantize | None = None
     vision_checkpointing: bool = False
     language_checkpointing: bool = False
-    attention: str = "sdpa"
+    attention: AttentionKernel = "sdpa"
     optimizer: str = "AdamW"
     accumulate: int = 1
     strategy: Strategy = "single"
@@ -126,7 +127,7 @@ class Tally(TorchDispatchMode):
         self.live = self.peak = 0
         self.sizes = {p.untyped_storage()._cdata: 0 for p in model.parameters()}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -190,10 +191,10 @@ class Sketch:
 
     def parameters(self) -> dict[str, Parameters]:
         """Per part, of the full model."""
-        found = {part: self._count(part, ()) for part in tuning.PARTS}
+        found = {part: self._count(part) for part in tuning.PARTS}
         extra = (self.depths[0] - len(self.blocks[0]), self.more[1])
         for part, blocks, times in zip(("vision_model", "language_model"), self.blocks, extra):
-            first, last = (self._count(part, tuple(b.named_parameters())) for b in (blocks[0], blocks[-1]))
+            first, last = (self._count(part, block) for block in (blocks[0], blocks[-1]))
             frozen = 0  # blocks that do not train, where only the last do
             if part == "vision_model" and isinstance(mode := self.setup.tune.vision_model, tuning.Blocks):
                 frozen = self.depths[0] - mode.last - (len(blocks) - min(mode.last, len(blocks)))
@@ -203,16 +204,20 @@ class Sketch:
                 found[part] = Parameters(*sums)
         return found
 
-    def _count(self, part: str, named: tuple) -> Parameters:
-        in_block = bool(named)
-        named = named or [(n, p) for n, p in self.model.named_parameters() if tuning.part_of(n) == part]
+    def _count(self, part: str, block: nn.Module | None = None) -> Parameters:
+        """Of a part of the copy, or of one block of it."""
+        named = (
+            block.named_parameters()
+            if block
+            else [(n, p) for n, p in self.model.named_parameters() if tuning.part_of(n) == part]
+        )
         language = part == "language_model"
-        total = trainable = weights = 0
+        total, trainable, weights = 0, 0, 0.0
         for name, p in named:
             total += p.numel()
             trainable += p.numel() * p.requires_grad
-            linear = p.ndim == 2 and not p.requires_grad and (in_block or ".layers." in name)
-            quantized = QUANTIZED.get(self.setup.quantize) if language and linear else None
+            linear = p.ndim == 2 and not p.requires_grad and (block is not None or ".layers." in name)
+            quantized = QUANTIZED.get(self.setup.quantize or "") if language and linear else None
             weights += p.numel() * (quantized or p.element_size())
         return Parameters(total, trainable, weights)
 
@@ -272,7 +277,7 @@ def _forward(model: InternVL, micro: Micro) -> Tensor:
     return token_losses(model.language_model.lm_head, hidden_MD, torch.zeros(count, dtype=torch.long), 512).sum()
 
 
-def _hidden(model: nn.Module, hidden_BTD: Tensor, packed: bool, wanted_M: Tensor) -> Tensor:
+def _hidden(model: LanguageModel, hidden_BTD: Tensor, packed: bool, wanted_M: Tensor) -> Tensor:
     """`ivl.model.llm.hidden_states`. Block by block: transformers makes a mask where it cannot read positions."""
     body, kernel, (rows, length, _) = model.model, model.config._attn_implementation, hidden_BTD.shape
     positions_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long)
@@ -294,7 +299,7 @@ def _hidden(model: nn.Module, hidden_BTD: Tensor, packed: bool, wanted_M: Tensor
 
 
 @contextmanager
-def _faked(model: nn.Module) -> Iterator[None]:
+def _faked(model: InternVL) -> Iterator[None]:
     """The parameters of a model on the meta device as fake tensors of a CPU, for a while."""
     kept = []
     for module in model.modules():
@@ -316,7 +321,7 @@ def _faked(model: nn.Module) -> Iterator[None]:
             setattr(rotary, name, tensor)
 
 
-def _autocast(precision: str):
+def _autocast(precision: str) -> AbstractContextManager[Any]:
     if precision.startswith("32"):
         return nullcontext()
     return torch.autocast("cpu", torch.float16 if precision.startswith("16") else torch.bfloat16)
@@ -331,8 +336,9 @@ def _dtype(precision: str) -> torch.dtype:
 
 def _without_pissa(tune: Tune) -> Tune:
     """The same shapes, started otherwise: pissa needs weights."""
-    modes = {part: getattr(tune, part) for part in tuning.PARTS}
-    return replace(tune, **{k: replace(m, init="default") for k, m in modes.items() if isinstance(m, tuning.LoRA)})
+    modes = {part: tune.mode(part) for part in tuning.PARTS}
+    other: dict[str, Any] = {k: replace(m, init="default") for k, m in modes.items() if isinstance(m, tuning.LoRA)}
+    return replace(tune, **other)
 
 
 def need(sketch: Sketch, micro: Micro) -> Need:
@@ -340,7 +346,7 @@ def need(sketch: Sketch, micro: Micro) -> Need:
     setup, parts = sketch.setup, sketch.parameters()
     weights = sum(p.weights for p in parts.values())
     trained = sum(p.trainable for p in parts.values())
-    gradients, states = trained * FP32, trained * state_bytes(setup.optimizer)
+    gradients, states = float(trained * FP32), trained * state_bytes(setup.optimizer)
     found = sketch.activations(micro)
     n, buffers = setup.devices, CONTEXT if setup.on_gpu else 0.0
     if setup.strategy == "zero2":
@@ -350,7 +356,7 @@ def need(sketch: Sketch, micro: Micro) -> Need:
     elif setup.strategy in ("fsdp2", "zero3"):
         root = sum(parts[p].total for p in ("embeddings", "head")) * 2
         weights, gradients, states = weights / n, gradients / n, states / n
-        buffers += 2 * sketch.block_bytes() + root if n > 1 else 0
+        buffers += 2 * sketch.block_bytes() + root if n > 1 else 0.0
     elif setup.strategy == "layer_split":
         block = sketch.block_bytes()
         outside = sum(parts[p].weights for p in ("embeddings", "head"))

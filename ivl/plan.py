@@ -14,7 +14,7 @@ from ivl import flops
 from ivl.config import Config
 from ivl.devices import DEVICES, Device, find_device
 from ivl.families import config_for, find_model
-from ivl.memory import Micro, Need, Setup, Sketch, need
+from ivl.memory import Micro, Need, Setup, Sketch, Strategy, need
 from ivl.model import tune as tuning
 from ivl.model.tune import LoRA, Tune
 from ivl.types import UserError
@@ -167,7 +167,7 @@ def _plain(value: Any) -> Any:
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def strategy_of(strategy: Any, devices: int) -> str:
+def strategy_of(strategy: Any, devices: int) -> Strategy:
     """A strategy of Lightning, as `ivl.memory` knows it."""
     path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "") or "auto"
     name = path.rpartition(".")[2].lower()
@@ -203,7 +203,7 @@ def _read_rows(fit: Any, length: int) -> Rows:
     options["video"] = VideoOptions(**_plain(options["video"]))
     module = IvlData(str(fit.model.pretrained), **options)
     module.setup("fit")
-    _, index = module._train
+    _, index = module.training
     tokens, tiles, supervised = (int(x.sum()) for x in (index.tokens, index.tiles, index.supervised))
     longest, count = int(index.tokens.max()), len(index)
     if fit.data.packing:
@@ -254,7 +254,7 @@ def summary(
         "tokens_per_step": length * times,
         "estimated": True,
     }
-    if rows.work is not None:
+    if rows.work is not None and rows.batches is not None:
         plan["epoch"] = {
             "steps": math.ceil(rows.batches / times),
             "tokens": rows.work.tokens,
@@ -264,7 +264,7 @@ def summary(
         working = 1 if setup.strategy == "layer_split" else setup.devices
         rate = device.flops * efficiency * working
         plan["device"] = {"name": device.name, "efficiency_assumed": efficiency, "step_seconds": done * times / rate}
-        if rows.work is not None:
+        if "epoch" in plan:
             plan["device"]["epoch_seconds"] = plan["epoch"]["flops"] / rate
     return plan
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ivl.config import Config
 from ivl.families import ReleasedModel, config_for, find_model
-from ivl.memory import Micro, Setup, Sketch, need
+from ivl.memory import Micro, Setup, Sketch, Strategy, need
+from ivl.model.quant import Quantize
 from ivl.model.tune import LoRA, Tune
 from ivl.models import memory
 
@@ -30,9 +31,9 @@ class Recipe:
 
     stacked: tuple[str, ...]
     devices: int = 1
-    strategy: str = "single"
+    strategy: Strategy = "single"
     tune: Tune | None = None
-    quantize: str | None = None
+    quantize: Quantize | None = None
     recomputed: bool = False
     """The vision encoder's blocks as well"""
 
@@ -79,6 +80,7 @@ def header(path: Path) -> str:
     """The comments of a released model's config."""
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     row = find_model(settings["pretrained"])
+    assert row is not None, f"{path}: not a released model's"
     lora = LoRA(**settings["tune"]["language_model"])
     lines = [f"# {row.huggingface.rpartition('/')[2]}, LoRA on the language model."]
     for recipe in recipes(row, path.parent):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
-
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ivl.data import media
 from ivl.data.processor import Processor
-from ivl.lit.pictures import EXPECTED, GIVEN, draw_boxes
-from ivl.types import Conversation, Media
+from ivl.lit.pictures import EXPECTED, GIVEN, draw_boxes, lettering, wrapped
+from ivl.types import Conversation, Media, Message
 
 WIDTH, HEIGHT, LINE, LINES = 320, 240, 13, 7
 MOST = 4
@@ -23,8 +21,7 @@ def cell(row: Conversation, about: str, processor: Processor) -> Image.Image:
     where a medium cannot be read.
     """
     drawn = Image.new("RGB", (WIDTH, HEIGHT + LINE * (LINES + 1)), "white")
-    font, write = ImageFont.load_default(11), ImageDraw.Draw(drawn)
-    bottom = 0
+    write, bottom = ImageDraw.Draw(drawn), 0
     shown = [picture for medium in row.media[:MOST] for picture in _pictures(medium, processor)][:MOST]
     across = 1 if len(shown) < 2 else 2
     for n, picture in enumerate(shown):
@@ -36,14 +33,18 @@ def cell(row: Conversation, about: str, processor: Processor) -> Image.Image:
         place = n % across * WIDTH // across, n // across * HEIGHT // 2
         drawn.paste(picture, place)
         bottom = max(bottom, place[1] + picture.height)
-    lines = [(about, (120, 120, 120))]
-    for message in row.messages:
-        name, colour = ("A", EXPECTED) if message.role == "assistant" else ("Q", (0, 0, 0))
-        text = " ".join(message.text.split())
-        lines += [(line, colour) for line in textwrap.wrap(f"{name}: {text}", 54)[:5]]
-    for n, (line, colour) in enumerate(lines[: LINES + (HEIGHT - bottom) // LINE]):
+    lines = []
+    for text, colour in ((about, (120, 120, 120)), *(_said(message) for message in row.messages)):
+        font, text = lettering(text, 11)
+        lines += [(line, colour, font) for line in wrapped(text, font, WIDTH, 5)]
+    for n, (line, colour, font) in enumerate(lines[: LINES + (HEIGHT - bottom) // LINE]):
         write.text((0, bottom + 2 + n * LINE), line, fill=colour, font=font)
     return drawn
+
+
+def _said(message: Message) -> tuple[str, tuple[int, int, int]]:
+    name, colour = ("A", EXPECTED) if message.role == "assistant" else ("Q", (0, 0, 0))
+    return f"{name}: {message.text}", colour
 
 
 def _pictures(medium: Media, processor: Processor) -> list[Image.Image]:

@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -145,7 +146,7 @@ def history_file() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ivl" / "chat_history"
 
 
-def _readline():
+def _readline() -> ModuleType | None:
     try:
         import readline
     except ImportError:  # not everywhere a part of Python; then lines are typed without editing

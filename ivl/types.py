@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, N tiles of the whole batch, S pixels a side of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -92,6 +92,11 @@ class Conversation:
         return Conversation(**values | {"messages": self.messages[:-1], "reference": last.text})
 
 
+Stored = tuple[str | None, int, Tensor | None]
+"""Of an image or video with a feature cache: its key there, its tiles, and its features (tiles, P, C) where they are
+kept. A key of None: not to be kept"""
+
+
 @dataclass
 class Example:
     """One row, ready for the model.
@@ -108,9 +113,8 @@ class Example:
     tiles_per_image: list[int]
     """Tiles of each image (of each frame of a video), in order; sums to N"""
     conversation: Conversation
-    stored: list[tuple[str | None, int, Tensor | None]] | None = None
-    """Of each image or video with a feature cache: its key there, its tiles, and its features (tiles, P, C) where they
-    are kept, whose pixels are then not among `tiles`. A key of None: not to be kept"""
+    stored: list[Stored] | None = None
+    """Of each image or video, where there is a feature cache; those whose features are kept are not among `tiles`"""
     notes: list[str] = field(default_factory=list)
     """What was changed to make the row fit (`tiles 12 -> 6`, `dropped 1 turn`)"""
 
@@ -185,8 +189,8 @@ class Batch:
         """Tokens of rows, padding not counted."""
         return int((self.attention_mask if self.lengths is None else self.lengths).sum())
 
-    def _map(self, fn) -> Batch:
-        moved = {k: fn(getattr(self, k)) for k in self.keys() if k not in self._stay}
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        moved: dict[str, Any] = {k: fn(getattr(self, k)) for k in self.keys() if k not in self._stay}
         kept = {k: getattr(self, k) for k in (*self._stay, "stored", "rows", "supervised")}
         return Batch(**moved, **kept)
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 import torch
@@ -37,6 +37,15 @@ class MakesExamples(Protocol):
         max_tiles: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Example: ...
+
+    def lengths(
+        self,
+        row: Any,
+        where: str = "",
+        root: str | Path | None = None,
+        max_tiles: int | None = None,
+        probe_urls: bool = True,
+    ) -> tuple[int, int, int, int]: ...
 
 
 class Rows(Dataset[Example]):
@@ -241,6 +250,12 @@ class Mixture(Dataset[Example]):
         """Different rows; an epoch has `sum(counts)`."""
         return int(self.first[-1])
 
+    @overload
+    def at(self, key: int) -> tuple[Rows, int]: ...
+
+    @overload
+    def at(self, key: Key) -> tuple[Rows, Key]: ...
+
     def at(self, key: Key) -> tuple[Rows, Key]:
         """The part a row belongs to, and its key there."""
         epoch, i = key if isinstance(key, tuple) else (None, key)
@@ -277,12 +292,13 @@ class Mixture(Dataset[Example]):
             given = [v for v in (part.repeat, part.ratio) if v is not None]
             if len(given) > 1 or any(not 0 < v < 1e6 for v in given):
                 raise UserError(f"mixture: {part.name or 'source'}: expected repeat or ratio above 0, found {given}")
-        if all(part.ratio is None for part in self.parts):
+        ratios = [float(part.ratio) for part in self.parts if part.ratio is not None]
+        if not ratios:
             counts = [round(n * (1.0 if p.repeat is None else p.repeat)) for n, p in zip(sizes, self.parts)]
-        elif any(part.ratio is None for part in self.parts):
+        elif len(ratios) < len(self.parts):
             raise UserError("mixture: some sources have a ratio and some have none; give it to all, or repeat instead")
         else:
-            counts = _apportioned(epoch_rows or sum(sizes), [float(part.ratio) for part in self.parts])
+            counts = _apportioned(epoch_rows or sum(sizes), ratios)
         for part, count in zip(self.parts, counts):
             if not count:
                 raise UserError(f"mixture: {part.name or 'source'}: its share is less than one row of an epoch")

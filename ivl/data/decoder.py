@@ -31,7 +31,7 @@ class Decoder:
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
         self._opened: object = None
         self._lock = threading.Lock()
@@ -67,7 +67,8 @@ class Decoder:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 with contextlib.suppress(BrokenPipeError):
-                    stream.close()
+                    if stream is not None:
+                        stream.close()
 
     def _start(self) -> None:
         if self._process is not None and self._owner == os.getpid():
@@ -83,7 +84,7 @@ class Decoder:
         )
 
     def _ask(self, request: bytes, deadline: float) -> tuple[dict[str, Any], memoryview]:
-        assert self._process is not None
+        assert self._process is not None and self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died; reading tells how
             self._process.stdin.write(request)
             self._process.stdin.flush()
@@ -96,6 +97,7 @@ class Decoder:
         return answer, memoryview(self._read(answer["bytes"], deadline))
 
     def _read(self, count: int, deadline: float) -> bytearray:
+        assert self._process is not None and self._process.stdout is not None
         data = bytearray(count)
         view, done = memoryview(data), 0
         stream = self._process.stdout.fileno()

@@ -127,7 +127,7 @@ def qwen2_engine(folder: Path) -> TokenizersEngine:
     """Engine of `vocab.json` and `merges.txt`."""
     vocab = read_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    merges: list[Any] = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
     except Exception as error:  # the library raises bare Exception

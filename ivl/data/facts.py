@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class _Facts(Dataset):
         return np.array([facts_of(self.rows.conversation(int(n))) for n in numbers], FACTS)
 
 
-def _as_it_is(value: np.ndarray) -> np.ndarray:
+def _as_it_is(value: Any) -> Any:
     return value
 
 

@@ -83,7 +83,7 @@ class FeatureStore:
             return False
         finally:
             made.unlink(missing_ok=True)
-        self._used += size
+        self._used = (self._used or 0) + size
         self._unseen += size
         return True
 
@@ -120,4 +120,4 @@ class FeatureStore:
 
 
 def _crc(tensor: Tensor) -> str:
-    return f"{zlib.crc32(tensor.view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(tensor.view(torch.uint8).numpy().data):08x}"

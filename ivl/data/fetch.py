@@ -19,12 +19,15 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
+from ivl.data.rows import default_cache
 from ivl.types import UserError
+
+Socket = TypeVar("Socket", bound=socket.socket)
 
 _CHUNK = 1 << 16
 _HEADERS = {"User-Agent": "ivl", "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
@@ -63,7 +66,7 @@ class _Passing(Exception):
 def cached_path(url: str, policy: FetchPolicy | None = None) -> Path:
     """Where the file of `url` is, or will be, in the cache."""
     chosen = policy and policy.cache_dir
-    folder = Path(chosen) if chosen else Path.home() / ".cache" / "ivl" / "media"
+    folder = Path(chosen) if chosen else default_cache() / "media"
     name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
     return folder / name[:2] / name
 
@@ -146,7 +149,9 @@ def _follow(url: str, policy: FetchPolicy, deadline: _Deadline, out: BinaryIO) -
     raise UserError(f"{url}: more than {policy.max_redirects} redirects, the last to {hop} (max_redirects)")
 
 
-def _copy(url: str, response: http.client.HTTPResponse, policy: FetchPolicy, deadline: _Deadline, out: BinaryIO):
+def _copy(
+    url: str, response: http.client.HTTPResponse, policy: FetchPolicy, deadline: _Deadline, out: BinaryIO
+) -> None:
     encoding = response.headers.get("Content-Encoding") or "identity"
     if encoding != "identity":
         raise UserError(f"{url}: sent with Content-Encoding {encoding}, although identity was asked for")
@@ -188,7 +193,7 @@ def _check_public(host: str, port: int, policy: FetchPolicy) -> list[tuple]:
     """Addresses of a host, as from getaddrinfo. Raises UserError where one is not public and that is not allowed."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for *_, address in found:
-        ip = ipaddress.ip_address(address[0].partition("%")[0])
+        ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
         ip = getattr(ip, "ipv4_mapped", None) or ip
         if not policy.allow_private and (not ip.is_global or ip.is_multicast):
             raise UserError(
@@ -252,7 +257,7 @@ class _Proxied(http.client.HTTPConnection):
         super().__init__(host, port, timeout=policy.timeout)
         self.tls, self.deadline, self.name = tls, deadline, host
 
-    def set_tunnel(self, host: str, port: int | None = None, headers=None) -> None:
+    def set_tunnel(self, host: str, port: int | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().set_tunnel(host, port, headers)
         self.name = host
 
@@ -278,7 +283,7 @@ class _Deadline:
         self._timer.daemon = True
         self._timer.start()
 
-    def watch(self, sock: socket.socket) -> socket.socket:
+    def watch(self, sock: Socket) -> Socket:
         self._sockets.append(sock)
         return sock
 

@@ -16,12 +16,14 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ivl.data import grounding
 from ivl.types import TRUTH, Conversation, Media, Message, UserError
 
 Row = dict[str, Any]
+Role = Literal["user", "assistant"]
+Kind = Literal["image", "video"]
 Size = Callable[[Any], tuple[int, int]]
 
 _MARK = re.compile(r"(<image>|<video>)")
@@ -37,7 +39,7 @@ def is_url(source: str) -> bool:
 
 @dataclass
 class _Turn:
-    role: str
+    role: Role
     content: list[str | Media]
     trained: bool = True
 
@@ -95,14 +97,14 @@ def _parse(row: Any, where: str, root: str | Path | None, size: Size | None, com
         found = sorted(kinds or (str(key) for key in row if row[key] is not None))[:12]
         raise UserError(f"expected one of query, conversations or messages, found {', '.join(found) or 'nothing'}")
     draft = _FORMATS[kinds[0]](row, root)
-    draft.media = {kind: _media(row, kind, root) for kind in ("image", "video")}
+    draft.media = {"image": _media(row, "image", root), "video": _media(row, "video", root)}
     _place(draft)
     _ground(draft, row.get("objects"), size, compact)
     _check_turns(draft)
     messages = tuple(Message(turn.role, _joined(turn.content), turn.trained) for turn in draft.turns)
     truth = {key: row[key] for key in TRUTH if row.get(key) is not None}
-    names = {"id": _name(row, "id"), "source": _name(row, "source") or ""}
-    return Conversation(messages, draft.system, where=where, truth=truth, **names)
+    name, source = _name(row, "id"), _name(row, "source") or ""
+    return Conversation(messages, draft.system, id=name, where=where, source=source, truth=truth)
 
 
 def _joined(content: list[str | Media]) -> tuple[str | Media, ...]:
@@ -136,9 +138,15 @@ def _from_query(row: Row, root: str | Path | None) -> _Draft:
 
 
 def _from_conversations(row: Row, root: str | Path | None) -> _Draft:
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    roles: dict[str, Role | Literal["system"]] = {
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+        "system": "system",
+    }
     entries = _entries(row, "conversations")
-    system, turns = _optional_text(row, "system"), []
+    system, turns = _optional_text(row, "system"), list[_Turn]()
     for n, entry in enumerate(entries):
         name = f"conversations[{n}]"
         role = roles.get(str(entry.get("from")))
@@ -155,7 +163,7 @@ def _from_conversations(row: Row, root: str | Path | None) -> _Draft:
 
 
 def _from_messages(row: Row, root: str | Path | None) -> _Draft:
-    system, turns = _optional_text(row, "system"), []
+    system, turns = _optional_text(row, "system"), list[_Turn]()
     entries = _entries(row, "messages")
     for n, entry in enumerate(entries):
         name, role, content = f"messages[{n}]", entry.get("role"), entry.get("content")
@@ -166,14 +174,14 @@ def _from_messages(row: Row, root: str | Path | None) -> _Draft:
         parts = list(_parts(content, f"{name}.content", row, root))
         if role == "user":
             turns.append(_Turn(role, parts))
-        elif not all(isinstance(part, str) for part in parts):
+        elif len(texts := [part for part in parts if isinstance(part, str)]) < len(parts):
             raise UserError(f"{name}.content: only a user's message can hold images or videos")
         elif role == "assistant":
-            turns.append(_Turn(role, ["".join(parts)], trained=entry.get("loss") is not False))
+            turns.append(_Turn(role, ["".join(texts)], trained=entry.get("loss") is not False))
         elif n:
             raise UserError(f"{name}: a system message can only come first")
         else:
-            system = "".join(parts)
+            system = "".join(texts)
     return _Draft(turns, system)
 
 
@@ -200,7 +208,7 @@ def _parts(content: Any, name: str, row: Row, root: str | Path | None) -> Iterat
             # parts carry no line break of their own, and the models were trained with one after a medium
             yield "\n" * (after_medium and not text.startswith("\n")) + text
         elif kind in ("image", "image_url", "video", "video_url"):
-            word = kind.removesuffix("_url")
+            word: Kind = "image" if kind.startswith("image") else "video"
             source = next((part[key] for key in (kind, "url", "path", word) if not _nothing(part.get(key))), None)
             source = source.get("url") if isinstance(source, dict) and "url" in source else source
             if source is None and _nothing(row.get(word)) and _nothing(row.get(f"{word}s")):
@@ -262,7 +270,7 @@ def _with_paths(text: str, root: str | Path | None) -> list[str | Media]:
 # Media
 
 
-def _media(row: Row, kind: str, root: str | Path | None) -> list[Media]:
+def _media(row: Row, kind: Kind, root: str | Path | None) -> list[Media]:
     """The row's list of one kind, in whichever way it is spelled."""
     keys = [key for key in (kind, f"{kind}s") if not _nothing(row.get(key))]
     if not keys:
@@ -287,7 +295,7 @@ def _nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
 
 
-def _medium(kind: str, source: Any, name: str, root: str | Path | None) -> Media:
+def _medium(kind: Kind, source: Any, name: str, root: str | Path | None) -> Media:
     start = end = None
     if isinstance(source, dict):  # as Hugging Face datasets has it, and a video with its own times
         times = [_seconds(source.get(key), f"{name}.{key}", 1)[0] for key in ("start", "end")]
@@ -354,8 +362,8 @@ def _mismatch(kind: str, marks: int, media: int) -> str:
 
 def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool) -> None:
     """Replace grounding marks in all turns, in reading order."""
-    places = [(turn, i) for turn in draft.turns for i, part in enumerate(turn.content) if isinstance(part, str)]
-    texts = [turn.content[i] for turn, i in places]
+    places = [(turn, i, p) for turn in draft.turns for i, p in enumerate(turn.content) if isinstance(p, str)]
+    texts = [text for *_, text in places]
     prompt = draft.turns[-1].role == "user"
     if _nothing(objects) and (prompt or not any(grounding.MARK.search(text) for text in texts)):
         return
@@ -367,7 +375,7 @@ def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool) -> No
             raise UserError(f"objects: image index is {index}, the row has {len(listed)} (counted from 0)")
         return (size or _header_size)(listed[index].source)
 
-    for (turn, i), text in zip(places, grounding.fill(texts, objects, size_of, compact)):
+    for (turn, i, _), text in zip(places, grounding.fill(texts, objects, size_of, compact)):
         turn.content[i] = text
 
 

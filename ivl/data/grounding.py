@@ -134,12 +134,11 @@ def parse_boxes(text: str) -> list[tuple[str | None, list[Box]]]:
     Reads `<ref>cat</ref><box>[[1, 2, 3, 4]]</box>` in both spellings, and the same with the tags lost
     (`cat[[1, 2, 3, 4]]`). Never raises: what is no box (reversed, above 1000, not four numbers) is left out.
     """
-    groups = []
+    groups: list[tuple[str | None, list[Box]]] = []
     end = 0
     for match in _BOXES.finditer(text):
         before, end = text[end : match.start()], match.end()
-        boxes = [_parsed(one) for one in _ONE.findall(match[0])]
-        boxes = [box for box in boxes if box is not None]
+        boxes = [box for one in _ONE.findall(match[0]) if (box := _parsed(one)) is not None]
         if not boxes:
             continue
         refs = re.findall(r"<ref>(.*?)</ref>", before, flags=re.S)

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import ivl
 from ivl.data.dataset import Rows
@@ -302,6 +303,17 @@ def _load(path: Path, count: int) -> Index | None:
     if records.dtype != RECORD or len(records) != count:
         return None
     return Index(records, *({int(n): text for n, text in texts[name].items()} for name in ("problems", "dropped")))
+
+
+@contextlib.contextmanager
+def progress_bar(text: str, rows: Rows) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal for work on rows; to be called with how many are done."""
+    with tqdm(total=len(rows), desc=text, unit="row", disable=None, leave=False) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield advance
 
 
 def fingerprint(processor: Any) -> str:

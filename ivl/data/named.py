@@ -17,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
@@ -43,7 +43,7 @@ class NamedSet:
     name: str
     hub: Literal["modelscope", "huggingface"]
     repo: str
-    convert: Callable[[Row], Row]
+    convert: Callable[[Row], Row] = field(repr=False)
     """A record → a row of any format; `images` may hold paths inside `archives`, bytes, or URLs"""
     subset: str = ""
     splits: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ def fetch_rows(name: str, cache_dir: str | Path | None = None, policy: FetchPoli
     from filelock import FileLock
 
     chosen = SETS[name]
-    key = hashlib.blake2b(repr((ivl.__version__, replace(chosen, convert=None))).encode(), digest_size=6).hexdigest()
+    key = hashlib.blake2b(repr((ivl.__version__, chosen)).encode(), digest_size=6).hexdigest()
     folder = Path(cache_dir or default_cache()) / "named" / f"{name}-{key}"
     rows = folder / "rows.jsonl"
     if rows.is_file():

@@ -21,7 +21,7 @@ from ivl.data.limits import Plan, Shape
 from ivl.data.tokenizer import Tokenizer
 from ivl.families import ReleasedModel, find_model
 from ivl.hf_config import read_config
-from ivl.types import IGNORE, Batch, Conversation, Example, Media, UserError
+from ivl.types import IGNORE, Batch, Conversation, Example, Media, Stored, UserError
 
 OnTooLong = Literal["fit", "truncate_text", "drop", "error"]
 Resize = Literal["exact", "fast"]
@@ -121,7 +121,7 @@ class Processor:
         self.compact_boxes = compact_boxes
         self.policy = policy or media.MediaPolicy()
         self.released = released
-        known = (system_message, config.system_message, released and released.system_message)
+        known = (system_message, config.system_message, released.system_message if released else None)
         self.system_message = next((text for text in known if text is not None), self.template.system_message)
         self.features: FeatureStore | None = None
         """Where features of images are looked for before their pixels are decoded"""
@@ -214,22 +214,22 @@ class Processor:
             opened = opened or Opened()
             plan = self._plan(conversation, max_tiles, opened=opened)
             S = self.config.image_size
-            pixels, stored = [], None if self.features is None else []
+            pixels: list[Tensor] = []
+            stored: list[Stored] = []
             for medium, limit, counts in zip(plan.conversation.media, plan.limits, plan.tiles, strict=True):
                 if not counts:
                     continue
                 key = self._feature_key(medium, limit)
-                found = self.features.get(key, sum(counts)) if key else None
+                found = self.features.get(key, sum(counts)) if self.features and key else None
                 if found is None:
                     cut = partial(self._pixels, medium, limit, counts, generator)
                     pixels.append(opened.pixels(medium, limit, cut))
-                if stored is not None:
-                    stored.append((key, sum(counts), found))
+                stored.append((key, sum(counts), found))
         return Example(
             input_ids=torch.tensor(plan.ids, dtype=torch.int64),
             labels=torch.tensor(plan.labels, dtype=torch.int64),
             tiles=torch.cat([torch.empty((0, 3, S, S), dtype=torch.uint8), *pixels]),
-            stored=stored,
+            stored=None if self.features is None else stored,
             tiles_per_image=[count for counts in plan.tiles for count in counts],
             conversation=plan.conversation,
             notes=plan.notes,
@@ -309,7 +309,7 @@ class Processor:
         plan = self._encode(conversation, [shape(m, probe_urls) for m in conversation.media], most)
         training = conversation.messages[-1].role == "assistant"
         if self.max_length is not None and len(plan.ids) > self.max_length:
-            plan = self._shortened(plan, training)
+            plan = self._shortened(plan, self.max_length, training)
         if not training:
             plan.labels = [IGNORE] * len(plan.ids)
         elif not plan.num_supervised:
@@ -364,7 +364,7 @@ class Processor:
         data = media.image_bytes(medium.source, self.policy)
         config = self.config
         how = (config.image_size, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail, self.exif)
-        return data and key_of(data, (*how, config.dynamic_image_size, config.pad2square, self.resize))
+        return key_of(data, (*how, config.dynamic_image_size, config.pad2square, self.resize)) if data else None
 
     def _pixels(self, medium: Media, limit: int, counts: list[int], generator: torch.Generator | None) -> Tensor:
         """(N, 3, S, S) uint8 of an image, or of the frames of a video."""
@@ -401,16 +401,16 @@ class Processor:
         )
         return Plan(conversation, list(shapes), list(most), counts, ids, labels)
 
-    def _shortened(self, plan: Plan, training: bool) -> Plan:
+    def _shortened(self, plan: Plan, most: int, training: bool) -> Plan:
         P = self.config.tokens_per_tile
-        found = f"{len(plan.ids)} tokens ({plan.num_tiles * P} of them image) but max_length is {self.max_length}"
+        found = f"{len(plan.ids)} tokens ({plan.num_tiles * P} of them image) but max_length is {most}"
         if self.on_too_long == "error":
             raise UserError(f"{found}; raise it, lower max_tiles, or choose what to do by on_too_long")
         if self.on_too_long == "drop":
             raise TooLong(found)
         if self.on_too_long == "truncate_text" and training:
-            return limits.truncated(plan, self.max_length, self.tokenizer, P)
-        return limits.fitted(plan, self.max_length, P, self._encode, self._count)
+            return limits.truncated(plan, most, self.tokenizer, P)
+        return limits.fitted(plan, most, P, self._encode, self._count)
 
 
 @contextmanager

@@ -29,8 +29,8 @@ _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
 def default_cache() -> Path:
-    """Where what is worked out once is kept: decompressed rows, indexes, fetched media."""
-    return Path.home() / ".cache" / "ivl"
+    """Where what is worked out once is kept, by the XDG rules: decompressed rows, indexes, fetched media."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl"
 
 
 class RowFile:
@@ -91,8 +91,8 @@ class RowFile:
         return self.__dict__ | {"_descriptor": None}
 
     def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)
+        if (descriptor := getattr(self, "_descriptor", None)) is not None:
+            os.close(descriptor)
 
 
 _EXAMPLE = '{"query": "…", "response": "…"}'
@@ -152,7 +152,8 @@ def _read(opened: BinaryIO, start: int, end: int) -> bytes:
 
 def _scan_list(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     """Start, end and line of each element of a JSON list, without parsing them."""
-    starts, ends = [], []
+    starts: list[int] = []
+    ends: list[int] = []
     with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         depth, closed, previous = 0, False, data.find(b"[")
@@ -221,7 +222,7 @@ def _decompressed(path: Path, cache: Path) -> Path:
     return plain
 
 
-def _opener(path: Path) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
+def _opener(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
     """The decompressing stream of a file, and what it raises on damaged ones."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb"), (EOFError, zlib.error, gzip.BadGzipFile)

@@ -55,8 +55,9 @@ def open_split(path: str | Path, processor: MakesExamples, root: str | Path | No
     """The held-out rows that were remembered, from the files they were in. `root`: as in `Rows`, where the run that
     wrote them had none of its own. Raises UserError as `load_split`."""
     found = _read(path)
-    own = {"source": found.get("source") or "", "max_tiles": found.get("max_tiles")}
-    return load_split(path, Rows(found["files"], processor, root=found.get("root") or root, **own))[1]
+    root, source, max_tiles = found.get("root") or root, found.get("source") or "", found.get("max_tiles")
+    rows = Rows(found["files"], processor, root=root, source=source, max_tiles=max_tiles)
+    return load_split(path, rows)[1]
 
 
 def load_split(path: str | Path, rows: Rows) -> tuple[Rows, Rows]:

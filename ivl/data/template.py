@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from ivl.data.tokenizer import GROUNDING_TOKENS, IMAGE_TOKENS, Tokenizer
+from ivl.data.tokenizer import Span as Piece
 from ivl.types import IGNORE, Conversation, Media, Message, UserError
 
 SYSTEM_2 = (
@@ -93,8 +94,9 @@ def own_system_message(folder: Path, template: Template) -> str | None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Conversation":
             values = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
-            if values.get("name") == template.name and isinstance(values.get("system_message"), str):
-                return values["system_message"]
+            message = values.get("system_message")
+            if values.get("name") == template.name and isinstance(message, str):
+                return message
     return None
 
 
@@ -182,14 +184,14 @@ def encode(
     everything = frozenset(tokenizer.added)
     read = {"template": everything, "user": GROUNDING_TOKENS & everything, "answer": everything - IMAGE_TOKENS}
     opening, context, closing = (tokenizer.token_id(t) for t in ("<img>", "<IMG_CONTEXT>", "</img>"))
-    pieces = []
+    pieces: list[Piece] = []
     for kind, content, trained in spans(conversation, tiles, template, tokens_per_tile, system_message, frame_prefix):
         if isinstance(content, str):
             pieces.append((content, read[kind], trained))
         else:
             pieces.append(([opening, *[context] * content, closing], (), trained))
-    ids, trained = tokenizer.encode_spans(pieces, bos=True)
-    return ids, [token if flag else IGNORE for token, flag in zip(ids, trained, strict=True)]
+    ids, flags = tokenizer.encode_spans(pieces, bos=True)
+    return ids, [token if flag else IGNORE for token, flag in zip(ids, flags, strict=True)]
 
 
 def written(

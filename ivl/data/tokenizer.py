@@ -188,7 +188,7 @@ class Tokenizer:
                 at = n + step
                 while wanted and 0 <= at < len(out) and not isinstance(out[at][0], list):
                     text, trained = out[at]
-                    out[at] = (strip(text) if text else text, trained)
+                    out[at] = (strip(text) if isinstance(text, str) else text, trained)
                     if out[at][0]:
                         break
                     at += step
@@ -245,7 +245,7 @@ class Tokenizer:
 
         Only for answers that must equal published ones character by character; `decode` is the faithful one.
         """
-        if self.style not in ("internlm2", "llama"):
+        if not isinstance(self.engine, SentencePieceEngine):
             return self.decode(ids, skip_special=skip_special)
         named = set(self._named.values())
         skipped = {t.id for t in self.added.values() if skip_special and t.text in self.special}
@@ -260,7 +260,7 @@ class Tokenizer:
             if token is not None and token not in apart:
                 run.append(token)
                 continue
-            text = self._reference_run(run) if run else ""
+            text = self._reference_run(self.engine, run) if run else ""
             if text or (run and token is None):
                 parts.append(text)
             run = []
@@ -268,10 +268,10 @@ class Tokenizer:
                 parts.append(self._text_of[token])
         return " ".join(parts)
 
-    def _reference_run(self, ids: list[int]) -> str:
+    def _reference_run(self, engine: SentencePieceEngine, ids: list[int]) -> str:
         """Tokens between two that stand apart. The engine's own joining drops the blank of a dummy prefix."""
         llama = self.style == "llama"
-        pieces = [self._text_of[i] if self._text_of.get(i) in self.special else self.engine.pieces([i])[0] for i in ids]
+        pieces = [self._text_of[i] if self._text_of.get(i) in self.special else engine.pieces([i])[0] for i in ids]
         if llama and pieces[0].startswith("▁"):
             pieces[0] = pieces[0][1:]
         out, words, after_special = "", [], False
@@ -281,9 +281,9 @@ class Tokenizer:
                 after_special = False
                 continue
             blank = not after_special and (not llama or (n > 0 and not self.leading_space))
-            out += " " * blank + self.engine.join(words) + piece
+            out += " " * blank + engine.join(words) + piece
             words, after_special = [], True
-        out += self.engine.join(words)
+        out += engine.join(words)
         if not llama:
             for mark in (".", "?", "!", ","):
                 out = out.replace(" " + mark, mark)
@@ -304,10 +304,11 @@ def _read_files(folder: Path) -> dict[str, Any]:
         leading_space = kind == "LlamaTokenizer" and settings.get("legacy") is False
         style = "llama" if kind == "LlamaTokenizer" else "internlm2"
         path = folder / "tokenizer.model"
-        engine: Engine = SentencePieceEngine(path.read_bytes(), str(path), dummy_prefix=not leading_space)
+        pieces = SentencePieceEngine(path.read_bytes(), str(path), dummy_prefix=not leading_space)
+        engine: Engine = pieces
         add_bos = bool(settings.get("add_bos_token", True))
         named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | named
-        own = {engine.sp.id_to_piece(i): i for i in (engine.sp.unk_id(), engine.sp.bos_id(), engine.sp.eos_id())}
+        own = {pieces.sp.id_to_piece(i): i for i in (pieces.sp.unk_id(), pieces.sp.bos_id(), pieces.sp.eos_id())}
         tokens = [{"content": text, "id": i} for text, i in own.items() if i >= 0]
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and kind == "Qwen2Tokenizer":
         engine = qwen2_engine(folder)

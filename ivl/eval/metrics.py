@@ -17,7 +17,7 @@ import numpy as np
 from ivl.types import UserError
 
 Mode = Literal["compat", "strict"]
-Box = Sequence[float]
+Box = Sequence[float] | Sequence[np.floating]
 
 
 def iou(a: Box, b: Box) -> float:
@@ -191,12 +191,12 @@ def mme_answer(prediction: str, mode: Mode = "compat") -> Literal["yes", "no", "
     text = prediction.replace("\n", "").replace("不是", "No").replace("是", "Yes").replace("否", "No")
     text = text.lower().replace("true", "yes").replace("false", "no")
     text = re.sub("[\u4e00-\u9fa5]", "", text)
+    words: tuple[Literal["yes", "no"], ...] = ("yes", "no")
     if mode == "strict":
-        word = re.match(r"\W*(yes|no)\b", text)
-        return word.group(1) if word else "other"
+        return next((word for word in words if re.match(rf"\W*{word}\b", text)), "other")
     if "\t" in text:
         return None
-    return next((word for word in ("yes", "no") if word in text[:4]), "other")
+    return next((word for word in words if word in text[:4]), "other")
 
 
 def pope_answer(prediction: str, mode: Mode = "compat") -> Literal["yes", "no"]:
@@ -270,7 +270,7 @@ def _box_numbers(prediction: str, mode: Mode) -> tuple[list[float], bool] | None
                 return None
             continue
         if mode == "compat":
-            return box, float(np.sum(np.float32(box))) >= 4
+            return box, float(np.array(box, np.float32).sum()) >= 4
         return box, max(box) > 1 or all(re.fullmatch(r"\s*-?\d+\s*", number) for number in match.groups())
     return None
 
@@ -299,5 +299,5 @@ def refcoco_match(
         return 0.0
     kind = np.float32 if mode == "compat" else np.float64
     scale = kind(1000 if found[1] else 1)
-    answer = [kind(value) / scale * kind(size[i % 2]) for i, value in enumerate(found[0])]
+    answer: list[np.floating] = [kind(value) / scale * kind(size[i % 2]) for i, value in enumerate(found[0])]
     return float(iou(answer, [kind(value) for value in box]) >= threshold)

@@ -44,7 +44,7 @@ def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Sc
                 "parsed": said if said != row["response"].strip() else "",
                 "gold": _gold(row),
                 "score": round(score, 4),
-                "picture": pictures.get(source),
+                "picture": None if source is None else pictures[source],
                 "found": _boxes(row["response"]),
                 "wanted": _wanted(row),
             }

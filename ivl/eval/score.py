@@ -100,7 +100,7 @@ def record(
     """All there is to say about the score of one or more files; no times and no folders, so it can be made again."""
     chosen, first = task(name), rows[0]
     rule = RULES[chosen.rule]
-    found = {
+    found: dict[str, Any] = {
         "task": name,
         "title": chosen.title,
         "mode": mode,

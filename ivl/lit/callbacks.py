@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from ivl.data.media import load_image
 from ivl.lit.pictures import panel
+from ivl.lit.types import own
 from ivl.types import Conversation
 
 
@@ -26,11 +27,12 @@ class Pictures(Callback):
         self.rows = rows
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or not module.answers:
+        answers = own(module).answers
+        if trainer.sanity_checking or not trainer.is_global_zero or not answers:
             return
-        seen = [a for a in module.answers if any(m.kind == "image" for m in a["row"].media)]
+        seen = [a for a in answers if any(m.kind == "image" for m in a["row"].media)]
         cells = [(_picture(a["row"]), a["row"], a["answer"]) for a in self._some(seen)]
-        text = _as_text(self._some(module.answers))
+        text = _as_text(self._some(answers))
         for logger in trainer.loggers:
             _show(logger, panel(cells) if cells else None, text, trainer.global_step)
 
@@ -43,7 +45,7 @@ def _show(logger: Logger, drawn: Image | None, text: str, step: int) -> None:
         if drawn is not None:
             logger.log_image("answers", [drawn], step=step)
         return
-    board = getattr(logger, "experiment", None)
+    board: Any = getattr(logger, "experiment", None)
     if not hasattr(board, "add_image"):
         return
     board.add_text("answers", text, step)
@@ -62,6 +64,6 @@ def _as_text(answers: list[dict[str, Any]]) -> str:
     return "\n".join(["| row | question | expected | answer |", "| --- | --- | --- | --- |", *lines])
 
 
-def _picture(row: Conversation):
+def _picture(row: Conversation) -> Image:
     last = [m for m in row.media if m.kind == "image"][-1]
     return load_image(last.source)

@@ -28,6 +28,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from ivl.lit.types import own
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.types import UserError
@@ -138,6 +139,7 @@ class Checkpoints(ModelCheckpoint):
         if not trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
             return
         number = self._signal or signal.SIGTERM
+        assert self.dirpath is not None, "set before the first step"
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         trainer.save_checkpoint(path)
         rank_zero_info(f"stopped at step {trainer.global_step}; go on with the same command and --ckpt_path {path}")
@@ -154,7 +156,7 @@ class Checkpoints(ModelCheckpoint):
             self._random = None
             # Resumed at the end of an epoch, Lightning does not count the next one as begun; what is saved in it would
             # then be read as the end of that epoch.
-            epochs = trainer.fit_loop.epoch_progress
+            epochs: Any = trainer.fit_loop.epoch_progress
             for counts in (epochs.current, epochs.total):
                 counts.ready = counts.started = counts.processed + 1
         if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -178,13 +180,14 @@ class Checkpoints(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self.dirpath or not adapting.has_adapter(module.model):
+        model, tune, base = own(module).model, own(module).tune, str(own(module).pretrained)
+        if not self.dirpath or not adapting.has_adapter(model):
             return
         state = trainer.strategy.lightning_module_state_dict()  # asks all processes where each has a shard
         if trainer.is_global_zero:
-            state = {name: state[f"model.{name}"] for name in tuning.trainable_state(module.model)}
+            state = {name: state[f"model.{name}"] for name in tuning.trainable_state(model)}
             folder = Path(self.dirpath).parent / "adapter"
-            adapting.save_adapter(module.model, module.tune, folder, base=str(module.pretrained), state=state)
+            adapting.save_adapter(model, tune, folder, base=base, state=state)
             rank_zero_info(f"adapter in {folder}")
 
     # -- what ----------------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ class Checkpoints(ModelCheckpoint):
         counts = loops["epoch_loop.batch_progress"]["current"]
         if trainer.state.fn == "fit" and loader and not loader[0]["done"] and counts["ready"]:
             # An epoch has ended. Lightning sees it by the number of batches, which follows from that of processes.
-            more = trainer.datamodule.batches_of_epoch() - counts["ready"]
+            more = own(module).trainer.datamodule.batches_of_epoch() - counts["ready"]
             for name in counts:
                 counts[name] += more
 
@@ -227,7 +230,8 @@ def unfinished(trainer: Trainer) -> int:
 
 def random_state() -> dict[str, Any]:
     """The state of this process's generators: torch, CUDA, numpy, python. Plain values and tensors only."""
-    kind, keys, *rest = np.random.get_state()
+    numbers: Any = np.random.get_state()
+    kind, keys, *rest = numbers
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

@@ -29,6 +29,7 @@ from ivl.lit.module import LitInternVL
 from ivl.lit.precision import choose_precision, device_has_bf16
 from ivl.lit.prediction import PredictionWriter
 from ivl.lit.scoring import scores_table
+from ivl.lit.types import IvlTrainer, own
 from ivl.lit.watch import Progress, Watch
 from ivl.types import UserError
 
@@ -44,7 +45,7 @@ class SaveConfig(SaveConfigCallback):
         endings = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
         ending = next(ending for ending in endings if not (Path(folder) / f"config{ending}.yaml").exists())
         self.parser.save(self.config, Path(folder) / f"config{ending}.yaml", skip_none=False)
-        made = {"versions": versions(), "data": trainer.datamodule.fingerprints()}
+        made = {"versions": versions(), "data": own(module).trainer.datamodule.fingerprints()}
         (Path(folder) / f"versions{ending}.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         self.already_saved = True
 
@@ -74,7 +75,10 @@ class IvlCLI(LightningCLI):
     `prepare_demo` makes the embedded demo in a folder; it is passed in, since commands stand above this floor.
     """
 
-    prepare_demo: Callable[[Path], None] | None = None
+    model: LitInternVL
+    trainer: IvlTrainer
+    datamodule: IvlData
+    prepare_demo: Callable[[Path], None]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -102,15 +106,17 @@ class IvlCLI(LightningCLI):
             config.return_predictions = False  # they are written as they come
         self._choose_precision(config.trainer)
         folder = config.demo
-        if folder and self.prepare_demo:
-            type(self).prepare_demo(Path(folder))
+        if folder:
+            self.prepare_demo(Path(folder))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning reads the whole file here, in every process, for hyperparameters that ours do not hold."""
 
     def before_predict(self) -> None:
-        writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
-        writer.checkpoint = self.config.predict.ckpt_path
+        self._writer().checkpoint = self.config.predict.ckpt_path
+
+    def _writer(self) -> PredictionWriter:
+        return next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
 
     def _choose_precision(self, trainer: Namespace) -> None:
         if self.subcommand == "predict" or trainer.get("precision") is None:
@@ -135,9 +141,8 @@ class IvlCLI(LightningCLI):
     def after_fit(self) -> None:
         self._report()
         run = self.trainer.log_dir
-        checkpoint = (
-            self.trainer.checkpoint_callback.best_model_path or self.trainer.checkpoint_callback.last_model_path
-        )
+        kept = next(c for c in self.trainer.callbacks if isinstance(c, Checkpoints))
+        checkpoint = kept.best_model_path or kept.last_model_path
         self._say(
             "\nNext:\n"
             f"  tensorboard --logdir {run}\n"
@@ -151,8 +156,7 @@ class IvlCLI(LightningCLI):
 
     def after_predict(self) -> None:
         if name := self.datamodule.task:
-            writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
-            self._say(f"\nNext:\n  python -m ivl score {writer.path} --task {name} --html report.html")
+            self._say(f"\nNext:\n  python -m ivl score {self._writer().path} --task {name} --html report.html")
 
     @rank_zero_only
     def _report(self) -> None:

@@ -14,14 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ivl.data.dataset import Mixture, Part, Rows, split
 from ivl.data.features import FeatureStore, bytes_needed
-from ivl.data.index import Index, build_index, joined, reasons, usable, write_report
+from ivl.data.index import Index, build_index, joined, progress_bar, reasons, usable, write_report
 from ivl.data.media import MediaPolicy
 from ivl.data.pack import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor, VideoOptions
@@ -31,6 +30,7 @@ from ivl.lit.benchmark import rows_file
 from ivl.lit.checkpoints import unfinished
 from ivl.lit.feature_cache import open_store
 from ivl.lit.prompts import LAST, Prompt, Prompts
+from ivl.lit.types import own
 from ivl.types import IGNORE, Batch, Example, UserError
 
 
@@ -56,10 +56,12 @@ class RankRows:
 class ResumableLoader(DataLoader):
     """A DataLoader whose position is saved with the run and found again without reading what was used."""
 
+    batch_sampler: Any
     used: Callable[[], tuple[int, int]] | None = None
     """(epoch, batches used in it), by the trainer's count: the loader's own runs ahead of it"""
 
     def state_dict(self) -> dict[str, Any]:
+        assert self.used is not None, "set where the loader is made"
         epoch, used = self.used()
         return self.batch_sampler.state_dict(used) | {"epoch": epoch}
 
@@ -113,6 +115,8 @@ class IvlData(LightningDataModule):
         num_workers: Loader processes. Default: one less than there are cores, four at most.
         seed: Of the order of rows and of random choices inside them.
     """
+
+    trainer: Trainer
 
     def __init__(
         self,
@@ -214,7 +218,7 @@ class IvlData(LightningDataModule):
                     self._rows[name] = held_out(self.split, self.processor, self.media_root)
                     return self._rows[name]
                 if self.task:
-                    files = rows_file(self.task, self.task_root)
+                    files = str(rows_file(self.task, self.task_root))
             if not files:
                 raise UserError(f"--data.{name}: not given; expected one or more files of rows (jsonl or json)")
             self._rows[name] = Rows(files, self.processor, root=self.media_root, seed=self.seed)
@@ -223,12 +227,12 @@ class IvlData(LightningDataModule):
     def _set_up_training(self) -> None:
         if self._train is not None:
             return
-        files = self.files["train"]
-        if bool(files) == bool(self.mixture):
-            found = "both" if files else "neither"
+        given = [sources for sources in (self.files["train"], self.mixture) if sources]
+        if len(given) != 1:
+            found = "both" if given else "neither"
             raise UserError(f"--data.train: expected files of rows here or sources in --data.mixture, found {found}")
         options = {"on_error": self.on_error, "seed": self.seed}
-        parts = open_sources(self.mixture or files, self.processor, self.media_root, **options)
+        parts = open_sources(given[0], self.processor, self.media_root, **options)
         if self.val_fraction and not self.files["val"]:
             if len(parts) > 1:
                 raise UserError("--data.val_fraction: works with one training file; give files to --data.val instead")
@@ -268,6 +272,12 @@ class IvlData(LightningDataModule):
         # Long rows first: rows of like length are answered together, and none is left over at the end.
         self._order = np.argsort(-index.tokens, kind="stable")
 
+    @property
+    def training(self) -> tuple[Mixture, Index]:
+        """The training rows and their index, once they are set up."""
+        assert self._train is not None, "setup comes first"
+        return self._train
+
     def fingerprints(self) -> dict[str, str]:
         """Each file of training and held-out rows, and a digest of its contents."""
         parts = [part.rows for part in self._train[0].parts] if self._train else []
@@ -303,10 +313,10 @@ class IvlData(LightningDataModule):
         return place["rank"], place["num_replicas"]
 
     def _train_batches(self) -> PackedBatches | GroupedBatches:
-        mixture, index = self._train
+        mixture, index = self.training
         rank, ranks = self._place()
         order = mixture.order if self.shuffle else lambda epoch: np.arange(len(mixture))
-        common = {"order": order, "seed": self.seed, "rank": rank, "ranks": ranks}
+        common: dict[str, Any] = {"order": order, "seed": self.seed, "rank": rank, "ranks": ranks}
         if self.packing:
             packs = partial(PackedBatches, index.tokens, index.tiles, self.pack_tokens, self.pack_tiles, **common)
             epochs = self._epochs()
@@ -317,36 +327,38 @@ class IvlData(LightningDataModule):
         window = 64 if self.group_by_length else 1
         return GroupedBatches(index.tokens, index.tiles, self.batch_size, window=window, **common)
 
-    def _open_feature_store(self) -> None:
+    def _open_feature_store(self, folder: str) -> None:
         """Training rows look there for features; held-out rows are few, and are answered from their pixels."""
-        module, (mixture, index) = self.trainer.lightning_module, self._train
+        model, (mixture, index) = own(self.trainer.lightning_module).model, self.training
         limit = int(self.feature_cache_gb * 1e9)
-        self.feature_store = open_store(self.feature_cache, limit, module.model, self.trainer)
+        self.feature_store = open_store(folder, limit, model, self.trainer)
+        processor = copy(self.processor)
+        processor.features = self.feature_store
         for n, part in enumerate(mixture.parts):
             rows = part.rows.select(np.arange(len(part.rows)))
-            rows.processor = copy(rows.processor)
-            rows.processor.features = self.feature_store
+            rows.processor = processor
             mixture.parts[n] = replace(part, rows=rows)
-        config, model = self.processor.config, module.model
+        config = self.processor.config
         width = model.language_model.config.hidden_size if model.features_projected else config.projector_width
         need = bytes_needed(config, int(index.tiles.sum()), width, model.dtype.itemsize)
         rank_zero_info(
-            f"feature cache: at most {need / 1e9:.3g} GB for {index.tiles.sum()} tiles in {self.feature_cache}, "
+            f"feature cache: at most {need / 1e9:.3g} GB for {index.tiles.sum()} tiles in {folder}, "
             f"limit {self.feature_cache_gb:g} GB"
         )
 
     def train_dataloader(self) -> DataLoader:
         if self.feature_cache and self.feature_store is None:
-            self._open_feature_store()
+            self._open_feature_store(self.feature_cache)
         collate = partial(self.processor.collate, packed=self.packing)
         batches = self._train_batches()
-        batches.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # a resumed run begins here
-        loader = self._loader(self._train[0], batches, collate)
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        batches.set_epoch(epochs.processed)  # a resumed run begins here
+        loader = self._loader(self.training[0], batches, collate)
         loader.used = self._used
         return loader
 
     def _used(self) -> tuple[int, int]:
-        loop = self.trainer.fit_loop
+        loop: Any = self.trainer.fit_loop
         done, epoch = loop.epoch_loop.batch_progress.current.processed, loop.epoch_progress.current.processed
         done -= unfinished(self.trainer)
         return (epoch, done) if done < loop.max_batches else (epoch + 1, 0)
@@ -397,8 +409,8 @@ class IvlData(LightningDataModule):
 
 
 def _looked_through(rows: Rows, name: str, probe_urls: bool = False) -> Index:
-    with tqdm(total=len(rows), desc=f"index {name}", unit="row", disable=None, leave=False) as bar:
-        return build_index(rows, probe_urls=probe_urls, progress=lambda done: bar.update(done - bar.n))
+    with progress_bar(f"index {name}", rows) as progress:
+        return build_index(rows, probe_urls=probe_urls, progress=progress)
 
 
 def _indexed(part: Part, probe_urls: bool) -> Index:
@@ -409,7 +421,7 @@ def _indexed(part: Part, probe_urls: bool) -> Index:
     if len(silent):
         index = replace(index, records=index.records.copy(), problems=dict(index.problems))
         index.records["usable"][silent] = False
-        index.problems |= {int(n): f"{rows.where(n)}: no answer to learn from; add a response" for n in silent}
+        index.problems |= {int(n): f"{rows.where(int(n))}: no answer to learn from; add a response" for n in silent}
     return index
 
 

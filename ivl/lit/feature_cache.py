@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
 
 from ivl.data.features import FeatureStore
 from ivl.model.fingerprint import fingerprint
@@ -40,18 +41,18 @@ def with_features(batch: Batch, model: InternVL, store: FeatureStore) -> Batch:
     """The batch with the features of all its tiles and none of the tiles; those computed here are kept."""
     if not batch.stored:
         return batch
-    fresh = None
-    if len(batch.tiles):
-        fresh = model.tower_features(batch.tiles)
-        fresh = model.mlp1(fresh.to(model.dtype)) if model.features_projected else fresh
-    parts, at_found, at_fresh = [], 0, 0
-    for key, tiles, found in batch.stored:
-        if found:
-            parts.append(batch.features[at_found : at_found + tiles])
-            at_found += tiles
-            continue
-        parts.append(fresh[at_fresh : at_fresh + tiles])
-        at_fresh += tiles
-        if key is not None:
+    counts = {known: [tiles for _, tiles, found in batch.stored if found == known] for known in (True, False)}
+    parts: list[Tensor] = []
+    there = iter([] if batch.features is None else batch.features.split(counts[True]))
+    made = iter(_made(batch.tiles, model).split(counts[False]) if counts[False] else [])
+    for key, _, found in batch.stored:
+        parts.append(next(there if found else made))
+        if key is not None and not found:
             store.put(key, parts[-1])
     return replace(batch, features=torch.cat(parts), tiles=batch.tiles[:0], stored=[])
+
+
+def _made(tiles: Tensor, model: InternVL) -> Tensor:
+    """(N, P, C) as the store keeps them."""
+    found = model.tower_features(tiles)
+    return model.mlp1(found.to(model.dtype)) if model.features_projected else found

@@ -18,6 +18,8 @@ from ivl.types import Batch, Conversation, UserError
 log = logging.getLogger(__name__)
 """Of every process: the one that has a row names it"""
 
+FLAG = "found_inf"
+"""What torch's fused optimizers read: they skip the step where it is not 0"""
 SHOWN = 8
 """Most rows named in one message"""
 
@@ -67,7 +69,7 @@ class FiniteLoss:
         self._closed.append(_Step(number, bad, self._open))
         self._open = []
         if optimizer.defaults.get("fused"):
-            optimizer.found_inf = bad.float()
+            setattr(optimizer, FLAG, bad.float())
             if bad.device.type == "cpu" or len(self._closed) >= self.lag:
                 self.read()
         else:
@@ -78,8 +80,8 @@ class FiniteLoss:
     @staticmethod
     def release(optimizer: Optimizer) -> None:
         """After the optimizer's step."""
-        if hasattr(optimizer, "found_inf"):
-            del optimizer.found_inf
+        if hasattr(optimizer, FLAG):
+            delattr(optimizer, FLAG)
 
     def read(self) -> None:
         """Look at the steps that were not looked at yet: one transfer."""
@@ -93,7 +95,7 @@ class FiniteLoss:
                 continue
             self._in_a_row.append(step)
             mine, rows = _guilty(step)
-            if mine or rank_zero_only.rank == 0:
+            if mine or getattr(rank_zero_only, "rank", 0) == 0:
                 log.warning("step %d: skipped, as its loss or gradients are not finite; rows: %s", step.number, rows)
             if len(self._in_a_row) >= self.patience:
                 raise UserError(

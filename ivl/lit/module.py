@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,6 +30,7 @@ from ivl.lit.prediction import answered, failed
 from ivl.lit.prompts import LAST, Prompt
 from ivl.lit.schedule import Warmup
 from ivl.lit.scoring import Metric, Scores, check_metrics
+from ivl.lit.types import IvlTrainer
 from ivl.lit.watch import SourceLosses
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
@@ -118,6 +120,10 @@ class LitInternVL(LightningModule):
             skipped.
     """
 
+    trainer: IvlTrainer  # type: ignore[override]  # Lightning sets no other
+    model: InternVL
+    """From `configure_model` on"""
+
     def __init__(
         self,
         pretrained: str,
@@ -148,12 +154,10 @@ class LitInternVL(LightningModule):
         self.make_optimizer, self.make_schedule, self.rates = optimizer, schedule, rates
         self.generation, self.batching = generation, batching
         self.answer_rows = answer_rows
-        self.model: InternVL | None = None
         # A checkpoint holds only what trains; on_load_checkpoint is strict about that part.
         self.strict_loading = False
         self.scores: dict[str, dict[str, float]] = {}
         self.answers: list[dict[str, Any]] = []
-        self._engine: Engine | None = None
         check_metrics(metrics)
         self.metrics = metrics
         self._scores = Scores(metrics)
@@ -170,7 +174,7 @@ class LitInternVL(LightningModule):
         _ = self.generation.choice  # a mistake is told before the model is read
 
     def configure_model(self) -> None:
-        if self.model is not None:
+        if hasattr(self, "model"):
             return
         model = self._model(self.trainer.strategy)
         model.set_checkpointing(self.checkpointing.vision_model, self.checkpointing.language_model)
@@ -181,20 +185,20 @@ class LitInternVL(LightningModule):
 
     def _model(self, strategy: Strategy) -> InternVL:
         """The model with what trains in place, as the strategy spreads it."""
-        common = {"dtype": self._weight_dtype(), "attention": self.attention}
-        sharded = isinstance(strategy, ModelParallelStrategy)
-        if sharded and not self.adapter and not self.quantize:
-            return build_sharded(self.pretrained, self.tune, strategy.device_mesh, strategy.root_device, **common)
+        dtype, attention = self._weight_dtype(), self.attention
+        mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+        if mesh is not None and not self.adapter and not self.quantize:
+            return build_sharded(self.pretrained, self.tune, mesh, strategy.root_device, dtype, attention)
         # Where each process holds the whole model it is read straight onto its device; otherwise onto the host first.
         whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
         device = strategy.root_device if whole else "cpu"
-        model = InternVL.from_pretrained(self.pretrained, device=device, quantize=self.quantize, **common)
+        model = InternVL.from_pretrained(self.pretrained, dtype, device, attention, self.quantize)
         if self.adapter:
             adapting.load_adapter(model, self.adapter)
         else:
             tuning.apply(model, self.tune)
-        if sharded:
-            parallelize(model, strategy.device_mesh)
+        if mesh is not None:
+            parallelize(model, mesh)
         elif not whole:  # Lightning shards it, or DeepSpeed does
             model.always_run_vision = True
         return model
@@ -205,7 +209,7 @@ class LitInternVL(LightningModule):
         precision = str(self.trainer.precision)
         return "bfloat16" if "bf16" in precision else "float16" if precision.startswith("16") else "float32"
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(param_groups(self.model, self.rates))
         scale_rates(optimizer)
         if optimizer.defaults.get("fused") and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -323,11 +327,11 @@ class LitInternVL(LightningModule):
         self.answers = []
 
     def validation_step(self, batch: tuple[list[int], Batch, Batch], batch_idx: int) -> None:
-        indices, batch, prompts = batch
-        self._batch = batch
-        with out_of_memory(batch, f"lower data.eval_batch_size ({len(batch)})", "validation"):
-            out = self.model(**batch)
-            self._scores.add_losses(batch.rows, out.row_losses, out.row_tokens)
+        indices, rows, prompts = batch
+        self._batch = rows
+        with out_of_memory(rows, f"lower data.eval_batch_size ({len(rows)})", "validation"):
+            out = self.model(**rows)
+            self._scores.add_losses(rows.rows, out.row_losses, out.row_tokens)
             # By the first row of all ranks' batches, so that all ranks answer, or none does.
             first = batch_idx * self.trainer.datamodule.rows_of_step()
             if self.answer_rows is not None and first >= self.answer_rows:
@@ -369,9 +373,10 @@ class LitInternVL(LightningModule):
         """Hand one prompt to the engine. Returns the rows whose answers have come to an end meanwhile."""
         if prompt.index == LAST:
             return []
-        if prompt.error:
+        example = prompt.example
+        if example is None:
             return [failed(prompt.index, prompt.conversation, prompt.where, prompt.error)]
-        example, conversation = prompt.example, prompt.example.conversation
+        conversation = example.conversation
         request = Request(
             (prompt.index, conversation),
             example.input_ids,
@@ -385,7 +390,7 @@ class LitInternVL(LightningModule):
             if self.trainer.datamodule.on_error == "error":
                 raise UserError(text) from error
             return [failed(prompt.index, conversation, prompt.where, text)]
-        rows = []
+        rows: list[dict[str, Any]] = []
         while not self._engine.hungry:
             rows += self._answered(self._engine.step())
         return rows
@@ -411,7 +416,11 @@ class LitInternVL(LightningModule):
 
     def _answered(self, requests: list[Request]) -> list[dict[str, Any]]:
         processor, stop = self.trainer.datamodule.processor, self.generation.stop
-        return [answered(*r.key, processor.decode(r.answer, stop), processor) | self.made_by for r in requests]
+        rows = []
+        for request in requests:
+            index, row = request.key
+            rows.append(answered(index, row, processor.decode(request.answer, stop), processor) | self.made_by)
+        return rows
 
     # -- answers -------------------------------------------------------------------------------------------------
 

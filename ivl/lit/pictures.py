@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 from collections.abc import Sequence
+from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -39,7 +40,6 @@ def _cell(image: Image.Image, row: Conversation, answer: str) -> Image.Image:
     draw_boxes(draw, row.reference or "", picture.size, EXPECTED, width=5)
     draw_boxes(draw, answer, picture.size, GIVEN)
     cell.paste(picture, (0, 0))
-    font = ImageFont.load_default(12)
     write = ImageDraw.Draw(cell)
     lines = [
         (f"Q: {last.text}", (0, 0, 0), 3),
@@ -48,10 +48,58 @@ def _cell(image: Image.Image, row: Conversation, answer: str) -> Image.Image:
     ]
     y = picture.height + 2
     for text, colour, most in lines:
-        for line in textwrap.wrap(text.replace("\n", " "), 44)[:most]:
+        font, text = lettering(text, 12)
+        for line in wrapped(text, font, SIDE, most):
             write.text((0, y), line, fill=colour, font=font)
             y += 13
     return cell
+
+
+FONTS = (
+    "DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf",
+    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansSC-Regular.otf", "wqy-microhei.ttc",
+    "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "DroidSansFallback.ttf", "PingFang.ttc", "msyh.ttc", "simsun.ttc",
+)  # fmt: skip
+"""Files of fonts, looked for where the system keeps them: Pillow's own has ASCII only. Those below have Chinese"""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def lettering(text: str, size: int) -> tuple[Font, str]:
+    """A font for a text on one line; what no font here has is written as `[3 characters]`."""
+    text = " ".join(text.split())
+    fonts = [font for font in (_font("", size), *(_font(name, size) for name in FONTS)) if font is not None]
+    font = min(fonts, key=lambda one: sum(_lacks(one, c) for c in text))  # the first of equals
+    marked = "".join("\0" if _lacks(font, c) else c for c in text)
+    return font, re.sub("\0+", lambda run: f"[{len(run[0])} character{'s' * (len(run[0]) > 1)}]", marked)
+
+
+@cache
+def _font(name: str, size: int) -> Font | None:
+    try:
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+    except OSError:
+        return None
+
+
+@cache
+def _lacks(font: Font, character: str) -> bool:
+    """Whether a font draws the box that stands for what it does not have."""
+    return not character.isspace() and bytes(font.getmask(character)) == bytes(font.getmask("\uffff"))
+
+
+def wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
+    """A text in at most `most` lines of `width` pixels, broken at blanks where there are any."""
+    lines, line = [], ""
+    for character in text:
+        if font.getlength(line + character) > width:
+            cut = line.rfind(" ") + 1 or len(line)
+            lines.append(line[:cut])
+            line = line[cut:]
+            if len(lines) == most:
+                return lines
+        line += character
+    return [*lines, line]
 
 
 def draw_boxes(

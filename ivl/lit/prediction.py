@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,12 +24,14 @@ from ivl.data.grounding import parse_boxes
 from ivl.data.index import fingerprint
 from ivl.data.processor import Processor
 from ivl.lit.benchmark import scored_by
+from ivl.lit.types import own
 from ivl.types import Conversation, UserError
 
-try:
+if TYPE_CHECKING:
+    from ivl.lit.module import LitInternVL
+
+if sys.platform != "win32":  # where two programs that write the same file are not told apart
     import fcntl
-except ImportError:  # Windows: two programs that write the same file are not told apart
-    fcntl = None
 
 Row = dict[str, Any]
 SYNC_SECONDS = 1.0
@@ -124,6 +127,7 @@ class Parts:
 
     def append(self, rows: Iterable[Row]) -> None:
         """Add rows; a crash of this process does not lose them."""
+        assert self._file is not None, "opened before a row is answered"
         self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
         self._file.flush()
         if time.monotonic() - self._synced >= SYNC_SECONDS:
@@ -177,7 +181,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    if fcntl is None:
+    if sys.platform == "win32":
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,7 +229,7 @@ class PredictionWriter(Callback):
         self.checkpoint: str | None = None
         """What the run's trained weights are read from, which says what the answers are made with"""
         self._parts: Parts | None = None
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage != "predict":
@@ -236,12 +240,12 @@ class PredictionWriter(Callback):
         problem = None
         if trainer.is_global_zero:
             try:
-                self._parts.begin(self._settings(trainer, module))
+                self._parts.begin(self._settings(own(module)))
             except UserError as error:
                 problem = str(error)
         if problem := trainer.strategy.broadcast(problem):
             raise UserError(problem)
-        data = trainer.datamodule
+        data = own(module).trainer.datamodule
         data.answered = self._parts.answered()
         trainer.strategy.barrier("what is answered is known")
         self._parts.open(trainer.global_rank)
@@ -253,12 +257,18 @@ class PredictionWriter(Callback):
     @property
     def path(self) -> Path:
         """The file, once the run is set up"""
-        return self._parts.path
+        return self._begun.path
 
-    def _settings(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    @property
+    def _begun(self) -> Parts:
+        assert self._parts is not None, "the run is set up"
+        return self._parts
+
+    def _settings(self, module: LitInternVL) -> dict[str, Any]:
         """What decides the answers. Files of weights are named with size and time, which change with them."""
-        rows = trainer.datamodule.rows("predict")
-        weights = [self.checkpoint, *(f"{module.adapter}/{name}" for name in _ADAPTER if module.adapter)]
+        rows = module.trainer.datamodule.rows("predict")
+        weights: list[str | Path | None] = [self.checkpoint]
+        weights += [f"{module.adapter}/{name}" for name in _ADAPTER if module.adapter]
         weights += sorted(Path(module.pretrained).glob("*.safetensors"))  # none where it is a model's name
         return {
             "rows": [[str(file.path.absolute()), file.digest] for file in rows.files],
@@ -270,7 +280,7 @@ class PredictionWriter(Callback):
             "tune": repr(module.tune) if self.checkpoint else None,
             "dtype": module.dtype_name,
             "quantize": repr(module.quantize),
-            "precision": str(trainer.precision),
+            "precision": str(module.trainer.precision),
             **{f"generation.{name}": value for name, value in json.loads(json.dumps(vars(module.generation))).items()},
         }
 
@@ -286,12 +296,12 @@ class PredictionWriter(Callback):
         self._write(outputs)
 
     def on_predict_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        for rows in module.remaining_answers():
+        for rows in own(module).remaining_answers():
             self._write(rows)
 
     def _write(self, rows: list[Row]) -> None:
-        if rows:
-            self._parts.append(rows)
+        if rows and self._bar is not None:
+            self._begun.append(rows)
             self._bar.update(len(rows))
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -299,10 +309,10 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
-        count = len(trainer.datamodule.predict_indices())
-        errors = self._parts.join(count)
+        count = len(own(module).trainer.datamodule.predict_indices())
+        errors = self._begun.join(count)
         more = f", {errors} of them errors" if errors else ""
-        rank_zero_info(f"{count} answers in {self._parts.path}{more}")
+        rank_zero_info(f"{count} answers in {self.path}{more}")
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._close()

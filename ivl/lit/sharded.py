@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -46,6 +46,7 @@ class Sharded(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         if self._data_parallel_size == "auto":
+            assert self._tensor_parallel_size != "auto", "a number, by the type of the argument"
             self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
         super().setup_environment()
 
@@ -55,10 +56,14 @@ class Sharded(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What trains, gathered tensor by tensor; empty but on the first process."""
-        reshard(self.model)
-        first = self.is_global_zero
-        state = {n: whole(p, first) for n, p in self.model.named_parameters() if p.requires_grad}
+        model, first = self._built(), self.is_global_zero
+        reshard(model)
+        state = {n: whole(p, first) for n, p in model.named_parameters() if p.requires_grad}
         return state if first else {}
+
+    def _built(self) -> nn.Module:
+        assert self.model is not None, "Lightning sets it before it saves or loads"
+        return self.model
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # of Lightning's wrapper
@@ -77,12 +82,12 @@ class Sharded(ModelParallelStrategy):
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         state = checkpoint["state_dict"]
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._built().named_parameters():
             if name in state:
-                own, found = parameter, state[name]
                 if isinstance(parameter, DTensor):
-                    own, found = parameter.to_local(), shard(found, parameter).to_local()
-                own.copy_(found)
+                    parameter.to_local().copy_(shard(state[name], parameter).to_local())
+                else:
+                    parameter.copy_(state[name])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
@@ -92,5 +97,6 @@ class Sharded(ModelParallelStrategy):
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    spread = isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape
-    return shard(value, parameter) if spread else value
+    if isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return shard(value, parameter)
+    return value

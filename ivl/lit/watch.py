@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,9 +15,13 @@ from torch import Tensor
 
 from ivl.devices import find_device
 from ivl.flops import NOTHING, Work, training_flops
+from ivl.lit.types import own
 from ivl.model.rates import groups_table
 from ivl.model.tune import adapted, described, table
 from ivl.types import Batch, Conversation
+
+if TYPE_CHECKING:
+    from ivl.lit.module import LitInternVL
 
 
 class SourceLosses:
@@ -68,7 +72,7 @@ class Watch(Callback):
         self._start = self._end = time.perf_counter()
         self._step = trainer.global_step
         self._reset()
-        self._write_trained(trainer, module)
+        self._write_trained(trainer, own(module))
 
     def _reset(self) -> None:
         self._rows = self._steps = 0
@@ -89,11 +93,11 @@ class Watch(Callback):
         if step == before:  # inside an accumulation window
             return
         self._steps += 1
-        if step % trainer.log_every_n_steps == 0:
-            self._log(trainer, module)
+        if step % own(module).trainer.log_every_n_steps == 0:
+            self._log(trainer, own(module))
             self._reset()
 
-    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+    def _log(self, trainer: Trainer, module: LitInternVL) -> None:
         module.shown["loss"] = float(trainer.callback_metrics.get("train/loss", float("nan")))  # waits for the device
         self._end = time.perf_counter()
         seconds, ranks = self._end - self._start, trainer.world_size
@@ -118,7 +122,7 @@ class Watch(Callback):
             self._end = time.perf_counter()
             self._reset()
 
-    def _write_trained(self, trainer: Trainer, module: LightningModule) -> None:
+    def _write_trained(self, trainer: Trainer, module: LitInternVL) -> None:
         folder = trainer.log_dir  # asks all ranks
         if folder is None or not trainer.is_global_zero:
             return
@@ -136,6 +140,7 @@ class Watch(Callback):
 
 def added(work: Work, batch: Batch) -> Work:
     """The work of a batch on top; padding is none."""
+    assert batch.lengths is not None, "the collator's batches have them"
     return Work(
         tiles=work.tiles + len(batch.tiles),
         tokens=work.tokens + batch.num_tokens,
@@ -170,11 +175,11 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
         items = super().get_metrics(trainer, module)
         items.pop("v_num", None)
-        shown = module.shown
+        shown, total = own(module).shown, own(module).total_steps
         if "loss" in shown:
             items["loss"] = f"{shown['loss']:.4g}"
             items["tokens/s"] = f"{shown['tokens/s']:,.0f}"
-            items["left"] = clock((module.total_steps - trainer.global_step) * shown["s/step"])
+            items["left"] = clock((total - trainer.global_step) * shown["s/step"])
         return items
 
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ivl.model.layouts import LAYOUTS, Group, groups
 from ivl.types import UserError
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
@@ -58,20 +61,20 @@ class Adapter:
             self.state[f"{_PREFIX}{layer}.lora_magnitude_vector"] = pair.magnitude
 
 
-def translated(model: nn.Module, state: dict[str, Tensor], settings: dict[str, Any]) -> Adapter | None:
+def translated(model: InternVL, state: dict[str, Tensor], settings: dict[str, Any]) -> Adapter | None:
     """An adapter file's tensors in this model's names; None where they are in these already.
 
     `settings`: its adapter_config.json. Raises UserError where it names a layer that the model has in no layout.
     """
     own = [name for name, _ in model.named_parameters()]
     tensors = {_full_name(key): key for key in state}
-    layers = {name: bool(found) for name in tensors for found in [_LOW_RANK.fullmatch(name)]}
-    weights = {_LOW_RANK.fullmatch(n)[1] + ".weight" if low_rank else n for n, low_rank in layers.items()}
+    low_rank = {name: (found[1], found[2]) for name in tensors if (found := _LOW_RANK.fullmatch(name))}
+    weights = {low_rank[name][0] + ".weight" if name in low_rank else name for name in tensors}
     if weights <= set(own) and all(key == _PREFIX + name for name, key in tensors.items()):
         return None
     table = _groups(own, weights)
     adapter = Adapter(dora=bool(settings.get("use_dora")))
-    pairs = _pairs({n: state[key] for n, key in tensors.items() if layers[n]}, tensors, settings)
+    pairs = _pairs({half: (tensors[name], state[tensors[name]]) for name, half in low_rank.items()}, settings)
     for group in {id(table[n]): table[n] for n in weights}.values():
         inside = [name.removesuffix(".weight") for name in group.stored]
         if any(name in pairs for name in inside):
@@ -118,14 +121,16 @@ def _groups(own: Iterable[str], wanted: set[str]) -> dict[str, Group]:
     )
 
 
-def _pairs(state: dict[str, Tensor], tensors: dict[str, str], settings: dict[str, Any]) -> dict[str, _Pair]:
-    """Layer → its low-rank pair, scaled as its own program would. Raises UserError where a half is missing."""
+def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], settings: dict[str, Any]) -> dict[str, _Pair]:
+    """Layer → its low-rank pair, scaled as its own program would; `halves`: (layer, kind) → key in the file, tensor.
+
+    Raises UserError where a half is missing.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     named: dict[str, str] = {}
-    for name, tensor in state.items():
-        layer, kind = _LOW_RANK.fullmatch(name).groups()
+    for (layer, kind), (key, tensor) in halves.items():
         parts.setdefault(layer, {})[kind] = tensor
-        named[layer] = _LOW_RANK.fullmatch(tensors[name])[1].removeprefix(_PREFIX)
+        named[layer] = key.rpartition(f".{kind}")[0].removeprefix(_PREFIX)
     pairs = {}
     for layer, found in parts.items():
         if missing := {"lora_A", "lora_B"} - found.keys():
@@ -139,21 +144,22 @@ def _pairs(state: dict[str, Tensor], tensors: dict[str, str], settings: dict[str
     return pairs
 
 
-def _moved(model: nn.Module, group: Group, pairs: list[_Pair | None]) -> list[tuple[str, _Pair]]:
+def _moved(model: InternVL, group: Group, pairs: list[_Pair | None]) -> list[tuple[str, _Pair]]:
     """The pairs of a group's stored layers as those of the model's layers."""
     names = [name.removesuffix(".weight") for name in group.module]
-    if len(pairs) == 1:
-        (pair,) = pairs
-        rows = group.read([pair.B], model.config)
-        magnitudes = [None] * len(rows) if pair.magnitude is None else group.read([pair.magnitude], model.config)
-        return [(n, _Pair(pair.A.clone(), b, pair.scale, m)) for n, b, m in zip(names, rows, magnitudes)]
     there = [pair for pair in pairs if pair is not None]
+    if len(pairs) == 1:
+        (pair,) = there
+        halves = group.read([pair.B], model.config)
+        magnitudes = [None] * len(halves) if pair.magnitude is None else group.read([pair.magnitude], model.config)
+        return [(n, _Pair(pair.A.clone(), b, pair.scale, m)) for n, b, m in zip(names, halves, magnitudes)]
     if len(there) < len(pairs) and there[0].magnitude is not None:
         raise UserError(
             f"{names[0]}: a DoRA of some of the layers that are one layer here has no exact form; adapt all of them"
         )
-    rows = model.get_submodule(names[0]).out_features // len(pairs)
+    rows = len(model.get_parameter(group.module[0])) // len(pairs)
     scale = there[0].scale
     blocks = [torch.zeros(rows, 0) if p is None else p.B.float() * (p.scale / scale) for p in pairs]
-    magnitude = None if there[0].magnitude is None else torch.cat([pair.magnitude for pair in there])
+    magnitudes = [pair.magnitude for pair in there if pair.magnitude is not None]
+    magnitude = torch.cat(magnitudes) if magnitudes else None
     return [(names[0], _Pair(torch.cat([p.A.float() for p in there]), torch.block_diag(*blocks), scale, magnitude))]

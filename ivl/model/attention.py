@@ -53,15 +53,15 @@ def by_row(
     """Causal attention of each row to itself; `lengths` add up to T. `window`: how far back. Returns (1, T, H, K)."""
     grouped = q_1HTK.shape[1] != k_1GTK.shape[1]
     found = []
-    for parts in zip(*(x.split(list(lengths), dim=2) for x in (q_1HTK, k_1GTK, v_1GTK)), strict=True):
-        count = parts[0].shape[2]
+    for q, k, v in zip(*(x.split(list(lengths), dim=2) for x in (q_1HTK, k_1GTK, v_1GTK)), strict=True):
+        count = q.shape[2]
         band = None
         if window is not None and count > window:
             square = torch.ones(count, count, dtype=torch.bool, device=q_1HTK.device)
             band = square.tril() & square.triu(1 - window)
         found.append(
             F.scaled_dot_product_attention(
-                *parts, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scale, enable_gqa=grouped
+                q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scale, enable_gqa=grouped
             )
         )
     return torch.cat(found, dim=2).transpose(1, 2)

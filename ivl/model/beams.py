@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 if TYPE_CHECKING:
     from ivl.model.generate import Ends
+    from ivl.model.llm import LanguageModel
 
 
 class _Over(StoppingCriteria):
@@ -18,13 +19,13 @@ class _Over(StoppingCriteria):
     def __init__(self, ends: Ends) -> None:
         self.ends = ends
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.tensor([self.ends.over(row) for row in input_ids.tolist()], device=input_ids.device)
 
 
 @torch.no_grad()
 def beam_search(
-    language_model: nn.Module,
+    language_model: LanguageModel,
     embeds_1TD: Tensor,
     num_beams: int,
     max_new_tokens: int,

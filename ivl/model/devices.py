@@ -16,14 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ivl.model.weights import untied
 from ivl.types import UserError
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
 
 MAIN = ("mlp1", "language_model.model.embed_tokens", "language_model.model.norm", "language_model.lm_head")
 """What exchanges tensors with the batch: all on one device"""
@@ -94,14 +96,14 @@ class Placement:
 
 
 def choose(
-    model: nn.Module,
+    model: InternVL,
     devices: int | Sequence[str] | None = None,
     device_max_memory: Sequence[str] | None = None,
     device_map: str | Path | Mapping[str, str | int] | None = None,
     bits: Mapping[str, float] | None = None,
     training: bool = False,
-) -> Placement | None:
-    """The placement that the options ask for; None where they ask for none.
+) -> Placement:
+    """The placement that the options ask for: `devices`, `device_max_memory` or both, or `device_map`.
 
     Args:
         model: The model, on the meta device too.
@@ -119,12 +121,12 @@ def choose(
                 "device_map: says where everything goes; expected no devices and no device_max_memory with it"
             )
         return from_map(model, device_map)
-    if devices is None and device_max_memory is None:
-        return None
-    limits = (
-        None if device_max_memory is None else [parse_size(text, "device_max_memory") for text in device_max_memory]
-    )
-    names = _names(len(limits) if devices is None else devices)
+    limits: list[float] | None = None
+    if device_max_memory is not None:
+        limits = [parse_size(text, "device_max_memory") for text in device_max_memory]
+        devices = len(limits) if devices is None else devices
+    assert devices is not None, "none of the options is given"
+    names = _names(devices)
     if limits is not None and len(limits) != len(names):
         raise UserError(
             f"device_max_memory: {len(limits)} sizes for {len(names)} devices; expected one for each, such as "
@@ -176,14 +178,14 @@ def _balance(sizes: Sizes, limits: Sequence[float], offload: bool) -> list[int] 
     return None
 
 
-def sizes(model: nn.Module, bits: Mapping[str, float] | None = None, training: bool = False) -> Sizes:
+def sizes(model: InternVL, bits: Mapping[str, float] | None = None, training: bool = False) -> Sizes:
     """Bytes of a model's parts, the meta device's too; weights named in `bits` have that many bits each."""
     of_name: dict[str, float] = {}
     for name, parameter in untied(dict(model.named_parameters()), model.config).items():
         owner, _, leaf = name.rpartition(".")
         width = (bits or {}).get(owner) if leaf == "weight" else None
         of_name[name] = parameter.numel() * (parameter.element_size() if width is None else width / 8)
-    layers = [0.0] * len(model.get_submodule(LAYERS))
+    layers = [0.0] * len(_children(model, LAYERS))
     for name, size in of_name.items():
         if name.startswith(LAYERS + "."):
             layers[int(name[len(LAYERS) + 1 :].partition(".")[0])] += size
@@ -228,7 +230,7 @@ def parse_size(text: str, option: str) -> int:
 # -- a map of the user's -----------------------------------------------------------------------------------------
 
 
-def from_map(model: nn.Module, given: str | Path | Mapping[str, str | int]) -> Placement:
+def from_map(model: InternVL, given: str | Path | Mapping[str, str | int]) -> Placement:
     """A placement as written down: names of modules → devices (`cuda:1`, its number, or `cpu`); the longest name wins.
 
     A file is JSON or YAML. The smallest parts are a decoder layer, a layer of the tower, and the parts of `MAIN`.
@@ -249,7 +251,8 @@ def from_map(model: nn.Module, given: str | Path | Mapping[str, str | int]) -> P
         problems.append(f"{len(unplaced)} modules without a device: {_some(unplaced)}")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
-    placement = Placement({part: _device(entries[entry], entry, where) for part, entry in entry_of.items()})
+    placed = {part: entry for part, entry in entry_of.items() if entry is not None}
+    placement = Placement({part: _device(entries[entry], entry, where) for part, entry in placed.items()})
     main = {part: placement.devices[part] for part in MAIN}
     if len(set(main.values())) > 1:
         raise UserError(
@@ -285,8 +288,8 @@ def _device(value: Any, name: str, where: str) -> str:
     return str(device)
 
 
-def _children(model: nn.Module, name: str) -> list[str]:
-    return [f"{name}.{n}" for n in range(len(model.get_submodule(name)))]
+def _children(model: InternVL, name: str) -> list[str]:
+    return [f"{name}.{n}" for n, _ in model.get_submodule(name).named_children()]
 
 
 def _inside(name: str, entry: str) -> bool:
@@ -301,7 +304,7 @@ def _some(names: Sequence[str], limit: int = 8) -> str:
 # -- running it --------------------------------------------------------------------------------------------------
 
 
-def dispatch(model: nn.Module, placement: Placement) -> None:
+def dispatch(model: InternVL, placement: Placement) -> None:
     """Give a model, loaded as `placement` says, the hooks that carry tensors between devices."""
     from accelerate import dispatch_model
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from ivl.model.beams import beam_search
-from ivl.model.llm import attention_mask, fits, is_plain, visible, with_cache
+from ivl.model.llm import LanguageModel, attention_mask, fits, is_plain, visible, with_cache
 from ivl.types import Batch, UserError
 
 if TYPE_CHECKING:
@@ -30,21 +30,21 @@ class Memory:
     """What the language model has read so far."""
 
     cache: Any = field(default_factory=DynamicCache)
-    positions_BK: Tensor | None = None
-    """(B, K) position in its row of each cached key, -1 for padding"""
-    lengths_B: Tensor | None = None
+    positions_BK: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+    """(B, K) position in its row of each cached key, -1 for padding; B is 0 until something is read"""
+    lengths_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     """(B,) tokens of each row so far"""
     gaps: bool = False
     """Whether there is padding among the keys"""
 
 
-def read(model: nn.Module, embeds_BTD: Tensor, mask_BT: Tensor, memory: Memory) -> Tensor:
+def read(model: LanguageModel, embeds_BTD: Tensor, mask_BT: Tensor, memory: Memory) -> Tensor:
     """Read T more tokens of each row, padded on the right, and remember them.
 
     Returns the logits (B, V) after each row's last token. `mask_BT`: True where there is a token.
     """
     count = embeds_BTD.shape[1]
-    if memory.lengths_B is None:
+    if len(memory.lengths_B) == 0:
         memory.lengths_B = mask_BT.new_zeros(len(mask_BT), dtype=torch.long)
         memory.positions_BK = memory.lengths_B.new_zeros(len(mask_BT), 0)
     first = memory.positions_BK.shape[1] == 0
@@ -64,7 +64,7 @@ def read(model: nn.Module, embeds_BTD: Tensor, mask_BT: Tensor, memory: Memory) 
     return model.lm_head(last_BD)
 
 
-def _explicit(model: nn.Module, positions_BT: Tensor, memory: Memory, dtype: torch.dtype) -> dict[str, Any]:
+def _explicit(model: LanguageModel, positions_BT: Tensor, memory: Memory, dtype: torch.dtype) -> dict[str, Any]:
     """Positions and mask, where the kernel's own causal path does not serve."""
     if model.config._attn_implementation == "flash_attention_2":
         mask = memory.positions_BK >= 0
@@ -293,5 +293,6 @@ def stream(
         raise UserError(f"stream: expected a batch of one row, found {len(batch.input_ids)}")
     choose = Choice(temperature, top_p, top_k, repetition_penalty)
     ends = Ends(model.eos_ids if eos_ids is None else eos_ids, stop, stopped, min_new_tokens)
-    for new in steps(model, batch.to(model.device), max_new_tokens, ends, choose, seed):
-        yield new[0]
+    for (token,) in steps(model, batch.to(model.device), max_new_tokens, ends, choose, seed):
+        if token is not None:
+            yield token

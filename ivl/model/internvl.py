@@ -78,6 +78,8 @@ class InternVL(nn.Module):
         """Noise on the embeddings of text in training, by `add_noise`; 0: none"""
         self.lora_start: dict[str, tuple[Tensor, Tensor]] = {}
         """Of each layer whose LoRA was taken out of its weight (`ivl.model.tune`): the two matrices it began with"""
+        self.is_loaded_in_8bit = self.is_loaded_in_4bit = False
+        """Whether layers are quantised (`ivl.model.quant`); peft asks by these names"""
         self.features_projected = False
         """Whether features that a batch brings are those behind `mlp1`"""
         self.vision_model = InternViT(config.vision, kernel)
@@ -197,8 +199,8 @@ class InternVL(nn.Module):
         output = Output()
         if labels is not None:
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
-            settings = {"chunk": loss_chunk, "smoothing": label_smoothing}
-            found = losses(self.language_model.lm_head, hidden, labels, row_ids, rows, loss_weights, **settings)
+            head = self.language_model.lm_head
+            found = losses(head, hidden, labels, row_ids, rows, loss_weights, loss_chunk, label_smoothing)
             output = Output(**vars(found))
         if labels is None or return_logits:
             output.logits = self.language_model.lm_head(hidden)

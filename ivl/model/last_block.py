@@ -6,16 +6,24 @@ No other token's last hidden state is read by anything, and about one token in f
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ivl.model.llm import LanguageModel
 
 WANTED = "wanted_places"
 """Argument of a body's forward, which transformers hands on to every block: (M,) places in its one sequence"""
 
 
-class LastBlock:
+class LastBlock(nn.Module):
     """A block of transformers that gives, asked for, only some tokens: (1, M, D) of (1, T, D)."""
+
+    self_attn: nn.Module
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, wanted_places: Tensor | None = None, **given: Any) -> Tensor:
         if wanted_places is None:
@@ -33,7 +41,7 @@ def _class(of: type[nn.Module]) -> type[nn.Module]:
     return type(of.__name__, (LastBlock, of), {})
 
 
-def mark(model: nn.Module) -> None:
+def mark(model: LanguageModel) -> None:
     """Let the last block of a causal language model be a `LastBlock`."""
-    last = model.model.layers[-1]
+    last: Any = model.model.layers[-1]
     last.__class__ = _class(type(last))

@@ -6,11 +6,12 @@ Shapes: B rows, T tokens of this call, K tokens seen with those of the cache, D 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from functools import lru_cache
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ivl.model.last_block import WANTED
 from ivl.types import UserError
 
 AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-KERNELS = ("auto", "sdpa", "eager", "flash_attention_2")
+KERNELS = get_args(AttentionKernel)
 
 
 def as_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -34,7 +35,7 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def choose_kernel(kernel: AttentionKernel, device: torch.device | str, dtype: torch.dtype) -> str:
+def choose_kernel(kernel: AttentionKernel, device: torch.device | str, dtype: torch.dtype) -> AttentionKernel:
     """The attention kernel that `kernel` means here; auto is flash_attention_2 where it can run, else sdpa.
 
     Raises UserError for an unknown name, and for flash_attention_2 where it cannot run.
@@ -113,7 +114,7 @@ class RotaryEmbedding(nn.Module):
         self.limit: int | None = None
         """Rows up to this length do not depend on their length; None: none does"""
         with torch.device("cpu"):
-            made = type(theirs)(config)
+            made: Any = type(theirs)(config)
             self.scale = made.attention_scaling
             self.inv_freq_R = made.inv_freq.detach().clone()
             if self.kind == "dynamic":
@@ -154,7 +155,28 @@ def row_lengths(positions_BT: Tensor) -> Tensor:
     return longest_BT.gather(1, row_BT)
 
 
-def build_llm(config: Config, kernel: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+class Body(nn.Module):
+    """The blocks of a `LanguageModel`, between its embeddings and its output layer."""
+
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary_emb: RotaryEmbedding
+
+
+class LanguageModel(nn.Module):
+    """What is used of the causal language models of transformers, whose classes have no such type in common.
+
+    For annotations only: nothing is an instance of it.
+    """
+
+    config: Any
+    model: Body
+    lm_head: nn.Linear
+    get_input_embeddings: Callable[[], nn.Embedding]
+    generate: Callable[..., Tensor]
+
+
+def build_llm(config: Config, kernel: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The causal language model, on torch's default device (the meta device too), weights not loaded."""
     from transformers import AutoModelForCausalLM
 
@@ -166,7 +188,7 @@ def build_llm(config: Config, kernel: str, dtype: torch.dtype = torch.float32) -
     return model
 
 
-def set_checkpointing(model: nn.Module, on: bool) -> None:
+def set_checkpointing(model: LanguageModel, on: bool) -> None:
     """Keep only the input of each layer in training, and compute the rest again in backward."""
     name = "enable" if on else "disable"
     # transformers 5 renamed it on the way; the old name warns in newer versions.
@@ -197,7 +219,7 @@ def visible(query_positions_BT: Tensor, key_positions_BK: Tensor, rows_BT: Tenso
     return seen_BTK[:, None]
 
 
-def attention_mask(model: nn.Module, seen_B1TK: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_mask(model: LanguageModel, seen_B1TK: Tensor, dtype: torch.dtype) -> Tensor:
     """`visible` in the form that the model's kernel takes."""
     if model.config._attn_implementation != "eager":
         return seen_B1TK
@@ -207,7 +229,7 @@ def attention_mask(model: nn.Module, seen_B1TK: Tensor, dtype: torch.dtype) -> T
 
 
 def hidden_states(
-    model: nn.Module,
+    model: LanguageModel,
     embeds_BTD: Tensor,
     mask_BT: Tensor | None = None,
     positions_BT: Tensor | None = None,
@@ -276,7 +298,7 @@ def lengths_of(
 
 
 def _masked(
-    model: nn.Module,
+    model: LanguageModel,
     embeds_BTD: Tensor,
     mask_BT: Tensor | None,
     positions_BT: Tensor | None,
@@ -307,21 +329,21 @@ def is_plain(mask_BT: Tensor | None, positions_BT: Tensor | None) -> bool:
     return bool(plain)
 
 
-def fits(model: nn.Module, count: int) -> bool:
+def fits(model: LanguageModel, count: int) -> bool:
     """Whether `count` tokens stay inside the sliding window, and below the length where rotary frequencies change."""
     limits = (getattr(model.config, "sliding_window", None), model.model.rotary_emb.limit)
     return all(limit is None or count <= limit for limit in limits)
 
 
-def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+def with_cache(model: LanguageModel, cache: Any) -> dict[str, Any]:
     """The arguments that give the body of a model its cache."""
-    return {_cache_argument(type(model.model)): cache, "use_cache": True}
+    return {_cache_argument(type(model.model).forward): cache, "use_cache": True}
 
 
 @lru_cache
-def _cache_argument(body: type[nn.Module]) -> str:
+def _cache_argument(forward: Callable[..., Any]) -> str:
     # Its name changed within transformers 5.
-    return "cache" if "cache" in signature(body.forward).parameters else "past_key_values"
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 
 def varlen(rows_BT: Tensor) -> dict[str, Any]:

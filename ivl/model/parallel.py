@@ -10,6 +10,7 @@ The mesh has two dimensions, `data_parallel` and `tensor_parallel`, as Lightning
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -87,7 +88,7 @@ def reshard(model: nn.Module) -> None:
 
 # -- tensor parallel -----------------------------------------------------------------------------------------------
 
-_STYLES = {
+_STYLES: dict[str, tuple[type[ColwiseParallel] | type[RowwiseParallel], dict[str, Any]]] = {
     "colwise": (ColwiseParallel, {}),
     "rowwise": (RowwiseParallel, {}),
     "colwise_gather_output": (ColwiseParallel, {"output_layouts": Replicate()}),
@@ -150,7 +151,8 @@ def shard(full: Tensor, like: DTensor, device: torch.device | None = None) -> DT
 
 def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:
     """A tensor gathered from all processes, in the host's memory; None where it is not to be kept. All must call."""
-    full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    tensor = tensor.detach()
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.cpu() if keep else None
 
 
@@ -164,12 +166,12 @@ def _apply_unread(model: InternVL, tune: Tune) -> None:
     loras = {part: mode for part, mode in chosen.items() if isinstance(mode, LoRA)}
     names = [name for part, lora in loras.items() for name in tuning.target_names(model, part, lora)]
     for name in names:
-        linear = model.get_submodule(name)
+        linear = cast(nn.Linear, model.get_submodule(name))
         stand_in = torch.zeros((), dtype=linear.weight.dtype).expand(linear.weight.shape)
         linear.weight = nn.Parameter(stand_in, requires_grad=False)
     tuning.apply(model, tune)
     for name in names:
-        linear = model.get_submodule(name).get_base_layer()
+        linear = cast(LoraLayer, model.get_submodule(name)).get_base_layer()
         unread = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device="meta")
         linear.weight = nn.Parameter(unread, requires_grad=False)
 

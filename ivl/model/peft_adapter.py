@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +20,16 @@ from ivl.model.tune import ADAPTER, PARTS, LoRA, Tune, adapted, inject, lora_con
 from ivl.model.tune import trainable_state as trained_tensors
 from ivl.types import UserError
 
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
 
-def has_adapter(model: nn.Module) -> bool:
+
+def has_adapter(model: InternVL) -> bool:
     """Whether any LoRA layer is in place."""
     return bool(adapted(model))
 
 
-def save_adapter(model: nn.Module, tune: Tune, folder: Path, base: str, state: dict[str, Tensor] | None = None) -> None:
+def save_adapter(model: InternVL, tune: Tune, folder: Path, base: str, state: dict[str, Tensor] | None = None) -> None:
     """Write the LoRA as a PEFT adapter folder (adapter_config.json, adapter_model.safetensors).
 
     `base` is the checkpoint it belongs to; `state` the tensors to write, by default what trains. A LoRA that started
@@ -69,7 +73,7 @@ def _covering(model: nn.Module, names: set[str], prefix: str = "") -> Iterator[s
             yield from _covering(module, names, f"{prefix}{child}.")
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
+def load_adapter(model: InternVL, folder: str | Path) -> None:
     """Put a PEFT adapter folder onto the model: LoRA layers and fully tuned parts. Strict in names and shapes.
 
     One that another program made, in the names of the releases' own code or of transformers, is translated first.
@@ -121,7 +125,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             own[key].copy_(tensor)
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: InternVL) -> None:
     """Add every LoRA to the weights under it, in float32, and leave plain linear layers in the dtypes they had.
 
     Raises UserError where the weights under it are quantised, or a merged weight is not finite.

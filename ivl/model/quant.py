@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,10 @@ from ivl.model.layouts import groups, layout_of
 from ivl.model.weights import Files, Where, check, device_of, place, tie
 from ivl.types import UserError
 
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
+
+T = TypeVar("T")
 Quantize = Literal["int8", "nf4"]
 
 SCALES, FORMAT = "SCB", "weight_format"
@@ -46,7 +50,7 @@ def compute_dtype(files: Files, dtype: torch.dtype, quantize: str | None) -> tor
     return torch.bfloat16
 
 
-def load_quantized(model: nn.Module, files: Files, device: Where, quantize: Quantize | None) -> None:
+def load_quantized(model: InternVL, files: Files, device: Where, quantize: Quantize | None) -> None:
     """As `ivl.model.weights.load_weights`, for a model on the meta device; `quantize` None: as the files have it."""
     bnb = _bitsandbytes()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -61,17 +65,18 @@ def load_quantized(model: nn.Module, files: Files, device: Where, quantize: Quan
         parts = waiting.setdefault(owner, {})
         parts[leaf] = tensor
         if not stored:
+            assert quantize is not None, "nothing is chosen without it"
             weight = waiting.pop(owner)["weight"].to(model.dtype)
             _swap(model, owner, _of_float(bnb, linears[owner], weight, device_of(name, device), quantize))
         elif len(parts) == 2:
             parts = waiting.pop(owner)
             _swap(model, owner, _of_int8(bnb, linears[owner], **parts, device=device_of(name, device)))
-    model.is_loaded_in_8bit = stored or quantize == "int8"  # peft asks
+    model.is_loaded_in_8bit = stored or quantize == "int8"
     model.is_loaded_in_4bit = quantize == "nf4"
     tie(model)
 
 
-def bits(model: nn.Module, files: Files, quantize: Quantize | None) -> dict[str, float]:
+def bits(model: InternVL, files: Files, quantize: Quantize | None) -> dict[str, float]:
     """The linear layers that will be quantised, and how many bits each of their weights takes. None: an empty dict."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if is_int8(files):
@@ -94,7 +99,7 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def _scaled(model: nn.Module, files: Files, linears: list[str]) -> list[str]:
+def _scaled(model: InternVL, files: Files, linears: list[str]) -> list[str]:
     """The linear layers whose weights have scales in the files. Raises UserError for an unknown order of numbers."""
     for path, names in _by_file(files, FORMAT).items():
         with safe_open(path, framework="pt") as file:
@@ -116,8 +121,10 @@ def _by_file(files: Files, leaf: str) -> dict[Path, list[str]]:
 
 
 def _without_formats(files: Files) -> Files:
-    kept = [name for name in files.where if not name.endswith("." + FORMAT)]
-    return Files(files.folder, *({n: table[n] for n in kept} for table in (files.where, files.shapes, files.dtypes)))
+    def kept(table: dict[str, T]) -> dict[str, T]:
+        return {name: value for name, value in table.items() if not name.endswith("." + FORMAT)}
+
+    return Files(files.folder, kept(files.where), kept(files.shapes), kept(files.dtypes))
 
 
 def _of_int8(bnb: Any, old: nn.Linear, weight: Tensor, SCB: Tensor, device: torch.device | str) -> nn.Linear:

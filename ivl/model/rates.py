@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from ivl.model.tune import PARTS, part_of, used_blocks
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Rates:
     """Its output layer."""
 
 
-def param_groups(model: nn.Module, rates: Rates = Rates()) -> list[dict[str, Any]]:
+def param_groups(model: InternVL, rates: Rates = Rates()) -> list[dict[str, Any]]:
     """Optimizer groups: per part (per block, where rates fall by block), matrices and vectors apart.
 
     Every trainable parameter is in exactly one group. `scale` stands for a rate that is a share of the part's:
@@ -93,7 +95,7 @@ def groups_table(optimizer: Optimizer) -> str:
     )
 
 
-def _block(model: nn.Module, name: str) -> tuple[str, int]:
+def _block(model: InternVL, name: str) -> tuple[str, int]:
     """A group's name, and how many blocks of the vision encoder stand above it."""
     depth = used_blocks(model)
     if name.startswith("vision_model.encoder.layers."):

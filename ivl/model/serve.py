@@ -103,10 +103,12 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn. Raises UserError where it does not fit the model's context."""
-        if request.max_new_tokens is None:
-            request.max_new_tokens = self.max_new_tokens
-        check_context(self.model, len(request), request.max_new_tokens)
+        check_context(self.model, len(request), self._longest(request))
         self.waiting.append(request)
+
+    def _longest(self, request: Request) -> int:
+        """Most tokens of its answer."""
+        return self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
 
     @property
     def busy(self) -> bool:
@@ -150,13 +152,13 @@ class Engine:
         limits, running = self.batching, len(self.running)
         if running and limits.rows - running < self._least_free:
             return []
-        widest = max((len(r) + r.max_new_tokens for r in self.running), default=0)
+        widest = max((len(r) + self._longest(r) for r in self.running), default=0)
         group: list[Request] = []
         shortest = longest = 0
         while self.waiting:
             request = self.waiting[0]
             size = len(request)
-            widest = max(widest, size + request.max_new_tokens)
+            widest = max(widest, size + self._longest(request))
             shortest, longest = min(shortest or size, size), max(longest, size)
             count = len(group) + 1
             too_many = running + count > limits.rows or (
@@ -226,7 +228,7 @@ class Engine:
         over = []
         for row, token in enumerate(self.choose(logits_BV, answers, generators).tolist()):
             answers[row].append(token)
-            if len(answers[row]) >= requests[row].max_new_tokens or self.ends.over(answers[row]):
+            if len(answers[row]) >= self._longest(requests[row]) or self.ends.over(answers[row]):
                 over.append(row)
         return over
 
@@ -234,8 +236,6 @@ class Engine:
         device = self.model.device
         tiles_per_row = torch.tensor([len(request.tiles)])
         embeds_1TD = self.model.embed(request.input_ids[None].to(device), request.tiles.to(device), tiles_per_row)
-        penalty = self.choose.repetition_penalty
-        request.answer = beam_search(
-            self.model.language_model, embeds_1TD, self.num_beams, request.max_new_tokens, self.ends, penalty
-        )
+        longest, penalty = self._longest(request), self.choose.repetition_penalty
+        request.answer = beam_search(self.model.language_model, embeds_1TD, self.num_beams, longest, self.ends, penalty)
         return request

@@ -10,6 +10,7 @@ Shapes: R slots, H heads of keys, C columns, d width of a head; n rows in use, K
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise AssertionError("rows are added before they are decoded")
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         count, begin, end = self.slots.count, self.slots.begin, self.slots.end
         self.keys[:count, :, end] = key_states[:, :, 0]
         self.values[:count, :, end] = value_states[:, :, 0]
@@ -71,6 +72,8 @@ class SlotLayer(CacheLayerMixin):
 
 class Slots(Cache):
     """The cache of rows in use, slots 0 to n - 1. Give it to the language model with `positions` and `mask`."""
+
+    layers: list[SlotLayer]
 
     def __init__(self, most_rows: int) -> None:
         super().__init__(layers=[])
@@ -123,12 +126,13 @@ class Slots(Cache):
 
     def seen(self, device: torch.device, window: int | None) -> Tensor | None:
         """(n, K) bool: the keys that the next token looks at, itself the last; None: all. `window`: how far back."""
-        far = window is not None and self.end - self.begin >= window
-        if not far and min(self.starts) == max(self.starts):
+        if window is not None and self.end - self.begin < window:
+            window = None
+        if window is None and min(self.starts) == max(self.starts):
             return None
         columns_K = torch.arange(self.begin, self.end + 1, device=device)
         first_n1 = self.end - self.positions(device)
-        if far:
+        if window is not None:
             first_n1 = first_n1.clamp(min=self.end - window + 1)
         return columns_K >= first_n1
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from ivl.families import llm_family
 from ivl.flops import Adapter, Mode, Trained
 from ivl.types import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+    from ivl.model.internvl import InternVL
 
 PARTS = ("vision_model", "mlp1", "language_model", "embeddings", "head")
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
@@ -53,6 +59,10 @@ class Blocks:
     """How many."""
 
 
+How = Literal["frozen", "full"] | Blocks | LoRA
+"""How a part trains"""
+
+
 @dataclass(frozen=True)
 class Tune:
     """What trains, per part: `frozen`, `full`, or the settings of a LoRA such as `{rank: 16}`."""
@@ -68,7 +78,7 @@ class Tune:
     head: Literal["frozen", "full"] | LoRA | None = None
     """Its output layer. Unset: full where the blocks are, else frozen."""
 
-    def mode(self, part: str) -> str | Blocks | LoRA:
+    def mode(self, part: str) -> How:
         """How a part trains, where the model does not share one tensor between embeddings and head."""
         value = getattr(self, part)
         return value if value is not None else "full" if self.language_model == "full" else "frozen"
@@ -101,20 +111,21 @@ def described(tune: Tune) -> Trained:
         return "full" if isinstance(mode, Blocks) else mode
 
     blocks = tune.vision_model.last if isinstance(tune.vision_model, Blocks) else None
-    return Trained(**{part: of(part) for part in PARTS}, vision_blocks=blocks)
+    modes: dict[str, Any] = {part: of(part) for part in PARTS}
+    return Trained(**modes, vision_blocks=blocks)
 
 
-def is_tied(model: nn.Module) -> bool:
+def is_tied(model: InternVL) -> bool:
     """Whether embeddings and head are one tensor."""
     language = model.language_model
     return language.lm_head.weight is language.get_input_embeddings().weight
 
 
-def modes(model: nn.Module, tune: Tune) -> dict[str, str | Blocks | LoRA]:
+def modes(model: InternVL, tune: Tune) -> dict[str, How]:
     """How each part trains. Raises UserError where what is asked for cannot be done on this model."""
     found = {part: tune.mode(part) for part in PARTS}
     if is_tied(model):
-        asked = {mode for mode in (tune.embeddings, tune.head) if mode is not None}
+        asked: set[How] = {mode for mode in (tune.embeddings, tune.head) if mode is not None}
         if isinstance(tune.head, LoRA) or len(asked) > 1:
             raise UserError(
                 "model.tune.head: this model's output layer shares its weights with the embeddings; "
@@ -136,12 +147,12 @@ def modes(model: nn.Module, tune: Tune) -> dict[str, str | Blocks | LoRA]:
     return found
 
 
-def used_blocks(model: nn.Module) -> int:
+def used_blocks(model: InternVL) -> int:
     """Blocks of the vision encoder that are computed: those after `select_layer` are not, and cannot train."""
     return model.config.select_layer % (len(model.vision_model.encoder.layers) + 1)
 
 
-def apply(model: nn.Module, tune: Tune) -> None:
+def apply(model: InternVL, tune: Tune) -> None:
     """Freeze everything, then make trainable what `tune` says; LoRA layers are put in place.
 
     Trainable parameters become float32, whatever the frozen weights are kept in.
@@ -164,7 +175,7 @@ def apply(model: nn.Module, tune: Tune) -> None:
     _set_modes(model, chosen)
 
 
-def _trained(model: nn.Module, part: str, mode: str | Blocks | LoRA) -> list[nn.Parameter]:
+def _trained(model: InternVL, part: str, mode: How) -> list[nn.Parameter]:
     place = {"embeddings": EMBEDDINGS, "head": HEAD}.get(part, part)
     named = [(f"{place}.{n}", p) for n, p in model.get_submodule(place).named_parameters()]
     named = [(n, p) for n, p in named if part_of(n) == part]
@@ -173,14 +184,14 @@ def _trained(model: nn.Module, part: str, mode: str | Blocks | LoRA) -> list[nn.
     if isinstance(mode, LoRA):
         return [p for n, p in named if "lora_" in n]
     if part == "vision_model":
-        first = 0 if mode == "full" else used_blocks(model) - mode.last
+        first = used_blocks(model) - mode.last if isinstance(mode, Blocks) else 0
         blocks = {f"vision_model.encoder.layers.{n}" for n in range(first, used_blocks(model))}
         stem = "vision_model.embeddings" if mode == "full" else None
         return [p for n, p in named if ".".join(n.split(".")[:4]) in blocks or (stem and n.startswith(stem + "."))]
     return [p for _, p in named]
 
 
-def _set_modes(model: nn.Module, chosen: dict[str, str | Blocks | LoRA]) -> None:
+def _set_modes(model: InternVL, chosen: dict[str, How]) -> None:
     """A frozen part computes as it will when the model is used: no dropout, no drop path."""
     model.train()
     for part in ("vision_model", "mlp1", "language_model"):
@@ -191,7 +202,7 @@ def _set_modes(model: nn.Module, chosen: dict[str, str | Blocks | LoRA]) -> None
             layer.eval()
 
 
-def target_names(model: nn.Module, part: str, lora: LoRA) -> list[str]:
+def target_names(model: InternVL, part: str, lora: LoRA) -> list[str]:
     """Full names of the linear layers a LoRA of this part covers."""
     wanted = lora.targets or _TARGETS.get(part) or llm_family(model.config.llm_architecture).lora_targets
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and part_of(n) == part]
@@ -205,13 +216,13 @@ def target_names(model: nn.Module, part: str, lora: LoRA) -> list[str]:
     return found
 
 
-def adapted(model: nn.Module) -> list[str]:
+def adapted(model: InternVL) -> list[str]:
     """Full names of the layers that carry a LoRA."""
     ending = ".lora_A"
     return [n.removesuffix(ending) for n, _ in model.named_modules() if n.endswith(ending)]
 
 
-def table(model: nn.Module) -> str:
+def table(model: InternVL) -> str:
     """What trains, part by part, as text for the start of a run."""
     rows = [("part", "parameters", "trainable", "how")]
     layers = [part_of(n) for n in adapted(model)]
@@ -230,7 +241,7 @@ def table(model: nn.Module) -> str:
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
 
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+def trainable_state(model: InternVL) -> dict[str, Tensor]:
     """The tensors that train, by name: what a checkpoint of a run holds."""
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -240,7 +251,7 @@ def scale_alpha(lora: LoRA) -> float:
     return 2 * lora.rank if lora.alpha is None else lora.alpha
 
 
-def lora_config(lora: LoRA, targets: Iterable[str]):
+def lora_config(lora: LoRA, targets: Iterable[str]) -> LoraConfig:
     """peft's settings of a LoRA on layers given by full names."""
     from peft import LoraConfig
 
@@ -255,7 +266,7 @@ def lora_config(lora: LoRA, targets: Iterable[str]):
     )
 
 
-def inject(model: nn.Module, config) -> None:
+def inject(model: InternVL, config: LoraConfig) -> None:
     """Put peft's layers in place."""
     from peft import inject_adapter_in_model
 
@@ -266,5 +277,6 @@ def inject(model: nn.Module, config) -> None:
     use(model)
 
 
-def _matrices(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    return tuple(m[ADAPTER].weight.detach().float().cpu().clone() for m in (layer.lora_A, layer.lora_B))
+def _matrices(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    a, b = (m[ADAPTER].weight.detach().float().cpu().clone() for m in (layer.lora_A, layer.lora_B))
+    return a, b

@@ -8,7 +8,7 @@ Shapes: T tokens of this call, N tiles, P image tokens of a tile, S pixels a sid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +46,7 @@ class Turns:
         input_ids: Sequence[int],
         tiles_N3SS: Tensor,
         max_new_tokens: int,
-        eos_ids: Sequence[int],
+        eos_ids: Collection[int],
         choose: Choice,
         seed: int = 0,
     ) -> Iterator[int]:

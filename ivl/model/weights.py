@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from ivl.config import Config, read_json
 from ivl.model.layouts import Group, groups, layout_of, to_stored
 from ivl.types import UserError
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
 
 Where = torch.device | str | Callable[[str], torch.device | str]
 """One device for all tensors, or what tells the device of a tensor's name"""
@@ -77,7 +80,7 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path}: not a readable safetensors file ({error}); is the download complete?") from error
 
 
-def load_weights(model: nn.Module, files: Files, device: Where) -> None:
+def load_weights(model: InternVL, files: Files, device: Where) -> None:
     """Put a checkpoint's weights into a model (on the meta device, or not), in the dtypes of the model's parameters.
 
     One tensor at a time, so memory peaks at the model and one file. Raises UserError, before any work, that lists
@@ -88,7 +91,7 @@ def load_weights(model: nn.Module, files: Files, device: Where) -> None:
     tie(model)
 
 
-def check(model: nn.Module, files: Files, also: Mapping[str, Tensor] | None = None) -> list[Group]:
+def check(model: InternVL, files: Files, also: Mapping[str, Tensor] | None = None) -> list[Group]:
     """What to read for each of the model's tensors, and for those of `also`, named like the module's.
 
     Raises UserError listing every tensor that does not fit.
@@ -128,7 +131,7 @@ def untied(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not (tied and name == "language_model.lm_head.weight")}
 
 
-def tie(model: nn.Module) -> None:
+def tie(model: InternVL) -> None:
     """Make the output layer the input embedding again, where the checkpoint has one tensor for both."""
     language_model = model.language_model
     if model.config.llm.get("tie_word_embeddings"):

@@ -100,4 +100,4 @@ def test_what_is_left_out_is_counted_and_listed_for_all_sources(base, tmp_path, 
     assert all(f"{base}/data/{name}.jsonl:{line}: " in text for name in "ab" for line in (29, 30))
     said = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("4 of 60 rows cannot be used and are left out, listed in") for line in said), said
-    assert len(data._train[1]) == 56
+    assert len(data.training[1]) == 56
