@@ -43,5 +43,6 @@ def _class(of: type[nn.Module]) -> type[nn.Module]:
 
 def mark(model: LanguageModel) -> None:
     """Let the last block of a causal language model be a `LastBlock`."""
-    last: Any = model.model.layers[-1]
-    last.__class__ = _class(type(last))
+    last = model.model.layers[-1]
+    kind: Any = type(last)
+    last.__class__ = _class(kind)
