@@ -11,7 +11,8 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ivl.data.processor import Opened, Processor
+from ivl.data.cutter import Opened
+from ivl.data.processor import Processor
 from ivl.model.generate import Choice
 from ivl.model.internvl import InternVL
 from ivl.model.turns import Turns

@@ -13,19 +13,19 @@ from typing import Any, Literal, TextIO
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from ivl.data.dataset import Mixture, Part, Rows
+from ivl.data.cutter import VideoOptions
+from ivl.data.dataset import Mixture, Part
 from ivl.data.facts import read_facts
 from ivl.data.fetch import FetchPolicy
-from ivl.data.index import Index, build_index, joined, progress_bar, reasons
+from ivl.data.index import Index, answers_needed, build_index, joined, progress_bar, reasons
 from ivl.data.media import MediaPolicy
-from ivl.data.processor import Processor, VideoOptions
+from ivl.data.processor import Processor
 from ivl.data.sources import Source, open_sources
 from ivl.types import IGNORE, Example, UserError
 
 SPLITS = ("train", "val", "test", "predict")
 TRAINED, NOT_TRAINED, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 _SHOWN, _DRAWN = 10, 12
-NO_ANSWER = "the row has no answer to learn from; add a response, or move it to data.predict"
 
 
 @dataclass
@@ -223,20 +223,12 @@ def _checked(name: str, parts: list[Part], args: Namespace) -> Checked:
             media: Literal["header", "decode"] = "decode" if args.media else "header"
             index = build_index(part.rows, args.workers, media, args.probe_urls, args.cache_dir, progress)
         if name != "predict":
-            _need_answers(part.rows, index)
+            index = answers_needed(part.rows, index)
         indexes.append(index)
         with progress_bar(f"{name}: texts of {part.name}", part.rows) as progress:
             workers = os.cpu_count() or 1 if args.workers is None else args.workers
             facts.append(read_facts(part.rows, index.records["usable"], workers, args.cache_dir, progress))
     return Checked(name, Mixture(parts), joined(indexes), np.concatenate(facts))
-
-
-def _need_answers(rows: Rows, index: Index) -> None:
-    """Rows to be learnt from or scored that are prompts: the index, which knows no purpose, takes them."""
-    prompts = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
-    index.problems |= {int(n): f"{rows.where(int(n))}: {NO_ANSWER}" for n in prompts}
-    index.records = index.records.copy()
-    index.records[prompts] = np.zeros((), index.records.dtype)
 
 
 # The report

@@ -196,7 +196,7 @@ def rows_of(fit: Any, config: Config, setup: Setup) -> Rows:
 
 
 def _read_rows(fit: Any, length: int) -> Rows:
-    from ivl.data.processor import VideoOptions
+    from ivl.data.cutter import VideoOptions
     from ivl.lit.datamodule import IvlData
 
     options = {k: v for k, v in vars(fit.data).items() if k != "pretrained"}

@@ -48,9 +48,10 @@ def _said(message: Message) -> tuple[str, tuple[int, int, int]]:
 
 
 def _pictures(medium: Media, processor: Processor) -> list[Image.Image]:
+    exif, policy = processor.cutter.exif, processor.cutter.policy
     if medium.kind == "image":
-        return [media.load_image(medium.source, processor.exif, processor.policy)]
-    return media.load_video(medium.source, MOST, None, MOST, medium.start, medium.end, policy=processor.policy)
+        return [media.load_image(medium.source, exif, policy)]
+    return media.load_video(medium.source, MOST, None, MOST, medium.start, medium.end, policy=policy)
 
 
 def _scaled(picture: Image.Image, width: int, height: int) -> Image.Image:

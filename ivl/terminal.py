@@ -3,6 +3,8 @@
     what is typed → a word of command, or a question with its media → the answer, as it is made
 
 Ctrl-C stops an answer, or drops the line that is being typed; Ctrl-D ends the session.
+
+Long: chat, since each option of the command is an argument, and its help stands in the docstring.
 """
 
 from __future__ import annotations

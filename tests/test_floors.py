@@ -1,6 +1,10 @@
-"""The architecture is the import table: nothing imports from a floor above, or from its neighbour on floor 1."""
+"""The architecture is the import table: nothing imports from a floor above, or from its neighbour on floor 1.
+
+Files and functions are short, or the head of the file says why not.
+"""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ ALLOWED = {
     "ivl.config": {"ivl.types"},
     "ivl.families": {"ivl.types", "ivl.config"},
     "ivl.hf_config": {"ivl.types", "ivl.config", "ivl.families"},
-    "ivl.hub": {"ivl.types", "ivl.config", "ivl.families"},
+    "ivl.hub": {"ivl.types", "ivl.config", "ivl.families", "ivl.hub"},
     "ivl.flops": {"ivl.config"},
     "ivl.devices": set(),
     "ivl.model": {*FLOOR_0, "ivl.model"},
@@ -83,3 +87,37 @@ def test_no_pickle_and_no_remote_code(path: Path):
             assert isinstance(node.value, ast.Constant) and node.value.value is False, path
         if isinstance(node, ast.keyword) and node.arg == "weights_only":
             assert not (isinstance(node.value, ast.Constant) and node.value.value is False), path
+
+
+MOST_LINES, MOST_OF_A_FUNCTION = 400, 60
+_LONG = re.compile(r"^Long: (\w+), since \S.+", re.MULTILINE)
+"""How the docstring of a file states an exception: `Long: NAME, since …`; the name of a function, or of the file"""
+
+
+def stated(source: str) -> set[str]:
+    """The names that the docstring at a file's head excuses."""
+    return set(_LONG.findall(ast.get_docstring(ast.parse(source)) or ""))
+
+
+def too_long(source: str, name: str) -> set[str]:
+    """The file's own name and those of its functions that are longer than the limits."""
+    found = {name} if len(source.splitlines()) > MOST_LINES else set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            found |= {node.name} if lines > MOST_OF_A_FUNCTION else set()
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_files_and_functions_are_short_or_say_why_not(path: Path):
+    source = path.read_text(encoding="utf-8")
+    assert too_long(source, path.stem) == stated(source)
+
+
+def test_what_is_too_long_is_found():
+    body = "\n    x = 1" * MOST_OF_A_FUNCTION
+    assert too_long(f"def long():{body}\ndef short():\n    pass\n", "file") == {"long"}
+    assert too_long("\n" * (MOST_LINES + 1), "file") == {"file"}
+    assert stated('"""What it does.\n\nLong: long, since it must.\n"""\n') == {"long"}
+    assert stated('"""What it does.\n\nLong: long, since\n"""\n') == set()

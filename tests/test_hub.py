@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from ivl import hub as ivl_hub
 from ivl.families import find_model
-from ivl.hub import UNFINISHED, missing_files, resolve
+from ivl.hub import huggingface, modelscope, resolve
+from ivl.hub.files import UNFINISHED, missing_files
 from ivl.types import UserError
 from tests.hub_server import COMMIT, Hub, serve
 
@@ -44,7 +44,7 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(ivl_hub.time, "sleep", lambda _: None)
+    monkeypatch.setattr(modelscope.time, "sleep", lambda _: None)
     return tmp_path
 
 
@@ -193,7 +193,7 @@ def test_a_wrong_checksum_is_an_error_and_the_next_run_mends_it(server, place, n
 def test_what_was_not_checked_is_not_taken(server, monkeypatch):
     """The process may end between the last byte and the check."""
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(ivl_hub, "_hf_check", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(huggingface, "_check", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         resolve("internvl2-2b")
     with pytest.raises(UserError, match="offline"):
         resolve("internvl2-2b", offline=True)

@@ -196,8 +196,9 @@ def test_hub_and_token_are_options_of_every_command(capsys, monkeypatch, tmp_pat
     monkeypatch.setattr(hub, "_choice", hub._Choice())
     monkeypatch.setattr(hub, "_on_this_machine", lambda *a: None)
     for place in hub.HUBS:
-        monkeypatch.setitem(hub._LOCK, place, lambda _: tmp_path / "lock")
-        monkeypatch.setitem(hub._DOWNLOAD, place, lambda *a, place=place: asked.append((place, *a)) or tmp_path)
+        module = getattr(hub, place)
+        monkeypatch.setattr(module, "lock", lambda _: tmp_path / "lock")
+        monkeypatch.setattr(module, "download", lambda *a, place=place: asked.append((place, *a)) or tmp_path)
     assert main(["export", "--hub", "modelscope", "--token=secret", "--base", "internvl2-2b", "--out", "x"]) == 2
     assert asked == [("modelscope", "OpenGVLab/InternVL2-2B", None, "secret")]
     argv = ["fit", "--model.pretrained", "internvl2-2b", "--data.train", "x.jsonl"]

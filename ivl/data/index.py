@@ -102,6 +102,16 @@ def joined(indexes: Sequence[Index]) -> Index:
     return whole
 
 
+def answers_needed(rows: Rows, index: Index) -> Index:
+    """The index for rows to be learnt from or scored: prompts, which it takes for good rows, are problems there."""
+    prompts = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
+    found = Index(index.records.copy(), dict(index.problems), index.dropped)
+    found.records[prompts] = np.zeros((), RECORD)
+    text = "the row has no answer to learn from; add a response, or move it to data.predict"
+    found.problems |= {n: f"{rows.where(n)}: {text}" for n in prompts.tolist()}
+    return found
+
+
 def build_index(
     rows: Rows,
     workers: int | None = None,

@@ -26,7 +26,7 @@ import ivl
 from ivl.data.fetch import FetchPolicy, fetch
 from ivl.data.rows import default_cache, load_rows
 from ivl.data.source import HEAD, kind_of
-from ivl.hub import modelscope_endpoint
+from ivl.hub import modelscope
 from ivl.types import UserError
 
 Row = dict[str, Any]
@@ -177,7 +177,7 @@ def _make(chosen: NamedSet, folder: Path, policy: FetchPolicy) -> None:
 
 def _base(chosen: NamedSet) -> str:
     if chosen.hub == "modelscope":
-        return f"{modelscope_endpoint()}/api/v1/datasets/{chosen.repo}/repo"
+        return f"{modelscope.endpoint()}/api/v1/datasets/{chosen.repo}/repo"
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from ivl.config import Config
 from ivl.data import collate as collating
-from ivl.data import formats, limits, media, template, tiles
+from ivl.data import formats, limits, media, template
 from ivl.data.chat_template import recognised
-from ivl.data.features import FeatureStore, key_of
+from ivl.data.cutter import Cutter, Opened, Resize, VideoOptions
+from ivl.data.features import FeatureStore
 from ivl.data.limits import Plan, Shape
 from ivl.data.tokenizer import Tokenizer
 from ivl.families import ReleasedModel, find_model
 from ivl.hf_config import read_config
-from ivl.types import IGNORE, Batch, Conversation, Example, Media, Stored, UserError
+from ivl.types import IGNORE, Batch, Conversation, Example, Stored, UserError
 
 OnTooLong = Literal["fit", "truncate_text", "drop", "error"]
-Resize = Literal["exact", "fast"]
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -32,24 +32,6 @@ STD = (0.229, 0.224, 0.225)
 
 class TooLong(UserError):
     """A row that `on_too_long: drop` leaves out: to be counted, not to stop a run."""
-
-
-@dataclass(frozen=True)
-class VideoOptions:
-    """How a video becomes frames."""
-
-    num_segments: int = 8
-    """Frames spread evenly over the video"""
-    fps: float | None = None
-    """Frames per second of the video instead of `num_segments`"""
-    max_frames: int = 256
-    """Most frames of one video"""
-    sample: Literal["middle", "random"] = "middle"
-    """The middle frame of each segment, or any frame of it (in training)"""
-    max_tiles: int = 1
-    """Most tiles of one frame"""
-    frame_prefix: str = "Frame{i}: "
-    """What stands before each frame; `Frame-{i}: ` is the other spelling of the releases"""
 
 
 class Lengths(NamedTuple):
@@ -62,24 +44,6 @@ class Lengths(NamedTuple):
     """Labels that count for the loss; 0 for a prompt"""
     changes: int = 0
     """What was done to make the row fit, as `ivl.data.limits.changes` has it"""
-
-
-class Opened:
-    """What is known of the media of a conversation that goes on, so that each of them is opened once."""
-
-    def __init__(self) -> None:
-        self._shapes: dict[int, tuple[Media, Shape]] = {}
-        self._pixels: dict[tuple[int, int], Tensor] = {}
-
-    def shape(self, find: Callable[[Media, bool], Shape], medium: Media, probe_urls: bool) -> Shape:
-        if id(medium) not in self._shapes:
-            self._shapes[id(medium)] = medium, find(medium, probe_urls)  # held, so that the id stays its own
-        return self._shapes[id(medium)][1]
-
-    def pixels(self, medium: Media, limit: int, cut: Callable[[], Tensor]) -> Tensor:
-        if (id(medium), limit) not in self._pixels:
-            self._pixels[id(medium), limit] = cut()
-        return self._pixels[id(medium), limit]
 
 
 class Processor:
@@ -114,12 +78,8 @@ class Processor:
         self.share_tiles = share_tiles
         self.max_length = max_length
         self.on_too_long = on_too_long
-        self.video = video or VideoOptions()
-        if resize not in get_args(Resize):
-            raise UserError(f"resize: expected one of {', '.join(get_args(Resize))}, found {resize!r}")
-        self.exif, self.resize = exif, resize
+        self.cutter = Cutter(config, video, exif, policy, resize)
         self.compact_boxes = compact_boxes
-        self.policy = policy or media.MediaPolicy()
         self.released = released
         known = (system_message, config.system_message, released.system_message if released else None)
         self.system_message = next((text for text in known if text is not None), self.template.system_message)
@@ -191,7 +151,7 @@ class Processor:
         """A row of any format, understood. A Conversation is returned as it is."""
         if isinstance(row, Conversation):
             return row
-        size = partial(media.image_size, exif=self.exif, policy=self.policy)
+        size = partial(media.image_size, exif=self.cutter.exif, policy=self.cutter.policy)
         return formats.parse(row, where, root, size, self.compact_boxes)
 
     def __call__(
@@ -219,10 +179,10 @@ class Processor:
             for medium, limit, counts in zip(plan.conversation.media, plan.limits, plan.tiles, strict=True):
                 if not counts:
                     continue
-                key = self._feature_key(medium, limit)
+                key = self.cutter.key(medium, limit) if self.features else None
                 found = self.features.get(key, sum(counts)) if self.features and key else None
                 if found is None:
-                    cut = partial(self._pixels, medium, limit, counts, generator)
+                    cut = partial(self.cutter.pixels, medium, limit, counts, generator)
                     pixels.append(opened.pixels(medium, limit, cut))
                 stored.append((key, sum(counts), found))
         return Example(
@@ -255,7 +215,7 @@ class Processor:
     def prompt_text(self, conversation: Conversation) -> str:
         """What the model is asked, for people: as it is written down, with marks for media."""
         asked = conversation.as_prompt()
-        return template.written(asked, None, self.template, 0, self.system_message, self.video.frame_prefix)
+        return template.written(asked, None, self.template, 0, self.system_message, self.cutter.video.frame_prefix)
 
     # Batches and answers
 
@@ -304,8 +264,8 @@ class Processor:
         if self.share_tiles:
             images = sum(medium.kind == "image" for medium in conversation.media)
             limit = max(1, limit // max(1, images))
-        most = [limit if medium.kind == "image" else self.video.max_tiles for medium in conversation.media]
-        shape = self._shape if opened is None else partial(opened.shape, self._shape)
+        most = [limit if medium.kind == "image" else self.cutter.video.max_tiles for medium in conversation.media]
+        shape = self.cutter.shape if opened is None else partial(opened.shape, self.cutter.shape)
         plan = self._encode(conversation, [shape(m, probe_urls) for m in conversation.media], most)
         training = conversation.messages[-1].role == "assistant"
         if self.max_length is not None and len(plan.ids) > self.max_length:
@@ -330,66 +290,8 @@ class Processor:
         if not self.released.video and any(medium.kind == "video" for medium in conversation.media):
             raise UserError(f"{self.released.name} takes no video; InternVL2 models such as internvl2-2b do")
 
-    def _shape(self, medium: Media, probe_urls: bool) -> Shape:
-        if not probe_urls and isinstance(medium.source, str) and formats.is_url(medium.source):
-            return Shape(1 if medium.kind == "image" else self._video_frames(), 0, 0)
-        if medium.kind == "image":
-            return Shape(1, *media.image_size(medium.source, self.exif, self.policy))
-        v = self.video
-        frames = media.video_frame_count(
-            medium.source, v.num_segments, v.fps, v.max_frames, medium.start, medium.end, self.policy
-        )
-        if v.max_tiles == 1:
-            return Shape(frames, 1, 1)
-        info = media.video_info(medium.source, self.policy)
-        return Shape(frames, info.width, info.height)
-
-    def _video_frames(self) -> int:
-        return self.video.num_segments if self.video.fps is None else self.video.max_frames
-
-    def _count(self, shape: Shape, limit: int) -> int:
-        """Tiles of an image of this shape, or of each frame; of an unknown one, the most there can be."""
-        config = self.config
-        if not config.dynamic_image_size:
-            return 1
-        if not shape.width:
-            return limit + (config.use_thumbnail and limit > 1)
-        low = min(config.min_dynamic_patch, limit)
-        return tiles.tile_count(shape.width, shape.height, config.image_size, low, limit, config.use_thumbnail)
-
-    def _feature_key(self, medium: Media, limit: int) -> str | None:
-        """Where a feature cache keeps an image. None: no cache, a video, or an image that has no bytes of its own."""
-        if self.features is None or medium.kind != "image":
-            return None
-        data = media.image_bytes(medium.source, self.policy)
-        config = self.config
-        how = (config.image_size, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail, self.exif)
-        return key_of(data, (*how, config.dynamic_image_size, config.pad2square, self.resize)) if data else None
-
-    def _pixels(self, medium: Media, limit: int, counts: list[int], generator: torch.Generator | None) -> Tensor:
-        """(N, 3, S, S) uint8 of an image, or of the frames of a video."""
-        v, config, S = self.video, self.config, self.config.image_size
-        if medium.kind == "image":
-            images = [media.load_image(medium.source, self.exif, self.policy)]
-        else:
-            cut = (medium.start, medium.end, v.sample, generator, self.policy)
-            images = media.load_video(medium.source, v.num_segments, v.fps, v.max_frames, *cut)
-        low = min(config.min_dynamic_patch, limit)
-        found = [
-            tiles.cut(image, S, low, limit, config.use_thumbnail, exact=self.resize == "exact")
-            if config.dynamic_image_size
-            else tiles.single(image, S, config.pad2square, exact=self.resize == "exact")
-            for image in images[: len(counts)]
-        ]
-        if [len(part) for part in found] != counts:
-            raise UserError(
-                f"{media.describe(medium.source)}: {sum(map(len, found))} tiles but its header promised {sum(counts)}; "
-                f"the file changed or is damaged"
-            )
-        return torch.cat(found)
-
     def _encode(self, conversation: Conversation, shapes: Sequence[Shape], most: Sequence[int]) -> Plan:
-        counts = [[self._count(shape, limit)] * shape.frames for shape, limit in zip(shapes, most, strict=True)]
+        counts = [[self.cutter.count(shape, limit)] * shape.frames for shape, limit in zip(shapes, most, strict=True)]
         ids, labels = template.encode(
             conversation,
             counts,
@@ -397,7 +299,7 @@ class Processor:
             self.template,
             self.config.tokens_per_tile,
             self.system_message,
-            self.video.frame_prefix,
+            self.cutter.video.frame_prefix,
         )
         return Plan(conversation, list(shapes), list(most), counts, ids, labels)
 
@@ -410,7 +312,7 @@ class Processor:
             raise TooLong(found)
         if self.on_too_long == "truncate_text" and training:
             return limits.truncated(plan, most, self.tokenizer, P)
-        return limits.fitted(plan, most, P, self._encode, self._count)
+        return limits.fitted(plan, most, P, self._encode, self.cutter.count)
 
 
 @contextmanager

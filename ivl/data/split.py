@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from ivl.data.dataset import MakesExamples, Rows, digests
 from ivl.types import UserError
@@ -58,6 +59,19 @@ def open_split(path: str | Path, processor: MakesExamples, root: str | Path | No
     root, source, max_tiles = found.get("root") or root, found.get("source") or "", found.get("max_tiles")
     rows = Rows(found["files"], processor, root=root, source=source, max_tiles=max_tiles)
     return load_split(path, rows)[1]
+
+
+def held_out(run: str | Path, processor: MakesExamples, root: str | Path | None = None) -> Rows:
+    """The rows that a run held out: those it remembered, or its files of `data.val`. Raises UserError where none."""
+    if (found := remembered(run)) is not None:
+        return open_split(found, processor, root)
+    settings = Path(run) / "config.yaml"
+    if not settings.is_file():
+        raise UserError(f"--data.split {run}: no config.yaml in it; expected run-validation, or the folder of a run")
+    files = (yaml.safe_load(settings.read_text(encoding="utf-8")).get("data") or {}).get("val")
+    if not files:
+        raise UserError(f"--data.split: {run} held out no rows by data.val or data.val_fraction; give --data.predict")
+    return Rows(files, processor, root=root)
 
 
 def load_split(path: str | Path, rows: Rows) -> tuple[Rows, Rows]:

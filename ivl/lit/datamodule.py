@@ -1,72 +1,40 @@
-"""Files of rows → DataLoaders: lengths first, then the same work for every rank, and a position that can be saved."""
+"""Files of rows → DataLoaders: lengths first, then the same work for every rank, and a position that can be saved.
+
+Long: __init__, since each option of the command line is an argument with its type and default.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
-from ivl.data.dataset import Mixture, Part, Rows, split
+from ivl.data.cutter import VideoOptions
+from ivl.data.dataset import Mixture, Rows, split
 from ivl.data.features import FeatureStore, bytes_needed
-from ivl.data.index import Index, build_index, joined, progress_bar, reasons, usable, write_report
+from ivl.data.index import Index, answers_needed, build_index, joined, progress_bar, reasons, usable, write_report
 from ivl.data.media import MediaPolicy
 from ivl.data.pack import GroupedBatches, PackedBatches
-from ivl.data.processor import Processor, VideoOptions
+from ivl.data.processor import Processor
 from ivl.data.sources import Source, open_sources
-from ivl.data.split import open_split, remember, remembered
+from ivl.data.split import held_out, remember
 from ivl.lit.benchmark import rows_file
 from ivl.lit.checkpoints import unfinished
 from ivl.lit.feature_cache import open_store
+from ivl.lit.loaders import Asked, RankRows, ResumableLoader, validation_batch
 from ivl.lit.prompts import LAST, Prompt, Prompts
 from ivl.lit.types import own
-from ivl.types import IGNORE, Batch, Example, UserError
-
-
-class RankRows:
-    """Batches of rows in their order for one rank: as many on every rank.
-
-    Rank r takes rows r, r + ranks, …; a rank short of a row is filled up with -1 - row, a row that is computed, so
-    that all ranks do the same work, and then left out.
-    """
-
-    def __init__(self, rows: int, batch_size: int, rank: int, ranks: int):
-        mine = list(range(rank, rows, ranks))
-        mine += [-1 - rank % rows] * (math.ceil(rows / ranks) - len(mine))
-        self.batches = [mine[n : n + batch_size] for n in range(0, len(mine), batch_size)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-
-class ResumableLoader(DataLoader):
-    """A DataLoader whose position is saved with the run and found again without reading what was used."""
-
-    batch_sampler: Any
-    used: Callable[[], tuple[int, int]] | None = None
-    """(epoch, batches used in it), by the trainer's count: the loader's own runs ahead of it"""
-
-    def state_dict(self) -> dict[str, Any]:
-        assert self.used is not None, "set where the loader is made"
-        epoch, used = self.used()
-        return self.batch_sampler.state_dict(used) | {"epoch": epoch}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batch_sampler.load_state_dict(state)
+from ivl.types import UserError
 
 
 class IvlData(LightningDataModule):
@@ -240,7 +208,8 @@ class IvlData(LightningDataModule):
             parts = [replace(parts[0], rows=kept)]
         elif self.files["val"]:
             self.rows("val")
-        before, indexes = [_indexed(part, self.probe_urls) for part in parts], []
+        read = [_looked_through(part.rows, part.name, self.probe_urls) for part in parts]
+        before, indexes = [answers_needed(part.rows, index) for part, index in zip(parts, read)], []
         whole = joined(before)
         if self.report and self.trainer.is_global_zero:
             write_report(self.report, whole)
@@ -366,10 +335,10 @@ class IvlData(LightningDataModule):
     def val_dataloader(self) -> DataLoader | list:
         if not self.files["val"] and not self.val_fraction:
             return []
-        return self._eval_loader("val", _validation)
+        return self._eval_loader("val", validation_batch)
 
     def test_dataloader(self) -> DataLoader:
-        return self._eval_loader("test", _validation)
+        return self._eval_loader("test", validation_batch)
 
     def predict_dataloader(self) -> DataLoader:
         """One prompt after another, this process's share of those that are not answered; the last is `LAST`."""
@@ -411,52 +380,3 @@ class IvlData(LightningDataModule):
 def _looked_through(rows: Rows, name: str, probe_urls: bool = False) -> Index:
     with progress_bar(f"index {name}", rows) as progress:
         return build_index(rows, probe_urls=probe_urls, progress=progress)
-
-
-def _indexed(part: Part, probe_urls: bool) -> Index:
-    """The lengths of a source's rows; a row without an answer is a problem, since nothing can be learnt from it."""
-    rows = part.rows
-    index = _looked_through(rows, part.name, probe_urls)
-    silent = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
-    if len(silent):
-        index = replace(index, records=index.records.copy(), problems=dict(index.problems))
-        index.records["usable"][silent] = False
-        index.problems |= {int(n): f"{rows.where(int(n))}: no answer to learn from; add a response" for n in silent}
-    return index
-
-
-def held_out(run: str | Path, processor: Processor, root: str | Path | None = None) -> Rows:
-    """The rows that a run held out: those it remembered, or its files of `data.val`. Raises UserError where none."""
-    if (found := remembered(run)) is not None:
-        return open_split(found, processor, root)
-    settings = Path(run) / "config.yaml"
-    if not settings.is_file():
-        raise UserError(f"--data.split {run}: no config.yaml in it; expected run-validation, or the folder of a run")
-    files = (yaml.safe_load(settings.read_text(encoding="utf-8")).get("data") or {}).get("val")
-    if not files:
-        raise UserError(f"--data.split: {run} held out no rows by data.val or data.val_fraction; give --data.predict")
-    return Rows(files, processor, root=root)
-
-
-class Asked(Dataset):
-    """Held-out rows with their index, as a prompt and with the answer, whose loss is wanted."""
-
-    def __init__(self, rows: Rows):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[int, Example, Example]:
-        conversation = self.rows.conversation(index if index >= 0 else -1 - index)
-        process = self.rows.processor
-        return index, process(conversation.as_prompt()), process(conversation)
-
-
-def _validation(processor: Processor, items: list) -> tuple[list[int], Batch, Batch]:
-    indices, prompts, examples = zip(*items)
-    batch = processor.collate(examples)
-    for row, index in enumerate(indices):
-        if index < 0:  # filled up: not counted in the loss
-            batch.labels[row] = IGNORE
-    return list(indices), batch, processor.collate(prompts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -24,23 +23,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ivl.lit.answering import Answering, Generation, answers
 from ivl.lit.feature_cache import with_features
 from ivl.lit.health import FiniteLoss, out_of_memory, total_norm, what_to_lower
-from ivl.lit.prediction import answered, failed
-from ivl.lit.prompts import LAST, Prompt
+from ivl.lit.prediction import Row
+from ivl.lit.prompts import Prompt
 from ivl.lit.schedule import Warmup
 from ivl.lit.scoring import Metric, Scores, check_metrics
 from ivl.lit.types import IvlTrainer
 from ivl.lit.watch import SourceLosses
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
-from ivl.model.fingerprint import fingerprint
-from ivl.model.generate import Choice, Ends
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
 from ivl.model.parallel import build_sharded, parallelize
 from ivl.model.rates import Rates, param_groups, scale_rates
-from ivl.model.serve import Batching, Engine, Request, row_seed
+from ivl.model.serve import Batching
 from ivl.model.tune import Tune
 from ivl.types import Batch, UserError
 
@@ -49,37 +47,6 @@ ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 LOSS_UNIT = 1024.0
 """Backward runs on the sum of token losses divided by this (a power of two, so it costs no rounding); the gradients
 are divided by the weight of all supervised tokens of the optimizer step once that is known."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How answers are generated in validation and prediction."""
-
-    max_new_tokens: int = 128
-    """The longest answer, in tokens."""
-    min_new_tokens: int = 0
-    """No end of the answer before this many tokens."""
-    temperature: float = 0.0
-    """0 is greedy; above, tokens are sampled."""
-    top_p: float = 1.0
-    """Sample among the most likely tokens that together have this probability."""
-    top_k: int = 0
-    """Sample among this many most likely tokens; 0: all."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that already occurred become less likely."""
-    num_beams: int = 1
-    """Above 1, answers are searched for with this many beams, one row after another."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer, beside the checkpoint's own end tokens; they are not part of it."""
-    seed: int = 0
-    """Of the sampling; each row has a generator of its own, so answers do not depend on batching."""
-
-    @property
-    def choice(self) -> Choice:
-        """How a token is chosen. Raises UserError for values out of range."""
-        choice = Choice(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
-        choice.check_beams(self.num_beams)
-        return choice
 
 
 @dataclass(frozen=True)
@@ -336,8 +303,9 @@ class LitInternVL(LightningModule):
             first = batch_idx * self.trainer.datamodule.rows_of_step()
             if self.answer_rows is not None and first >= self.answer_rows:
                 return
-            answers = self._generate(prompts)
-        for index, row, answer in zip(indices, prompts.rows, answers):
+            all_done = self.trainer.strategy.reduce_boolean_decision
+            found = answers(self.model, self.trainer.datamodule.processor, self.generation, prompts, all_done)
+        for index, row, answer in zip(indices, prompts.rows, found):
             if index < 0:  # filled up so that all ranks have equally many batches
                 continue
             scores = self._scores.add_answer(row, answer)
@@ -364,76 +332,17 @@ class LitInternVL(LightningModule):
                 f"predict: {type(strategy).__name__} splits the model, but each process answers rows of its own and "
                 f"needs all of it; use --trainer.strategy auto, or model.quantize where memory does not suffice"
             )
-        chosen = self.generation
-        self._engine = Engine(
-            self.model, self._ends(), chosen.choice, chosen.max_new_tokens, chosen.num_beams, self.batching
-        )
+        data, name = self.trainer.datamodule, str(self.pretrained) + (f" + {self.adapter}" if self.adapter else "")
+        keep_errors = data.on_error != "error"
+        self._answering = Answering(self.model, data.processor, self.generation, self.batching, name, keep_errors)
 
-    def predict_step(self, prompt: Prompt, batch_idx: int) -> list[dict[str, Any]]:
-        """Hand one prompt to the engine. Returns the rows whose answers have come to an end meanwhile."""
-        if prompt.index == LAST:
-            return []
-        example = prompt.example
-        if example is None:
-            return [failed(prompt.index, prompt.conversation, prompt.where, prompt.error)]
-        conversation = example.conversation
-        request = Request(
-            (prompt.index, conversation),
-            example.input_ids,
-            example.tiles,
-            seed=row_seed(self.generation.seed, prompt.index),
-        )
-        try:
-            self._engine.submit(request)
-        except UserError as error:
-            text = f"{prompt.where}: {error}"
-            if self.trainer.datamodule.on_error == "error":
-                raise UserError(text) from error
-            return [failed(prompt.index, conversation, prompt.where, text)]
-        rows: list[dict[str, Any]] = []
-        while not self._engine.hungry:
-            rows += self._answered(self._engine.step())
-        return rows
+    def predict_step(self, prompt: Prompt, batch_idx: int) -> list[Row]:
+        """Begin to answer a row. Returns the rows whose answers have come to an end meanwhile."""
+        return self._answering.take(prompt)
 
-    @cached_property
-    def made_by(self) -> dict[str, Any]:
-        """What the answers of a run are made with, for the record of their score."""
-        processor, name = self.trainer.datamodule.processor, str(self.pretrained)
-        name += f" + {self.adapter}" if self.adapter else ""
-        return {
-            "model": f"{name}@{fingerprint(self.model.state_dict().items())}",
-            "max_tiles": processor.max_tiles,
-            "frames": processor.video.num_segments if processor.video.fps is None else f"{processor.video.fps}/s",
-            "decoding": dict(vars(self.generation)),
-        }
-
-    def remaining_answers(self) -> Iterator[list[dict[str, Any]]]:
+    def remaining_answers(self) -> Iterator[list[Row]]:
         """The rows that are still being answered once there are no more prompts."""
-        while self._engine.busy:
+        while self._answering.engine.busy:
             with self.trainer.precision_plugin.predict_step_context():
-                requests = self._engine.step()
-            yield self._answered(requests)
-
-    def _answered(self, requests: list[Request]) -> list[dict[str, Any]]:
-        processor, stop = self.trainer.datamodule.processor, self.generation.stop
-        rows = []
-        for request in requests:
-            index, row = request.key
-            rows.append(answered(index, row, processor.decode(request.answer, stop), processor) | self.made_by)
-        return rows
-
-    # -- answers -------------------------------------------------------------------------------------------------
-
-    def _ends(self) -> Ends:
-        processor, chosen = self.trainer.datamodule.processor, self.generation
-        eos_ids = [*processor.stop_ids, *self.model.eos_ids]
-        return Ends(eos_ids, stopped=processor.stopped_by(chosen.stop), min_new_tokens=chosen.min_new_tokens)
-
-    def _generate(self, prompts: Batch) -> list[str]:
-        """Answers in validation."""
-        processor, ends = self.trainer.datamodule.processor, self._ends()
-        settings = {k: v for k, v in vars(self.generation).items() if k != "stop"}
-        if self.model.always_run_vision:  # of a sharded model every process computes every token, or all wait
-            settings["all_done"] = self.trainer.strategy.reduce_boolean_decision
-        found = self.model.generate(prompts, eos_ids=ends.eos_ids, stopped=ends.stopped, **settings)
-        return [processor.decode(ids, self.generation.stop) for ids in found]
+                rows = self._answering.step()
+            yield rows

@@ -1,38 +1,46 @@
-"""What weights are, in a few letters: the same for equal tensors on any device, another after any training step.
-
-A sum, not a cryptographic hash: it runs where the tensors are, at the speed they are read, and tells apart what was
-trained, merged or quantised; it is no defence against someone who forges weights.
-"""
+"""What weights are, in a few letters: the same for equal tensors on any device, another after any training step."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22
-_ODD = 0x2545F4914F6CDD1D
-"""Multiplier that spreads a word's bits over 64"""
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """16 hexadecimal digits of named tensors, in any order. A tensor split over processes is gathered."""
-    lines = sorted(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_sum(tensor):016x}" for name, tensor in tensors)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+BLOCK = 1 << 24
+"""Bytes of a tensor that are hashed in one piece, and are in the host's memory at a time for each thread"""
 
 
 @torch.no_grad()
-def _sum(tensor: Tensor) -> int:
-    """Sum over positions of (bits + 1) times a number of the position, modulo 2**64: exact, so the order is free."""
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    flat = tensor.detach().contiguous().flatten()
-    words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, len(words), _CHUNK):
-        part = words[start : start + _CHUNK].long()
-        place = torch.arange(start + 1, start + 1 + len(part), device=part.device) * _ODD
-        total += ((part + 1) * (place ^ (place >> 29))).sum()
-    return int(total) & (2**64 - 1)
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hexadecimal digits of named tensors, in any order: a SHA-256 over names, types, shapes and bytes.
+
+    Quantised weights count as they are stored, with their scales. A tensor split over processes is gathered: all must
+    call. What several names share is read once.
+    """
+    read: dict[Any, tuple[Tensor, str]] = {}
+    lines = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing leaves the interpreter to others
+        for name, tensor in tensors:
+            if hasattr(tensor, "full_tensor"):
+                digest = _digest(tensor.full_tensor(), threads)
+            else:
+                place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+                if place not in read:  # held meanwhile, so that no other tensor can come to stand there
+                    read[place] = tensor, _digest(tensor, threads)
+                digest = read[place][1]
+            lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+def _digest(tensor: Tensor, threads: Executor) -> str:
+    """SHA-256 over the digests of the blocks of a tensor's bytes."""
+    blocks = tensor.detach().contiguous().flatten().view(torch.uint8).split(BLOCK)
+    whole = hashlib.sha256()
+    for digest in threads.map(lambda block: hashlib.sha256(block.cpu().numpy().data).digest(), blocks):
+        whole.update(digest)
+    return whole.hexdigest()

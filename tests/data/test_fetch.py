@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ivl.data.cutter import VideoOptions
 from ivl.data.fetch import FetchPolicy, cached_path, fetch
 from ivl.data.media import MediaPolicy, image_size, load_image, load_video
-from ivl.data.processor import Processor, VideoOptions
+from ivl.data.processor import Processor
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
 

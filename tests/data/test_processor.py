@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ivl.config import Config
+from ivl.data.cutter import VideoOptions
 from ivl.data.limits import changes
-from ivl.data.processor import Processor, TooLong, VideoOptions
+from ivl.data.processor import Processor, TooLong
 from ivl.data.tokenizer import Tokenizer
 from ivl.families import find_model
 from ivl.types import IGNORE, UserError

@@ -113,9 +113,9 @@ def test_a_missing_download_is_one_line(base, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_setting_of_a_task_is_an_option(name):
-    from ivl.data.processor import VideoOptions
+    from ivl.data.cutter import VideoOptions
+    from ivl.lit.answering import Generation
     from ivl.lit.datamodule import IvlData
-    from ivl.lit.module import Generation
 
     data = IvlData.__init__.__annotations__
     known = {f"data.{key}" for key in data}

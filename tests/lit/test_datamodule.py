@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ivl.data.processor import VideoOptions
+from ivl.data.cutter import VideoOptions
 from ivl.lit.datamodule import IvlData
 from tests.lit.rows import write_rows
 from tests.tiny import write_checkpoint

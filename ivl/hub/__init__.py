@@ -1,0 +1,112 @@
+"""A name or a path → a local checkpoint folder: as it is, from a local cache, or downloaded and checked.
+
+Weights are safetensors only; a release's `.py` files are copied so that an export can carry them, and never executed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ivl.families import MODELS, find_model
+from ivl.hub import huggingface, modelscope
+from ivl.hub.files import Hub, missing_files
+from ivl.types import UserError
+
+HUBS: tuple[Hub, ...] = ("huggingface", "modelscope")
+
+
+class _Place(Protocol):
+    """What a hub's module does."""
+
+    def cached(self, repo_id: str, revision: str | None) -> list[Path]: ...
+    def download(self, repo_id: str, revision: str | None, token: str | None) -> Path: ...
+    def lock(self, repo_id: str) -> Path: ...
+
+
+_PLACES: dict[Hub, _Place] = {"huggingface": huggingface, "modelscope": modelscope}
+
+
+@dataclass
+class _Choice:
+    hub: Hub = "huggingface"
+    token: str | None = None
+
+
+_choice = _Choice()
+
+
+def choose(hub: str | None = None, token: str | None = None) -> None:
+    """Where names are looked up by this process, and with which login; None: as before. Neither is written anywhere.
+
+    Raises UserError for an unknown hub.
+    """
+    _choice.hub = _checked(hub) or _choice.hub
+    _choice.token = token or _choice.token
+
+
+def _checked(hub: str | None) -> Hub | None:
+    if hub is not None and hub not in HUBS:
+        raise UserError(f"hub: expected one of {', '.join(HUBS)}, found {hub!r}")
+    return hub
+
+
+def resolve(
+    name_or_path: str | Path,
+    hub: Hub | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    offline: bool | None = None,
+) -> Path:
+    """The local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
+
+    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`).
+    `hub` and `token`: None takes what `choose` was told, else Hugging Face, and HF_TOKEN or the stored login, or
+    MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
+    A copy either hub left on this machine serves both, unless a `revision` is asked for. Downloads go to the hub's own
+    cache, go on where they broke off (Hugging Face: with the file that broke off) and overwrite nothing.
+    HF_ENDPOINT and MODELSCOPE_DOMAIN name other servers.
+
+    Raises UserError where there is no such folder or model, it may not be had, or a file does not match its checksum.
+    """
+    from filelock import FileLock
+    from huggingface_hub.constants import is_offline_mode
+
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    hub, token = _checked(hub) or _choice.hub, token or _choice.token
+    ids = _ids(str(name_or_path))
+    places = [hub] if revision else [hub, *(h for h in HUBS if h != hub)]
+    if folder := _on_this_machine(places, ids, revision):
+        return folder
+    if offline if offline is not None else is_offline_mode():
+        raise UserError(
+            f"{name_or_path}: not on this machine, and offline; looked for a complete copy in {huggingface.cache()} "
+            f"and {modelscope.cache()}; give the path of a local folder, or go online once (HF_HUB_OFFLINE=0)"
+        )
+    lock = _PLACES[hub].lock(ids[hub])
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):  # of several processes that start together one downloads
+        return _on_this_machine(places, ids, revision) or _PLACES[hub].download(ids[hub], revision, token)
+
+
+def _on_this_machine(places: list[Hub], ids: dict[Hub, str], revision: str | None) -> Path | None:
+    folders = (folder for place in places for folder in _PLACES[place].cached(ids[place], revision))
+    return next((folder for folder in folders if not missing_files(folder)), None)
+
+
+def _ids(name: str) -> dict[Hub, str]:
+    row = find_model(name)
+    if row is not None:
+        return {place: row.id_on(place) for place in HUBS}
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        close = difflib.get_close_matches(name.lower(), [row.name for row in MODELS], n=3, cutoff=0.5)
+        raise UserError(
+            f"{name}: neither a folder nor a known model{f' (did you mean {chr(32).join(close)}?)' if close else ''}; "
+            "give a local folder, a hub's OWNER/NAME, or a name that `python -m ivl models` lists"
+        )
+    return dict.fromkeys(HUBS, name)

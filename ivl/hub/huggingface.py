@@ -1,0 +1,110 @@
+"""Checkpoints of the Hugging Face hub, through huggingface_hub and in its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from ivl.hub.files import UNFINISHED, WANTED, corrupt, digest, need_complete, refused, unreachable, wanted
+from ivl.types import UserError
+
+
+def cache() -> Path:
+    """Where the hub's own package keeps files."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _storage(repo_id: str) -> Path:
+    from huggingface_hub.file_download import repo_folder_name
+
+    return cache() / repo_folder_name(repo_id=repo_id, repo_type="model")
+
+
+def cached(repo_id: str, revision: str | None) -> list[Path]:
+    """Folders of this machine that may hold a checkpoint, complete or not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if (_storage(repo_id) / UNFINISHED).exists():
+        return []
+    try:
+        return [Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))]
+    except LocalEntryNotFoundError:
+        return []
+
+
+def download(repo_id: str, revision: str | None, token: str | None) -> Path:
+    """Bring a checkpoint into the cache, and compare its files with the hub's record. Raises UserError."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,  # of httpx or httpx2, whichever this version is built on
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    endpoint = os.environ.get("HF_ENDPOINT")
+    storage = _storage(repo_id)
+    storage.mkdir(parents=True, exist_ok=True)
+    (storage / UNFINISHED).touch()
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                endpoint=endpoint,
+                allow_patterns=list(WANTED),
+                ignore_patterns="*/*",
+            )
+        )
+        tree = HfApi(endpoint=endpoint, token=token).list_repo_tree(repo_id, revision=folder.name)
+        _check(folder, {file.path: file for file in tree if file.path in wanted([file.path])})
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{repo_id}: huggingface has no revision {revision!r}; leave it out or name a branch"
+        ) from error
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise _refused(repo_id, type(error).__name__) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403, 404):
+            raise _refused(repo_id, error.response.status_code) from error
+        raise unreachable(repo_id, "huggingface", error) from error
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
+        raise unreachable(repo_id, "huggingface", error) from error
+    (storage / UNFINISHED).unlink(missing_ok=True)
+    need_complete(folder, repo_id)
+    return folder
+
+
+def _check(folder: Path, files: dict[str, Any]) -> None:
+    """Compare each file with the hub's own record: sha256 of large files, git's hash of the others."""
+    for name, file in files.items():
+        path = folder / name
+        if file.lfs is not None:
+            expected, how = file.lfs.sha256, hashlib.sha256()
+        else:
+            # git's name for a file's content: a hash, not a secret
+            expected, how = file.blob_id, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        found = digest(path, how)
+        if found != expected:
+            blob = path.resolve()
+            path.unlink()
+            blob.unlink(missing_ok=True)
+            raise corrupt(name, str(folder), expected, found)
+
+
+def _refused(repo_id: str, why: object) -> UserError:
+    page, tokens = f"https://huggingface.co/{repo_id}", "https://huggingface.co/settings/tokens"
+    return refused(repo_id, "huggingface", why, page, tokens, "HF_TOKEN")
+
+
+def lock(repo_id: str) -> Path:
+    """Held by the one process that downloads."""
+    return cache() / ".locks" / _storage(repo_id).name / "ivl.lock"

@@ -1,0 +1,126 @@
+"""Answers in words: how they are made, in validation a batch at a time, in prediction as rows come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from ivl.data.processor import Processor
+from ivl.lit.prediction import Row, answered, failed
+from ivl.lit.prompts import LAST, Prompt
+from ivl.model.fingerprint import fingerprint
+from ivl.model.generate import Choice, Ends
+from ivl.model.internvl import InternVL
+from ivl.model.serve import Batching, Engine, Request, row_seed
+from ivl.types import Batch, UserError
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated in validation and prediction."""
+
+    max_new_tokens: int = 128
+    """The longest answer, in tokens."""
+    min_new_tokens: int = 0
+    """No end of the answer before this many tokens."""
+    temperature: float = 0.0
+    """0 is greedy; above, tokens are sampled."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together have this probability."""
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that already occurred become less likely."""
+    num_beams: int = 1
+    """Above 1, answers are searched for with this many beams, one row after another."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the checkpoint's own end tokens; they are not part of it."""
+    seed: int = 0
+    """Of the sampling; each row has a generator of its own, so answers do not depend on batching."""
+
+    @property
+    def choice(self) -> Choice:
+        """How a token is chosen. Raises UserError for values out of range."""
+        choice = Choice(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
+        choice.check_beams(self.num_beams)
+        return choice
+
+
+class Answering:
+    """The rows of a prediction on their way through the engine."""
+
+    def __init__(
+        self,
+        model: InternVL,
+        processor: Processor,
+        generation: Generation,
+        batching: Batching,
+        name: str,
+        keep_errors: bool = False,
+    ) -> None:
+        """`name`: what the model is called in the record of a score. `keep_errors`: a row that the model cannot take
+        is answered with its error; else it is raised."""
+        chosen, ends = generation, ends_of(model, processor, generation)
+        self.model, self.name = model, name
+        self.engine = Engine(model, ends, chosen.choice, chosen.max_new_tokens, chosen.num_beams, batching)
+        self.processor, self.generation, self.keep_errors = processor, generation, keep_errors
+
+    @cached_property
+    def made_by(self) -> Row:
+        """What the answers are made with, for the record of their score."""
+        video = self.processor.cutter.video
+        return {
+            "model": f"{self.name}@{fingerprint(self.model.state_dict().items())}",
+            "max_tiles": self.processor.max_tiles,
+            "frames": video.num_segments if video.fps is None else f"{video.fps}/s",
+            "decoding": dict(vars(self.generation)),
+        }
+
+    def take(self, prompt: Prompt) -> list[Row]:
+        """Hand a prompt to the engine. Returns the rows whose answers have come to an end meanwhile."""
+        if prompt.index == LAST:
+            return []
+        example = prompt.example
+        if example is None:
+            return [failed(prompt.index, prompt.conversation, prompt.where, prompt.error)]
+        conversation, seed = example.conversation, row_seed(self.generation.seed, prompt.index)
+        try:
+            self.engine.submit(Request((prompt.index, conversation), example.input_ids, example.tiles, seed=seed))
+        except UserError as error:
+            text = f"{prompt.where}: {error}"
+            if not self.keep_errors:
+                raise UserError(text) from error
+            return [failed(prompt.index, conversation, prompt.where, text)]
+        rows: list[Row] = []
+        while not self.engine.hungry:
+            rows += self.step()
+        return rows
+
+    def step(self) -> list[Row]:
+        """The next token of every row that is being answered. Returns those that have come to an end."""
+        rows = []
+        for request in self.engine.step():
+            index, row = request.key
+            answer = self.processor.decode(request.answer, self.generation.stop)
+            rows.append(answered(index, row, answer, self.processor) | self.made_by)
+        return rows
+
+
+def ends_of(model: InternVL, processor: Processor, chosen: Generation) -> Ends:
+    """When an answer is over: the checkpoint's end tokens, the template's, and the texts chosen."""
+    eos_ids = [*processor.stop_ids, *model.eos_ids]
+    return Ends(eos_ids, stopped=processor.stopped_by(chosen.stop), min_new_tokens=chosen.min_new_tokens)
+
+
+def answers(
+    model: InternVL, processor: Processor, chosen: Generation, prompts: Batch, all_done: Callable[[bool], bool]
+) -> list[str]:
+    """The answers of a batch of prompts. `all_done`: as in `ivl.model.generate.generate`, asked where every process
+    must compute every token, since the model is shared out."""
+    ends = ends_of(model, processor, chosen)
+    settings = {k: v for k, v in vars(chosen).items() if k != "stop"}
+    if model.always_run_vision:
+        settings["all_done"] = all_done
+    found = model.generate(prompts, eos_ids=ends.eos_ids, stopped=ends.stopped, **settings)
+    return [processor.decode(ids, chosen.stop) for ids in found]
