@@ -93,9 +93,9 @@ def main() -> None:
     lines = [
         "# The second turn of a conversation",
         "",
-        f"`python benchmarks/chat_turn.py --rounds {options.rounds}` at {commit}: 60 M parameters, float32, on a CPU "
-        f"with {options.threads} thread(s); time to the",
-        "first token, medians; both ways take turns and give the same token.",
+        f"`python benchmarks/chat_turn.py --rounds {options.rounds}` at {commit}: 60 M parameters, float32, on a CPU",
+        f"with {options.threads} thread(s); time to the first token, medians; both ways take turns and give the same",
+        "token.",
         "",
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
         "",

@@ -155,11 +155,15 @@ def table(options: argparse.Namespace, folder: Path) -> str:
             first = first or answers
             differing[name] = sum(a != b for a, b in zip(first, answers))
             print(f"{name}: {seconds[name][-1]:.1f} s, {cpu[name][-1]:.1f} s of CPU", file=sys.stderr, flush=True)
-    lines = [
+    prompts = [len(row.input_ids) for row in rows]
+    about = (
         f"{options.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(rows)} rows, "
-        f"prompts of {min(len(r.input_ids) for r in rows)} to {max(len(r.input_ids) for r in rows)} tokens, answers of "
-        f"{limits[0]} to {limits[-1]} (median {statistics.median(limits):.0f}, mean {statistics.mean(limits):.0f}); "
-        f"{options.rounds} rounds, {torch.get_num_threads()} thread(s).",
+        f"prompts of {min(prompts)} to {max(prompts)} tokens, answers of {limits[0]} to {limits[-1]} (median "
+        f"{statistics.median(limits):.0f}, mean {statistics.mean(limits):.0f}); {options.rounds} rounds, "
+        f"{torch.get_num_threads()} thread(s)."
+    )
+    lines = [
+        about,
         "",
         "| | s | s of CPU | rows/s | new tokens/s | peak MB above the model | rows answered otherwise |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return module.main(argv[1:])
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (said in a line, or with its traceback)
         message = _explain(error)
         if debug or message is None:
             traceback.print_exc()

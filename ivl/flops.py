@@ -181,31 +181,6 @@ def projector_flops(config: Config) -> float:
     return config.tokens_per_tile * sum(_product(linear) for linear in projector(config))
 
 
-def token_flops(config: Config) -> float:
-    """Of the language model's linear layers, per token, the head apart."""
-    return config.llm["num_hidden_layers"] * sum(_product(linear) for linear in llm_block(config).linears)
-
-
-def pair_flops(config: Config) -> float:
-    """Of the language model's attention, per pair of positions: scores, and the values they weigh."""
-    return config.llm["num_hidden_layers"] * 4 * llm_widths(config)[1]
-
-
-def head_flops(config: Config) -> float:
-    """Of the output layer, per position whose logits are computed."""
-    return 2 * config.llm["hidden_size"] * config.llm["vocab_size"]
-
-
-def forward_flops(config: Config, work: Work) -> Flops:
-    """Of one forward, logits at `work.supervised` positions."""
-    return Flops(
-        vision_model=work.tiles * vision_flops(config),
-        mlp1=work.tiles * projector_flops(config),
-        language_model=work.tokens * token_flops(config) + work.pairs * pair_flops(config),
-        head=work.supervised * head_flops(config),
-    )
-
-
 # Training
 
 

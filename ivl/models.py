@@ -64,8 +64,10 @@ def _lines(rows: list[ReleasedModel]) -> list[str]:
         turns = "any turn" if row.multi_turn_images else "one turn"
         own = "" if row.in_document else " *"
         lines += [
-            f"{row.name:<26}  {row.parameters / 1e9:5.1f}B  {need.inference / 1e9:4.0f}  {need.lora / 1e9:4.0f}  "
-            f"{turns:<8}  {'yes' if row.video else 'no':<5}  {config_of(row)}{own}",
+            (
+                f"{row.name:<26}  {row.parameters / 1e9:5.1f}B  {need.inference / 1e9:4.0f}  {need.lora / 1e9:4.0f}  "
+                f"{turns:<8}  {'yes' if row.video else 'no':<5}  {config_of(row)}{own}"
+            ),
             f"    {row.huggingface} · {row.tower} + {row.llm}{' in 8 bits' if row.int8 else ''}",
         ]
     return lines

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, N tiles of the whole batch, S pixels a side of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -25,6 +25,12 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with 2.
     """
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """The first of many names, for messages: `a, b and 3 more`."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)

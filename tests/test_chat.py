@@ -38,7 +38,7 @@ def fresh(model, processor, row, settings=SHORT) -> str:
     return processor.decode(model.generate(batch, **vars(settings), eos_ids=ends)[0])
 
 
-@pytest.mark.parametrize("architecture, template, tokenizer", FAMILIES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("architecture", "template", "tokenizer"), FAMILIES, ids=lambda value: str(value))
 def test_every_turn_answers_as_a_fresh_prompt_does(tmp_path, architecture, template, tokenizer):
     folder = tiny.write_checkpoint(tmp_path, architecture, template=template, tokenizer=tokenizer)
     model, processor = InternVL.from_pretrained(folder), Processor.from_pretrained(folder)

@@ -128,9 +128,10 @@ class Parser(IvlCLI):
 
 @pytest.fixture(scope="module")
 def lightning():
-    with pytest.raises(Understood) as stop, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["ivl"])
-        cli._cli(Parser, ["fit"])
+        with pytest.raises(Understood) as stop:
+            cli._cli(Parser, ["fit"])
     return stop.value.args[0]
 
 

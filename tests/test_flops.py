@@ -124,7 +124,8 @@ def test_a_model_of_sixty_million(mode: str):
 
 def test_forward_and_its_parts():
     model = build(tiny(), Tune("full", "full", "full"))
-    forward = flops.forward_flops(model.config, Work(tiles=3, tokens=40, pairs=1600, supervised=40))
+    work = Work(tiles=3, tokens=40, pairs=1600, supervised=40)
+    forward = flops.training_flops(model.config, Trained(), work, flops.NOTHING)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_KERNELS) as counter:
         model.tile_features(torch.zeros(3, 3, 56, 56, dtype=torch.uint8))
         assert forward.vision_model + forward.mlp1 == counter.get_total_flops()
@@ -136,7 +137,8 @@ def test_forward_and_its_parts():
 def test_a_frozen_part_costs_one_two_or_three():
     config = Config.from_dict(tiny())
     work = Work(tokens=100, supervised=100)  # no pairs
-    linear = 100 * flops.token_flops(config)
+    layers = config.llm["num_hidden_layers"]
+    linear = 100 * layers * sum(2 * layer.inputs * layer.outputs for layer in flops.llm_block(config).linears)
     of = lambda **parts: flops.training_flops(config, Trained(**parts), work, flops.NOTHING)  # noqa: E731
     assert of(head="full").language_model == linear
     assert of(language_model="full").language_model == 3 * linear

@@ -217,7 +217,7 @@ def test_one_turn_models_ask_for_media_and_refuse_later_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    ("argv", "message"),
     [
         ([], "chat: expected --model NAME or a folder, --adapter DIR, or --ckpt_path RUN"),
         (["--model", "internvl9-9b"], "internvl9-9b: neither a folder nor a known model"),

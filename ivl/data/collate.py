@@ -12,17 +12,15 @@ import torch
 from ivl.types import IGNORE, Batch, Example
 
 
-def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, multiple_of: int = 1) -> Batch:
+def collate(examples: Sequence[Example], pad_id: int, packed: bool = False) -> Batch:
     """Batch of the examples in order: (B, T) with T the longest, or packed (1, T) with T the sum.
 
-    T is rounded up to `multiple_of`. The first label of every row is IGNORE: there is nothing before it to predict
-    it from, and in a pack it would be predicted from the row before.
+    The first label of every row is IGNORE: there is nothing before it to predict it from, and in a pack it would be
+    predicted from the row before.
     """
     assert examples, "a batch of no examples"
     lengths = [len(example) for example in examples]
-    longest = sum(lengths) if packed else max(lengths)
-    T = -(-longest // multiple_of) * multiple_of
-    B = 1 if packed else len(examples)
+    B, T = (1, sum(lengths)) if packed else (len(examples), max(lengths))
     batch = {
         "input_ids": torch.full((B, T), pad_id, dtype=torch.int64),
         "attention_mask": torch.zeros((B, T), dtype=torch.bool),

@@ -133,7 +133,7 @@ def serve() -> None:
                 opened = io.BytesIO(requests.read(source)) if isinstance(source, int) else source
                 reader = decord.VideoReader(opened, ctx=decord.cpu(0), num_threads=1)
             _answer(reader, request["indices"], answers)
-        except Exception as error:  # decord's own, MemoryError, AssertionError
+        except Exception as error:  # noqa: BLE001  (decord's own, MemoryError, AssertionError)
             lines = [text for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
             answers.write(json.dumps({"error": lines[0][-200:]}).encode() + b"\n")
         answers.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import ivl
+from ivl.data.cache import default_cache, whole_file
 from ivl.data.dataset import Rows
 from ivl.data.grounding import parse_boxes
-from ivl.data.rows import default_cache
 from ivl.types import Conversation
 
 FACTS = np.dtype([("turns", "<i4"), ("media", "<i4"), ("boxes", "<i4"), ("same", "<u8")])
@@ -101,9 +100,5 @@ def _load(path: Path, count: int) -> np.ndarray | None:
 
 
 def _save(path: Path, found: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = io.BytesIO()
-    np.save(data, found)
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    temporary.write_bytes(data.getvalue())
-    os.replace(temporary, path)
+    with whole_file(path) as out:
+        np.save(out, found)

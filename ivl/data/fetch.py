@@ -10,11 +10,9 @@ import contextlib
 import hashlib
 import http.client
 import ipaddress
-import os
 import socket
 import ssl
 import string
-import tempfile
 import threading
 import time
 import urllib.parse
@@ -24,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from ivl.data.rows import default_cache
+from ivl.data.cache import default_cache, whole_file
 from ivl.types import UserError
 
 Socket = TypeVar("Socket", bound=socket.socket)
@@ -82,17 +80,11 @@ def fetch(url: str, policy: FetchPolicy | None = None, check: Callable[[Path], N
     if path.is_file():
         return path
     _check_url(url, url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            _with_retries(url, policy, out)
+    with whole_file(path) as out:
+        _with_retries(url, policy, out)
+        out.flush()
         if check is not None:
-            check(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            check(Path(out.name))
     return path
 
 

@@ -29,7 +29,7 @@ Size = Callable[[Any], tuple[int, int]]
 _MARK = re.compile(r"(<image>|<video>)")
 _PATH = re.compile(r"<img>([^<>]+)</img>")
 _TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])')
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.I)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
 def is_url(source: str) -> bool:

@@ -141,7 +141,7 @@ def parse_boxes(text: str) -> list[tuple[str | None, list[Box]]]:
         boxes = [box for one in _ONE.findall(match[0]) if (box := _parsed(one)) is not None]
         if not boxes:
             continue
-        refs = re.findall(r"<ref>(.*?)</ref>", before, flags=re.S)
+        refs = re.findall(r"<ref>(.*?)</ref>", before, flags=re.DOTALL)
         named = refs[-1] if refs else _TAG.sub("", before).strip(" \t\r\n,;:.")
         groups.append((named.strip() or None, boxes))
     return groups

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import ivl
+from ivl.data.cache import default_cache, whole_file
 from ivl.data.dataset import Rows
 from ivl.data.formats import is_url
 from ivl.data.limits import CHANGES, changes
 from ivl.data.processor import TooLong
-from ivl.data.rows import default_cache
 from ivl.types import UserError
 
 _FORMAT = 2
@@ -286,21 +285,10 @@ def _probed(
 
 def _save(path: Path, index: Index) -> None:
     """Texts first: records are what says that an index is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = json.dumps({"problems": index.problems, "dropped": index.dropped}).encode()
-    _replace(path.with_suffix(".json"), lambda out: out.write(texts))
-    _replace(path.with_suffix(".npy"), lambda out: np.save(out, index.records))
-
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            write(out)
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+    with whole_file(path.with_suffix(".json")) as out:
+        out.write(json.dumps({"problems": index.problems, "dropped": index.dropped}).encode())
+    with whole_file(path.with_suffix(".npy")) as out:
+        np.save(out, index.records)
 
 
 def _load(path: Path, count: int) -> Index | None:

@@ -231,7 +231,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # Not the method of PNG images, which decodes the pixels in search of a late chunk
         value = Image.Image.getexif(image).get(0x0112, 1)
-    except Exception:  # a damaged block counts as none, as in browsers
+    except Exception:  # noqa: BLE001  (a damaged block counts as none, as in browsers)
         return 1
     return value if value in range(1, 9) else 1
 

@@ -23,8 +23,9 @@ from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
 import ivl
+from ivl.data.cache import default_cache
 from ivl.data.fetch import FetchPolicy, fetch
-from ivl.data.rows import default_cache, load_rows
+from ivl.data.rows import load_rows
 from ivl.data.source import HEAD, kind_of
 from ivl.hub import modelscope
 from ivl.types import UserError

@@ -5,13 +5,11 @@ What a file holds is seen from its content, since rows one a line are often name
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import mmap
 import os
 import re
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ivl.data.cache import default_cache, whole_file
 from ivl.data.formats import loads
 from ivl.types import UserError
 
@@ -26,11 +25,6 @@ _CHUNK = 1 << 24
 _BLANK = 16
 """Bytes of the shortest line that is not looked at for being blank; a row is longer"""
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
-
-
-def default_cache() -> Path:
-    """Where what is worked out once is kept, by the XDG rules: decompressed rows, indexes, fetched media."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl"
 
 
 class RowFile:
@@ -206,19 +200,13 @@ def _decompressed(path: Path, cache: Path) -> Path:
     plain = cache / "rows" / f"{digest.hexdigest()}.jsonl"
     if plain.is_file():
         return plain
-    plain.parent.mkdir(parents=True, exist_ok=True)
     source, faults = _opener(path)
-    handle, name = tempfile.mkstemp(dir=plain.parent, suffix=".part")
     try:
-        with os.fdopen(handle, "wb") as out, source:
+        with whole_file(plain) as out, source:
             while chunk := source.read(_CHUNK):
                 out.write(chunk)
-        os.replace(name, plain)
     except faults as error:
         raise UserError(f"{path}: its compression is damaged ({error}); copy the file again") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
     return plain
 
 

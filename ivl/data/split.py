@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from ivl.data.cache import whole_file
 from ivl.data.dataset import MakesExamples, Rows, digests
 from ivl.types import UserError
 
@@ -45,11 +46,8 @@ def save_split(path: str | Path, held: Rows, seed: int = 0) -> None:
         "seed": seed,
         "rows": [f"{digest:016x}" for digest in digests(held, seed)],
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(kept, indent=0), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(Path(path)) as out:
+        out.write(json.dumps(kept, indent=0).encode())
 
 
 def open_split(path: str | Path, processor: MakesExamples, root: str | Path | None = None) -> Rows:

@@ -87,9 +87,9 @@ def _coco_vqa(root: Path, folder: str, questions: str, annotations: str) -> Iter
         yield _vqa(str(q["question_id"]), q["question"], image, gold)
 
 
-def _vqa(id: str, question: str, image: Path, answers: list[str]) -> Record:
+def _vqa(name: str, question: str, image: Path, answers: list[str]) -> Record:
     gold = Counter(answers).most_common(1)[0][0]
-    return {"id": id, "question": question, "images": [str(image)], "answers": answers, "response": gold}
+    return {"id": name, "question": question, "images": [str(image)], "answers": answers, "response": gold}
 
 
 def vqav2(root: Path) -> Iterator[Record]:
@@ -113,17 +113,17 @@ def vizwiz(root: Path) -> Iterator[Record]:
 
 
 def gqa(root: Path) -> Iterator[Record]:
-    for id, q in _json(root / "gqa/testdev_balanced_questions.json").items():
-        yield _vqa(id, q["question"], root / "gqa/images" / f"{q['imageId']}.jpg", [q["answer"]])
+    for name, q in _json(root / "gqa/testdev_balanced_questions.json").items():
+        yield _vqa(name, q["question"], root / "gqa/images" / f"{q['imageId']}.jpg", [q["answer"]])
 
 
 def ocrvqa(root: Path) -> Iterator[Record]:
-    for id, book in _json(root / "ocrvqa/dataset.json").items():
+    for name, book in _json(root / "ocrvqa/dataset.json").items():
         if book["split"] != 3:  # 1 train, 2 validation, 3 test
             continue
-        image = root / "ocrvqa/images" / f"{id}{Path(book['imageURL']).suffix}"
+        image = root / "ocrvqa/images" / f"{name}{Path(book['imageURL']).suffix}"
         for n, (question, answer) in enumerate(zip(book["questions"], book["answers"])):
-            yield _vqa(f"{id}_{n}", question, image, [answer])
+            yield _vqa(f"{name}_{n}", question, image, [answer])
 
 
 def ai2d(root: Path) -> Iterator[Record]:
@@ -231,14 +231,14 @@ def ccbench(root: Path) -> Iterator[Record]:
 
 
 def scienceqa(root: Path) -> Iterator[Record]:
-    for id, q in _json(root / "scienceqa/problems.json").items():
+    for name, q in _json(root / "scienceqa/problems.json").items():
         if q["split"] == "test" and q["image"]:
             yield {
-                "id": id,
+                "id": name,
                 "question": q["question"],
                 "hint": q["hint"] or None,
                 "options": dict(zip("ABCDE", q["choices"])),
-                "images": [str(root / "scienceqa/images/test" / id / q["image"])],
+                "images": [str(root / "scienceqa/images/test" / name / q["image"])],
                 "response": LETTERS[q["answer"]],
                 "category": q.get("subject", ""),
             }

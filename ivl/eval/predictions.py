@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.eval.tasks import Task
-from ivl.types import TRUTH, UserError
+from ivl.types import TRUTH, UserError, some
 
 Row = dict[str, Any]
 RUN = ("model", "max_tiles", "frames", "decoding")
@@ -74,27 +74,23 @@ def _object(path: Path, number: int, line: str) -> Any:
         ) from error
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _once(path: Path, rows: Sequence[Row]) -> None:
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         lines.setdefault((str(row.get("source") or ""), row["id"]), []).append(str(row["line"]))
-    twice = [f"{id} (rows {', '.join(found)})" for (_, id), found in lines.items() if len(found) > 1]
+    twice = [f"{name} (rows {', '.join(found)})" for (_, name), found in lines.items() if len(found) > 1]
     if twice:
-        raise UserError(f"{path}: {len(twice)} ids come more than once: {_some(twice)}; keep one answer for each")
+        raise UserError(f"{path}: {len(twice)} ids come more than once: {some(twice)}; keep one answer for each")
 
 
 def _whole(path: Path, rows: Sequence[Row]) -> None:
     wanted = {row["of"] for row in rows if row.get("of") is not None}
     if len(wanted) > 1:
-        raise UserError(f"{path}: rows of runs of {_some([str(n) for n in sorted(wanted)])} rows are mixed")
+        raise UserError(f"{path}: rows of runs of {some([str(n) for n in sorted(wanted)])} rows are mixed")
     missing = sorted(set(range(*wanted)) - {row.get("index") for row in rows}) if wanted else []
     if missing:
         raise UserError(
-            f"{path}: {len(rows)} rows of a run of {wanted.pop()}; missing are rows {_some([str(n) for n in missing])} "
+            f"{path}: {len(rows)} rows of a run of {wanted.pop()}; missing are rows {some([str(n) for n in missing])} "
             "(counted from 0); predict again"
         )
 
@@ -119,11 +115,12 @@ def join(path: Path, rows: list[Row], truth: Path, task: Task, partial: bool = F
     known = {str(row.get("id", row.get("line"))): row for row in found}
     unknown = [row["id"] for row in rows if row["id"] not in known]
     if unknown:
-        raise UserError(f"{path}: {len(unknown)} answers to no question of {truth}: {_some(unknown)}")
-    missing = [id for id in known if id not in {row["id"] for row in rows}]
+        raise UserError(f"{path}: {len(unknown)} answers to no question of {truth}: {some(unknown)}")
+    answered = {row["id"] for row in rows}
+    missing = [name for name in known if name not in answered]
     if missing and not partial:
         raise UserError(
-            f"{path}: {len(missing)} of {len(known)} questions of {truth} have no answer: {_some(missing)}; "
+            f"{path}: {len(missing)} of {len(known)} questions of {truth} have no answer: {some(missing)}; "
             "predict again, or --partial to score those there are"
         )
     return [_with_truth(row, known[row["id"]]) for row in rows]
@@ -141,7 +138,7 @@ def align(first: Sequence[Row], path: Path, rows: Sequence[Row]) -> list[Row]:
     odd = sorted({row["id"] for row in first} ^ set(place))
     if odd:
         raise UserError(
-            f"{path}: not the same questions as the first file; only one of them has {_some(odd)}; "
+            f"{path}: not the same questions as the first file; only one of them has {some(odd)}; "
             "comparing takes the same questions"
         )
     return [place[row["id"]] for row in first]

@@ -155,8 +155,7 @@ def table(found: dict[str, Any]) -> str:
     width = max(len(name) for name in [*(file["file"] for file in files), *(name for _, name in parts)])
     column = max(12, len(found["metric"]))
     lines.append(f"  {'':{width}}  {found['metric']:>{column}}  95 % interval")
-    for file in files:
-        lines.append(f"  {file['file']:{width}}  {file['score']:>{column}.{digits}f}  {_span(file, digits)}")
+    lines += [f"  {file['file']:{width}}  {file['score']:>{column}.{digits}f}  {_span(file, digits)}" for file in files]
     if parts and len(files) > 1:
         lines += ["", f"  {'':{width}}  " + "  ".join(f"{file['file'][-column:]:>{column}}" for file in files)]
     for kind, name in parts:

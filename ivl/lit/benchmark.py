@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from ivl.data.rows import default_cache
+from ivl.data.cache import default_cache
 from ivl.eval.tasks import Task, task
 from ivl.types import Conversation
 

@@ -13,22 +13,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ivl.types import Batch, Conversation, UserError
+from ivl.types import Batch, Conversation, UserError, some
 
 log = logging.getLogger(__name__)
 """Of every process: the one that has a row names it"""
 
 FLAG = "found_inf"
 """What torch's fused optimizers read: they skip the step where it is not 0"""
-SHOWN = 8
-"""Most rows named in one message"""
 
 
 def named(rows: Sequence[Conversation]) -> str:
     """Rows as people find them again: where they stand, and their own id."""
     names = [f"{row.where} ({row.id})" if row.id and row.where else row.where or row.id or "?" for row in rows]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return some(names)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,22 +19,23 @@ Metric = Literal["exact", "vqa", "anls", "relaxed", "iou", "iou50", "cider", "bl
 """By the rules of `ivl.eval.metrics` and `ivl.eval.captions`; the last three are of all rows together"""
 
 
-def _mean_iou(answer: str, reference: str) -> float | None:
-    """Mean IoU of the boxes in their order; a box that is missing or too many counts as 0. None where none is asked."""
-    wanted = [box for _, boxes in parse_boxes(reference) for box in boxes]
+def _overlaps(answer: str, reference: str) -> list[float] | None:
+    """IoU of the boxes in their order; 0 for one that is missing or too many. None where no box is asked for."""
+    wanted, given = ([box for _, boxes in parse_boxes(text) for box in boxes] for text in (reference, answer))
     if not wanted:
         return None
-    given = [box for _, boxes in parse_boxes(answer) for box in boxes]
-    return sum(iou(a, b) for a, b in zip(given, wanted)) / max(len(given), len(wanted))
+    return [iou(a, b) if a and b else 0.0 for a, b in zip_longest(given, wanted)]
+
+
+def _mean_iou(answer: str, reference: str) -> float | None:
+    found = _overlaps(answer, reference)
+    return None if found is None else sum(found) / len(found)
 
 
 def _half_iou(answer: str, reference: str) -> float | None:
     """Share of the boxes that overlap with their own by an IoU of 0.5 and more."""
-    wanted = [box for _, boxes in parse_boxes(reference) for box in boxes]
-    if not wanted:
-        return None
-    given = [box for _, boxes in parse_boxes(answer) for box in boxes]
-    return sum(iou(a, b) >= 0.5 for a, b in zip(given, wanted)) / max(len(given), len(wanted))
+    found = _overlaps(answer, reference)
+    return None if found is None else sum(value >= 0.5 for value in found) / len(found)
 
 
 _OF_ROW: dict[str, Callable[[str, str], float | None]] = {

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from ivl.model.weights import untied
-from ivl.types import UserError
+from ivl.types import UserError, some
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
@@ -244,11 +244,11 @@ def from_map(model: InternVL, given: str | Path | Mapping[str, str | int]) -> Pl
     problems = []
     if unknown:
         problems.append(
-            f"{len(unknown)} names of no module that can stand alone: {_some(unknown)} (expected {TOWER}, "
+            f"{len(unknown)} names of no module that can stand alone: {some(unknown)} (expected {TOWER}, "
             f"{', '.join(MAIN)}, {LAYERS}.0 and so on)"
         )
     if unplaced:
-        problems.append(f"{len(unplaced)} modules without a device: {_some(unplaced)}")
+        problems.append(f"{len(unplaced)} modules without a device: {some(unplaced)}")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
     placed = {part: entry for part, entry in entry_of.items() if entry is not None}
@@ -294,11 +294,6 @@ def _children(model: InternVL, name: str) -> list[str]:
 
 def _inside(name: str, entry: str) -> bool:
     return not entry or name == entry or name.startswith(entry + ".")
-
-
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 # -- running it --------------------------------------------------------------------------------------------------

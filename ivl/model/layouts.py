@@ -6,9 +6,9 @@ InternLM2 has some inside it, and "hf" (transformers' InternVLForConditionalGene
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from re import Pattern, compile, escape
 
 import torch
 from torch import Tensor
@@ -152,11 +152,11 @@ class Group:
         return self.rule.write(tensors, config) if self.rule and self.rule.write else tensors
 
 
-def _pattern(name: str) -> Pattern[str]:
-    text = escape(name)
+def _pattern(name: str) -> re.Pattern[str]:
+    text = re.escape(name)
     for hole, accepts in (("n", r"\d+"), ("p", "weight|bias|SCB"), ("rest", ".+")):
-        text = text.replace(escape(f"{{{hole}}}"), f"(?P<{hole}>{accepts})")
-    return compile(text)
+        text = text.replace(re.escape(f"{{{hole}}}"), f"(?P<{hole}>{accepts})")
+    return re.compile(text)
 
 
 def groups(module_keys: Iterable[str], layout: str) -> list[Group]:

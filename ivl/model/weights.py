@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ivl.config import Config, read_json
 from ivl.model.layouts import Group, groups, layout_of, to_stored
-from ivl.types import UserError
+from ivl.types import UserError, some
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
@@ -44,7 +44,7 @@ class Files:
             if missing:
                 raise UserError(
                     f"{folder}: {index.name} names {len(names)} files, {len(missing)} of them are missing "
-                    f"({_some(missing)}); is the download complete?"
+                    f"({some(missing)}); is the download complete?"
                 )
         elif (folder / "model.safetensors").is_file():
             names = ["model.safetensors"]
@@ -108,7 +108,7 @@ def check(model: InternVL, files: Files, also: Mapping[str, Tensor] | None = Non
         if files.shapes.get(name, shape) != shape
     ]
     problems = [
-        f"{len(names)} {what}: {_some(names)}"
+        f"{len(names)} {what}: {some(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         if names
     ]
@@ -118,11 +118,6 @@ def check(model: InternVL, files: Files, also: Mapping[str, Tensor] | None = Non
             f"expected, {len(files.shapes)} found). {'; '.join(problems)}. Use config.json and weights of one release"
         )
     return groups(state, layout)
-
-
-def _some(names: list[str], limit: int = 10) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def untied(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:

@@ -35,15 +35,13 @@ def test_padded():
 
 
 def test_packed():
-    batch = collate(ROWS, pad_id=0, packed=True, multiple_of=8)
-    assert batch.input_ids.shape == (1, 16)
-    assert batch.input_ids[0].tolist() == [PAD] * 12 + [0] * 4
-    assert batch.attention_mask[0].tolist() == [True] * 12 + [False] * 4
-    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 0, 0, 0, 0]
-    assert batch.row_ids[0].tolist() == [0] * 5 + [1] * 3 + [2] * 4 + [-1] * 4
-    assert (
-        batch.labels[0].tolist() == [IGNORE] * 2 + [PAD] * 3 + [IGNORE, PAD, PAD] + [IGNORE] + [PAD] * 3 + [IGNORE] * 4
-    )
+    batch = collate(ROWS, pad_id=0, packed=True)
+    assert batch.input_ids.shape == (1, 12)
+    assert batch.input_ids[0].tolist() == [PAD] * 12
+    assert batch.attention_mask[0].tolist() == [True] * 12
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
+    assert batch.row_ids[0].tolist() == [0] * 5 + [1] * 3 + [2] * 4
+    assert batch.labels[0].tolist() == [IGNORE] * 2 + [PAD] * 3 + [IGNORE, PAD, PAD] + [IGNORE] + [PAD] * 3
     assert len(batch) == 3
 
 
@@ -55,8 +53,3 @@ def test_the_same_tokens_are_trained_on(packed):
     moved = batch.to("cpu")
     assert (moved.lengths.tolist(), moved.supervised, moved.num_tokens) == ([5, 3, 4], [3, 2, 3], 12)
     assert batch.num_tokens == int(batch.attention_mask.sum())
-
-
-def test_length_is_rounded_up():
-    assert collate(ROWS, pad_id=0, multiple_of=4).input_ids.shape == (3, 8)
-    assert collate(ROWS[:1], pad_id=0, multiple_of=5).input_ids.shape == (1, 5)

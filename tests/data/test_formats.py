@@ -337,7 +337,7 @@ def test_errors(row, message):
 def test_loads():
     assert loads('{"a": ",}", "b": [1, ], }') == loads(b'{"a": ",}", "b": [1]}') == {"a": ",}", "b": [1]}
     for line in ('{"a": 1', "{'a': 1}", '{"a", }', b"\xff\xfe", ""):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"Expecting|decode"):
             loads(line)
 
 

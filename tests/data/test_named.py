@@ -146,7 +146,7 @@ def test_a_failed_download_goes_on_where_it_stopped(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    ("change", "words"),
     [
         ({"coco_2014_caption.json": b"{}"}, "has no validation; it has README.md"),
         (

@@ -165,7 +165,7 @@ def test_a_map_is_read_and_the_longest_name_wins(tiny_folder, tmp_path, ending):
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    ("given", "message"),
     [
         ({"vision_model": "cpu"}, "8 modules without a device: mlp1, language_model.model.embed_tokens, .*layers.3"),
         (
