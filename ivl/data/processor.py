@@ -261,7 +261,7 @@ class Processor:
 
     def collate(self, examples: Sequence[Example], packed: bool = False, multiple_of: int = 1) -> Batch:
         """See `ivl.data.collate.collate`."""
-        return collating.collate(examples, self.tokenizer.pad_id, packed, multiple_of)
+        return collating.collate(examples, self.tokenizer.pad_id, packed, multiple_of, self.tokenizer.context_id)
 
     def decode(self, ids: Sequence[int] | Tensor, stop: Sequence[str] = ()) -> str:
         """The text of an answer: what comes before the token that ends it, without blanks around.
