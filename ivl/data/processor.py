@@ -16,7 +16,7 @@ from ivl.config import Config
 from ivl.data import collate as collating
 from ivl.data import formats, limits, media, template, tiles
 from ivl.data.chat_template import recognised
-from ivl.data.features import FeatureStore, key_of
+from ivl.data.features import FeatureStore
 from ivl.data.limits import Plan, Shape
 from ivl.data.tokenizer import Tokenizer
 from ivl.families import ReleasedModel, find_model
@@ -361,10 +361,11 @@ class Processor:
         """Where a feature cache keeps an image. None: no cache, a video, or an image that has no bytes of its own."""
         if self.features is None or medium.kind != "image":
             return None
-        data = media.image_bytes(medium.source, self.policy)
         config = self.config
         how = (config.image_size, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail, self.exif)
-        return data and key_of(data, (*how, config.dynamic_image_size, config.pad2square, self.resize))
+        how = (*how, config.dynamic_image_size, config.pad2square, self.resize)
+        read = partial(media.image_bytes, medium.source, self.policy)
+        return self.features.key(media.local_file(medium.source, self.policy), read, how)
 
     def _pixels(self, medium: Media, limit: int, counts: list[int], generator: torch.Generator | None) -> Tensor:
         """(N, 3, S, S) uint8 of an image, or of the frames of a video."""
