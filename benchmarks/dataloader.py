@@ -124,8 +124,8 @@ def table(args: argparse.Namespace) -> str:
         for side in SIDES:
             found[side].append(measure(args, side))
     lines = [
-        f"{machine()}; {args.rows} rows, batches of {BATCH}, up to {args.max_tiles} tiles of {SIZES[args.size][0]} pixels and a "
-        f"thumbnail, {args.workers} worker(s), {args.repeats} repeats",
+        f"{machine()}; {args.rows} rows, batches of {BATCH}, up to {args.max_tiles} tiles of {SIZES[args.size][0]} "
+        f"pixels and a thumbnail, {args.workers} worker(s), {args.repeats} repeats",
         "",
         f"| side | samples/s, median | least and most | ratio | data wait beside {args.step:g} s a batch | tiles |",
         "| --- | --- | --- | --- | --- | --- |",
