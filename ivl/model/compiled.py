@@ -1,8 +1,8 @@
 """torch.compile of the layers of the tower and of the language model, each by itself: regional compilation.
 
-Layers of one kind have the same code, so what is compiled for one serves all, whatever their number. Names of parameters
-do not change. Attention over rows stays as it is (`ivl.model.attention`): for each list of lengths it would be compiled
-anew. Source: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
+Layers of one kind have the same code, so what is compiled for one serves all, whatever their number. Names of
+parameters do not change. Attention over rows stays as it is (`ivl.model.attention`): for each list of lengths it would
+be compiled anew. Source: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
 """
 
 from __future__ import annotations

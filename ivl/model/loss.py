@@ -49,8 +49,8 @@ def losses(
 ) -> Losses:
     """The losses of a batch of `count` rows; a position is predicted from the one before it.
 
-    `hidden`: (B, T, D), or (M, D) at `supervised_places` alone. `at_M`: those places, where they are known; labels there
-    may have become IGNORE since.
+    `hidden`: (B, T, D), or (M, D) at `supervised_places` alone. `at_M`: those places, where they are known; labels
+    there may have become IGNORE since.
     """
     at_M = supervised_places(labels_BT) if at_M is None else at_M
     hidden_MD = hidden if hidden.ndim == 2 else hidden.flatten(0, 1).index_select(0, at_M)
