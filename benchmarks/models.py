@@ -56,6 +56,18 @@ BASE: dict[str, Any] = {
     },
 }
 
+_TINY = (
+    {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96},
+    {
+        "vocab_size": 700,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+    },
+)
+
 SIZES: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
     "60m": (
         224,
@@ -82,20 +94,11 @@ SIZES: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
             "intermediate_size": 2432,
         },
     ),
-    "tiny": (
-        56,
-        {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96},
-        {
-            "vocab_size": 700,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 96,
-        },
-    ),
+    "tiny": (56, *_TINY),
+    # Good for nothing but making tiles of the releases' size
+    "448": (448, *_TINY),
 }
-"""Name → pixels a side of a tile, the tower, the language model. A tile is 64 tokens, one of tiny 4."""
+"""Name → pixels a side of a tile, the tower, the language model. A tile is 64 tokens, one of tiny 4, one of 448 256."""
 
 
 def write(folder: Path, size: str, seed: int = 0) -> Path:

@@ -181,17 +181,20 @@ def strategy_of(strategy: Any, devices: int) -> Strategy:
 
 def rows_of(fit: Any, config: Config, setup: Setup) -> Rows:
     """What is trained on: the rows named, where they are at hand, else rows of the greatest length."""
+    from ivl.lit.datamodule import is_packed
+
     data = fit.data
-    length = data.pack_tokens or data.max_length if data.packing else data.max_length
+    packed = is_packed(data.packing, data.batch_size, data.group_by_length)
+    length = data.pack_tokens or data.max_length if packed else data.max_length
     files = [data.train] if isinstance(data.train, str) else data.train or []
     if files and not data.mixture and all(Path(f).is_file() for f in files) and Path(fit.model.pretrained).is_dir():
         return _read_rows(fit, length)
     tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail
     most = max(0, length - 64) // config.tokens_per_tile
-    rows = 1 if data.packing else data.batch_size
-    tiles = min(data.pack_tiles or most, most) if data.packing else rows * min(tiles, most)
+    rows = 1 if packed else data.batch_size or 8
+    tiles = min(data.pack_tiles or most, most) if packed else rows * min(tiles, most)
     supervised = max(1, int(SUPERVISED * rows * max(length - tiles // rows * config.tokens_per_tile, length // 4)))
-    micro = Micro(rows, length, tiles, supervised, data.packing)
+    micro = Micro(rows, length, tiles, supervised, packed)
     return Rows(micro, None, None, f"assumed: rows of {length} tokens, the tiles that they can hold")
 
 
@@ -206,13 +209,13 @@ def _read_rows(fit: Any, length: int) -> Rows:
     _, index = module.training
     tokens, tiles, supervised = (int(x.sum()) for x in (index.tokens, index.tiles, index.supervised))
     longest, count = int(index.tokens.max()), len(index)
-    if fit.data.packing:
+    if module.packing:
         batches = max(1, math.ceil(tokens / (FULL * length)))
         most = fit.data.pack_tiles or math.ceil(length * tiles / tokens)
         micro = Micro(1, length, most, max(1, math.ceil(length * supervised / tokens)), True)
         work = flops.Work(tiles, batches * length, batches * length**2, supervised)
     else:
-        rows = min(fit.data.batch_size, count)
+        rows = min(module.batch_size, count)
         batches = math.ceil(count / rows)
         most = int(sorted(index.tiles.tolist())[-rows:][0]) * rows if tiles else 0
         micro = Micro(rows, longest, max(most, int(index.tiles.max())), max(1, math.ceil(rows * supervised / count)))

@@ -138,6 +138,18 @@ class Example:
         return int((self.labels[1:] != IGNORE).sum())
 
 
+def places(mask_BT: Tensor) -> Tensor:
+    """Where a mask is True, flattened: (places,) int64. Waits for the mask's device."""
+    return mask_BT.flatten().nonzero()[:, 0]
+
+
+def supervised_places(labels_BT: Tensor) -> Tensor:
+    """Flattened places whose next token is supervised: (M,) int64. Waits for the labels' device."""
+    ahead_BT = torch.full_like(labels_BT, IGNORE)
+    ahead_BT[:, :-1] = labels_BT[:, 1:]
+    return places(ahead_BT != IGNORE)
+
+
 @dataclass
 class Batch:
     """What the model's forward takes, as keywords: `model(**batch)`. Only tensors are passed; `rows` stays behind.
@@ -161,6 +173,11 @@ class Batch:
     """(B, T) int64 where packed: which row a token belongs to, -1 for padding; None where padded"""
     lengths: Tensor | None = None
     """(rows,) int64 on the CPU: tokens of each row"""
+    image_at: Tensor | None = None
+    """(image tokens,) int64: their places in the flattened (B, T). Places are found on the host: a device that is asked
+    how many there are must first finish all it has been given"""
+    supervised_at: Tensor | None = None
+    """(M,) int64: places in the flattened (B, T) whose next token is supervised"""
     features: Tensor | None = None
     """(tiles, P, C) that were computed before (`ivl.data.features`) and are not among `tiles`"""
     stored: list[tuple[str | None, int, bool]] = field(default_factory=list)
@@ -172,7 +189,7 @@ class Batch:
 
     _tensors = (
         "input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids", "lengths",
-        "features",
+        "image_at", "supervised_at", "features",
     )  # fmt: skip
     _stay = ("tiles_per_row", "lengths")
 

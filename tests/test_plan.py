@@ -20,7 +20,8 @@ def test_a_released_model_on_a_device(capsys):
     assert total == find_model("internvl2-2b").parameters
     assert plan["parts"]["vision_model"]["trainable"] == 0 < plan["parts"]["language_model"]["trainable"]
     assert 5e9 < plan["memory"]["total"] < 12e9
-    assert (plan["batch"]["length"], plan["batch"]["tiles"], plan["batch"]["accumulate"]) == (4096, 13, 16)
+    assert (plan["batch"]["length"], plan["batch"]["tiles"], plan["batch"]["accumulate"]) == (4096, 15, 16)
+    assert plan["batch"]["packed"]
     assert plan["flops_per_step"]["computed"] > plan["flops_per_step"]["model"]
     assert plan["device"]["step_seconds"] > 0
 

@@ -25,7 +25,7 @@ from ivl.model.peft_adapter import save_adapter
 from ivl.model.tune import LoRA, Tune, apply
 from ivl.terminal import LINE, Session, chat, printable
 from tests import tiny
-from tests.test_chat import picture
+from tests.test_chat import fresh, picture
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 WAIT = 240.0
@@ -49,26 +49,36 @@ class Terminal:
                 os._exit(status)
         # Wide enough that no line is broken, or scrolled sideways.
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 10_000, 0, 0))
-        self.seen = ""
+        self._bytes, self.seen = b"", ""
 
     def until(self, text: str) -> str:
         """What is printed up to `text`, which is taken too."""
         limit = time.monotonic() + WAIT
         while text not in self.seen:
-            left = limit - time.monotonic()
-            if left <= 0 or not select.select([self.fd], [], [], left)[0]:
-                raise AssertionError(f"{text!r} did not come; so far: {self.seen!r}")
-            try:
-                new = os.read(self.fd, 65536)
-            except OSError:  # the other end is closed
-                new = b""
-            if not new:
-                raise AssertionError(f"ended before {text!r}; so far: {self.seen!r}")
-            self._bytes = getattr(self, "_bytes", b"") + new
-            self.seen = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", self._bytes.decode("utf-8", "ignore").replace("\r", ""))
+            self._read(text, limit)
         before, _, rest = self.seen.partition(text)
         self._bytes, self.seen = rest.encode(), rest
         return before
+
+    def printed(self, count: int) -> str:
+        """The next characters; they are not taken."""
+        limit = time.monotonic() + WAIT
+        while len(self.seen) < count:
+            self._read(f"{count} characters", limit)
+        return self.seen[:count]
+
+    def _read(self, awaited: str, limit: float) -> None:
+        left = limit - time.monotonic()
+        if left <= 0 or not select.select([self.fd], [], [], left)[0]:
+            raise AssertionError(f"{awaited!r} did not come; so far: {self.seen!r}")
+        try:
+            new = os.read(self.fd, 65536)
+        except OSError:  # the other end is closed
+            new = b""
+        if not new:
+            raise AssertionError(f"ended before {awaited!r}; so far: {self.seen!r}")
+        self._bytes += new
+        self.seen = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", self._bytes.decode("utf-8", "ignore").replace("\r", ""))
 
     def type(self, line: str) -> None:
         os.write(self.fd, line.encode() + b"\n")
@@ -189,12 +199,45 @@ def test_words_of_command_and_what_goes_wrong(folder, tmp_path):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_session(folder, tmp_path):
-    terminal = start(folder, tmp_path, "--max_new_tokens", "4000", "--temperature", "3")
-    terminal.type("How many sheep are there?")
+    """What was printed stays, and is what the history holds: the next answer is the one that follows from it."""
+    first, second = "How many sheep are there?", "And cats?"
+    chat = Chat(InternVL.from_pretrained(folder), Processor.from_pretrained(folder), settings=Settings(3000))
+    begin = ""
+    for piece in chat.stream(first):
+        begin += printable(piece)
+        if len(begin) > 20:
+            break
+    terminal = start(folder, tmp_path, "--max_new_tokens", "3000")
+    terminal.type(first)
+    assert terminal.until(begin) == "", "greedy answers are the same"
     terminal.press(b"\x03")
-    terminal.until("\n<<< ")
+    partial = begin + terminal.until(f" [stopped]\n{LINE}\n").replace("^C", "", 1)  # the key's echo
+    terminal.until("<<< ")
+    terminal.type(second)
+    after = terminal.printed(12)
+    terminal.press(b"\x03")
+    terminal.until("<<< ")
     terminal.type("quit")
     assert terminal.status() == 0
+    expected = [answer_after(chat, first, partial, second, more) for more in (0, 1)]
+    assert any(text.startswith(after) for text in expected)
+    kept = (tmp_path / "ivl" / "chat_history").read_text().splitlines()
+    assert kept == [first, second, "quit"]
+
+
+def answer_after(chat: Chat, first: str, partial: str, second: str, more: int) -> str:
+    """How the second answer begins where the first was stopped after `partial` was printed.
+
+    `more`: the key may have been pressed when a further piece was made and not printed yet.
+    """
+    chat.clear()
+    said, pieces = "", chat.stream(first)
+    while printable(said) != partial:
+        said += next(pieces)
+        assert partial.startswith(printable(said))
+    said += "".join(next(pieces) for _ in range(more))
+    row = {"query": second, "history": [[first, said]]}
+    return printable(fresh(chat.model, chat.processor, row, Settings(30)))
 
 
 def test_one_turn_models_ask_for_media_and_refuse_later_ones(tmp_path):

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ivl.types import IGNORE, Batch, Example
+from ivl.types import IGNORE, Batch, Example, places, supervised_places
 
 
-def collate(examples: Sequence[Example], pad_id: int, packed: bool = False) -> Batch:
+def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, image_id: int | None = None) -> Batch:
     """Batch of the examples in order: (B, T) with T the longest, or packed (1, T) with T the sum.
 
     The first label of every row is IGNORE: there is nothing before it to predict it from, and in a pack it would be
-    predicted from the row before.
+    predicted from the row before. `image_id`: the id of image tokens.
     """
     assert examples, "a batch of no examples"
     lengths = [len(example) for example in examples]
@@ -46,6 +46,8 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False) -> B
         tiles_per_row=torch.tensor([example.num_tiles for example in examples], dtype=torch.int64),
         row_ids=row_ids if packed else None,
         lengths=torch.tensor(lengths, dtype=torch.int64),
+        image_at=None if image_id is None else places(batch["input_ids"] == image_id),
+        supervised_at=supervised_places(batch["labels"]),
         features=torch.cat(found) if found else None,
         stored=[(key, tiles, features is not None) for key, tiles, features in stored],
         rows=[example.conversation for example in examples],

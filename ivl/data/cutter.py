@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ivl.config import Config
 from ivl.data import formats, media, tiles
-from ivl.data.features import key_of
+from ivl.data.features import FeatureStore
 from ivl.data.limits import Shape
 from ivl.types import Media, UserError
 
@@ -100,14 +101,15 @@ class Cutter:
         low = min(config.min_dynamic_patch, limit)
         return tiles.tile_count(shape.width, shape.height, config.image_size, low, limit, config.use_thumbnail)
 
-    def key(self, medium: Media, limit: int) -> str | None:
+    def key(self, medium: Media, limit: int, store: FeatureStore) -> str | None:
         """Where a feature cache keeps an image. None: a video, or an image that has no bytes of its own."""
         if medium.kind != "image":
             return None
-        data = media.image_bytes(medium.source, self.policy)
         config = self.config
         how = (config.image_size, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail, self.exif)
-        return key_of(data, (*how, config.dynamic_image_size, config.pad2square, self.resize)) if data else None
+        settings = (*how, config.dynamic_image_size, config.pad2square, self.resize)
+        read = partial(media.image_bytes, medium.source, self.policy)
+        return store.key(media.local_file(medium.source, self.policy), read, settings)
 
     def pixels(self, medium: Media, limit: int, counts: list[int], generator: torch.Generator | None) -> Tensor:
         """(N, 3, S, S) uint8 of an image, or of the frames of a video."""

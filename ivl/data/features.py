@@ -1,6 +1,7 @@
 """Features of images that a frozen tower computed before, on disk: by content, bounded, shared by processes and runs.
 
 DIR/MODEL/ab/abcdef….safetensors   one image: (tiles, P, C), in the type they were computed in
+DIR/names/ab/cdef…                 a link whose text is the key of a file that has not changed since it was read
 
 MODEL says which weights and settings made them, so features of other weights are never found. A file is written under
 another name and moved into place, and carries a checksum: what a crash left is taken for missing. Where the limit is
@@ -14,7 +15,8 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from torch import Tensor
 from ivl.config import Config
 
 _SUFFIX = ".safetensors"
+SETTLED = 2.0
+"""Seconds for which a file must have been as it is: a clock may stand still between two changes of the same size"""
 
 
 def bytes_needed(config: Config, tiles: int, width: int, element: int) -> int:
@@ -49,6 +53,28 @@ class FeatureStore:
 
     def path(self, key: str) -> Path:
         return self.folder / self.model / key[:2] / f"{key}{_SUFFIX}"
+
+    def key(self, file: Path | None, read: Callable[[], bytes | None], settings: Any) -> str | None:
+        """`key_of` what `read` gives; None where that is None.
+
+        `file`: where it is read from. Its key is remembered for all processes and runs, and read only where the file
+        is another by its place, size, or times; the time of the last change cannot be set back, as that of the content.
+        """
+        before = _stamp(file)
+        name = before and hashlib.blake2b(repr((before, settings)).encode(), digest_size=20).hexdigest()
+        link = name and self.folder / "names" / name[:2] / name[2:]
+        if link:
+            with suppress(OSError):
+                return os.readlink(link)
+        data = read()
+        if not data:
+            return None
+        found = key_of(data, settings)
+        if before and link and _stamp(file) == before and time.time() - max(before[-2:]) / 1e9 > SETTLED:
+            with suppress(OSError):  # a link is there at once and whole; without links every epoch reads the files
+                link.parent.mkdir(parents=True, exist_ok=True)
+                os.symlink(found, link)
+        return found
 
     def get(self, key: str, tiles: int) -> Tensor | None:
         """(tiles, P, C), or None where they are not there or not whole; a damaged file is removed."""
@@ -117,6 +143,17 @@ class FeatureStore:
             path.unlink(missing_ok=True)
             gained += size
         return gained
+
+
+def _stamp(file: Path | None) -> tuple[Any, ...] | None:
+    """What tells a file from what it was before; the last two are nanoseconds."""
+    if file is None:
+        return None
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return (os.path.abspath(file), found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _crc(tensor: Tensor) -> str:

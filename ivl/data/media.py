@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ivl.data.fetch import FetchPolicy
+from ivl.data.fetch import FetchPolicy, cached_path
 from ivl.data.formats import is_url
 from ivl.data.frames import Sample, Sampling, VideoFile, VideoInfo, sample_indices
 from ivl.data.source import HEAD, content, describe, kind_of, open_source
@@ -100,6 +100,13 @@ def image_bytes(source: Any, policy: MediaPolicy = _DEFAULT) -> bytes | None:
     image_size(source, policy=policy)  # a download is an image before it is kept
     with open_source(source, policy.fetch, lambda opened: None) as opened:
         return opened.read()
+
+
+def local_file(source: Any, policy: MediaPolicy = _DEFAULT) -> Path | None:
+    """The file that an image is read from: a path, or where a URL's was or will be kept; None where there is none."""
+    if not isinstance(source, (str, os.PathLike)) or str(source)[:5].lower() == "data:":
+        return None
+    return cached_path(source, policy.fetch) if isinstance(source, str) and is_url(source) else Path(source)
 
 
 def load_video(

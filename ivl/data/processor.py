@@ -179,7 +179,7 @@ class Processor:
             for medium, limit, counts in zip(plan.conversation.media, plan.limits, plan.tiles, strict=True):
                 if not counts:
                     continue
-                key = self.cutter.key(medium, limit) if self.features else None
+                key = self.cutter.key(medium, limit, self.features) if self.features else None
                 found = self.features.get(key, sum(counts)) if self.features and key else None
                 if found is None:
                     cut = partial(self.cutter.pixels, medium, limit, counts, generator)
@@ -221,7 +221,7 @@ class Processor:
 
     def collate(self, examples: Sequence[Example], packed: bool = False) -> Batch:
         """See `ivl.data.collate.collate`."""
-        return collating.collate(examples, self.tokenizer.pad_id, packed)
+        return collating.collate(examples, self.tokenizer.pad_id, packed, self.tokenizer.context_id)
 
     def decode(self, ids: Sequence[int] | Tensor, stop: Sequence[str] = ()) -> str:
         """The text of an answer: what comes before the token that ends it, without blanks around.

@@ -9,6 +9,7 @@ from functools import cached_property
 from ivl.data.processor import Processor
 from ivl.lit.prediction import Row, answered, failed
 from ivl.lit.prompts import LAST, Prompt
+from ivl.model.compiled import uncompiled
 from ivl.model.fingerprint import fingerprint
 from ivl.model.generate import Choice, Ends
 from ivl.model.internvl import InternVL
@@ -122,5 +123,6 @@ def answers(
     settings = {k: v for k, v in vars(chosen).items() if k != "stop"}
     if model.always_run_vision:
         settings["all_done"] = all_done
-    found = model.generate(prompts, eos_ids=ends.eos_ids, stopped=ends.stopped, **settings)
+    with uncompiled():
+        found = model.generate(prompts, eos_ids=ends.eos_ids, stopped=ends.stopped, **settings)
     return [processor.decode(ids, chosen.stop) for ids in found]

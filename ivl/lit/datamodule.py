@@ -54,9 +54,10 @@ class IvlData(LightningDataModule):
             save what is typed on the command line.
         task_root: Folder of the benchmark's official files.
         media_root: Where relative media paths start. Default: the folder of the file they stand in.
-        batch_size: Rows per batch and process, where rows are not packed.
+        batch_size: Rows per batch and process, where rows are not packed. Default: 8.
         eval_batch_size: Rows per batch and process in validation. Default: batch_size.
-        packing: Rows follow one another in sequences of at most pack_tokens, instead of being padded to the longest.
+        packing: Rows follow one another in sequences of at most pack_tokens, instead of being padded to the longest of
+            a batch. Default: yes, unless batch_size or group_by_length says how to pad.
         pack_tokens: Most tokens of a pack. Default: max_length.
         pack_tiles: Most tiles of a pack. Default: no limit.
         group_by_length: Batches that are padded hold rows of like length.
@@ -99,9 +100,9 @@ class IvlData(LightningDataModule):
         task: str | None = None,
         task_root: str = "data",
         media_root: str | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         eval_batch_size: int | None = None,
-        packing: bool = False,
+        packing: bool | None = None,
         pack_tokens: int | None = None,
         pack_tiles: int | None = None,
         group_by_length: bool = False,
@@ -129,9 +130,10 @@ class IvlData(LightningDataModule):
         self.mixture, self.val_fraction = mixture, val_fraction
         self.split, self.task, self.task_root = split, task, task_root
         self.media_root = media_root
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.packing, self.group_by_length = packing, group_by_length
+        self.packing = is_packed(packing, batch_size, group_by_length)
+        self.batch_size = batch_size or 8
+        self.eval_batch_size = eval_batch_size or self.batch_size
+        self.group_by_length = group_by_length
         self.pack_tokens, self.pack_tiles = pack_tokens or max_length, pack_tiles
         self.probe_urls = probe_urls
         self.on_error, self.max_bad, self.report = on_error, max_bad, report
@@ -375,6 +377,11 @@ class IvlData(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # what a loader draws for its workers is not taken from the run's numbers
         )
+
+
+def is_packed(packing: bool | None, batch_size: int | None, group_by_length: bool) -> bool:
+    """Whether rows are packed, by the options of that name: unless they say how rows are padded."""
+    return packing if packing is not None else batch_size is None and not group_by_length
 
 
 def _looked_through(rows: Rows, name: str, probe_urls: bool = False) -> Index:

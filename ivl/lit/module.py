@@ -34,6 +34,7 @@ from ivl.lit.types import IvlTrainer
 from ivl.lit.watch import SourceLosses
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
+from ivl.model.compiled import compile_layers
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
 from ivl.model.parallel import build_sharded, parallelize
@@ -71,6 +72,8 @@ class LitInternVL(LightningModule):
             inference, and as the frozen base of a LoRA (QLoRA). The vision encoder, projector and head stay whole.
         attention: Attention kernel; `auto` takes the fastest that is installed and runs here.
         checkpointing: Activation checkpointing per part.
+        compile: Train with the layers of vision encoder and language model compiled by torch.compile: the first steps
+            take minutes, the others less time, most of all on a GPU. Needs a C++ compiler.
         loss_reduction: How much a row counts in a step: by its supervised tokens, alike, or by their square root
             (token, sample, square).
         label_smoothing: Share of each target that is spread evenly over the vocabulary, in training.
@@ -100,6 +103,7 @@ class LitInternVL(LightningModule):
         quantize: Literal["int8", "nf4"] | None = None,
         attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto",
         checkpointing: Checkpointing = Checkpointing(),
+        compile: bool = False,  # noqa: A002  (the option's name)
         loss_reduction: Reduction = "token",
         label_smoothing: float = 0.0,
         neftune: float = 0.0,
@@ -116,7 +120,7 @@ class LitInternVL(LightningModule):
         self.pretrained = pretrained
         self.tune, self.adapter = tune, adapter
         self.dtype_name, self.quantize, self.attention = dtype, quantize, attention
-        self.checkpointing = checkpointing
+        self.checkpointing, self.compiled = checkpointing, compile
         self.loss_reduction, self.label_smoothing, self.neftune = loss_reduction, label_smoothing, neftune
         self.make_optimizer, self.make_schedule, self.rates = optimizer, schedule, rates
         self.generation, self.batching = generation, batching
@@ -149,6 +153,8 @@ class LitInternVL(LightningModule):
         self.model = model
         if self.trainer.training:
             rank_zero_info(f"{self.pretrained}\n{tuning.table(model)}")
+            if self.compiled:
+                compile_layers(model)
 
     def _model(self, strategy: Strategy) -> InternVL:
         """The model with what trains in place, as the strategy spreads it."""

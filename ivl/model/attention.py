@@ -9,6 +9,7 @@ Shapes: T tokens of all rows, H heads, G heads of keys and values, K width of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,13 @@ from ivl.model.last_block import WANTED
 NAME = "sdpa_by_row"
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a sequence, in a form whose content torch.compile does not look at on the way here."""
+
+    lengths: tuple[int, ...]
+
+
 @cache
 def register() -> str:
     """Make the function known to transformers. Returns the name a config asks for it by."""
@@ -28,13 +36,14 @@ def register() -> str:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
+    @torch.compiler.disable  # compiled, there would be a version for each list of lengths
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
         given.pop(WANTED, None)  # the last block's
-        lengths = given.pop("lengths_of_rows", None)
-        if lengths is None:
+        rows = given.pop("rows", None)
+        if rows is None:
             return sdpa_attention_forward(module, query, key, value, mask, **given)
         window = given.get("sliding_window")
-        return by_row(query, key, value, lengths, given.get("scaling"), given.get("dropout", 0.0), window), None
+        return by_row(query, key, value, rows.lengths, given.get("scaling"), given.get("dropout", 0.0), window), None
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -72,7 +81,7 @@ def given_rows(kernel: str, lengths: Sequence[int], like: Tensor) -> dict[str, A
     if kernel == NAME:
         # A mask of four dimensions is passed on as it is; this one is not looked at, and keeps transformers from
         # making a square one.
-        return {"lengths_of_rows": tuple(lengths), "attention_mask": like.new_empty(0, 0, 0, 0)}
+        return {"rows": Rows(tuple(lengths)), "attention_mask": like.new_empty(0, 0, 0, 0)}
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(like.device, non_blocking=True)
     longest = max(lengths)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -27,7 +27,7 @@ from ivl.model.neftune import add_noise
 from ivl.model.quant import Quantize
 from ivl.model.vision import InternViT
 from ivl.model.weights import load_weights
-from ivl.types import UserError
+from ivl.types import UserError, places
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet, per colour"""
@@ -45,7 +45,8 @@ def normalize(tiles_N3SS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 tiles → what the tower takes, equal to torchvision's ToTensor and Normalize. Floats pass as they are."""
     if tiles_N3SS.is_floating_point():
         return tiles_N3SS.to(dtype)
-    mean_311, std_311 = (torch.tensor(c, device=tiles_N3SS.device).view(3, 1, 1) for c in (MEAN, STD))
+    # Not made on the device, which would wait for it.
+    mean_311, std_311 = (torch.tensor(c).view(3, 1, 1).to(tiles_N3SS.device, non_blocking=True) for c in (MEAN, STD))
     return ((tiles_N3SS.float() / 255 - mean_311) / std_311).to(dtype)
 
 
@@ -179,6 +180,8 @@ class InternVL(nn.Module):
         tiles_per_row: Tensor | None = None,
         row_ids: Tensor | None = None,
         lengths: Tensor | None = None,
+        image_at: Tensor | None = None,
+        supervised_at: Tensor | None = None,
         features: Tensor | None = None,
         loss_weights: Tensor | None = None,
         return_logits: bool = False,
@@ -192,15 +195,18 @@ class InternVL(nn.Module):
         target that is spread evenly over the vocabulary.
         Raises UserError where image tokens and tiles disagree.
         """
-        embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids, attention_mask, features)
+        embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids, attention_mask, features, image_at)
         where = (attention_mask, position_ids, row_ids, lengths)
-        read_M = None if labels is None or return_logits else supervised_places(labels)
+        if labels is not None and supervised_at is None:
+            supervised_at = supervised_places(labels)
+        read_M = None if labels is None or return_logits else supervised_at
         hidden = hidden_states(self.language_model, embeds_BTD, *where, read_M)  # (B, T, D), or (M, D)
         output = Output()
         if labels is not None:
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
             head = self.language_model.lm_head
-            found = losses(head, hidden, labels, row_ids, rows, loss_weights, loss_chunk, label_smoothing)
+            settings = (loss_weights, loss_chunk, label_smoothing, supervised_at)
+            found = losses(head, hidden, labels, row_ids, rows, *settings)
             output = Output(**vars(found))
         if labels is None or return_logits:
             output.logits = self.language_model.lm_head(hidden)
@@ -214,10 +220,12 @@ class InternVL(nn.Module):
         row_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
         features_NPC: Tensor | None = None,
+        image_at: Tensor | None = None,
     ) -> Tensor:
         """Embeddings of a batch, those of image tokens taken from the tiles in order: (B, T, D).
 
         `features_NPC`: `tower_features` of all tiles, or what `mlp1` made of them (`features_projected`), made before.
+        `image_at`: as in a Batch; None: looked for, which waits for the device.
         """
         size = self.config.image_size
         image_BT = input_ids_BT == self.image_token_id
@@ -239,7 +247,9 @@ class InternVL(nn.Module):
             features_NPD = self.tile_features(tiles_N3SS)
         else:
             features_NPD = features_NPC if self.features_projected else self.mlp1(features_NPC.to(self.dtype))
-        return embeds_BTD.masked_scatter(image_BT[..., None], features_NPD.to(embeds_BTD.dtype))
+        image_at = places(image_BT) if image_at is None else image_at
+        features_ID = features_NPD[:count].flatten(0, 1).to(embeds_BTD.dtype)
+        return embeds_BTD.flatten(0, 1).index_copy(0, image_at, features_ID).unflatten(0, image_BT.shape)
 
     def tile_features(self, tiles_N3SS: Tensor) -> Tensor:
         """What the language model reads of each tile, uint8 or normalised: (N, P, D)."""

@@ -116,7 +116,7 @@ class RotaryEmbedding(nn.Module):
         with torch.device("cpu"):
             made: Any = type(theirs)(config)
             self.scale = made.attention_scaling
-            self.inv_freq_R = made.inv_freq.detach().clone()
+            self.inv_freq_R = self.long_inv_freq_R = made.inv_freq.detach().clone()
             if self.kind == "dynamic":
                 self.limit = config.max_position_embeddings
                 self.theta, self.factor = parameters["rope_theta"], parameters["factor"]
@@ -128,12 +128,14 @@ class RotaryEmbedding(nn.Module):
     def frequencies(self, positions_BT: Tensor) -> Tensor:
         """Angle per position of each token: (R,) or (B, T, R), float32."""
         if self.inv_freq_R.device != positions_BT.device:
-            self.inv_freq_R = self.inv_freq_R.to(positions_BT.device)
+            self.inv_freq_R, self.long_inv_freq_R = (
+                x.to(positions_BT.device) for x in (self.inv_freq_R, self.long_inv_freq_R)
+            )
         if self.limit is None:
             return self.inv_freq_R
         length_BT1 = row_lengths(positions_BT)[..., None]
         if self.kind == "longrope":
-            return torch.where(length_BT1 > self.limit, self.long_inv_freq_R.to(length_BT1.device), self.inv_freq_R)
+            return torch.where(length_BT1 > self.limit, self.long_inv_freq_R, self.inv_freq_R)
         half = len(self.inv_freq_R)
         stretch_BT1 = self.factor * length_BT1.clamp(min=self.limit) / self.limit - (self.factor - 1)
         theta_BT1 = self.theta * stretch_BT1 ** (half / (half - 1))

@@ -51,7 +51,8 @@ class LoRAProduct(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         kind = x_NI.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_NI.dtype
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none
+        dtype = torch.get_autocast_dtype(kind) if autocast else x_NI.dtype
         mask_NI = None
         if dropout:
             mask_NI, share = kept(x_NI.shape, dropout, x_NI.device)
@@ -82,7 +83,9 @@ class LoRALinear(lora.Linear):
     """peft's layer; what it holds, and what files of it are, is unchanged."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.disable_adapters or self.merged or not self._plain():
+        # The compiler sees through peft's own operations, and arranges what is kept by itself.
+        compiling = torch.compiler.is_compiling()
+        if compiling or args or kwargs or self.disable_adapters or self.merged or not self._plain():
             return super().forward(x, *args, **kwargs)
         base, dropout = self.base_layer, self.lora_dropout[ADAPTER]
         share = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0

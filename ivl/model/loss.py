@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ivl.types import IGNORE
+from ivl.types import IGNORE, supervised_places
 
 Reduction = Literal["token", "sample", "square"]
 
@@ -45,34 +45,33 @@ def losses(
     weights_BT: Tensor | None = None,
     chunk: int = 512,
     smoothing: float = 0.0,
+    at_M: Tensor | None = None,
 ) -> Losses:
     """The losses of a batch of `count` rows; a position is predicted from the one before it.
 
-    `hidden`: (B, T, D), or (M, D) at `supervised_places` alone.
+    `hidden`: (B, T, D), or (M, D) at `supervised_places` alone. `at_M`: those places, where they are known; labels
+    there may have become IGNORE since.
     """
-    supervised = labels_BT[:, 1:] != IGNORE
-    hidden_MD = hidden if hidden.ndim == 2 else hidden[:, :-1][supervised]
-    labels_M = labels_BT[:, 1:][supervised]
+    at_M = supervised_places(labels_BT) if at_M is None else at_M
+    hidden_MD = hidden if hidden.ndim == 2 else hidden.flatten(0, 1).index_select(0, at_M)
+    labels_M = _at(labels_BT, at_M + 1)
     nll_M = token_losses(head, hidden_MD, labels_M, chunk, smoothing)
-    ones_M = torch.ones_like(nll_M)
-    weights_M = ones_M if weights_BT is None else weights_BT[:, 1:][supervised].to(nll_M)
-    rows_M = rows_of(labels_BT, row_ids_BT)[:, 1:][supervised]
+    ones_M = (labels_M != IGNORE).to(nll_M)
+    weights_M = ones_M if weights_BT is None else _at(weights_BT, at_M + 1).to(nll_M)
+    rows_M = _at(rows_of(labels_BT, row_ids_BT), at_M + 1)
     loss_sum, weight_sum = (nll_M * weights_M).sum(), weights_M.sum()
     return Losses(
         loss=loss_sum / torch.where(weight_sum > 0, weight_sum, 1),
         loss_sum=loss_sum,
         weight_sum=weight_sum,
-        num_supervised=supervised.sum(),
+        num_supervised=(labels_M != IGNORE).sum(),
         row_losses=row_sums(nll_M.detach(), rows_M, count),
         row_tokens=row_sums(ones_M, rows_M, count),
     )
 
 
-def supervised_places(labels_BT: Tensor) -> Tensor:
-    """Flattened places whose next token is supervised: (M,)."""
-    ahead_BT = torch.full_like(labels_BT, IGNORE)
-    ahead_BT[:, :-1] = labels_BT[:, 1:]
-    return (ahead_BT != IGNORE).flatten().nonzero()[:, 0]
+def _at(values_BT: Tensor, at_M: Tensor) -> Tensor:
+    return values_BT.flatten().index_select(0, at_M)
 
 
 def token_losses(head: nn.Module, hidden_MD: Tensor, labels_M: Tensor, chunk: int, smoothing: float = 0.0) -> Tensor:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ivl.data.decoder import DecodeError, Decoder
-from tests.data.test_media import write_video
+from tests.data.videos import write_video
 
 
 @pytest.fixture

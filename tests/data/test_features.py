@@ -1,6 +1,7 @@
 """The store of features: what is put is found, what is not whole is not, and the limit holds."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -76,3 +77,78 @@ def test_features_of_other_models_make_room_oldest_first(store):
 def test_keys_tell_bytes_and_settings_apart():
     assert len({key_of(b"a", (1,)), key_of(b"b", (1,)), key_of(b"a", (2,))}) == 3
     assert key_of(b"a", (1,)) == key_of(b"a", (1,))
+
+
+# -- keys of files -----------------------------------------------------------------------------------------------------
+
+
+class Reading:
+    """Reads a file, and counts how often."""
+
+    def __init__(self, path):
+        self.path, self.count = path, 0
+
+    def __call__(self):
+        self.count += 1
+        return self.path.read_bytes()
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    monkeypatch.setattr("ivl.data.features.SETTLED", -1e9)
+
+
+def test_a_file_is_read_once_for_all_processes_and_models(store, tmp_path, settled):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"picture")
+    read = Reading(path)
+    assert store.key(path, read, (1,)) == key_of(b"picture", (1,)) == store.key(path, read, (1,))
+    assert FeatureStore(store.folder, "other", 10).key(path, read, (1,)) == key_of(b"picture", (1,))
+    assert read.count == 1
+    assert store.key(path, read, (2,)) == key_of(b"picture", (2,)) and read.count == 2
+    assert store.key(None, read, (1,)) == key_of(b"picture", (1,)) and read.count == 3
+    assert store.key(tmp_path / "gone", lambda: None, (1,)) is None
+
+
+@pytest.mark.parametrize("way", ["written over", "moved over"])
+def test_a_file_that_changed_is_read_again_even_with_its_size_and_time_kept(store, tmp_path, settled, way):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"picture")
+    read, before = Reading(path), os.stat(path)
+    store.key(path, read, ())
+    time.sleep(0.05)  # more than a tick of the file system's clock
+    new = path if way == "written over" else tmp_path / "b.png"
+    new.write_bytes(b"another")
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.replace(path)
+    assert os.stat(path).st_mtime_ns == before.st_mtime_ns and os.stat(path).st_size == before.st_size
+    assert store.key(path, read, ()) == key_of(b"another", ()) and read.count == 2
+
+
+def test_a_file_that_may_still_change_is_not_remembered(store, tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"picture")
+    read = Reading(path)
+    for count in (1, 2):
+        assert store.key(path, read, ()) == key_of(b"picture", ()) and read.count == count
+    monkeypatch.setattr("ivl.data.features.SETTLED", -1e9)
+
+    def changing():
+        path.write_bytes(b"picture, and more")
+        return b"picture"
+
+    store.key(path, changing, ())
+    path.write_bytes(b"picture")
+    assert store.key(path, read, ()) == key_of(b"picture", ())
+    assert read.count == 3
+
+
+def test_where_there_are_no_links_files_are_read(store, tmp_path, settled, monkeypatch):
+    def refuse(*_):
+        raise OSError("not on this file system")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"picture")
+    read = Reading(path)
+    assert store.key(path, read, ()) == store.key(path, read, ()) and read.count == 2

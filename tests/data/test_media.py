@@ -4,14 +4,15 @@ import base64
 import io
 import json
 import random
+import resource
 import time
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ivl.data.frames import _DECODER
 from ivl.data.media import (
     MediaPolicy,
     image_size,
@@ -22,6 +23,7 @@ from ivl.data.media import (
 )
 from ivl.types import UserError
 from tests.data.bounds import peak_bytes
+from tests.data.videos import write_long_video, write_video
 
 RNG = np.random.default_rng(0)
 
@@ -36,20 +38,6 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
-
-
-def write_video(path, frames=30, fps=10, size=(64, 48)) -> None:
-    """Frame i is grey of level 8 * i."""
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.qmin = stream.codec_context.qmax = 1
-        for i in range(frames):
-            pixels = np.full((size[1], size[0], 3), 8 * i % 256, dtype=np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels)):
-                out.mux(packet)
-        for packet in stream.encode():
-            out.mux(packet)
 
 
 def level(frame: Image.Image) -> float:
@@ -223,6 +211,21 @@ def test_video_file(tmp_path):
     draws = [load_video(path, 4, sample="random", generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     levels = [[level(f) for f in d] for d in draws]
     assert levels[0] == levels[1] != levels[2]
+
+
+def test_three_hours_are_not_decoded_whole(tmp_path):
+    """Each frame is sought: all of them would be 10800 frames, about a minute of computing."""
+    path = write_long_video(tmp_path / "long.mp4", (640, 480))
+    assert video_info(path).frames == 3 * 3600
+    _DECODER.close()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert [round(level(f) / 80) for f in load_video(path, num_segments=8)] == [0, 0, 0, 1, 1, 2, 2, 2]
+    _DECODER.close()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 5
+    assert len(load_video(path, fps=0.01)) == video_frame_count(path, fps=0.01) == 108
+    with pytest.raises(UserError, match=r"256 frames of 640 x 480 pixels .*max_video_pixels"):
+        load_video(path, fps=1, policy=MediaPolicy(max_video_pixels=10_000_000))
 
 
 def test_animations_and_folders(tmp_path):

@@ -101,3 +101,23 @@ def test_what_is_left_out_is_counted_and_listed_for_all_sources(base, tmp_path, 
     said = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("4 of 60 rows cannot be used and are left out, listed in") for line in said), said
     assert len(data.training[1]) == 56
+
+
+@pytest.mark.parametrize(
+    ("options", "packed", "batch"),
+    [
+        ({}, True, 8),
+        ({"eval_batch_size": 3}, True, 3),
+        ({"batch_size": 4}, False, 4),
+        ({"group_by_length": True}, False, 8),
+        ({"packing": True, "batch_size": 4}, True, 4),
+        ({"packing": False}, False, 8),
+    ],
+)
+def test_rows_are_packed_unless_it_is_said_how_to_pad(base, options, packed, batch):
+    made = loader(base, 0, **options)
+    first = next(iter(made))
+    assert (first.row_ids is not None) == packed
+    assert packed or len(first) == options.get("batch_size", 8)
+    data = IvlData(str(base / "model"), **options)
+    assert data.eval_batch_size == batch

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ivl.data.processor import Processor
 from ivl.lit.prediction import Parts
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
+from tests.data.videos import write_long_video
 from tests.tiny import write_checkpoint
 
 COUNT = 200
@@ -177,7 +179,7 @@ def tail(base: Path, folder: Path) -> Path:
     return path
 
 
-def bad_rows(base: Path, folder: Path) -> Path:
+def bad_rows(base: Path, folder: Path, url: str) -> Path:
     (folder / "text.jpg").write_text("not a picture")
     (folder / "empty.mp4").write_bytes(b"")
     rows = [
@@ -187,6 +189,7 @@ def bad_rows(base: Path, folder: Path) -> Path:
         {"query": "<video>?", "videos": ["empty.mp4"]},
         {"query": "<image><image>?", "images": [str(base / "data/0.png")]},
         {"query": "long " * 3000},
+        {"query": "<image>?", "images": [url]},
         {"query": "Good too."},
     ]
     path = folder / "bad.jsonl"
@@ -194,26 +197,80 @@ def bad_rows(base: Path, folder: Path) -> Path:
     return path
 
 
-def test_errors_of_rows_are_written_beside_the_answers(base, tmp_path, caplog):
-    path, out = bad_rows(base, tmp_path), tmp_path / "answers.jsonl"
+BAD = {
+    2: ("nowhere.png", "no such file"),
+    3: ("text.jpg", "expected an image", "found text that begins with 'not a picture'"),
+    4: ("empty.mp4", "the file is empty (0 bytes)"),
+    5: ("2 <image> marks but 1 image",),
+    6: ("tokens", "exceed the model's context of 4096"),
+    7: ("/cat.png", "no answer (timed out), 1 times"),
+}
+"""Line of a bad row → what is said of it"""
+
+
+@pytest.fixture
+def hanging():
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/cat.png"
+
+
+def impatient(folder: Path) -> list[str]:
+    fetching = {"timeout": 0.3, "retries": 0, "allow_private": "true", "cache_dir": folder / "fetched"}
+    return [word for name, value in fetching.items() for word in (f"--data.media.fetch.{name}", str(value))]
+
+
+def test_errors_of_rows_are_written_beside_the_answers(base, tmp_path, caplog, hanging):
+    path, out = bad_rows(base, tmp_path, hanging), tmp_path / "answers.jsonl"
     more = ["--data.predict", str(path), "--data.on_error", "skip", "--data.max_length", "100000"]
-    assert main(command(base, out, *more)) == 0
-    assert "7 answers" in caplog.text and "5 of them errors" in caplog.text
+    assert main(command(base, out, *more, *impatient(tmp_path))) == 0
+    assert "8 answers" in caplog.text and "6 of them errors" in caplog.text
     found = read(out)
-    assert ["error" in row for row in found] == [False, True, True, True, True, True, False]
-    for number, row in enumerate(found[1:6], 2):
+    assert {n for n, row in enumerate(found, 1) if "error" in row} == BAD.keys()
+    for number, words in BAD.items():
+        row = found[number - 1]
         assert row["error"].startswith(f"{path}:{number}: ") and row["where"] == f"{path}:{number}"
         assert "response" not in row and "\n" not in row["error"]
-    assert found[1]["id"] == "missing" and "nowhere.png" in found[1]["error"]
-    assert "exceed the model's context" in found[5]["error"]
+        assert all(word in row["error"] for word in words), row["error"]
+    assert found[1]["id"] == "missing" and found[7]["response"]
 
 
-def test_an_error_of_a_row_stops_before_the_model_is_read(base, tmp_path, capsys):
-    path = bad_rows(base, tmp_path)
+def test_an_error_of_a_row_stops_before_the_model_is_read(base, tmp_path, capsys, hanging):
+    path = bad_rows(base, tmp_path, hanging)
     argv = command(base, tmp_path / "answers.jsonl", "--data.predict", str(path))
     line = error(capsys, [*argv, "--model.adapter", str(tmp_path)])
     assert f"{path}:2: " in line and "4 more rows" in line and "--data.on_error skip" in line
     assert list(tmp_path.glob("answers*")) == []
+
+
+@pytest.mark.parametrize("number", [6, 7])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_found_on_the_way_stops_with_one_line(base, tmp_path, capsys, hanging, number, workers):
+    """A prompt beyond the context and a server that hangs: what was answered stays, and the same command goes on."""
+    path, out = bad_rows(base, tmp_path, hanging), tmp_path / "answers.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([rows[0], rows[number - 1]]) + "\n")
+    more = ["--data.predict", str(path), "--data.max_length", "100000", "--data.num_workers", str(workers)]
+    line = error(capsys, [*command(base, out, *more), *impatient(tmp_path)])
+    assert line.startswith(f"error: {path}:2: ") and all(word in line for word in BAD[number])
+    assert not out.exists() and Parts(out).settings.exists()
+
+
+def test_a_video_of_three_hours_is_answered(base, tmp_path):
+    """Its frames are sought. More frames than the limits allow are refused, and the next row is answered."""
+    write_long_video(tmp_path / "long.mp4")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"query": "<video>What happens?", "videos": ["long.mp4"]}\n{"query": "Good."}\n')
+    for name, more in {
+        "sought": [],
+        "many": ["--data.video.fps", "1", "--data.media.max_video_pixels", "100000"],
+    }.items():
+        out = tmp_path / f"{name}.jsonl"
+        more = ["--data.predict", str(path), "--data.on_error", "skip", *more]
+        assert main(command(base, out, *more)) == 0
+        video, text = read(out)
+        assert text["response"]
+        assert video["response"] if name == "sought" else "are more than 100000 pixels" in video["error"]
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------

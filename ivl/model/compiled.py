@@ -1,0 +1,31 @@
+"""torch.compile of the layers of the tower and of the language model, each by itself: regional compilation.
+
+Layers of one kind have the same code, so what is compiled for one serves all, whatever their number. Names of
+parameters do not change. Attention over rows stays as it is (`ivl.model.attention`): for each list of lengths it would
+be compiled anew. Source: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
+
+VARIANTS = 32
+"""Most versions of a layer's code: by kind, with and without gradients, of one size and of any, by what trains in it"""
+
+
+def compile_layers(model: InternVL, backend: str = "inductor") -> None:
+    """Compile the layers where they stand, when they are first called. `backend`: as in torch.compile."""
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    for layer in (*model.vision_model.encoder.layers, *model.language_model.model.layers):
+        layer.compile(backend=backend)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Layers run as they are: an answer grows by a token at a time, and the cache with it."""
+    return torch.compiler.set_stance("force_eager")
