@@ -268,6 +268,11 @@ class IvlData(LightningDataModule):
         # Long rows first: rows of like length are answered together, and none is left over at the end.
         self._order = np.argsort(-index.tokens, kind="stable")
 
+    def training_index(self) -> Index:
+        """The lengths of the training rows."""
+        self._set_up_training()
+        return self._train[1]
+
     def fingerprints(self) -> dict[str, str]:
         """Each file of training and held-out rows, and a digest of its contents."""
         parts = [part.rows for part in self._train[0].parts] if self._train else []

@@ -111,6 +111,15 @@ def _guilty(step: _Step) -> tuple[bool, str]:
     return bool(guilty), named(guilty or everything)
 
 
+def scale(gradients: list[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place; one call for each device that they are on."""
+    of_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        of_device.setdefault(gradient.device, []).append(gradient)
+    for device, own in of_device.items():
+        torch._foreach_mul_(own, factor.to(device))
+
+
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """The norm of all gradients together, over all shards, before clipping; on the device."""
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -24,14 +24,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ivl.lit.feature_cache import with_features
-from ivl.lit.health import FiniteLoss, out_of_memory, total_norm, what_to_lower
+from ivl.lit.health import FiniteLoss, out_of_memory, scale, total_norm, what_to_lower
 from ivl.lit.prediction import answered, failed
 from ivl.lit.prompts import LAST, Prompt
 from ivl.lit.schedule import Warmup
 from ivl.lit.scoring import Metric, Scores, check_metrics
+from ivl.lit.split import LayerSplit
 from ivl.lit.watch import SourceLosses
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
+from ivl.model.devices import Placement
 from ivl.model.fingerprint import fingerprint
 from ivl.model.generate import Choice, Ends
 from ivl.model.internvl import InternVL
@@ -176,6 +178,8 @@ class LitInternVL(LightningModule):
         model.set_checkpointing(self.checkpointing.vision_model, self.checkpointing.language_model)
         model.neftune_alpha = self.neftune
         self.model = model
+        if (placed := getattr(model, "hf_device_map", None)) is not None:
+            rank_zero_info(f"layers over devices: {Placement(placed)}")
         if self.trainer.training:
             rank_zero_info(f"{self.pretrained}\n{tuning.table(model)}")
 
@@ -187,8 +191,9 @@ class LitInternVL(LightningModule):
             return build_sharded(self.pretrained, self.tune, strategy.device_mesh, strategy.root_device, **common)
         # Where each process holds the whole model it is read straight onto its device; otherwise onto the host first.
         whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-        device = strategy.root_device if whole else "cpu"
-        model = InternVL.from_pretrained(self.pretrained, device=device, quantize=self.quantize, **common)
+        where = {"device": strategy.root_device if whole else "cpu"}
+        where = strategy.reading(self) if isinstance(strategy, LayerSplit) else where
+        model = InternVL.from_pretrained(self.pretrained, quantize=self.quantize, **where, **common)
         if self.adapter:
             adapting.load_adapter(model, self.adapter)
         else:
@@ -267,8 +272,8 @@ class LitInternVL(LightningModule):
         self._norm = None
         bad = ~torch.isfinite(loss)
         if gradients:
-            torch._foreach_mul_(gradients, LOSS_UNIT * ranks / weight)
-            self._norm = total_norm(gradients)
+            scale(gradients, LOSS_UNIT * ranks / weight)
+            self._norm = total_norm(gradients).to(loss.device)
             self.log("train/grad_norm", self._norm, batch_size=1)
             if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which looks for overflow itself
                 bad |= ~torch.isfinite(self._norm)
