@@ -1,4 +1,4 @@
-"""Peak memory of real training steps on a CPU, beside what `ivl.memory` predicts.
+"""Peak memory of real training steps on a CPU, beside what `ivl.model.memory` predicts.
 
     python benchmarks/plan.py [NAME ...]      prints a Markdown table
 
@@ -22,9 +22,10 @@ import torch
 
 from ivl.config import Config
 from ivl.demo.model import config as demo_config
-from ivl.memory import Micro, Setup, Sketch, need
 from ivl.model import tune as tuning
 from ivl.model.internvl import InternVL
+from ivl.model.memory import need
+from ivl.model.sketch import Micro, Setup, Sketch
 from ivl.model.tune import LoRA, Tune
 
 FULL, LOW = Tune("full", "full", "full"), Tune(language_model=LoRA(rank=16, dropout=0.05))

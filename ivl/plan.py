@@ -14,8 +14,9 @@ from ivl import flops
 from ivl.config import Config
 from ivl.devices import DEVICES, Device, find_device
 from ivl.families import config_for, find_model
-from ivl.memory import Micro, Need, Setup, Sketch, Strategy, need
 from ivl.model import tune as tuning
+from ivl.model.memory import Need, need
+from ivl.model.sketch import Micro, Setup, Sketch, Strategy
 from ivl.model.tune import LoRA, Tune
 from ivl.types import UserError
 
@@ -143,7 +144,8 @@ def checkpoint_config(pretrained: str) -> Config:
 def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> Setup:
     """What of a fit's options decides memory."""
     trainer, model = fit.trainer, fit.model
-    count = devices or (trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1)
+    given = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
+    count = devices or _sharing(trainer.strategy) or given
     optimizer = getattr(model.optimizer, "class_path", None) or "torch.optim.AdamW"
     return Setup(
         tune=Tune.from_dict(_plain(model.tune)),
@@ -168,15 +170,26 @@ def _plain(value: Any) -> Any:
 
 
 def strategy_of(strategy: Any, devices: int) -> Strategy:
-    """A strategy of Lightning, as `ivl.memory` knows it."""
+    """A strategy of Lightning, as `ivl.model.sketch` knows it."""
     path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "") or "auto"
     name = path.rpartition(".")[2].lower()
     if "deepspeed" in name:
         stage = getattr(getattr(strategy, "init_args", None), "stage", None)
         return "zero3" if "3" in name or stage == 3 else "zero2"
+    if name == "layersplit":
+        return "layer_split"
     if any(kind in name for kind in ("fsdp", "modelparallel", "sharded")):
         return "fsdp2"
     return "ddp" if devices > 1 else "single"
+
+
+def _sharing(strategy: Any) -> int | None:
+    """How many devices share the layers of one process, by the strategy's settings; None: it is not of that kind."""
+    if strategy_of(strategy, 1) != "layer_split":
+        return None
+    settings = strategy.init_args
+    found = settings.devices or len(settings.device_max_memory or ()) or 2
+    return found if isinstance(found, int) else len(found)
 
 
 def rows_of(fit: Any, config: Config, setup: Setup) -> Rows:
@@ -188,7 +201,7 @@ def rows_of(fit: Any, config: Config, setup: Setup) -> Rows:
     length = data.pack_tokens or data.max_length if packed else data.max_length
     files = [data.train] if isinstance(data.train, str) else data.train or []
     if files and not data.mixture and all(Path(f).is_file() for f in files) and Path(fit.model.pretrained).is_dir():
-        return _read_rows(fit, length)
+        return _read_rows(fit)
     tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail
     most = max(0, length - 64) // config.tokens_per_tile
     rows = 1 if packed else data.batch_size or 8
@@ -198,28 +211,18 @@ def rows_of(fit: Any, config: Config, setup: Setup) -> Rows:
     return Rows(micro, None, None, f"assumed: rows of {length} tokens, the tiles that they can hold")
 
 
-def _read_rows(fit: Any, length: int) -> Rows:
-    from ivl.data.cutter import VideoOptions
-    from ivl.lit.datamodule import IvlData
+def _read_rows(fit: Any) -> Rows:
+    from ivl.lit.cli import data_of
+    from ivl.lit.largest import largest_batch
 
-    options = {k: v for k, v in vars(fit.data).items() if k != "pretrained"}
-    options["video"] = VideoOptions(**_plain(options["video"]))
-    module = IvlData(str(fit.model.pretrained), **options)
-    module.setup("fit")
-    _, index = module.training
-    tokens, tiles, supervised = (int(x.sum()) for x in (index.tokens, index.tiles, index.supervised))
-    longest, count = int(index.tokens.max()), len(index)
-    if module.packing:
-        batches = max(1, math.ceil(tokens / (FULL * length)))
-        most = fit.data.pack_tiles or math.ceil(length * tiles / tokens)
-        micro = Micro(1, length, most, max(1, math.ceil(length * supervised / tokens)), True)
-        work = flops.Work(tiles, batches * length, batches * length**2, supervised)
-    else:
-        rows = min(module.batch_size, count)
-        batches = math.ceil(count / rows)
-        most = int(sorted(index.tiles.tolist())[-rows:][0]) * rows if tiles else 0
-        micro = Micro(rows, longest, max(most, int(index.tiles.max())), max(1, math.ceil(rows * supervised / count)))
-        work = flops.Work(tiles, batches * rows * longest, batches * rows * longest**2, supervised)
+    data = data_of(fit)
+    data.report = None  # which rows are left out is the run's to write
+    index, micro = data.training_index(), largest_batch(data)
+    count, lengths = len(index), index.tokens.astype(int)
+    tokens, tiles = int(lengths.sum()), int(index.tiles.sum())
+    batches = math.ceil(tokens / (FULL * micro.length)) if micro.packed else math.ceil(count / micro.rows)
+    # Padding is not computed, and a row sees no other.
+    work = flops.Work(tiles, tokens, int((lengths**2).sum()), int(index.supervised.sum()))
     return Rows(micro, work, batches, f"read: {count} rows, {tokens} tokens, {tiles} tiles")
 
 
@@ -295,7 +298,7 @@ def report(plan: dict[str, Any]) -> str:
         f"{work['computed'] / 1e12:.2f} with what is computed again"
     )
     if epoch := plan.get("epoch"):
-        lines.append(f"an epoch: about {epoch['steps']:,} steps, {epoch['tokens']:,} tokens, padding included")
+        lines.append(f"an epoch: about {epoch['steps']:,} steps, {epoch['tokens']:,} tokens")
     if device := plan.get("device"):
         seconds = f"{device['step_seconds']:.3g} s a step"
         if "epoch_seconds" in device:

@@ -1,4 +1,4 @@
-"""The headers of configs/: how each model is trained, and the memory each way takes, by `ivl.memory`.
+"""The headers of configs/: how each model is trained, and the memory each way takes, by `ivl.model.memory`.
 
     python -m ivl plan --headers configs
 
@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from ivl.config import Config
 from ivl.families import ReleasedModel, config_for, find_model
-from ivl.memory import Micro, Setup, Sketch, Strategy, need
+from ivl.model.memory import need
 from ivl.model.quant import Quantize
+from ivl.model.sketch import Micro, Setup, Sketch, Strategy
 from ivl.model.tune import LoRA, Tune
 from ivl.models import memory
 

@@ -4,10 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from ivl.__main__ import main as command
 from ivl.families import find_model
+from ivl.lit.datamodule import IvlData
 from ivl.plan import _bytes, main
 from ivl.types import UserError
+from tests.lit.rows import write_rows
+from tests.lit.test_runs import config
+from tests.tiny import write_checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = str(REPO / "configs/internvl2_2b.yaml")
@@ -31,6 +37,55 @@ def test_what_does_not_fit_says_what_would(capsys):
     with pytest.raises(UserError, match=r"does not fit: about [\d.]+ GB .* it would fit with .*configs/tune/lora.yaml"):
         main([*full, "--memory", "16GB"])
     assert "memory of one device, estimated" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_checkpoint(folder / "model")
+    write_rows(folder / "data", 18)
+    write_rows(folder / "data", 5, "val.jsonl")
+    return folder
+
+
+def planned(argv: list[str], capsys) -> dict:
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_rows_at_hand_are_read(base, tmp_path, packed, capsys):
+    settings = {"data__packing": True, "data__pack_tokens": 1200, "data__video": {"num_segments": 3}}
+    settings = settings if packed else {"data__batch_size": 4, "data__report": str(tmp_path / "left_out.txt")}
+    path = config(base, tmp_path, data__val=None, data__on_error="skip", trainer__max_epochs=1, **settings)
+    plan = planned(["--config", str(path)], capsys)
+    rows = list(IvlData(str(base / "model"), str(base / "data/train.jsonl"), num_workers=0).training_index().records)
+    tokens, tiles, supervised = ([int(row[name]) for row in rows] for name in ("tokens", "tiles", "supervised"))
+    assert plan["rows"] == f"read: 18 rows, {sum(tokens)} tokens, {sum(tiles)} tiles"
+    assert not (tmp_path / "left_out.txt").exists()
+    batch, epoch = plan["batch"], plan["epoch"]
+    assert epoch["tokens"] == sum(tokens)
+    assert command(["fit", "--config", str(path)]) == 0
+    steps = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    if packed:
+        assert (batch["rows"], batch["length"], batch["packed"]) == (1, 1200, True)
+        assert epoch["steps"] == pytest.approx(steps, abs=1)
+    else:
+        assert (batch["rows"], batch["length"], batch["tiles"]) == (4, max(tokens), sum(sorted(tiles)[-4:]))
+        assert batch["supervised"] == -(-4 * sum(supervised) // 18)
+        assert epoch["steps"] == steps == 5
+
+
+def test_layers_over_devices(base, tmp_path, capsys):
+    argv = ["--config", str(config(base, tmp_path)), "--config", str(REPO / "configs/strategy/layer_split.yaml")]
+    named = ["--trainer.strategy.devices", "[cpu, cpu, cpu]"]
+    sized = ["--trainer.strategy.device_max_memory", "[15GB, 15GB, 15GB, 15GB]"]
+    for more, count in (([], 2), (["--devices", "5"], 5), (named, 3), (sized, 4)):
+        plan = planned([*argv, *more], capsys)
+        assert (plan["strategy"], plan["devices"]) == ("layer_split", count)
+    alone = planned(argv[:2], capsys)
+    assert plan["memory"]["total"] < alone["memory"]["total"]
+    assert plan["tokens_per_step"] == alone["tokens_per_step"]
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("80GiB", 80 * 2**30), ("16", 16e9), ("500 MB", 5e8)])

@@ -25,6 +25,16 @@ def test_a_header_is_up_to_date(row):
     assert text == header(path) + body(text)
 
 
+@pytest.mark.parametrize("row", DOCUMENT, ids=lambda row: row.name)
+def test_the_document_s_ways_are_there(row):
+    """LoRA on one device, layers over two, DDP with ZeRO-2 on two, and in full on four."""
+    ways = [(recipe.strategy, recipe.devices) for recipe in recipes(row, REPO / "configs") if not recipe.quantize]
+    full = [] if row.int8 else [("fsdp2", 4)]
+    assert ways == [("single", 1), ("layer_split", 2), ("zero2", 2), *full]
+    written = (REPO / config_of(row)).read_text(encoding="utf-8")
+    assert written.count(" GB on each of 2 devices") == 2 and written.count(" GB on each of 4 devices") == len(full)
+
+
 def test_a_recipe_needs_its_files(tmp_path):
     (tmp_path / "tune").mkdir()
     (tmp_path / "tune/qlora.yaml").write_text("")

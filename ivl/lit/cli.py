@@ -263,6 +263,15 @@ def read(argv: list[str]) -> Namespace:
         sys.argv = given
 
 
+def data_of(fit: Namespace) -> IvlData:
+    """The data module that options of `fit` describe, without a run around it."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(IvlData, "data")
+    data = fit.data.clone()
+    data.pretrained = str(fit.model.pretrained)
+    return parser.instantiate_classes(Namespace(data=data)).data
+
+
 def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
     """Run one of Lightning's commands. Errors are raised: `ivl.__main__` prints them."""
     # Parts that do not train are in eval mode on purpose (ivl.model.tune.apply).

@@ -249,6 +249,11 @@ class IvlData(LightningDataModule):
         assert self._train is not None, "setup comes first"
         return self._train
 
+    def training_index(self) -> Index:
+        """The lengths of the training rows."""
+        self._set_up_training()
+        return self.training[1]
+
     def fingerprints(self) -> dict[str, str]:
         """Each file of training and held-out rows, and a digest of its contents."""
         parts = [part.rows for part in self._train[0].parts] if self._train else []

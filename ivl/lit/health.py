@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ivl.types import Batch, Conversation, UserError, some
@@ -110,10 +111,33 @@ def _guilty(step: _Step) -> tuple[bool, str]:
     return bool(guilty), named(guilty or everything)
 
 
+def scale(gradients: list[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place; one call for each device that they are on.
+
+    Of a shard what is here: torch multiplies no two tensors at once whose shards lie on different meshes, as with
+    layers shared by processes.
+    """
+    of_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        of_device.setdefault(own.device, []).append(own)
+    for device, own_here in of_device.items():
+        torch._foreach_mul_(own_here, factor.to(device))
+
+
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """The norm of all gradients together, over all shards, before clipping; on the device."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    of_mesh: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        of_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
+    norms = [torch.nn.utils.get_total_norm(own) for own in of_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+
+
+def clip(gradients: list[Tensor], most: float, norm: Tensor) -> None:
+    """Scale gradients of this norm down to `most`, as torch's `clip_grads_with_norm_` does."""
+    scale(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
 def what_to_lower(data: Any, checkpointing: Mapping[str, bool]) -> str:

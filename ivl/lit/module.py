@@ -25,16 +25,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ivl.lit.answering import Answering, Generation, answers
 from ivl.lit.feature_cache import with_features
-from ivl.lit.health import FiniteLoss, out_of_memory, total_norm, what_to_lower
+from ivl.lit.health import FiniteLoss, clip, out_of_memory, scale, total_norm, what_to_lower
 from ivl.lit.prediction import Row
 from ivl.lit.prompts import Prompt
 from ivl.lit.schedule import Warmup
 from ivl.lit.scoring import Metric, Scores, check_metrics
+from ivl.lit.split import LayerSplit
 from ivl.lit.types import IvlTrainer
 from ivl.lit.watch import SourceLosses
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.compiled import compile_layers
+from ivl.model.devices import Placement
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
 from ivl.model.parallel import build_sharded, parallelize
@@ -151,6 +153,8 @@ class LitInternVL(LightningModule):
         model.set_checkpointing(self.checkpointing.vision_model, self.checkpointing.language_model)
         model.neftune_alpha = self.neftune
         self.model = model
+        if (placed := getattr(model, "hf_device_map", None)) is not None:
+            rank_zero_info(f"layers over devices: {Placement(placed)}")
         if self.trainer.training:
             rank_zero_info(f"{self.pretrained}\n{tuning.table(model)}")
             if self.compiled:
@@ -164,8 +168,9 @@ class LitInternVL(LightningModule):
             return build_sharded(self.pretrained, self.tune, mesh, strategy.root_device, dtype, attention)
         # Where each process holds the whole model it is read straight onto its device; otherwise onto the host first.
         whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-        device = strategy.root_device if whole else "cpu"
-        model = InternVL.from_pretrained(self.pretrained, dtype, device, attention, self.quantize)
+        where: dict[str, Any] = {"device": strategy.root_device if whole else "cpu"}
+        where = strategy.reading(self) if isinstance(strategy, LayerSplit) else where
+        model = InternVL.from_pretrained(self.pretrained, dtype, attention=attention, quantize=self.quantize, **where)
         if self.adapter:
             adapting.load_adapter(model, self.adapter)
         else:
@@ -244,8 +249,8 @@ class LitInternVL(LightningModule):
         self._norm = None
         bad = ~torch.isfinite(loss)
         if gradients:
-            torch._foreach_mul_(gradients, LOSS_UNIT * ranks / weight)
-            self._norm = total_norm(gradients)
+            scale(gradients, LOSS_UNIT * ranks / weight)
+            self._norm = total_norm(gradients).to(loss.device)
             self.log("train/grad_norm", self._norm, batch_size=1)
             if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which looks for overflow itself
                 bad |= ~torch.isfinite(self._norm)
@@ -265,7 +270,8 @@ class LitInternVL(LightningModule):
         if not whole or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val and self._norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, self._norm)
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            clip(gradients, float(gradient_clip_val), self._norm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         with self._memory("the optimizer's step"):

@@ -71,6 +71,8 @@ class Watch(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start = self._end = time.perf_counter()
         self._step = trainer.global_step
+        found = {module.device, *(p.device for p in own(module).model.parameters())}
+        self._devices = sorted((device for device in found if device.type == "cuda"), key=str)
         self._reset()
         self._write_trained(trainer, own(module))
 
@@ -111,7 +113,7 @@ class Watch(Callback):
         if (share := utilisation(asked / seconds, module.device)) is not None:
             values["speed/mfu"] = share
         values |= {f"lr/{g.get('name', n)}": g["lr"] for n, g in enumerate(trainer.optimizers[0].param_groups)}
-        values |= memory(module.device)
+        values |= memory(self._devices)
         losses = module.source_losses.read(ranks)
         values |= {f"train/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
         module.log_dict(values, batch_size=1)
@@ -155,11 +157,12 @@ def utilisation(flops_per_s: float, device: torch.device) -> float | None:
     return flops_per_s / row.flops if row else None
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """Peak memory in GiB: of the device since the last call, and of this process."""
+def memory(devices: Sequence[torch.device]) -> dict[str, float]:
+    """Peak memory in GiB: of each GPU since the last call, and of this process."""
     found = {}
-    if device.type == "cuda":
-        found["memory/device_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    for device in devices:
+        name = "device" if len(devices) == 1 else f"device{device.index}"
+        found[f"memory/{name}_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         torch.cuda.reset_peak_memory_stats(device)
     if sys.platform != "win32":
         import resource

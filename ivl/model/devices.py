@@ -15,11 +15,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ivl.model.weights import untied
 from ivl.types import UserError, some
@@ -50,6 +52,8 @@ class Sizes:
     """Weights of each decoder layer"""
     beside: float
     """What each decoder layer needs beside its weights: its part of the cache, or what training keeps of it"""
+    once: float = 0.0
+    """What every device but the first needs while one of its layers computes"""
 
 
 @dataclass(frozen=True)
@@ -78,18 +82,27 @@ class Placement:
         """`cuda:0: vision_model, mlp1, …, layers 0-10; cuda:1: layers 11-23`"""
         lines = []
         for device in dict.fromkeys(self.devices.values()):
-            names: dict[str, list[str]] = {}
+            names: dict[str, list[int]] = {}
             for name in (name for name, where in self.devices.items() if where == device):
                 owner, _, leaf = name.rpartition(".")
-                names.setdefault(owner if leaf.isdigit() else name, []).append(leaf)
-            spans = [
-                f"{'tower ' if name.startswith(TOWER) else ''}layers {leaves[0]}-{leaves[-1]}"
-                if leaves[0].isdigit()
-                else leaves[0]
-                for name, leaves in names.items()
+                numbers = names.setdefault(owner if leaf.isdigit() else name, [])
+                if leaf.isdigit():
+                    numbers.append(int(leaf))
+            said = [
+                f"{'tower ' if name.startswith(TOWER) else ''}layers {_spans(numbers)}"
+                if numbers
+                else name.rpartition(".")[2]
+                for name, numbers in names.items()
             ]
-            lines.append(f"{device}: {', '.join(spans)}")
+            lines.append(f"{device}: {', '.join(said)}")
         return "; ".join(lines)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """`0-3 and 7`, of ascending numbers."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return " and ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
 
 
 # -- a plan ------------------------------------------------------------------------------------------------------
@@ -101,9 +114,10 @@ def choose(
     device_max_memory: Sequence[str] | None = None,
     device_map: str | Path | Mapping[str, str | int] | None = None,
     bits: Mapping[str, float] | None = None,
-    training: bool = False,
-) -> Placement:
-    """The placement that the options ask for: `devices`, `device_max_memory` or both, or `device_map`.
+    needs: Sizes | None = None,
+    offload: bool = True,
+) -> Placement | None:
+    """The placement that the options ask for; None where they ask for none.
 
     Args:
         model: The model, on the meta device too.
@@ -111,7 +125,8 @@ def choose(
         device_max_memory: What may be used of each, such as `15GB`; alone, it tells how many there are.
         device_map: A file (JSON or YAML), or a mapping, from the names of modules to devices; instead of a plan.
         bits: Bits of each weight of the linear layers that are quantised, by the module's name.
-        training: Room for what training keeps, not for a cache.
+        needs: What each part takes, such as in training (`ivl.model.memory`). Default: what answering takes.
+        offload: Layers that do not fit may stay in the host's memory; where weights are quantised they never do.
 
     Raises UserError where the model does not fit, a device is missing, or a map does not place every module.
     """
@@ -134,7 +149,7 @@ def choose(
         )
     if limits is None:
         limits = [_free(name) for name in names]
-    return plan(sizes(model, bits, training), names, limits, offload=not (training or bits))
+    return plan(needs or sizes(model, bits), names, limits, offload=offload and not bits)
 
 
 def plan(sizes: Sizes, devices: Sequence[str], limits: Sequence[float], offload: bool = True) -> Placement:
@@ -143,7 +158,7 @@ def plan(sizes: Sizes, devices: Sequence[str], limits: Sequence[float], offload:
     `limits`: bytes that may be used of each device; infinite ones count as equal to each other. `offload`: layers that
     do not fit may stay in the host's memory; accelerate cannot do that in training and with quantised layers.
     """
-    counts = _balance(sizes, limits, offload)
+    counts = balance(sizes, limits, offload)
     if counts is None:
         first = sizes.main + max(sizes.layers)
         total = sizes.main + sum(sizes.layers) + len(sizes.layers) * sizes.beside
@@ -158,12 +173,13 @@ def plan(sizes: Sizes, devices: Sequence[str], limits: Sequence[float], offload:
     return Placement(fixed | {f"{LAYERS}.{n}": device for n, device in enumerate(where)})
 
 
-def _balance(sizes: Sizes, limits: Sequence[float], offload: bool) -> list[int] | None:
+def balance(sizes: Sizes, limits: Sequence[float], offload: bool) -> list[int] | None:
     """How many layers each device holds, and last the host; None where it does not fit."""
     largest = max(sizes.layers)
     for offloaded in range(len(sizes.layers) + 1 if offload else 1):
         # Offloaded layers compute on the first device: it holds their cache, and one of them at a time.
-        used = [sizes.main + (largest + offloaded * sizes.beside if offloaded else 0), *[0.0] * (len(limits) - 1)]
+        main = sizes.main + (largest + offloaded * sizes.beside if offloaded else 0)
+        used = [main, *[sizes.once] * (len(limits) - 1)]
         counts = [0] * len(limits)
         for _ in range(len(sizes.layers) - offloaded):
             full = [(u + largest + sizes.beside) for u in used]
@@ -178,8 +194,8 @@ def _balance(sizes: Sizes, limits: Sequence[float], offload: bool) -> list[int] 
     return None
 
 
-def sizes(model: InternVL, bits: Mapping[str, float] | None = None, training: bool = False) -> Sizes:
-    """Bytes of a model's parts, the meta device's too; weights named in `bits` have that many bits each."""
+def sizes(model: InternVL, bits: Mapping[str, float] | None = None) -> Sizes:
+    """Bytes of a model's parts when it answers, the meta device's too; weights named in `bits` have that many each."""
     of_name: dict[str, float] = {}
     for name, parameter in untied(dict(model.named_parameters()), model.config).items():
         owner, _, leaf = name.rpartition(".")
@@ -195,8 +211,7 @@ def sizes(model: InternVL, bits: Mapping[str, float] | None = None, training: bo
     tower = TILES * patches * (6 * config.hidden_size + 2 * config.intermediate_size) * element
     head = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
     cache = 2 * TOKENS * head * llm.num_key_value_heads * element
-    kept = TOKENS * (6 * llm.hidden_size + 2 * head * llm.num_attention_heads + 5 * llm.intermediate_size) * element
-    return Sizes(sum(of_name.values()) - sum(layers) + tower, layers, kept + cache if training else cache)
+    return Sizes(sum(of_name.values()) - sum(layers) + tower, layers, cache)
 
 
 def _names(devices: int | Sequence[str]) -> list[str]:
@@ -313,6 +328,21 @@ def dispatch(model: InternVL, placement: Placement) -> None:
     dispatch_model(
         model, placement.devices, main_device=placement.main, skip_keys=("past_key_values", "cache"), force_hooks=True
     )
+    tower = [f"{TOWER}.embeddings", *_children(model, f"{TOWER}.encoder.layers")]
+    for chain in (tower, _children(model, LAYERS)):
+        for before, after in pairwise(chain):
+            if placement(before) != placement(after):
+                _hand_over(model.get_submodule(before), placement(after))
+
+
+def _hand_over(module: nn.Module, device: str) -> None:
+    """Send what a layer gives to the next one's device at once.
+
+    A layer that is computed again in backward repeats the random numbers of the device that its input was on.
+    """
+    from accelerate.utils import send_to_device
+
+    module.register_forward_hook(lambda _, args, output: send_to_device(output, device))
 
 
 def supported_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:

@@ -119,14 +119,15 @@ class InternVL(nn.Module):
         devices: int | Sequence[str] | None = None,
         device_max_memory: Sequence[str] | None = None,
         device_map: str | Path | Mapping[str, str | int] | None = None,
-        training: bool = False,
+        needs: splitting.Sizes | None = None,
+        offload: bool = True,
     ) -> InternVL:
         """A released checkpoint, in eval mode: a folder, or a name that `ivl.hub` finds.
 
         `quantize`: 8 or 4 bits for the linear layers of the language model's blocks. A checkpoint that is stored in 8
         bits stays so, and computes in bfloat16. float32 is taken, with a warning, where the device has no `dtype`.
         `devices`, `device_max_memory`, `device_map`: the model is split over several devices, and `device` does not
-        count; see `ivl.model.devices.choose`. `training`: room for what training keeps, and nothing offloaded.
+        count; see `ivl.model.devices.choose`, also for `needs` and `offload`.
         Raises UserError where files are missing or broken, or a tensor is missing, unexpected or of another shape.
         """
         from ivl.hub import resolve
@@ -138,7 +139,8 @@ class InternVL(nn.Module):
         if any(option is not None for option in (devices, device_max_memory, device_map)):
             sized = cls.from_config(config, dtype, "meta")
             bits = quant.bits(sized, files, quantize)
-            placement = splitting.choose(sized, devices, device_max_memory, device_map, bits, training)
+            placement = splitting.choose(sized, devices, device_max_memory, device_map, bits, needs, offload)
+        if placement:
             device = placement.main
         dtype = splitting.supported_dtype(dtype, device)
         kernel = choose_kernel(attention, device, dtype)

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ivl.config import Config
 from ivl.families import MODELS, config_for
-from ivl.model import devices, quant
+from ivl.model import devices, quant, vision
 from ivl.model.devices import LAYERS, MAIN, Placement, Sizes, choose, dispatch, from_map, parse_size, plan, sizes
 from ivl.model.generate import Memory, read
 from ivl.model.internvl import InternVL
@@ -16,6 +16,7 @@ from ivl.model.weights import Files
 from ivl.types import UserError
 from tests import tiny
 from tests.model import rows
+from tests.second import SecondDevice
 
 GB = 1e9
 INFINITE = float("inf")
@@ -98,8 +99,8 @@ def test_quantised_weights_are_counted_as_they_are_stored():
     assert plan(int8, ["a", "b"], [5 * GB, GB]).offloaded
 
 
-@pytest.mark.parametrize("settings", [{"training": True}, {"bits": {"mlp1.1": 8}}, {}], ids=str)
-def test_nothing_is_offloaded_in_training_or_quantised(monkeypatch, settings):
+@pytest.mark.parametrize("settings", [{"offload": False}, {"bits": {"mlp1.1": 8}}, {}], ids=str)
+def test_what_is_asked_not_to_or_quantised_is_not_offloaded(monkeypatch, settings):
     monkeypatch.setattr(devices, "_names", lambda given: ["a", "b"])
     model = meta("internvl2-8b")
     if settings:
@@ -109,9 +110,10 @@ def test_nothing_is_offloaded_in_training_or_quantised(monkeypatch, settings):
         assert choose(model, None, ["8GB", "1GB"]).offloaded
 
 
-def test_training_leaves_room_for_what_backward_needs():
-    model = meta("internvl2-2b")
-    assert sizes(model, training=True).beside > 3 * sizes(model).beside
+def test_what_each_further_device_needs_once_is_kept_free():
+    spread = Sizes(main=2, layers=[1.0] * 8, beside=1, once=3)
+    assert devices.balance(spread, [10, 10], offload=False) is None
+    assert devices.balance(spread, [10, 11], offload=False) == [4, 4, 0]
 
 
 def test_a_tied_output_layer_is_counted_once(tmp_path):
@@ -159,8 +161,7 @@ def test_a_map_is_read_and_the_longest_name_wins(tiny_folder, tmp_path, ending):
     ]
     assert placement("language_model.model.layers.3.mlp.up_proj.weight") == "meta"
     assert str(placement) == (
-        "cpu: embeddings, tower layers 0-0, mlp1, embed_tokens, norm, lm_head, layers 0-2; "
-        "meta: tower layers 1-1, layers 3-3"
+        "cpu: embeddings, tower layers 0, mlp1, embed_tokens, norm, lm_head, layers 0-2; meta: tower layers 1, layers 3"
     )
 
 
@@ -213,6 +214,26 @@ def test_a_split_model_answers_and_learns_as_the_whole_one(tiny_folder):
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_layer_that_is_computed_again_has_its_input_on_its_own_device(tiny_folder, monkeypatch):
+    given = {"": "cpu"} | dict.fromkeys([f"{LAYERS}.1", f"{LAYERS}.2", "vision_model.encoder.layers.0"], "meta")
+    seen = []
+
+    def recomputed(layer, hidden, *_, **__):
+        seen.append((layer if isinstance(layer, torch.nn.Module) else layer.args[0], hidden.device))
+        return layer(hidden)
+
+    monkeypatch.setattr(vision, "checkpoint", recomputed)
+    with SecondDevice():
+        model = InternVL.from_pretrained(tiny_folder, device_map=given)
+        model.set_checkpointing(True, True)
+        for layer in model.language_model.model.layers:
+            layer._gradient_checkpointing_func = recomputed
+        model(**rows.padded(rows.rows(model)))
+    assert len(seen) == 4 + len(model.vision_model.encoder.layers)
+    assert all(device == next(layer.parameters()).device for layer, device in seen)
+    assert {device.type for _, device in seen} == {"cpu", "meta"}
 
 
 def test_tensors_are_carried_to_the_device_of_each_layer(tiny_folder):

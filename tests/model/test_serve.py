@@ -11,6 +11,7 @@ from ivl.model.internvl import InternVL
 from ivl.model.serve import Batching, Engine, Request, row_seed
 from ivl.types import UserError
 from tests.model.rows import padded, rows
+from tests.second import SecondDevice
 from tests.tiny import FAMILIES, write_checkpoint
 
 LENGTHS = [9, 57, 14, 30, 5, 41, 22, 60, 8, 17, 33, 26, 50, 11, 45, 6]
@@ -218,3 +219,11 @@ def test_every_limit_of_batching_is_checked():
     for field in dataclasses.fields(Batching):
         with pytest.raises(UserError, match=field.name):
             Batching(**{field.name: 0})
+
+
+def test_layers_on_another_device_keep_their_keys_there(folder, model):
+    made, ends = rows(model, LENGTHS[:6], TILES[:6]), Ends()
+    expected = answered(Engine(model, ends, max_new_tokens=9), requests(made, ANSWERS[:6]))
+    with SecondDevice():
+        split = InternVL.from_pretrained(folder, device_map={"": "cpu", "language_model.model.layers.1": "meta"})
+        assert answered(Engine(split, ends, max_new_tokens=9), requests(made, ANSWERS[:6])) == expected

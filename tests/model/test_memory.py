@@ -1,13 +1,16 @@
 """What is predicted from a shallow copy, against the allocations of the whole model on real tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ivl.config import Config
 from ivl.families import config_for, find_model
-from ivl.memory import Micro, Setup, Sketch, Tally, need, state_bytes
 from ivl.model import tune
 from ivl.model.internvl import InternVL
+from ivl.model.memory import need, split_sizes, state_bytes
+from ivl.model.sketch import Micro, Setup, Sketch, Tally
 from ivl.model.tune import Blocks, LoRA, Tune
 from tests.test_flops import IMAGE, MODES, tiny
 
@@ -125,6 +128,32 @@ def test_more_devices_and_less_precision_take_less():
     assert of(optimizer="torch.optim.SGD").optimizer == alone.optimizer / 2
     assert of(tune=LORA).total < alone.total
     assert of(tune=LORA, precision="bf16-mixed", quantize="nf4").weights < of(tune=LORA, precision="bf16-mixed").weights
+
+
+def splits(layers: int, devices: int):
+    """Every way to give layers to devices, in order."""
+    if devices == 1:
+        return [[layers]]
+    return [[first, *rest] for first in range(layers + 1) for rest in splits(layers - first, devices - 1)]
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("mode", ["lora", "full", "lora everywhere"])
+def test_layers_are_spread_as_evenly_as_they_can_be(mode: str, devices: int):
+    setup = Setup(MODES[mode], on_gpu=False, strategy="layer_split", devices=devices)
+    sketch, micro = Sketch(deep(), setup), Micro(2, 300, 8, 100)
+    found = split_sizes(sketch, sketch.activations(micro))
+    each = found.layers[0] + found.beside
+    loads = [
+        max(found.main + first * each, max(found.once + n * each for n in rest))
+        for first, *rest in splits(DEEP, devices)
+    ]
+    alone = need(Sketch(deep(), Setup(MODES[mode], on_gpu=False)), micro)
+    fullest = need(sketch, micro)
+    # The moments of a step are told apart in `need` and not in the plan, so it may take less.
+    assert alone.total / devices < fullest.total <= min(loads) < alone.total
+    # One device holds everything, counted in the same way.
+    assert need(Sketch(deep(), replace(setup, devices=1)), micro) == alone
 
 
 def test_optimizers():

@@ -1,4 +1,4 @@
-"""The memory of a training step, before any weight is read.
+"""What a training step allocates, before any weight is read.
 
 A shallow copy of the model (its real code, three blocks of each stack, no data: torch's fake tensors) runs a forward
 and a backward while every allocation is counted; what one block adds is multiplied out to the full depth. So whatever
@@ -37,13 +37,8 @@ from ivl.types import UserError
 DEPTH = 3
 """Blocks of each stack in the simulation: the first may differ, the other two show what one more adds"""
 FP32 = 4
-CONTEXT = 1.0e9
-"""On a GPU: the driver's own, workspaces of libraries, the allocator's slack"""
 QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 """Bytes of a quantised weight, with its scales"""
-STATES = {"AdamW": 8, "Adam": 8, "SGD": 4, "Adagrad": 4, "RMSprop": 4, "Adafactor": 0.01, "Lion": 4, "8bit": 2}
-"""Bytes an optimizer keeps per trained parameter, by the class's name; 8bit: those with it in their names"""
-
 Strategy = Literal["single", "ddp", "zero2", "fsdp2", "zero3", "layer_split"]
 
 
@@ -99,24 +94,8 @@ class Activations:
     """Most in backward once what forward kept is gone: the last block computed again, its gradients on the way"""
     logits: float
     """Of the above, the logits of a chunk, in the three forms that exist at once"""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes on the fullest device."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    """Logits included, at the moment that needs most of all"""
-    logits: float
-    buffers: float
-    """Of the strategy: buckets, gathered blocks; of the optimizer's step; CUDA's own"""
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+    block: float
+    """Of what forward leaves, that of one block of the language model"""
 
 
 class Tally(TorchDispatchMode):
@@ -221,6 +200,10 @@ class Sketch:
             weights += p.numel() * (quantized or p.element_size())
         return Parameters(total, trainable, weights)
 
+    def block(self) -> Parameters:
+        """A block of the language model."""
+        return self._count("language_model", self.blocks[1][-1])
+
     def block_bytes(self) -> float:
         """The largest block, in the type it is computed in."""
         size = 4 if self.setup.precision.startswith("32") else 2
@@ -252,7 +235,7 @@ class Sketch:
         extra = sum(bytes_ * times for bytes_, times in zip(each, self.more_kept(each)))
         chunk = min(512, micro.supervised)
         logits = chunk * self.config.llm["vocab_size"] * (3 * FP32 if self.setup.precision.startswith("32") else 14)
-        return Activations(forward + extra, backward + extra, kept + extra, max(0, backward - kept), logits)
+        return Activations(forward + extra, backward + extra, kept + extra, max(0, backward - kept), logits, each[1])
 
     def more_kept(self, each: list[int]) -> tuple[int, int]:
         """Of the blocks beyond the copy, how many keep what its last one does."""
@@ -339,50 +322,3 @@ def _without_pissa(tune: Tune) -> Tune:
     modes = {part: tune.mode(part) for part in tuning.PARTS}
     other: dict[str, Any] = {k: replace(m, init="default") for k, m in modes.items() if isinstance(m, tuning.LoRA)}
     return replace(tune, **other)
-
-
-def need(sketch: Sketch, micro: Micro) -> Need:
-    """What a step takes on the fullest device, from the second step on."""
-    setup, parts = sketch.setup, sketch.parameters()
-    weights = sum(p.weights for p in parts.values())
-    trained = sum(p.trainable for p in parts.values())
-    gradients, states = float(trained * FP32), trained * state_bytes(setup.optimizer)
-    found = sketch.activations(micro)
-    n, buffers = setup.devices, CONTEXT if setup.on_gpu else 0.0
-    if setup.strategy == "zero2":
-        # DeepSpeed keeps half-precision weights whole, and a float32 copy of what trains shared out.
-        states = (states + trained * FP32) / n
-        gradients = gradients / n + min(gradients, 1e9)  # a bucket of 5e8 half-precision numbers
-    elif setup.strategy in ("fsdp2", "zero3"):
-        root = sum(parts[p].total for p in ("embeddings", "head")) * 2
-        weights, gradients, states = weights / n, gradients / n, states / n
-        buffers += 2 * sketch.block_bytes() + root if n > 1 else 0.0
-    elif setup.strategy == "layer_split":
-        block = sketch.block_bytes()
-        outside = sum(parts[p].weights for p in ("embeddings", "head"))
-        weights = (weights - outside) / n + outside / min(n, 2) + block
-        gradients, states = gradients / n, states / n
-    elif setup.strategy == "ddp" and n > 1:
-        buffers += gradients  # buckets
-    share = n if setup.strategy == "layer_split" else 1
-    scaled = [x / share for x in (found.forward, found.backward)]
-    # Lightning frees the gradients of the last step after forward, where they are not being added up.
-    accumulating = setup.accumulate > 1
-    moments = {
-        "forward": (gradients, scaled[0]),
-        "backward": (gradients * accumulating, scaled[1]),
-        "end of backward": (gradients, found.recomputed),
-        # torch's multi-tensor AdamW, the default on a GPU, makes one more copy of all that trains.
-        "optimizer": (gradients, gradients if setup.on_gpu and "8bit" not in setup.optimizer else 0.0),
-    }
-    moment = max(moments, key=lambda name: sum(moments[name]))
-    gradients, activations = moments[moment]
-    return Need(weights, gradients, states, activations, min(found.logits, activations), buffers)
-
-
-def state_bytes(optimizer: str) -> float:
-    """Bytes per trained parameter that an optimizer keeps; of an unknown class, Adam's."""
-    name = optimizer.rpartition(".")[2]
-    if "8bit" in name.lower():
-        return STATES["8bit"]
-    return STATES.get(name, STATES["AdamW"])
