@@ -5,12 +5,14 @@ import json
 import re
 from dataclasses import asdict, is_dataclass
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 from ivl.__main__ import main
-from ivl.check import rendered
+from ivl.check import _lengths, rendered
+from ivl.data.index import RECORD, Index
 from ivl.data.processor import Processor
 from tests.tiny import write_checkpoint
 
@@ -95,6 +97,11 @@ def test_numbers_of_good_rows(base, tmp_path, capsys):
     assert "no problems" in out and "[+<box>" in out and "\x1b[" not in out
     longest = out.split("longest rows:\n")[1].splitlines()[0]
     assert longest.endswith(f"{path}:{1 + max(range(5), key=lambda n: len(examples[n]))}")
+
+
+def test_lengths_in_words():
+    index = Index(np.array([(7, 1, 0, 0, True, True), (9, 0, 0, 0, True, True), (9, 2, 0, 0, True, True)], RECORD))
+    assert [_lengths(index, n) for n in range(3)] == ["7 tokens, 1 tile", "9 tokens, 0 tiles", "9 tokens, 2 tiles"]
 
 
 def test_damage_that_only_decoding_finds(base, tmp_path, capsys):

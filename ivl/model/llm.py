@@ -258,7 +258,7 @@ def hidden_states(
         return model.model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
     flat_MD, places_R = embeds_BTD.flatten(0, 1), None
     if sum(counts) < len(flat_MD):
-        places_R = places(lengths, B, T, packed=rows_BT is not None).to(flat_MD.device, non_blocking=True)
+        places_R = places(lengths, T, packed=rows_BT is not None).to(flat_MD.device, non_blocking=True)
         flat_MD = flat_MD.index_select(0, places_R)
     positions_R = torch.cat([torch.arange(count) for count in counts]).to(flat_MD.device, non_blocking=True)
     given = given_rows(kernel, [count for count in counts if count], flat_MD)
@@ -274,7 +274,7 @@ def hidden_states(
     return hidden_RD.unflatten(0, (B, T))
 
 
-def places(lengths: Tensor, B: int, T: int, packed: bool) -> Tensor:
+def places(lengths: Tensor, T: int, packed: bool) -> Tensor:
     """(R,) where the tokens of rows are in a flattened batch: of rows padded on the right, or of one pack."""
     if packed:
         return torch.arange(int(lengths.sum()))
