@@ -17,6 +17,7 @@ from ivl.__main__ import main
 from ivl.data.processor import Processor
 from ivl.lit.prediction import Parts
 from ivl.model.internvl import InternVL
+from ivl.model.serve import row_seed
 from ivl.types import UserError
 from tests.data.videos import write_long_video
 from tests.tiny import write_checkpoint
@@ -58,19 +59,39 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
+class Api:
+    """The rows by the Python API."""
+
+    def __init__(self, base: Path) -> None:
+        self.model, self.processor = InternVL.from_pretrained(base / "model"), Processor.from_pretrained(base / "model")
+        eos_ids = [*self.processor.stop_ids, *self.model.eos_ids]
+        self.options = {"max_new_tokens": LIMIT, "eos_ids": eos_ids}
+        rows = map(json.loads, (base / "data/questions.jsonl").read_text().splitlines())
+        asked = (self.processor.parse(row, root=base / "data").as_prompt() for row in rows)
+        self.prompts = [self.processor(row) for row in asked]
+
+    def streamed(self, n: int, **options) -> list[int]:
+        return list(self.model.stream(self.processor.collate([self.prompts[n]]), **self.options, **options))
+
+    def generated(self, prompts: list, **options) -> list[list[int]]:
+        return self.model.generate(self.processor.collate(prompts), **self.options, **options)
+
+
 @pytest.fixture(scope="module")
-def alone(base) -> list[str]:
-    """The answer of each row, streamed alone."""
-    model, processor = InternVL.from_pretrained(base / "model"), Processor.from_pretrained(base / "model")
-    eos_ids = [*processor.stop_ids, *model.eos_ids]
-    answers = []
-    for n, line in enumerate((base / "data/questions.jsonl").read_text().splitlines()):
-        row = processor.parse(json.loads(line), root=base / "data").as_prompt()
-        batch = processor.collate([processor(row)])
-        tokens = list(model.stream(batch, max_new_tokens=LIMIT, eos_ids=eos_ids))
-        if n % 10 == 0:
-            assert model.generate(batch, max_new_tokens=LIMIT, eos_ids=eos_ids) == [tokens]
-        answers.append(processor.decode(tokens))
+def api(base) -> Api:
+    return Api(base)
+
+
+@pytest.fixture(scope="module")
+def alone_ids(api) -> list[list[int]]:
+    """The tokens of each row's answer, streamed alone."""
+    return [api.streamed(n) for n in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def alone(api, alone_ids) -> list[str]:
+    """The same as text."""
+    answers = [api.processor.decode(ids) for ids in alone_ids]
     assert len(set(answers)) > COUNT // 2
     return answers
 
@@ -101,6 +122,12 @@ def crash(argv: list[str], parts: Parts, lines: int) -> None:
     process.join()
 
 
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_batches_of_generate_answer_as_rows_alone_do(api, alone_ids, size):
+    found = [ids for n in range(0, COUNT, size) for ids in api.generated(api.prompts[n : n + size])]
+    assert found == alone_ids
+
+
 def test_answers_are_those_of_each_row_alone(base, alone, tmp_path):
     out = tmp_path / "answers.jsonl"
     assert main(command(base, out)) == 0
@@ -129,14 +156,20 @@ def test_a_killed_prediction_goes_on(base, alone, tmp_path, caplog):
     assert [path.name for path in tmp_path.glob("answers*")] == ["answers.jsonl"]
 
 
-def test_sampled_rows_do_not_depend_on_batching(base, alone, tmp_path):
+def test_sampled_rows_do_not_depend_on_batching(base, api, alone, tmp_path):
+    """Each by its own seed: alone, few or many at a time, and where a crash came between."""
     sampled = ["--model.generation.temperature", "1", "--model.generation.seed", "5"]
-    texts = []
+    texts = [
+        [api.processor.decode(api.streamed(n, temperature=1.0, seed=row_seed(5, n))) for n in range(COUNT)],
+    ]
     for rows in (3, 32):
         out = tmp_path / f"{rows}.jsonl"
-        assert main(command(base, out, *sampled, "--model.batching.rows", str(rows))) == 0
+        argv = command(base, out, *sampled, "--model.batching.rows", str(rows))
+        if rows == 3:
+            crash(command(base, out, *sampled, "--model.batching.rows", "9"), Parts(out), COUNT // 2)
+        assert main(argv) == 0
         texts.append([row["response"] for row in read(out)])
-    assert texts[0] == texts[1] != alone
+    assert texts[0] == texts[1] == texts[2] != alone
     assert texts[0][0] != texts[0][65], "rows that ask the same draw differently"
 
 
