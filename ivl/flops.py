@@ -176,11 +176,6 @@ def vision_flops(config: Config) -> float:
     return _embedding(config) + vision_depth(config) * block
 
 
-def projector_flops(config: Config) -> float:
-    """Per tile."""
-    return config.tokens_per_tile * sum(_product(linear) for linear in projector(config))
-
-
 # Training
 
 

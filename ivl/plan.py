@@ -15,13 +15,12 @@ from ivl.config import Config
 from ivl.devices import DEVICES, Device, find_device
 from ivl.families import config_for, find_model
 from ivl.model import tune as tuning
+from ivl.model.devices import parse_size
 from ivl.model.memory import Need, need
 from ivl.model.sketch import Micro, Setup, Sketch, Strategy
 from ivl.model.tune import LoRA, Tune
 from ivl.types import UserError
 
-ROW_TILES = 13
-"""Of an image that is cut into twelve, and its thumbnail"""
 SUPERVISED = 0.25
 """Share of a row's tokens that is learnt from, where no rows are given"""
 FULL = 0.95
@@ -70,10 +69,10 @@ def main(argv: list[str]) -> int:
     device = _device(own.device)
     config = checkpoint_config(str(fit.model.pretrained))
     setup = setup_of(fit, own.devices, device is not None or own.memory is not None or str(fit.trainer.accelerator))
-    rows = rows_of(fit, config, setup)
+    rows = rows_of(fit, config)
     sketch = Sketch(config, setup)
     found = need(sketch, rows.largest)
-    limit = _bytes(own.memory) if own.memory else device.memory if device else None
+    limit = _size(own.memory) if own.memory else device.memory if device else None
     plan = summary(fit, config, sketch, rows, found, device, own.efficiency)
     print(json.dumps(plan, indent=2) if own.json else report(plan))
     if limit is not None and found.total > limit:
@@ -115,15 +114,9 @@ def _device(name: str | None) -> Device | None:
     return found
 
 
-def _bytes(text: str) -> float:
-    """`24GB`, `80GiB` or a number of GB, in bytes."""
-    units = {"GIB": 2**30, "GB": 1e9, "MIB": 2**20, "MB": 1e6, "G": 1e9, "": 1e9}
-    upper = text.upper().replace(" ", "")
-    number = upper.rstrip("GIMB")
-    try:
-        return float(number) * units[upper[len(number) :]]
-    except (ValueError, KeyError):
-        raise UserError(f"--memory: expected a size such as 24GB or 80GiB, found {text!r}") from None
+def _size(text: str) -> int:
+    """`24GB`, `80GiB` or a number of gigabytes, in bytes."""
+    return parse_size(f"{text}GB" if text.replace(".", "").isdigit() else text, "memory")
 
 
 def checkpoint_config(pretrained: str) -> Config:
@@ -192,7 +185,7 @@ def _sharing(strategy: Any) -> int | None:
     return found if isinstance(found, int) else len(found)
 
 
-def rows_of(fit: Any, config: Config, setup: Setup) -> Rows:
+def rows_of(fit: Any, config: Config) -> Rows:
     """What is trained on: the rows named, where they are at hand, else rows of the greatest length."""
     from ivl.lit.datamodule import is_packed
 
@@ -310,14 +303,14 @@ def report(plan: dict[str, Any]) -> str:
 def first_fit(config: Config, setup: Setup, micro: Micro, limit: float) -> str:
     """The first of the usual changes, one upon another, that fits."""
     made: list[str] = []
-    for text, tried, batch in changes(config, setup, micro):
+    for text, tried, batch in changes(setup, micro):
         made.append(text)
         if need(Sketch(config, tried), batch).total <= limit:
             return "it would fit with " + ", ".join(made)
     return "no usual change makes it fit: take a larger device, or more of them with sharding"
 
 
-def changes(config: Config, setup: Setup, micro: Micro) -> Iterator[tuple[str, Setup, Micro]]:
+def changes(setup: Setup, micro: Micro) -> Iterator[tuple[str, Setup, Micro]]:
     """Each with those before it: what costs least first."""
     if not setup.language_checkpointing:
         setup = replace(setup, language_checkpointing=True)

@@ -9,7 +9,7 @@ import torch
 from ivl.__main__ import main as command
 from ivl.families import find_model
 from ivl.lit.datamodule import IvlData
-from ivl.plan import _bytes, main
+from ivl.plan import _size, main
 from ivl.types import UserError
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config
@@ -90,7 +90,7 @@ def test_layers_over_devices(base, tmp_path, capsys):
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("80GiB", 80 * 2**30), ("16", 16e9), ("500 MB", 5e8)])
 def test_sizes(text: str, size: float):
-    assert _bytes(text) == size
+    assert _size(text) == size
 
 
 @pytest.mark.parametrize(

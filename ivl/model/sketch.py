@@ -232,12 +232,12 @@ class Sketch:
                 hook.remove()
         # The language model's last block computes less than the others.
         each = [seen[-end] - seen[-end - 1] if len(seen) > end else 0 for seen, end in zip(counted, (1, 2))]
-        extra = sum(bytes_ * times for bytes_, times in zip(each, self.more_kept(each)))
+        extra = sum(bytes_ * times for bytes_, times in zip(each, self.more_kept()))
         chunk = min(512, micro.supervised)
         logits = chunk * self.config.llm["vocab_size"] * (3 * FP32 if self.setup.precision.startswith("32") else 14)
         return Activations(forward + extra, backward + extra, kept + extra, max(0, backward - kept), logits, each[1])
 
-    def more_kept(self, each: list[int]) -> tuple[int, int]:
+    def more_kept(self) -> tuple[int, int]:
         """Of the blocks beyond the copy, how many keep what its last one does."""
         vision, language = self.more
         if isinstance(mode := self.setup.tune.vision_model, tuning.Blocks):
@@ -251,9 +251,10 @@ def _forward(model: InternVL, micro: Micro) -> Tensor:
     embeds_BTD = model.language_model.get_input_embeddings()(torch.zeros(shape, dtype=torch.long))
     if micro.tiles:
         features_NPD = model.tile_features(torch.zeros(micro.tiles, 3, size, size, dtype=torch.uint8))
-        image_BT1 = torch.zeros(*shape, 1, dtype=torch.bool)
-        embeds_BTD = embeds_BTD.masked_scatter(image_BT1, features_NPD.to(embeds_BTD.dtype))
-        del features_NPD
+        features_ID = features_NPD.flatten(0, 1).to(embeds_BTD.dtype)
+        image_at = torch.zeros(len(features_ID), dtype=torch.long)
+        embeds_BTD = embeds_BTD.flatten(0, 1).index_copy(0, image_at, features_ID).unflatten(0, shape)
+        del features_NPD, features_ID
     count = min(micro.supervised, embeds_BTD.shape[0] * embeds_BTD.shape[1])
     hidden_MD = _hidden(model.language_model, embeds_BTD, micro.packed, torch.zeros(count, dtype=torch.long))
     del embeds_BTD
