@@ -41,7 +41,7 @@ def ours(args: argparse.Namespace) -> DataLoader:
     )  # fmt: skip
     epoch = SimpleNamespace(current=SimpleNamespace(processed=0))
     data.trainer = SimpleNamespace(
-        log_dir=None, is_global_zero=True, strategy=None, max_epochs=1, max_steps=-1,
+        log_dir=None, is_global_zero=True, strategy=None, max_epochs=1, max_steps=-1, num_devices=1,
         fit_loop=SimpleNamespace(epoch_progress=epoch),
     )  # fmt: skip
     data.setup("fit")

@@ -6,7 +6,6 @@ Long: __init__, since each option of the command line is an argument with its ty
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -31,7 +30,7 @@ from ivl.data.split import held_out, remember
 from ivl.lit.benchmark import rows_file
 from ivl.lit.checkpoints import unfinished
 from ivl.lit.feature_cache import open_store
-from ivl.lit.loaders import Asked, RankRows, ResumableLoader, validation_batch
+from ivl.lit.loaders import Asked, Pace, PacedLoader, RankRows, ResumableLoader, validation_batch
 from ivl.lit.prompts import LAST, Prompt, Prompts
 from ivl.lit.types import own
 from ivl.types import UserError
@@ -81,7 +80,8 @@ class IvlData(LightningDataModule):
         shuffle: A new order of the training rows in each epoch; false: as they stand, for a curriculum.
         feature_cache: Folder that keeps what a frozen vision encoder makes of each image, for later epochs and runs.
         feature_cache_gb: Most disk of that folder, in gigabytes.
-        num_workers: Loader processes. Default: one less than there are cores, four at most.
+        num_workers: Loader processes. Default: at most four, and in training more where rows are waited for, up to one
+            less than a process has cores.
         seed: Of the order of rows and of random choices inside them.
     """
 
@@ -137,7 +137,7 @@ class IvlData(LightningDataModule):
         self.pack_tokens, self.pack_tiles = pack_tokens or max_length, pack_tiles
         self.probe_urls = probe_urls
         self.on_error, self.max_bad, self.report = on_error, max_bad, report
-        self.num_workers = max(0, min(4, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
+        self.num_workers = num_workers
         self.shuffle, self.seed = shuffle, seed
         self.processor = Processor.from_pretrained(
             pretrained,
@@ -329,7 +329,7 @@ class IvlData(LightningDataModule):
         batches = self._train_batches()
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         batches.set_epoch(epochs.processed)  # a resumed run begins here
-        loader = self._loader(self.training[0], batches, collate)
+        loader = self._loader(self.training[0], batches, collate, paced=True)
         loader.used = self._used
         return loader
 
@@ -352,7 +352,7 @@ class IvlData(LightningDataModule):
         todo = [int(n) for n in self._order if n not in self.answered]
         mine = [*todo[self.trainer.global_rank :: self.trainer.world_size], LAST]
         prompts = Prompts(self.rows("predict"), keep_errors=self.on_error == "skip")
-        return DataLoader(prompts, batch_size=None, sampler=mine, num_workers=self.num_workers)
+        return DataLoader(prompts, batch_size=None, sampler=mine, num_workers=self._pace().workers)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if isinstance(batch, Prompt):
@@ -372,16 +372,21 @@ class IvlData(LightningDataModule):
         batches = RankRows(len(rows), self.eval_batch_size, *self._place())
         return self._loader(Asked(rows), batches, partial(collate, self.processor))
 
-    def _loader(self, dataset: Dataset, batches: Any, collate: Callable) -> ResumableLoader:
-        return ResumableLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # what a loader draws for its workers is not taken from the run's numbers
-        )
+    def _pace(self) -> Pace:
+        return Pace.of(self.num_workers, self.trainer.num_devices)
+
+    def _loader(self, dataset: Dataset, batches: Any, collate: Callable, paced: bool = False) -> ResumableLoader:
+        pace = self._pace()
+        given: dict[str, Any] = {
+            "batch_sampler": batches,
+            "collate_fn": collate,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": pace.workers > 0,
+            "generator": torch.Generator(),  # what a loader draws for its workers is not taken from the run's numbers
+        }
+        if paced and pace.workers < pace.most:
+            return PacedLoader(dataset, pace, **given)
+        return ResumableLoader(dataset, num_workers=pace.workers, **given)
 
 
 def is_packed(packing: bool | None, batch_size: int | None, group_by_length: bool) -> bool:

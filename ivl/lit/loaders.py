@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from ivl.data.dataset import Rows
@@ -46,6 +50,94 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batch_sampler.load_state_dict(state)
+
+
+@dataclass
+class Pace:
+    """How many workers keep a consumer from waiting, from the time that it waits and the time that it is busy."""
+
+    workers: int
+    most: int
+    window: int = 32
+    """Batches between two decisions"""
+    tolerated: float = 0.05
+    """Share of the time that may be spent waiting"""
+    _seen: int = 0
+    _waited: float = 0.0
+    _busy: float = 0.0
+
+    @classmethod
+    def of(cls, asked: int | None, processes: int) -> Pace:
+        """The workers asked for; None: four to begin with, and at most one less than the cores that each of the
+        processes of this machine has."""
+        if asked is not None:
+            return cls(asked, asked)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        most = max(0, cores // max(1, processes) - 1)
+        return cls(min(4, most), most)
+
+    def add(self, waited: float, busy: float) -> bool:
+        """A batch, in seconds. Returns whether more workers are wanted from here on."""
+        self._seen += 1
+        if self._seen <= 2 * self.workers:  # while they start, nothing is in store
+            return False
+        self._waited += waited
+        self._busy += busy
+        if self._seen < 2 * self.workers + self.window:
+            return False
+        whole, share = self._waited + self._busy, self._waited / (self._waited + self._busy)
+        # Workers together make a batch in the whole time of one; they must make it while the consumer is busy.
+        wanted = min(self.most, math.ceil(self.workers * whole / max(self._busy, whole / self.most)))
+        more = share > self.tolerated and wanted > self.workers
+        if more:
+            rank_zero_info(
+                f"loader: {share:.0%} of the time went by waiting for rows; workers {self.workers} → {wanted} "
+                f"(at most {self.most}; data.num_workers sets their number)"
+            )
+            self.workers = wanted
+        self._seen, self._waited, self._busy = 0 if more else 2 * self.workers, 0.0, 0.0
+        return more
+
+
+class _Turn:
+    """The batches of an epoch for one set of workers after another: until stopped, and then from there."""
+
+    def __init__(self) -> None:
+        self.stopped = self.over = False
+
+    def begin(self, keys: Iterator[Any]) -> None:
+        self.keys, self.stopped, self.over = keys, False, False
+
+    def __iter__(self) -> Iterator[Any]:
+        while not self.stopped:
+            if (key := next(self.keys, None)) is None:
+                self.over = True
+                return
+            yield key
+
+
+class PacedLoader(ResumableLoader):
+    """Takes more workers, between two batches, where its pace asks for them. What batches hold does not change."""
+
+    def __init__(self, dataset: Dataset, pace: Pace, **given: Any) -> None:
+        super().__init__(dataset, num_workers=pace.workers, **given)
+        self._pace, self._turn = pace, _Turn()
+        self._loader: DataLoader | None = None
+        self._given = given | {"batch_sampler": self._turn}
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # DataLoader promises a class of its own
+        pace, turn = self._pace, self._turn
+        turn.begin(iter(self.batch_sampler))
+        while not turn.over:
+            if self._loader is None or self._loader.num_workers != pace.workers:
+                self._loader, turn.stopped = DataLoader(self.dataset, num_workers=pace.workers, **self._given), False
+            asked = time.perf_counter()
+            for batch in self._loader:
+                came = time.perf_counter()
+                yield batch
+                left = time.perf_counter()
+                turn.stopped = turn.stopped or pace.add(came - asked, left - came)
+                asked = left
 
 
 class Asked(Dataset):

@@ -47,6 +47,7 @@ def loader(base, workers: int, epoch: int = 0, **options):
         strategy=None,
         max_epochs=2,
         max_steps=-1,
+        num_devices=1,
         fit_loop=SimpleNamespace(epoch_progress=progress),
     )
     data.setup("fit")
