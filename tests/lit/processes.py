@@ -18,6 +18,8 @@ from ivl.__main__ import main
 
 def _child(argv: list[str], log: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    # Loader workers are its own children, and end with it, as in a run from a shell; those of the fork server go on.
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)  # as in the tests' own process: sums of other threads round otherwise
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):

@@ -83,11 +83,13 @@ def resumes_exactly(base: Path, root: Path, kind: str, workers: int, picked: lis
         steps[torch.load(path, weights_only=True)["global_step"]] = path
     assert len(steps) > 4
     expected = losses(root / "whole")
+    if kind == "by steps":
+        del steps[9]  # from there nothing is left to do, and nothing is written
     for step in sorted(steps) if picked is None else picked:
         path = steps[step]
         again = root / f"from{step}"
         run(base, again, "--ckpt_path", str(path), **changes)
-        if step < max(steps):
+        if step < len(expected):
             assert losses(again) == expected[step:], (step, path)
         assert_same(again, root / "whole")
 
