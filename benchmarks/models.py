@@ -101,6 +101,15 @@ SIZES: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
 """Name → pixels a side of a tile, the tower, the language model. A tile is 64 tokens, one of tiny 4, one of 448 256."""
 
 
+def raw_config(size: str) -> dict[str, Any]:
+    """A config.json of these dimensions, for `ivl.config.Config.from_dict`."""
+    pixels, vision, llm = SIZES[size]
+    raw = copy.deepcopy(BASE) | {"force_image_size": pixels}
+    raw["vision_config"] |= {"image_size": pixels} | vision
+    raw["llm_config"] |= llm
+    return raw
+
+
 def write(folder: Path, size: str, seed: int = 0) -> Path:
     """A checkpoint in the released layout, random by `seed`; one that is there is kept. Returns `folder`."""
     if (folder / "config.json").is_file():
@@ -108,10 +117,8 @@ def write(folder: Path, size: str, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     ids = write_tokenizer(folder, [TEXT])
     end = ids["<|im_end|>"]
-    pixels, vision, llm = SIZES[size]
-    raw = copy.deepcopy(BASE) | {"force_image_size": pixels}
-    raw["vision_config"] |= {"image_size": pixels} | vision
-    raw["llm_config"] |= {"eos_token_id": end} | llm
+    raw = raw_config(size)
+    raw["llm_config"]["eos_token_id"] = end
     parsed = Config.from_dict(raw)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

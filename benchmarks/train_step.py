@@ -6,6 +6,16 @@ The same random weights (through `ivl export --layout hf`), rows, order, batches
 measurement is a process of its own; sides alternate. Rows have 1 to 3 pictures of up to `--max_tiles` tiles each and
 texts of mixed lengths. Pictures are opened and tiled by our processor on both sides, so that the step is compared; a
 warm feature cache is filled by a run before. `--profile`: also a torch profiler summary of one of our steps.
+
+`--peer NAME=COMMAND`, once for each, lets another framework take turns with these, such as
+
+    --peer "mine=python peer.py {model} {rows} {steps} {max_tiles} {threads}"
+
+COMMAND is split as a shell does, without a shell. {model} and {hf} are checkpoints in the released layout and in
+transformers', {rows} the JSON lines, {recipe} lora or full; a brace of its own is doubled. It trains on the rows in
+order, in batches of 4, and prints as its last line {"times": [...], "losses": [...]}: `time.perf_counter()` before the
+first step and after each, and each step's loss. Peak memory in GB is `peak_gb` where it is given, else the largest
+resident set of the process and those it waited for, and of no less than this one. benchmarks/README.md has a whole one.
 """
 
 from __future__ import annotations
@@ -13,11 +23,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import os
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -202,6 +215,48 @@ def measure(args: argparse.Namespace, side: str, *more: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+PLACES = ("model", "hf", "rows", "steps", "max_tiles", "threads", "recipe")
+"""What a peer's command may name"""
+
+
+def peer_of(text: str) -> tuple[str, list[str]]:
+    """NAME=COMMAND as a name and the words of a template. Raises ArgumentTypeError for what cannot be filled in."""
+    name, equals, command = text.partition("=")
+    try:
+        words = shlex.split(command)
+        for word in words:
+            word.format_map(dict.fromkeys(PLACES, ""))
+    except (ValueError, KeyError, IndexError, AttributeError) as error:
+        known = ", ".join(f"{{{place}}}" for place in PLACES)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {known} and no other braces, found {error}") from None
+    if not (name and equals and words):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=COMMAND")
+    return name, words
+
+
+def peer(args: argparse.Namespace, name: str, words: list[str]) -> dict[str, Any]:
+    """One run of a peer, in a process of its own. Exits with what it said where it does not keep to the contract."""
+    values = {place: getattr(args, place, None) for place in PLACES} | {"hf": f"{args.model}-hf"}
+    command = [word.format_map(values) for word in words]
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
+            printed = process.stdout.read()
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        if process.returncode:
+            sys.exit(f"--peer {name}: exit status {process.returncode}\n{said.read()[-3000:]}")
+    last = (printed.strip().splitlines() or [""])[-1]
+    try:
+        found = json.loads(last)
+        counts = len(found["times"]), len(found["losses"])
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f'--peer {name}: expected {{"times": [...], "losses": [...]}} as its last line, found {last[:200]!r}')
+    if counts != (args.steps + 1, args.steps):
+        sys.exit(f"--peer {name}: expected {args.steps + 1} times and {args.steps} losses, found {counts}")
+    return {"peak_gb": used.ru_maxrss / 1e6} | found
+
+
 def steps_of(run: dict[str, Any]) -> list[float]:
     """Seconds of each step but the first."""
     return [b - a for a, b in zip(run["times"][1:], run["times"][2:])]
@@ -217,6 +272,8 @@ def table(args: argparse.Namespace) -> None:
     for _ in range(args.repeats):
         for name, (side, *more) in sides.items():
             found[name].append(measure(args, side, *more))
+        for name, words in args.peer:
+            found.setdefault(name, []).append(peer(args, name, words))
     curves = [] if args.no_curves else [measure(args, side, "--no_dropout")["losses"] for side in ("theirs", "ours")]
     import peft
     import transformers
@@ -244,6 +301,9 @@ def table(args: argparse.Namespace) -> None:
     if curves:
         gap = max(abs(a - b) / abs(a) for a, b in zip(*curves))
         print(f"\nLosses without dropout differ by at most {gap:.1e}, relative, over {len(curves[0])} steps.")
+    if args.peer:
+        means = (f"{name} {statistics.mean(run['losses'][-1] for run in runs):.4g}" for name, runs in found.items())
+        print(f"\nLosses of the last step, with the recipe's dropout, mean of the repeats: {', '.join(means)}.")
 
 
 def main() -> None:
@@ -257,12 +317,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/ivl-train-step"))
     parser.add_argument("--profile", metavar="FILE")
     parser.add_argument("--no_curves", action="store_true", help="do not compare losses")
+    parser.add_argument(
+        "--peer", type=peer_of, action="append", default=[], metavar="NAME=COMMAND", help="see the head of this file"
+    )
     for name in ("--side", "--cache"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     for name in ("--model", "--rows"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--no_dropout", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    taken = ["theirs", "ours", "ours, features kept", *(name for name, _ in args.peer)]
+    if len(set(taken)) < len(taken):
+        parser.error(f"--peer: names must differ, and from {', '.join(taken[:3])}")
     if args.side:
         torch.set_num_threads(args.threads)
         found = {"ours": ours, "theirs": theirs}[args.side](args)
