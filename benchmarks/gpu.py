@@ -207,7 +207,7 @@ def training(name: str, model: InternVL, batches: list[Batch], found: Card, args
     release(args.device)
     try:
         windows = sorted(seconds / len(batches) for seconds in train(model, batches, args))
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         return f"| {name} | out of memory |" + " |" * 6
     seconds = statistics.median(windows)
     operations = sum(asked(model.config, batch) for batch in batches) / len(batches)
@@ -239,7 +239,7 @@ def decoding(model: InternVL, found: Card, args: argparse.Namespace) -> str:
             answer = model.stream(prompt, max_new_tokens=args.answer, eos_ids=())
             next(answer)  # the prompt is read, the first token is on the host
             each.append(timed(lambda answer=answer: list(answer), args.device, 1)[0] / (args.answer - 1))
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         return f"| {len(row)} | out of memory |" + " |" * 5
     seconds, bound = statistics.median(each[1:]), size / found.bandwidth
     cells = [f"{1 / seconds:.4g}", f"{1 / bound:.4g}", f"{seconds / bound:.4g}", f"{size / 1e9:.4g}"]
@@ -265,7 +265,7 @@ def measure(name: str, found: Card, args: argparse.Namespace) -> None:
     try:
         image = config.llm["vocab_size"] - 1
         model = InternVL.from_config(config, "bfloat16", args.device, args.attention, image)
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         print(f"\n{name}: its weights alone are out of memory")
         return
     count, kernel = sum(p.numel() for p in model.parameters()), model.language_model.config._attn_implementation

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import os
+import platform
 import re
 import resource
 import shlex
