@@ -88,7 +88,7 @@ def release(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def settled(work: Callable[[], object], device: torch.device, repeats: int, times: int = 10) -> float:
+def settled(work: Callable[[], object], device: torch.device, repeats: int, times: int = 30) -> float:
     """Median seconds of `work`, each repeat a window of `times` of it, after one that is not counted."""
     windows = timed(lambda: [work() for _ in range(times)] and None, device, repeats + 1)
     return statistics.median(windows[1:]) / times
@@ -261,6 +261,7 @@ def size_of(name: str) -> Config:
 def measure(name: str, found: Card, args: argparse.Namespace) -> None:
     """Decoding and training of one size; prints two tables."""
     config = size_of(name)
+    torch.compiler.reset()  # what was compiled of the size before keeps it, and counts as versions of the same code
     release(args.device)
     try:
         image = config.llm["vocab_size"] - 1
