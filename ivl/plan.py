@@ -192,8 +192,8 @@ def rows_of(fit: Any, config: Config) -> Rows:
     data = fit.data
     packed = is_packed(data.packing, data.batch_size, data.group_by_length)
     length = data.pack_tokens or data.max_length if packed else data.max_length
-    files = [data.train] if isinstance(data.train, str) else data.train or []
-    if files and not data.mixture and all(Path(f).is_file() for f in files) and Path(fit.model.pretrained).is_dir():
+    why = _why_not_read(fit)
+    if why is None:
         return _read_rows(fit)
     tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail
     most = max(0, length - 64) // config.tokens_per_tile
@@ -201,7 +201,23 @@ def rows_of(fit: Any, config: Config) -> Rows:
     tiles = min(data.pack_tiles or most, most) if packed else rows * min(tiles, most)
     supervised = max(1, int(SUPERVISED * rows * max(length - tiles // rows * config.tokens_per_tile, length // 4)))
     micro = Micro(rows, length, tiles, supervised, packed)
-    return Rows(micro, None, None, f"assumed: rows of {length} tokens, the tiles that they can hold")
+    known = f"assumed: rows of {length} tokens, the tiles that they can hold, since {why}"
+    return Rows(micro, None, None, known)
+
+
+def _why_not_read(fit: Any) -> str | None:
+    """What keeps the lengths of the rows from being read; None: nothing does."""
+    if fit.data.mixture:
+        return "data.mixture is not read here"
+    files = [fit.data.train] if isinstance(fit.data.train, str) else fit.data.train or []
+    if not files:
+        return "no --data.train is given"
+    for file in files:
+        if not Path(file).is_file():
+            return f"{file} is not a file here"
+    if not Path(fit.model.pretrained).is_dir():
+        return f"{fit.model.pretrained} is not a folder here, and lengths need its tokenizer"
+    return None
 
 
 def _read_rows(fit: Any) -> Rows:

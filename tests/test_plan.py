@@ -28,6 +28,7 @@ def test_a_released_model_on_a_device(capsys):
     assert 5e9 < plan["memory"]["total"] < 12e9
     assert (plan["batch"]["length"], plan["batch"]["tiles"], plan["batch"]["accumulate"]) == (4096, 15, 16)
     assert plan["batch"]["packed"]
+    assert plan["rows"].endswith("since no --data.train is given")
     assert plan["flops_per_step"]["computed"] > plan["flops_per_step"]["model"]
     assert plan["device"]["step_seconds"] > 0
 
@@ -74,6 +75,17 @@ def test_rows_at_hand_are_read(base, tmp_path, packed, capsys):
         assert (batch["rows"], batch["length"], batch["tiles"]) == (4, max(tokens), sum(sorted(tiles)[-4:]))
         assert batch["supervised"] == -(-4 * sum(supervised) // 18)
         assert epoch["steps"] == steps == 5
+
+
+def test_why_rows_are_assumed(base, tmp_path, capsys):
+    model = ["--model.pretrained", str(base / "model")]
+    here, gone = str(base / "data/train.jsonl"), str(tmp_path / "gone.jsonl")
+    for argv, why in (
+        (["--data.train", here], "OpenGVLab/InternVL2-2B is not a folder here, and lengths need its tokenizer"),
+        (["--data.train", f"[{here}, {gone}]", *model], f"{gone} is not a file here"),
+        (["--data.train", "coco-en-2-mini", *model], "coco-en-2-mini is not a file"),
+    ):
+        assert f"since {why}" in planned(["--config", CONFIG, *argv], capsys)["rows"]
 
 
 def test_layers_over_devices(base, tmp_path, capsys):
