@@ -241,7 +241,8 @@ def _say(text: str, report: TextIO) -> None:
 
 def _report(one: Checked, show: int, report: TextIO) -> None:
     problems, dropped, count = one.index.problems, one.index.dropped, len(one.index)
-    _say(f"\n# data.{one.name}: {count} rows, {len(problems)} with a problem, {len(dropped)} left out", report)
+    rows = f"{count} row{'s' * (count != 1)}"
+    _say(f"\n# data.{one.name}: {rows}, {len(problems)} with a problem, {len(dropped)} left out", report)
     if len(one.rows.parts) > 1 or any(n != len(part.rows) for n, part in zip(one.rows.counts, one.rows.parts)):
         _say(one.rows.describe(), report)
     for title, texts in (("problems", problems), ("left out, as on_too_long is drop", dropped)):
@@ -346,7 +347,7 @@ def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
             print(f"\nnot shown: {error}")
     if cells:
         grid(cells).save(sheet)
-        print(f"\ncontact sheet of {len(cells)} rows: {sheet}")
+        print(f"\ncontact sheet of {len(cells)} row{'s' * (len(cells) != 1)}: {sheet}")
 
 
 def rendered(example: Example, processor: Processor, colour: bool | None = None) -> str:

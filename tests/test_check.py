@@ -128,7 +128,13 @@ def test_held_out_rows_that_are_trained_on_and_prompts(base, tmp_path, capsys):
     ask = write(tmp_path / "ask.jsonl", [{"query": "q", "images": ["a.png"]}])
     assert check(base, tmp_path, "--data.train", train, "--data.val", val, "--data.predict", ask) == 0
     out = capsys.readouterr().out
-    assert f"data.val that are in data.train as well: 1\n{val}:1\n" in out and "# data.predict: 1 rows, 0 with" in out
+    assert f"data.val that are in data.train as well: 1\n{val}:1\n" in out and "# data.predict: 1 row, 0 with" in out
+
+
+def test_one_row(base, tmp_path, capsys):
+    assert check(base, tmp_path, "--data.train", write(tmp_path / "train.jsonl", GOOD[:1])) == 0
+    out = capsys.readouterr().out
+    assert "# data.train: 1 row, 0 with" in out and "contact sheet of 1 row: " in out
 
 
 def test_a_config_of_fit(base, tmp_path, capsys):
