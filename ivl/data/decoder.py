@@ -26,6 +26,10 @@ class DecodeError(Exception):
     """A video that could not be read, and why."""
 
 
+class DecodeTimeout(DecodeError):
+    """The file may be sound, and the machine slow."""
+
+
 class Decoder:
     """The helper of this process. `memory`: bytes that it may allocate."""
 
@@ -104,7 +108,7 @@ class Decoder:
         while done < count:
             ready, _, _ = select.select([stream], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise DecodeError("it did not end in time")
+                raise DecodeTimeout("it did not end in time")
             got = os.readv(stream, [view[done:]])
             if not got:
                 code = self._process.wait()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ivl.data.decoder import DecodeError, Decoder
+from ivl.data.decoder import DecodeError, Decoder, DecodeTimeout
 from ivl.types import UserError
 
 Sample = Literal["middle", "random"]
@@ -177,6 +177,11 @@ class VideoFile:
     def _ask(self, indices: list[int]) -> tuple[VideoInfo, memoryview]:
         try:
             answer, data = _DECODER(self._key, self._source, indices, self._timeout)
+        except DecodeTimeout:
+            raise UserError(
+                f"{self._where}: decoding did not end within {self._timeout:g} s; where the video plays elsewhere, "
+                "raise data.media.video_timeout, else convert it or remove the row"
+            ) from None
         except DecodeError as error:
             raise UserError(
                 f"{self._where}: decord cannot read this video ({error}); expected a file that ffmpeg can decode, "

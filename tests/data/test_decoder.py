@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ivl.data.decoder import DecodeError, Decoder
+from ivl.data.decoder import DecodeError, Decoder, DecodeTimeout
 from tests.data.videos import write_video
 
 
@@ -39,7 +39,7 @@ def test_after_a_crash_or_a_time_out_the_next_is_read(tmp_path, decoder):
     with pytest.raises(DecodeError, match="crashed: SIGKILL"):
         decoder(object(), path, [0], 20)
     assert decoder(object(), path, [0], 20)[0]["frames"] == 30
-    with pytest.raises(DecodeError, match="in time"):
+    with pytest.raises(DecodeTimeout, match="in time"):
         decoder(object(), path, [0], 0)
     with pytest.raises(DecodeError, match="Error reading"):
         decoder(object(), path + ".gone", [0], 20)

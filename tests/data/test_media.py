@@ -276,6 +276,8 @@ def test_video_faults_are_named(tmp_path):
         load_video(tmp_path / "good.mp4", start=5)
     with pytest.raises(UserError, match="max_video_pixels"):
         load_video(tmp_path / "good.mp4", policy=MediaPolicy(max_video_pixels=10_000))
+    with pytest.raises(UserError, match=r"good.mp4: decoding did not end within 0 s; .*video_timeout"):
+        load_video(tmp_path / "good.mp4", policy=MediaPolicy(video_timeout=0))
 
 
 def mutate(data: bytes, draw: random.Random) -> bytes:
