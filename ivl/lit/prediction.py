@@ -34,6 +34,7 @@ if sys.platform != "win32":  # where two programs that write the same file are n
     import fcntl
 
 Row = dict[str, Any]
+NAME = "predictions.jsonl"
 SYNC_SECONDS = 1.0
 """Answers are handed to the system at once, and to the disk at least this often"""
 
@@ -220,8 +221,9 @@ class PredictionWriter(Callback):
     with an unfinished file.
 
     Args:
-        file: Where to write. Default: `predictions.jsonl` in the run's folder. An existing file is not overwritten; one
-            that was begun with the same settings is gone on with.
+        file: Where to write. Default: `predictions.jsonl` in the run's folder, or an unfinished one beside it in
+            `runs/` that was begun with the same settings. An existing file is not overwritten; one that was begun with
+            the same settings is gone on with.
     """
 
     def __init__(self, file: str | None = None):
@@ -234,13 +236,16 @@ class PredictionWriter(Callback):
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        path = Path(trainer.strategy.broadcast(str(self.file or folder / "predictions.jsonl")))
-        self._parts = Parts(path)
+        path = Path(self.file or Path(trainer.log_dir or trainer.default_root_dir) / NAME)  # log_dir asks all ranks
+        settings = self._settings(own(module)) if trainer.is_global_zero else {}
+        if self.file is None and trainer.is_global_zero:
+            path = _begun_before(trainer, settings) or path
+        self._parts = Parts(Path(trainer.strategy.broadcast(str(path))))
+        path = self._parts.path
         problem = None
         if trainer.is_global_zero:
             try:
-                self._parts.begin(self._settings(own(module)))
+                self._parts.begin(settings)
             except UserError as error:
                 problem = str(error)
         if problem := trainer.strategy.broadcast(problem):
@@ -322,6 +327,16 @@ class PredictionWriter(Callback):
             self._bar.close()
         if self._parts is not None:
             self._parts.close()
+
+
+def _begun_before(trainer: Trainer, settings: dict[str, Any]) -> Path | None:
+    """An unfinished file of these settings in the folder of an earlier run: each run has one of its own."""
+    runs = getattr(trainer.logger, "root_dir", None)
+    for found in sorted(Path(runs).glob(f"*/{NAME}.settings.json")) if runs else ():
+        begun = found.with_name(NAME)
+        if not begun.exists() and not _differences(json.loads(found.read_text(encoding="utf-8")), settings):
+            return begun
+    return None
 
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")

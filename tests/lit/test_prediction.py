@@ -189,6 +189,25 @@ def test_stop_texts_and_beams(base, alone, tmp_path):
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
+def test_without_a_name_the_same_command_goes_on_too(base, tmp_path, monkeypatch, caplog):
+    """Each run has a folder of its own, but an unfinished file of the same settings is found."""
+    argv = command(base, tmp_path / "unused")
+    at = argv.index("--predictions.file")
+    del argv[at : at + 2]
+    with monkeypatch.context() as patch:
+        patch.setattr("ivl.lit.prediction.Parts.join", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        assert main(argv) == 2
+    begun = tmp_path / "version_0/predictions.jsonl"
+    assert main([*argv, "--model.generation.max_new_tokens", "3"]) == 0, "other settings, another file"
+    assert not begun.exists() and (tmp_path / "version_1/predictions.jsonl").is_file()
+    caplog.clear()
+    assert main(argv) == 0
+    count = len(read(begun))
+    assert f"{count} of {count} rows are in {begun}.part*" in caplog.text
+    assert not (tmp_path / "version_2/predictions.jsonl").exists()
+    assert main(argv) == 0 and (tmp_path / "version_3/predictions.jsonl").is_file(), "it was finished"
+
+
 def error(capsys, argv: list[str]) -> str:
     status = main(argv)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
