@@ -19,7 +19,7 @@ import threading
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -101,11 +101,32 @@ class Checkpoints(ModelCheckpoint):
     At the first signal the optimizer step (or the validation) that is under way is finished, the state is saved in
     `last.ckpt`, and the process exits with 143 or 130. At the second it exits at once, and saves nothing.
     A LoRA is also written as a PEFT adapter folder (`adapter/`) at the end of fit.
+
+    Args:
+        monitor: A logged number, such as val/loss, whose best checkpoints are kept. Unset: the newest are.
+        mode: Which of its values are best: min or max.
+        save_top_k: How many are kept, besides last.ckpt; -1: all.
     """
 
+    def __init__(
+        self, monitor: str | None = None, mode: Literal["min", "max"] = "min", save_top_k: int = 1, **kwargs: Any
+    ) -> None:
+        if monitor is None and save_top_k > 1:  # Lightning keeps several by a number only
+            monitor, mode = "step", "max"
+        super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, **kwargs)
+
     _signal: int = 0
+    _saves: bool = True
     _random: list[dict[str, Any]] | None = None
     """Of each process, from a checkpoint, until the first step"""
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        super().setup(trainer, module, stage)
+        self._saves = stage == "fit"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._saves:  # the other commands keep no checkpoints, and Lightning would warn of their other folder
+            super().load_state_dict(state_dict)
 
     # -- signals -------------------------------------------------------------------------------------------------
 

@@ -276,6 +276,8 @@ def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
     """Run one of Lightning's commands. Errors are raised: `ivl.__main__` prints them."""
     # Parts that do not train are in eval mode on purpose (ivl.model.tune.apply).
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    # Lightning's own use of torch.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     IvlCLI.prepare_demo = staticmethod(prepare_demo)
     _cli(IvlCLI, argv)

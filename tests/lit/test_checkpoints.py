@@ -215,6 +215,14 @@ def test_a_signal_ends_the_step_and_saves(base, tmp_path, number, status):
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_several_are_kept_without_a_number_to_choose_by(base, tmp_path):
+    """The newest, as other trainers' save_total_limit does; Lightning alone refuses."""
+    test_runs.fit(base, tmp_path, checkpoint__save_top_k=2, checkpoint__every_n_train_steps=1)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        "epoch=0-step=2.ckpt", "epoch=0-step=3.ckpt", "last.ckpt",
+    ]  # fmt: skip
+
+
 def test_last_passes_over_broken_checkpoints_and_says_so(base, tmp_path, capsys):
     run(base, tmp_path, **kinds(base)["padded"] | EACH | {"data__val": None, "trainer__max_epochs": 1})
     *_, second, newest = sorted((tmp_path / "run/checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
