@@ -85,8 +85,8 @@ class LitInternVL(LightningModule):
         schedule: Made with the optimizer and the number of optimizer steps; stepped once per optimizer step.
         generation: How answers are generated in validation and prediction.
         batching: How many rows are answered at the same time in prediction; answers do not depend on it.
-        metrics: Scores of the answers in validation: val/NAME is logged, over all rows and per source, to choose
-            checkpoints and to stop by.
+        metrics: Scores of the answers in validation: val/NAME is logged (of `test`: test/NAME), over all rows and per
+            source, to choose checkpoints and to stop by.
         answer_rows: At most this many rows per validation are answered in words; the loss is of all. Unset: all.
         stop_after_bad: Stop after this many optimizer steps in a row whose loss or gradients are not finite; each is
             skipped.
@@ -325,10 +325,11 @@ class LitInternVL(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.scores = self._scores.means(self.trainer.world_size)
+        stage = "test" if self.trainer.testing else "val"
         for kind, values in self.scores.items():
             for name in ("loss", *self.metrics):
                 if name in values:
-                    place = f"val/{kind}/{name}" if kind else f"val/{name}"
+                    place = f"{stage}/{kind}/{name}" if kind else f"{stage}/{name}"
                     self.log(place, values[name], prog_bar=not kind and name in ("loss", "exact"), batch_size=1)
 
     on_test_epoch_start = on_validation_epoch_start

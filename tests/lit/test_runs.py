@@ -233,6 +233,7 @@ def test_a_fitted_run_predicts_with_its_own_config_and_its_adapter_says_the_same
             [sys.executable, "-m", "ivl", "predict", *argv, *out], capture_output=True, text=True, cwd=tmp_path
         )
         assert done.returncode == 0, done.stderr[-2000:]
+        assert "site-packages" not in done.stderr, "a warning of some package, which says nothing to a user"
     said = {
         name: [row | {"model": None} for row in map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())]
         for name in ("run", "adapter", "base")
@@ -298,4 +299,8 @@ def test_validation_reports_scores_and_pictures(base, tmp_path, capsys):
     assert "answers" in tags["images"]
     wanted = {"train/loss", "val/loss", "val/exact", "speed/tokens_per_s", "speed/samples_per_s", "speed/data_wait"}
     assert wanted <= set(tags["scalars"])
+    argv = ["--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt"), "--data.test", str(base / "data/val.jsonl")]
+    assert main(["test", *argv]) == 0
+    printed = capsys.readouterr().out
+    assert "test/exact" in printed and "val/" not in printed
     assert any(tag.startswith("lr/") for tag in tags["scalars"])
