@@ -37,7 +37,7 @@ options of every command:
 FILE of --config: a path, or the name of a config that comes with the program, such as demo, internvl2-2b, tune/lora or
   strategy/ddp ({folder}). Several are merged from left to right.
 
-`python -m ivl COMMAND --help` lists the options of a command.
+`python -m ivl COMMAND --help` lists the options of a command; `python -m ivl --version` says which version this is.
 """
 
 
