@@ -134,9 +134,10 @@ def steps(case: Case) -> tuple[int, int]:
 
 
 def warm_up() -> None:
-    """What the first step of any model loads."""
+    """What the first step of any model loads: libraries, peft among them."""
     tiny = config((32, 1, 2), (32, 1, 4), 28, 100)
-    steps(_case(tiny, FULL, Micro(1, 16, 1, 4)))
+    for tune in (FULL, LOW):
+        steps(_case(tiny, tune, Micro(1, 16, 1, 4)))
 
 
 def main(names: list[str]) -> None:
