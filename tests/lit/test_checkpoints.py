@@ -209,7 +209,7 @@ def test_a_signal_ends_the_step_and_saves(base, tmp_path, number, status):
     said = (tmp_path / "log").read_text()
     assert process.exitcode == status, said
     last = tmp_path / "cut/run/checkpoints/last.ckpt"
-    assert f"--ckpt_path {last}" in said and "Traceback" not in said
+    assert f"--ckpt_path {last}" in said and "Traceback" not in said and "weights_only" not in said
     assert torch.load(last, weights_only=True)["global_step"] < 32
     assert main(argv) == 0
     assert_same(tmp_path / "cut", tmp_path / "whole")
