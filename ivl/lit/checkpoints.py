@@ -162,7 +162,7 @@ class Checkpoints(ModelCheckpoint):
         number = self._signal or signal.SIGTERM
         assert self.dirpath is not None, "set before the first step"
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        trainer.save_checkpoint(path, weights_only=False)  # else Lightning says that this is what it takes
+        trainer.save_checkpoint(path)
         rank_zero_info(f"stopped at step {trainer.global_step}; go on with the same command and --ckpt_path {path}")
         # Lightning kills the first process where one that it started ends with another status than 0.
         environment = getattr(trainer.strategy, "cluster_environment", None)

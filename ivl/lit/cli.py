@@ -278,7 +278,10 @@ def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     # Lightning's own use of torch.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    unwanted = ("litlogger", "`weights_only` was not set")  # an advertisement; a remark on its own default
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(words in record.getMessage() for words in unwanted)
+    )
     IvlCLI.prepare_demo = staticmethod(prepare_demo)
     _cli(IvlCLI, argv)
     return 0
