@@ -278,12 +278,11 @@ def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     # Lightning's own use of torch.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    # An advertisement; a remark on a default of Lightning's own.
-    for logger, words in (
-        ("utilities.rank_zero", "litlogger"),
-        ("trainer.connectors.checkpoint_connector", "`weights_only` was not set"),
-    ):
-        logging.getLogger(f"lightning.pytorch.{logger}").addFilter(lambda r, words=words: words not in r.getMessage())
+    unwanted = ("litlogger", "`weights_only` was not set")  # an advertisement; a remark on a default of Lightning's
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(
+            lambda record: not any(words in record.getMessage() for words in unwanted)
+        )
     IvlCLI.prepare_demo = staticmethod(prepare_demo)
     _cli(IvlCLI, argv)
     return 0
