@@ -1,4 +1,4 @@
-"""Training by tuning mode: tokens/s, peak memory, and the share of time outside the model; and the memory of logits.
+"""Training by tuning mode: tokens/s, peak memory, and the share of time outside the model.
 
     python benchmarks/tuning.py                          # on the CPU: random weights, 60 M parameters
     python benchmarks/tuning.py --model FOLDER --precision bf16-mixed --steps 50      # on a GPU, where there is one
@@ -6,7 +6,6 @@
 Each mode runs in a process of its own: `--steps` optimizer steps of `--batch` rows with a picture and an answer, after
 a tenth of them to warm up. Inside the model: its forward, the loss and backward; outside: loading, collating, the
 optimizer, logging. Peak memory: of the device, or growth of the resident set since before the model was built (Linux).
-Logits: growth of the resident set in one forward and backward of the loss, over vocabulary and length.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {"tune": {"vision_model": "full", "mlp1": "full", "language_model": "full"}},
     "full, layers again": {"tune": {"vision_model": "full", "mlp1": "full", "language_model": "full"}, "again": True},
 }
-WIDTH, CHUNK = 1024, 512
 
 
 def resident(field: str) -> int:
@@ -119,19 +117,6 @@ def train(args: argparse.Namespace) -> None:
     print(json.dumps({"tokens": clock.tokens / seconds, "peak": peak, "outside": 1 - model.inside / seconds}))
 
 
-def logits(vocabulary: int, tokens: int, chunk: int) -> None:
-    """The loss of one row, in this process; prints JSON."""
-    from ivl.model.loss import losses
-
-    head = torch.nn.Linear(WIDTH, vocabulary, bias=False).requires_grad_(False)
-    hidden = torch.randn(1, tokens, WIDTH, requires_grad=True)
-    labels = torch.randint(0, vocabulary, (1, tokens))
-    losses(head, hidden[:, :8], labels[:, :8], None, 1).loss_sum.backward()
-    before = resident("VmRSS")
-    losses(head, hidden, labels, None, 1, chunk=chunk).loss_sum.backward()
-    print(json.dumps({"peak": resident("VmHWM") - before}))
-
-
 def in_process(*given: str) -> dict[str, float] | None:
     done = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True)
     if done.returncode:
@@ -150,18 +135,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--rows", help=argparse.SUPPRESS)
-    parser.add_argument("--logits", type=int, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.logits:
-        logits(*args.logits)
-    elif args.mode:
+    if args.mode:
         train(args)
     else:
         measure(args)
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Both tables."""
+    """The table."""
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:
             from models import write  # beside this file
@@ -175,11 +157,6 @@ def measure(args: argparse.Namespace) -> None:
             if found := in_process(*common, "--mode", mode, "--rows", str(rows)):
                 cells = f"{found['tokens']:,.0f} | {found['peak'] / 1e9:.2f} | {100 * found['outside']:.0f} %"
                 print(f"| {mode} | {cells} |", flush=True)
-    print("\n| vocabulary | tokens | logits a chunk at a time, MB | all at once, MB |\n| --- | --- | --- | --- |")
-    for vocabulary in (32_000, 128_000):
-        for tokens in (1024, 4096):
-            cells = [in_process("--logits", str(vocabulary), str(tokens), str(c)) for c in (CHUNK, tokens)]
-            print(f"| {vocabulary:,} | {tokens:,} | " + " | ".join(f"{c['peak'] / 1e6:,.0f}" for c in cells) + " |")
 
 
 if __name__ == "__main__":
