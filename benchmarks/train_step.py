@@ -73,16 +73,32 @@ def write_rows(folder: Path, count: int) -> Path:
     return path
 
 
-def shares(model: Path, rows: Path, max_tiles: int) -> tuple[float, float]:
-    """Of the positions of padded batches those that are tokens, and of these the supervised ones."""
+def counted(args: argparse.Namespace) -> tuple[float, float, float, float | None]:
+    """Of the positions of padded batches those that are tokens, and of these the supervised ones; how many times the
+    operations of our step a padded step takes that makes all logits, and of ours with kept features (LoRA)."""
+    from ivl.config import Config
     from ivl.data.dataset import Rows
     from ivl.data.processor import Processor
+    from ivl.flops import Adapter, Recomputed, Trained, Work, training_flops
 
-    read = Rows(rows, Processor.from_pretrained(model, max_tiles=max_tiles))
+    read = Rows(args.rows, Processor.from_pretrained(args.model, max_tiles=args.max_tiles))
     examples = [read[n] for n in range(len(read))]
-    lengths = [len(example) for example in examples]
-    padded = sum(BATCH * max(lengths[n : n + BATCH]) for n in range(0, len(lengths), BATCH))
-    return sum(lengths) / padded, sum(example.num_supervised for example in examples) / sum(lengths)
+    config, lora = Config.load(args.model), args.recipe == "lora"
+    trained = Trained(language_model=Adapter(LORA["rank"])) if lora else Trained(*["full"] * 5)
+    theirs = ours = kept = 0.0
+    tokens = padded = supervised = 0
+    for n in range(0, len(examples), BATCH):
+        batch = examples[n : n + BATCH]
+        lengths, longest = [len(example) for example in batch], max(len(example) for example in batch)
+        tiles, learnt = sum(len(x.tiles) for x in batch), sum(x.num_supervised for x in batch)
+        tokens, supervised, padded = tokens + sum(lengths), supervised + learnt, padded + BATCH * longest
+        # torch's attention with a mask computes all pairs, without one those that are not in the future
+        all_of_it = Work(tiles, BATCH * longest, BATCH * longest**2, BATCH * longest)
+        needed = Work(tiles, sum(lengths), sum(length**2 for length in lengths) // 2, learnt)
+        theirs += training_flops(config, trained, all_of_it, Recomputed(head=False, last_mlp=True)).total
+        own = training_flops(config, trained, needed)
+        ours, kept = ours + own.total, kept + own.language_model + own.head
+    return tokens / padded, supervised / tokens, theirs / ours, theirs / kept if lora else None
 
 
 def same_start(model: torch.nn.Module) -> None:
@@ -282,7 +298,7 @@ def table(args: argparse.Namespace) -> None:
         f"\n{args.size}, {args.recipe}, batch {BATCH}, up to {args.max_tiles} tiles, fp32, {args.threads} threads, ",
         end="",
     )
-    tokens, supervised = shares(args.model, args.rows, args.max_tiles)
+    tokens, supervised, *operations = counted(args)
     print(f"{tokens:.0%} of padded positions are tokens, {supervised:.1%} of these supervised, ", end="")
     print(f"{args.steps} steps x {args.repeats}, first left out; torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}, peft {peft.__version__}, {platform.machine()}")
@@ -298,6 +314,8 @@ def table(args: argparse.Namespace) -> None:
         print(f"| {name} | {statistics.median(rates):.3g} | {rates[0]:.3g} to {rates[-1]:.3g} | ", end="")
         print(f"{statistics.median(faster):.2f} ({min(faster):.2f} to {max(faster):.2f}) | ", end="")
         print(f"{memory:.2f} | {memory / memory_of_base:.2f} |")
+    ratios = ", with kept features ".join(f"{ratio:.2f}" for ratio in operations if ratio)
+    print(f"\nOperations of a padded step with all logits, over those of ours: {ratios}.")
     if curves:
         gap = max(abs(a - b) / abs(a) for a, b in zip(*curves))
         print(f"\nLosses without dropout differ by at most {gap:.1e}, relative, over {len(curves[0])} steps.")
