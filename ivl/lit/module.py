@@ -39,7 +39,6 @@ from ivl.model.compiled import compile_layers
 from ivl.model.devices import Placement
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
-from ivl.model.parallel import build_sharded, parallelize
 from ivl.model.rates import Rates, param_groups, scale_rates
 from ivl.model.serve import Batching
 from ivl.model.tune import Tune
@@ -164,6 +163,8 @@ class LitInternVL(LightningModule):
         """The model with what trains in place, as the strategy spreads it."""
         dtype, attention = self._weight_dtype(), self.attention
         mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+        if mesh is not None:
+            from ivl.model.parallel import build_sharded, parallelize  # peft takes seconds to import
         if mesh is not None and not self.adapter and not self.quantize:
             return build_sharded(self.pretrained, self.tune, mesh, strategy.root_device, dtype, attention)
         # Where each process holds the whole model it is read straight onto its device; otherwise onto the host first.
