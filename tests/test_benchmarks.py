@@ -140,7 +140,7 @@ def run(script, tmp_path, monkeypatch):
     (tmp_path / "mixed-3" / "rows.jsonl").write_text("\n")
     found = {"times": [0, 4, 8, 12], "losses": [4, 4, 4], "peak_gb": 4.0}
     monkeypatch.setattr(train_step, "measure", lambda *given: found)
-    monkeypatch.setattr(train_step, "shares", lambda *given: (0.5, 0.1))
+    monkeypatch.setattr(train_step, "counted", lambda *given: (0.5, 0.1, 2.0, 3.0))
 
     def main(*argv):
         fixed = ["--size", "tiny", "--steps", "3", "--repeats", "2", "--no_curves", "--folder", str(tmp_path)]

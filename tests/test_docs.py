@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -128,23 +129,29 @@ class Parser(IvlCLI):
 
 @pytest.fixture(scope="module")
 def lightning():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["ivl"])
-        with pytest.raises(Understood) as stop:
-            cli._cli(Parser, ["fit"])
-    return stop.value.args[0]
+    """The parser of one of Lightning's commands, made when it is first asked for."""
+
+    @cache
+    def parser(command: str):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["ivl"])
+            with pytest.raises(Understood) as stop:
+                cli._cli(Parser, [command])
+        return stop.value.args[0]
+
+    return parser
 
 
 def read_options(argv: list[str], lightning, monkeypatch) -> None:
     """Let a command's own parser read its arguments. Raises what the command raises."""
     argv = shipped.with_configs(argv)
     if COMMANDS[argv[0]][0] == "ivl.lit.cli":
-        lightning.parse_args(cli.run_config(argv))
+        lightning(argv[0]).parse_args(cli.run_config(argv))
         return
     place, name = STOPS[argv[0]]
     monkeypatch.setattr(importlib.import_module(place), name, understood)
     if argv[0] == "plan":
-        monkeypatch.setattr(cli, "read", lambda rest: lightning.parse_args(["fit", *rest])["fit"])
+        monkeypatch.setattr(cli, "read", lambda rest: lightning("fit").parse_args(["fit", *rest])["fit"])
     with pytest.raises(Understood):
         importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 
