@@ -120,6 +120,11 @@ def load_adapter(model: InternVL, folder: str | Path) -> None:
             f"{path}: the adapter does not fit this model ({len(problems)} tensors): {'; '.join(problems[:5])}; "
             f"it was made for {settings.get('base_model_name_or_path')!r}"
         )
+    if away := sum(own[key].is_meta for key in state):
+        raise UserError(
+            f"{path}: {away} of its {len(state)} tensors belong to layers that are kept in the host's memory, which "
+            f"take no adapter; merge it first (python -m ivl export --adapter {folder} --out MERGED), or add devices"
+        )
     with torch.no_grad():
         for key, tensor in state.items():
             own[key].copy_(tensor)

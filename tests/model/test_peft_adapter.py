@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 
 from ivl.families import llm_family
@@ -80,6 +81,17 @@ def test_an_adapter_of_another_model_is_refused(folder, tmp_path):
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match=r"adapter_model.safetensors: cannot be read"):
         adapter.load_adapter(InternVL.from_pretrained(folder), tmp_path / "adapter")
+
+
+def test_layers_in_the_host_s_memory_take_no_adapter(folder, tmp_path):
+    chosen = Tune(language_model=LoRA(rank=4))
+    model = InternVL.from_pretrained(folder)
+    tune.apply(model, chosen)
+    adapter.save_adapter(model, chosen, tmp_path, str(folder))
+    model = InternVL.from_pretrained(folder)
+    cpu_offload(model.language_model.model.layers[1], execution_device="cpu")
+    with pytest.raises(UserError, match=r"tensors belong to layers that are kept in the host's memory.*--out"):
+        adapter.load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["internvl2_1b", "internvl2_2b", "internvl2_4b"])
