@@ -25,7 +25,7 @@ from ivl.hub import resolve
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.checkpoint import Checkpoint
-from ivl.model.devices import parse_size
+from ivl.model.devices import check_at_hand, parse_size
 from ivl.model.internvl import InternVL
 from ivl.model.quant import Quantize
 from ivl.model.tune import PARTS, How, LoRA, Tune
@@ -79,6 +79,7 @@ class Trained:
         if self.adapter is not None:
             adapting.load_adapter(model, self.adapter)
         elif self.state is not None and self.tune is not None:
+            check_at_hand(model)
             tuning.apply(model, self.tune)
             _put(model, self.state, self.where)
         return model.eval().requires_grad_(False)

@@ -205,7 +205,8 @@ def chat(
     """A session with a model.
 
     Args:
-        model: Model's name, or a checkpoint folder. Default: the one that the run or the adapter names.
+        model: Model's name, or a checkpoint folder; --model.pretrained is the same. Default: the one that the run or
+            the adapter names.
         adapter: PEFT adapter folder to put on it.
         ckpt_path: Fitted run: its folder (the last checkpoint is taken), or one of its .ckpt files.
         system: System message instead of the checkpoint's.
@@ -236,13 +237,7 @@ def chat(
         device_max_memory,
         device_map,
     )
-    if trained.state is not None or trained.adapter is not None:
-        if any(parameter.is_meta for parameter in loaded.parameters()):
-            raise UserError(
-                "a part of the model stays in the host's memory, and no LoRA can be put on that; merge it first "
-                "(python -m ivl export), or use more devices"
-            )
-        loaded = trained.onto(loaded)
+    loaded = trained.onto(loaded)
     if split:
         print(f"layers over devices: {loaded.hf_device_map}")
     processor = Processor.from_pretrained(
@@ -287,7 +282,9 @@ def main(argv: Sequence[str]) -> int:
         default=None,
         help="What may be used of each device, such as `15GB 15GB`; layers that do not fit stay with the host.",
     )
-    options = vars(parser.parse_args(list(argv)))
+    # the other commands' name for it
+    words = [re.sub(r"^--model\.pretrained(?==|$)", "--model", word) for word in argv]
+    options = vars(parser.parse_args(words))
     settings = Settings(**{name: options.pop(name) for name in vars(Settings())})
     session = chat(**options, settings=settings)
     _recall()

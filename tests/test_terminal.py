@@ -264,6 +264,8 @@ def test_one_turn_models_ask_for_media_and_refuse_later_ones(tmp_path):
     [
         ([], "chat: expected --model NAME or a folder, --adapter DIR, or --ckpt_path RUN"),
         (["--model", "internvl9-9b"], "internvl9-9b: neither a folder nor a known model"),
+        (["--model.pretrained", "internvl9-9b"], "internvl9-9b: neither a folder nor a known model"),
+        (["--model.pretrained=internvl9-9b"], "internvl9-9b: neither a folder nor a known model"),
         (["--adapter", "a", "--ckpt_path", "b"], "--ckpt_path and --adapter: expected one of them"),
         (["--ckpt_path", "/nowhere/run"], "no such folder; expected a run"),
         (["--max_new_tokens", "many"], "max_new_tokens"),

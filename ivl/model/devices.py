@@ -335,6 +335,15 @@ def dispatch(model: InternVL, placement: Placement) -> None:
                 _hand_over(model.get_submodule(before), placement(after))
 
 
+def check_at_hand(model: InternVL) -> None:
+    """Raise UserError where a part stays in the host's memory: what would be added to it is not computed."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            "a part of the model stays in the host's memory, and no LoRA can be put on that; merge it first "
+            "(python -m ivl export), or use more devices"
+        )
+
+
 def _hand_over(module: nn.Module, device: str) -> None:
     """Send what a layer gives to the next one's device at once.
 

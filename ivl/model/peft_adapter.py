@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ivl.config import read_json
 from ivl.model import adapters
+from ivl.model.devices import check_at_hand
 from ivl.model.tune import ADAPTER, PARTS, LoRA, Tune, adapted, inject, lora_config, part_of, scale_alpha
 from ivl.model.tune import trainable_state as trained_tensors
 from ivl.types import UserError
@@ -82,6 +83,7 @@ def load_adapter(model: InternVL, folder: str | Path) -> None:
     """
     from peft import LoraConfig
 
+    check_at_hand(model)
     folder = Path(folder)
     settings = read_json(folder / "adapter_config.json")
     if settings.get("peft_type") != "LORA":
@@ -119,11 +121,6 @@ def load_adapter(model: InternVL, folder: str | Path) -> None:
         raise UserError(
             f"{path}: the adapter does not fit this model ({len(problems)} tensors): {'; '.join(problems[:5])}; "
             f"it was made for {settings.get('base_model_name_or_path')!r}"
-        )
-    if away := sum(own[key].is_meta for key in state):
-        raise UserError(
-            f"{path}: {away} of its {len(state)} tensors belong to layers that are kept in the host's memory, which "
-            f"take no adapter; merge it first (python -m ivl export --adapter {folder} --out MERGED), or add devices"
         )
     with torch.no_grad():
         for key, tensor in state.items():
