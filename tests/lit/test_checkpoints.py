@@ -17,6 +17,7 @@ import torch
 
 from ivl.__main__ import main
 from ivl.lit.checkpoints import Checkpoints, damage, newest_whole, random_state, set_random_state
+from ivl.lit.loaders import Pace
 from tests.lit import test_runs
 from tests.lit.processes import started, wait
 from tests.lit.rows import write_rows
@@ -97,6 +98,16 @@ def resumes_exactly(base: Path, root: Path, kind: str, workers: int, picked: lis
 @pytest.mark.parametrize(("kind", "picked"), [("padded", [4, 6]), ("packed", [2]), ("validated", [5])])
 def test_a_resumed_run_equals_the_uninterrupted_one(base, tmp_path, kind, picked):
     resumes_exactly(base, tmp_path, kind, 0, picked)
+
+
+def test_more_workers_on_the_way_change_nothing(base, tmp_path, monkeypatch):
+    resumes_exactly(base, tmp_path / "plain", "padded", 0, [])
+    paces = []
+    monkeypatch.setattr(Pace, "of", lambda *_: paces.append(Pace(1, 2, window=1, tolerated=-1.0)) or paces[-1])
+    resumes_exactly(base, tmp_path / "paced", "padded", None, [2])
+    assert {pace.workers for pace in paces} == {2}
+    assert losses(tmp_path / "paced/whole") == losses(tmp_path / "plain/whole")
+    assert_same(tmp_path / "paced/whole", tmp_path / "plain/whole")
 
 
 @pytest.mark.slow
