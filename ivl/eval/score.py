@@ -1,4 +1,4 @@
-"""`python -m ivl score FILE... --task docvqa`: a table with intervals, scores.json, and a report to look at."""
+"""`python -m ivl score FILE... --task docvqa`: a table with intervals, a record of it, and a report to look at."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [rows[0], *(predictions.align(rows[0], path, found) for path, found in zip(files[1:], rows[1:]))]
     scored = [RULES[chosen.rule].run(found, args.mode) for found in rows]
     found = record(args.task, args.mode, files, rows, scored, args.resamples, args.seed)
-    out = Path(args.out) if args.out else files[0].with_name("scores.json")
+    out = Path(args.out) if args.out else files[0].with_suffix(".scores.json")
     out.write_text(json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     print(table(found))
     print(f"\n{out}")
@@ -75,7 +75,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="OURS=THEIRS",
         help="another tool's name of a field, e.g. response=prediction; may be given several times",
     )
-    parser.add_argument("--out", metavar="FILE", help="default: scores.json beside the first file")
+    parser.add_argument("--out", metavar="FILE", help="default: the first file's name with .scores.json")
     parser.add_argument("--html", metavar="FILE", help="also a page with every answer, failures first")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")

@@ -38,7 +38,7 @@ def test_a_score_is_printed_and_written(file, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "DocVQA val · compat · 10 rows of 5349: a part of the benchmark" in out
     assert "p.jsonl         60.00  [30.00, 90.00]" in out
-    found = json.loads((tmp_path / "scores.json").read_text())
+    found = json.loads((tmp_path / "p.scores.json").read_text())
     assert found["files"][0]["score"] == 60
     assert found["files"][0]["run"] == {"model": "m", "max_tiles": 18, "frames": None, "decoding": None}
     assert found["files"][0]["asked_as_published"] == 10
@@ -64,7 +64,7 @@ def test_the_fingerprint_is_of_the_questions_not_of_the_answers(file, tmp_path):
     prints = []
     for said in (["blue", "red"], ["red", "red"], ["red", "red", "red"]):
         main([file("p.jsonl", said), "--task", "docvqa"])
-        prints.append(json.loads((tmp_path / "scores.json").read_text())["data"]["fingerprint"])
+        prints.append(json.loads((tmp_path / "p.scores.json").read_text())["data"]["fingerprint"])
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -73,7 +73,7 @@ def test_files_are_compared(file, tmp_path, capsys):
     assert main([a, b, "--task", "docvqa"]) == 0
     out = capsys.readouterr().out
     assert "b.jsonl less a.jsonl: +60.00" in out
-    (gap,) = json.loads((tmp_path / "scores.json").read_text())["comparison"]
+    (gap,) = json.loads((tmp_path / "a.scores.json").read_text())["comparison"]
     assert gap["value"] == 60 and gap["p"] < 0.01 and gap["mcnemar"] < 1e-6
 
 
@@ -110,7 +110,7 @@ def test_another_tools_file_with_the_ground_truth_beside_it(tmp_path):
     truth.write_text("".join(json.dumps({"id": str(n), "query": "q", "answers": ["blue"]}) + "\n" for n in (1, 2)))
     fields = ["--field", "id=questionId", "--field", "response=answer"]
     assert main([str(said), "--task", "docvqa", "--rows", str(truth), *fields]) == 0
-    assert json.loads((tmp_path / "scores.json").read_text())["files"][0]["score"] == 50
+    assert json.loads((tmp_path / "docvqa_val.scores.json").read_text())["files"][0]["score"] == 50
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -87,7 +87,7 @@ def test_the_expected_answers_get_the_full_score(name, root, tmp_path):
     best = [{"id": row["id"], "response": row["response"], "prompt": row["query"]} for row in rows]
     said.write_text(official.lines(*best), encoding="utf-8")
     assert main([str(said), "--task", name, "--rows", str(truth), "--resamples", "20"]) == 0
-    found = json.loads((tmp_path / "scores.json").read_text())
+    found = json.loads((tmp_path / "said.scores.json").read_text())
     best = {"mme": 14 * 200, "ocrbench": 2, "coco": 0, "flickr30k": 0, "nocaps": 0}  # one caption weighs no words
     assert found["files"][0]["score"] == pytest.approx(best.get(name, 100))
     assert found["files"][0]["asked_as_published"] == len(rows)
