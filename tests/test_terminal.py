@@ -27,7 +27,6 @@ from ivl.terminal import LINE, Session, chat, printable
 from tests import tiny
 from tests.test_chat import fresh, picture
 
-MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 WAIT = 240.0
 """Seconds until a test gives up; the machine may be busy"""
 
@@ -105,11 +104,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("pictures", ["generated", "shared"])
-def test_the_session_of_the_document(folder, tmp_path, pictures):
+def test_the_session_of_the_document(folder, tmp_path, pictures, request):
     if pictures == "shared":
-        if not MEDIA.is_dir():
-            pytest.skip(f"no {MEDIA}")
-        cat, animal = MEDIA / "image1.jpg", MEDIA / "waterview.jpg"
+        media = request.getfixturevalue("shared") / "media"
+        cat, animal = media / "image1.jpg", media / "waterview.jpg"
     else:
         cat, animal = tmp_path / "cat.png", tmp_path / "animal.png"
         picture(1, (90, 60)).save(cat)
