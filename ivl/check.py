@@ -21,7 +21,7 @@ from ivl.data.index import Index, answers_needed, build_index, joined, progress_
 from ivl.data.media import MediaPolicy
 from ivl.data.processor import Processor
 from ivl.data.sources import Source, open_sources
-from ivl.types import IGNORE, Example, UserError
+from ivl.types import IGNORE, Example, UserError, many
 
 SPLITS = ("train", "val", "test", "predict")
 TRAINED, NOT_TRAINED, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
@@ -241,8 +241,7 @@ def _say(text: str, report: TextIO) -> None:
 
 def _report(one: Checked, show: int, report: TextIO) -> None:
     problems, dropped, count = one.index.problems, one.index.dropped, len(one.index)
-    rows = f"{count} row{'s' * (count != 1)}"
-    _say(f"\n# data.{one.name}: {rows}, {len(problems)} with a problem, {len(dropped)} left out", report)
+    _say(f"\n# data.{one.name}: {many(count, 'row')}, {len(problems)} with a problem, {len(dropped)} left out", report)
     if len(one.rows.parts) > 1 or any(n != len(part.rows) for n, part in zip(one.rows.counts, one.rows.parts)):
         _say(one.rows.describe(), report)
     for title, texts in (("problems", problems), ("left out, as on_too_long is drop", dropped)):
@@ -271,8 +270,7 @@ def _report(one: Checked, show: int, report: TextIO) -> None:
 
 
 def _lengths(index: Index, number: int) -> str:
-    tiles = int(index.tiles[number])
-    return f"{index.tokens[number]} tokens, {tiles} tile{'s' * (tiles != 1)}"
+    return f"{index.tokens[number]} tokens, {many(int(index.tiles[number]), 'tile')}"
 
 
 def distributions(index: Index, facts: np.ndarray) -> str:
@@ -347,7 +345,7 @@ def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
             print(f"\nnot shown: {error}")
     if cells:
         grid(cells).save(sheet)
-        print(f"\ncontact sheet of {len(cells)} row{'s' * (len(cells) != 1)}: {sheet}")
+        print(f"\ncontact sheet of {many(len(cells), 'row')}: {sheet}")
 
 
 def rendered(example: Example, processor: Processor, colour: bool | None = None) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl.data import grounding
-from ivl.types import TRUTH, Conversation, Media, Message, UserError
+from ivl.types import TRUTH, Conversation, Media, Message, UserError, many
 
 Row = dict[str, Any]
 Role = Literal["user", "assistant"]
@@ -357,7 +357,7 @@ def _place(draft: _Draft) -> None:
 
 def _mismatch(kind: str, marks: int, media: int) -> str:
     what = f"add the {kind} or drop a mark" if marks > media else f"add a mark or drop the {kind}"
-    return f"{marks} <{kind}> mark{'s' * (marks != 1)} but {media} {kind}{'s' * (media != 1)}; {what}"
+    return f"{many(marks, f'<{kind}> mark')} but {many(media, kind)}; {what}"
 
 
 def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool) -> None:

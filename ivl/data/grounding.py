@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ivl.types import UserError
+from ivl.types import UserError, many
 
 Box = tuple[float, float, float, float]
 MARK = re.compile(r"<ref-object>|<bbox>")
@@ -33,12 +33,10 @@ def fill(
     for mark in ("<ref-object>", "<bbox>"):
         count = sum(text.count(mark) for text in texts)
         if count and count != len(objects):
-            raise UserError(
-                f"{_many(count, f'{mark} mark')} but {_many(len(objects), 'object')}; expected one mark each"
-            )
+            raise UserError(f"{many(count, f'{mark} mark')} but {many(len(objects), 'object')}; expected one mark each")
     if objects and not any(MARK.search(text) for text in texts):
         raise UserError(
-            f"{_many(len(objects), 'object')} but no <ref-object> or <bbox> mark; write a mark where each is named"
+            f"{many(len(objects), 'object')} but no <ref-object> or <bbox> mark; write a mark where each is named"
         )
     boxes = [_boxes(entry, n, size) for n, entry in enumerate(objects)]
     captions, written = iter(objects), iter(boxes)
@@ -104,10 +102,6 @@ def _scaled(box: Any, width: int, height: int, where: str, kind: str) -> Box:
     if min(x1, y1) < -slack or x2 > width + slack or y2 > height + slack:
         raise UserError(f"{where}: {_short(box)} reaches outside of {width} x {height} ({kind}); check bbox_type")
     return 1000 * x1 / width, 1000 * y1 / height, 1000 * x2 / width, 1000 * y2 / height
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _short(value: Any) -> str:

@@ -263,6 +263,11 @@ class _Probe(Dataset):
         return *found, self.probe_urls or not urls, True
 
 
+def cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _spread(numbers: np.ndarray) -> list[np.ndarray]:
     return [numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK)]
 
@@ -271,7 +276,7 @@ def _probed(
     probe: _Probe, chunks: list[np.ndarray], workers: int | None, progress: Callable[[int], None] | None
 ) -> Index:
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = cores()
     workers = min(workers, len(chunks) // 8)  # processes take longer to start than a few chunks take
     found, done = [], 0
     draw = torch.Generator()  # a loader draws a seed, which must not come from the run's own generator

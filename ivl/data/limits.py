@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ivl.data.tokenizer import Tokenizer
-from ivl.types import IGNORE, Conversation, UserError
+from ivl.types import IGNORE, Conversation, UserError, many
 
 
 class Shape(NamedTuple):
@@ -104,7 +104,7 @@ def fitted(plan: Plan, max_length: int, tokens_per_tile: int, encode: Encode, co
     if plan.num_tiles < before:
         plan.notes.append(f"tiles {before} -> {plan.num_tiles}")
     if turns:
-        plan.notes.append(f"dropped {turns} turn{'s' * (turns > 1)}")
+        plan.notes.append(f"dropped {many(turns, 'turn')}")
     return plan
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from ivl.data.dataset import Rows
+from ivl.data.index import cores
 from ivl.data.processor import Processor
 from ivl.types import IGNORE, Batch, Example
 
@@ -72,8 +72,7 @@ class Pace:
         processes of this machine has."""
         if asked is not None:
             return cls(asked, asked)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        most = max(0, cores // max(1, processes) - 1)
+        most = max(0, cores() // max(1, processes) - 1)
         return cls(min(4, most), most)
 
     def add(self, waited: float, busy: float) -> bool:

@@ -62,7 +62,7 @@ def loader() -> PacedLoader:
     return made
 
 
-def test_more_workers_make_the_same_batches(loader, capfd):
+def test_more_workers_make_the_same_batches(loader):
     batches = loader.batch_sampler
     for epoch in range(3):
         batches.set_epoch(epoch)
