@@ -91,7 +91,7 @@ class Recomputed:
     scores: bool = True
     """Attention's scores: fused kernels do not keep them; attention written out does"""
     last_mlp: bool = False
-    """Not a second time, but for tokens whose result nobody reads: the last block's MLP, see `ivl.model.last_block`"""
+    """Not a second time, but for tokens whose result nobody reads: the last block's MLP, see `ivl.model.blocks`"""
 
 
 NOTHING = Recomputed(head=False, scores=False, last_mlp=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ivl.model.last_block import WANTED
+from ivl.model.again import again
 
 NAME = "sdpa_by_row"
 
@@ -38,7 +38,6 @@ def register() -> str:
 
     @torch.compiler.disable  # compiled, there would be a version for each list of lengths
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
-        given.pop(WANTED, None)  # the last block's
         rows = given.pop("rows", None)
         if rows is None:
             return sdpa_attention_forward(module, query, key, value, mask, **given)
@@ -73,7 +72,11 @@ def by_row(
                 q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scale, enable_gqa=grouped
             )
         )
-    return torch.cat(found, dim=2).transpose(1, 2)
+    return again(_joined, *found)
+
+
+def _joined(*rows_1HTK: Tensor) -> Tensor:
+    return torch.cat([row.transpose(1, 2) for row in rows_1HTK], dim=1)
 
 
 def given_rows(kernel: str, lengths: Sequence[int], like: Tensor) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ivl.config import Config
 from ivl.families import llm_family
-from ivl.model import attention, last_block
+from ivl.model import attention, blocks
 from ivl.model.attention import given_rows
-from ivl.model.last_block import WANTED
+from ivl.model.blocks import WANTED
 from ivl.types import UserError
 
 AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -186,7 +186,7 @@ def build_llm(config: Config, kernel: str, dtype: torch.dtype = torch.float32) -
     kernel = attention.register() if kernel == "sdpa" else kernel
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=kernel, dtype=dtype)
     model.model.rotary_emb = RotaryEmbedding(model.model.rotary_emb, model.config)
-    last_block.mark(model)
+    blocks.use(model)
     return model
 
 

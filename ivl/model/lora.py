@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from ivl.model.again import autocast_dtype
 from ivl.model.tune import ADAPTER
 
 
@@ -50,9 +51,7 @@ class LoRAProduct(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> Tensor:
-        kind = x_NI.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none
-        dtype = torch.get_autocast_dtype(kind) if autocast else x_NI.dtype
+        dtype = autocast_dtype(x_NI.device.type) or x_NI.dtype
         mask_NI = None
         if dropout:
             mask_NI, share = kept(x_NI.shape, dropout, x_NI.device)

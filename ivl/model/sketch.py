@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves
 from ivl.config import Config
 from ivl.model import tune as tuning
 from ivl.model.attention import NAME, given_rows
+from ivl.model.blocks import WANTED
 from ivl.model.internvl import InternVL
-from ivl.model.last_block import WANTED
 from ivl.model.llm import AttentionKernel, LanguageModel, attention_mask, visible
 from ivl.model.loss import token_losses
 from ivl.model.quant import Quantize

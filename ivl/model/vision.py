@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from ivl.config import VisionConfig
+from ivl.model.again import again, normed, small
+from ivl.model.layer_scale import scaled
 
 
 class RMSNorm(nn.Module):
@@ -73,13 +75,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width, config.layer_norm_eps) if normalise else nn.Identity()
         self.k_norm = RMSNorm(width, config.layer_norm_eps) if normalise else nn.Identity()
 
-    def forward(self, x_NLD: Tensor) -> Tensor:
+    def forward(self, x_NLD: Tensor, scale_D: Tensor) -> Tensor:
+        """Times `scale_D`."""
         q_NLD, k_NLD, v_NLD = self.qkv(x_NLD).chunk(3, dim=-1)
         q_NLD, k_NLD = self.q_norm(q_NLD), self.k_norm(k_NLD)
         q_NHLK, k_NHLK, v_NHLK = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q_NLD, k_NLD, v_NLD))
         dropout = self.attention_dropout if self.training else 0.0
         out_NHLK = self.kernel(q_NHLK, k_NHLK, v_NHLK, dropout)
-        return self.proj_drop(self.proj(out_NHLK.transpose(1, 2).flatten(2)))
+        return self.proj_drop(scaled(self.proj, out_NHLK.transpose(1, 2).flatten(2), scale_D))
 
 
 class MLP(nn.Module):
@@ -91,8 +94,9 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_NLD: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x_NLD)))
+    def forward(self, x_NLD: Tensor, scale_D: Tensor) -> Tensor:
+        """Times `scale_D`."""
+        return scaled(self.fc2, again(self.act, self.fc1(x_NLD)), scale_D)
 
 
 class DropPath(nn.Module):
@@ -125,8 +129,8 @@ class Layer(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x_NLD: Tensor) -> Tensor:
-        x_NLD = x_NLD + self.drop_path1(self.attn(self.norm1(x_NLD)) * self.ls1)
-        return x_NLD + self.drop_path2(self.mlp(self.norm2(x_NLD)) * self.ls2)
+        x_NLD = x_NLD + self.drop_path1(self.attn(normed(self.norm1, x_NLD), self.ls1))
+        return x_NLD + self.drop_path2(self.mlp(normed(self.norm2, x_NLD), self.ls2))
 
 
 class Embeddings(nn.Module):
@@ -172,7 +176,8 @@ class Encoder(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 x_NLD = checkpoint(layer, x_NLD, use_reentrant=False)
             else:
-                x_NLD = layer(x_NLD)
+                with small():
+                    x_NLD = layer(x_NLD)
         return x_NLD
 
 

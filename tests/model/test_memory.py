@@ -66,25 +66,36 @@ def test_the_real_model_takes_what_is_predicted(mode: str, checkpointing: bool, 
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_what_autograd_saves_is_what_is_kept(mode: str):
-    """torch's own account: the storages handed to saved-tensor hooks, weights apart."""
+def test_what_autograd_saves_is_what_is_kept(mode: str, monkeypatch):
+    """torch's own account: the storages handed to saved-tensor hooks or kept by them instead, weights apart."""
     config, micro = deep(), Micro(2, 600, 16, 200)
     model = InternVL.from_config(config, attention="sdpa", image_token_id=IMAGE)
     tune.apply(model, MODES[mode])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
-    def pack(tensor):
+    def count(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def counted(pack, unpack):
+        def both(tensor):
+            kept = pack(tensor)
+            for each in (kept,) if isinstance(kept, torch.Tensor) else kept[0].inputs:
+                count(each)
+            return kept
+
+        return hooks(both, unpack)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", counted)
     ids = torch.full((2, 600), 3)
     ids.view(-1)[: 16 * config.tokens_per_tile] = IMAGE
     labels = torch.full_like(ids, -100)
     labels.view(-1)[-200:] = 5
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with hooks(count, lambda t: t):
         model(ids, labels=labels, tiles=torch.zeros(16, 3, 56, 56, dtype=torch.uint8))
     found = Sketch(config, Setup(MODES[mode])).activations(micro)
     assert found.kept == pytest.approx(sum(saved.values()), rel=0.05)

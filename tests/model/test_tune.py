@@ -114,8 +114,8 @@ def test_every_trainable_tensor_gets_the_gradient_it_gets_without_checkpointing(
         if again:
             model.set_checkpointing(vision, language)
         calls = []
-        model.language_model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append("llm"))  # noqa: B023
-        model.vision_model.encoder.layers[1].norm1.register_forward_hook(lambda *_: calls.append("vit"))  # noqa: B023
+        model.language_model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append("llm"))  # noqa: B023
+        model.vision_model.encoder.layers[1].attn.register_forward_hook(lambda *_: calls.append("vit"))  # noqa: B023
         found[again] = gradients(model)
         trains = {"llm": language and again, "vit": vision and again and MODES[mode].vision_model != "frozen"}
         assert {k: calls.count(k) for k in trains} == {k: 1 + on for k, on in trains.items()}

@@ -1,0 +1,52 @@
+"""A linear layer and the layer scale behind it as one operation of autograd: the same numbers, less kept in training.
+
+y = s (x W' + b). autograd keeps x W' + b for the gradient of s, a tensor as wide as a block's input. But that gradient
+follows from the product M = dy' x, from which that of W is made as well: dW = s M, and ds = rows of W M summed + b dy.
+
+Shapes: N tokens, I and O features in and out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from ivl.model.again import autocast_dtype
+
+
+class ScaledProduct(torch.autograd.Function):
+    """s (x W' + b), in autocast's dtype up to the scale where that is on."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor, scale_O: Tensor) -> Tensor:
+        dtype = autocast_dtype(x_NI.device.type) or x_NI.dtype
+        ctx.save_for_backward(x_NI, weight_OI, bias_O, scale_O)
+        ctx.dtype = dtype
+        return F.linear(x_NI.to(dtype), weight_OI.to(dtype), bias_O.to(dtype)) * scale_O
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor, ...]:
+        x_NI, weight_OI, bias_O, scale_O = ctx.saved_tensors
+        product_OI = (dy_NO.to(ctx.dtype).t() @ x_NI.to(ctx.dtype)).to(weight_OI.dtype)
+        sum_O = dy_NO.sum(0).to(bias_O.dtype)
+        dx_NI = (dy_NO * scale_O).to(ctx.dtype) @ weight_OI.to(ctx.dtype)
+        dscale_O = (weight_OI * product_OI).sum(1) + bias_O * sum_O
+        return dx_NI.to(x_NI.dtype), scale_O[:, None] * product_OI, scale_O * sum_O, dscale_O
+
+
+def scaled(linear: nn.Module, x: Tensor, scale_O: Tensor) -> Tensor:
+    """`linear(x) * scale_O`, with less kept where all of it trains."""
+    tensors = [getattr(linear, "weight", None), getattr(linear, "bias", None), scale_O]
+    plain = type(linear) is nn.Linear and not torch.compiler.is_compiling()
+    for p in tensors if plain else ():
+        # not split over processes, nor gathered by hooks of the layer (DeepSpeed's third stage)
+        plain &= p is not None and p.requires_grad and not isinstance(p, DTensor) and not hasattr(p, "ds_id")
+    if not plain or not torch.is_grad_enabled():
+        return linear(x) * scale_O
+    return ScaledProduct.apply(x.flatten(0, -2), *tensors).unflatten(0, x.shape[:-1])
