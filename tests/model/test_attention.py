@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface
 
-from ivl.model.attention import by_row
+from ivl.model import attention
+from ivl.model.attention import Rows, at_once, by_row, given_rows, register
 from ivl.model.llm import hidden_states, lengths_of, set_checkpointing, visible
 from tests.model.test_llm import tiny
 from tests.tiny import FAMILIES
@@ -19,6 +22,76 @@ def test_rows_see_themselves_alone(window):
     mask = visible(positions, positions, rows, window)
     square = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask)
     torch.testing.assert_close(by_row(q, k, v, lengths, window=window), square.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+def by_mask(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's documentation says of `varlen_attn`, with a square mask."""
+    assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and max_q == max_k == int(cu_seq_q.diff().max())
+    assert enable_gqa == (q.shape[1] != k.shape[1]) and window_size[1] == 0
+    row = torch.repeat_interleave(torch.arange(len(cu_seq_q) - 1), cu_seq_q.diff())
+    back = torch.arange(len(q))[:, None] - torch.arange(len(q))
+    seen = (row[:, None] == row) & (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
+    heads = (x.transpose(0, 1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+    return out.transpose(0, 1)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_all_rows_at_once_are_asked_for_as_torch_takes_them(window, scale, groups, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_mask)
+    lengths = (5, 1, 7)
+    q, k, v = (torch.randn(1, n, 13, 8) for n in (4, groups, groups))
+    found = at_once(q, k, v, Rows(lengths, torch.tensor([0, 5, 6, 13], dtype=torch.int32)), scale, window)
+    torch.testing.assert_close(found, by_row(q, k, v, lengths, scale, 0.0, window), atol=1e-6, rtol=1e-5)
+
+
+def test_all_rows_at_once_where_there_is_a_kernel_for_it(monkeypatch):
+    """On fake tensors of a GPU, which need none: torch's own operator takes what it is given."""
+    lengths, kernel = [5, 1, 7], AttentionInterface()[register()]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attention._newer.cache_clear()
+    called = []
+    for name in ("at_once", "by_row"):
+        real = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, n=name, real=real: called.append(n) or real(*a))
+    with FakeTensorMode():
+        for dtype, width, dropout, expected in (
+            (torch.bfloat16, 16, 0.0, "at_once"),
+            (torch.float16, 128, 0.0, "at_once"),
+            (torch.float32, 16, 0.0, "by_row"),
+            (torch.bfloat16, 12, 0.0, "by_row"),
+            (torch.bfloat16, 16, 0.1, "by_row"),
+        ):
+            q, k, v = (torch.empty(1, n, 13, width, device="cuda", dtype=dtype) for n in (4, 2, 2))
+            rows = given_rows(attention.NAME, lengths, q)["rows"]
+            found, _ = kernel(torch.nn.Module(), q, k, v, None, rows=rows, scaling=0.5, dropout=dropout)
+            assert found.shape == (1, 13, 4, width) and found.dtype == dtype and found.device.type == "cuda"
+            assert called.pop() == expected and not called
+    attention._newer.cache_clear()
+    assert given_rows(attention.NAME, lengths, torch.zeros(1))["rows"].ends is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [8, 2])
+@pytest.mark.parametrize("window", [None, 100])
+def test_all_rows_at_once_on_a_gpu(window, groups):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    lengths = (300, 1, 129, 594)
+    found = []
+    for way in (at_once, by_row):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, n, 1024, 64, device="cuda", dtype=torch.bfloat16) for n in (8, groups, groups))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        rows = given_rows(attention.NAME, lengths, q)["rows"]
+        assert rows.ends is not None
+        out = way(q, k, v, rows, None, window) if way is at_once else way(q, k, v, lengths, None, 0.0, window)
+        (out.float() * torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape)).sum().backward()
+        found.append([out, *(x.grad for x in leaves)])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
