@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
     found = need(sketch, rows.largest)
     limit = _size(own.memory) if own.memory else device.memory if device else None
     plan = summary(fit, config, sketch, rows, found, device, own.efficiency)
+    if limit is not None and found.total <= limit:
+        plan["faster"] = spare(config, setup, rows.largest, limit)
     print(json.dumps(plan, indent=2) if own.json else report(plan))
     if limit is not None and found.total > limit:
         change = first_fit(config, setup, rows.largest, limit)
@@ -245,16 +247,8 @@ def summary(
     setup, micro = sketch.setup, rows.largest
     parts = {part: {"parameters": p.total, "trainable": p.trainable} for part, p in sketch.parameters().items()}
     length = micro.rows * micro.length
-    one = flops.Work(micro.tiles, length, micro.rows * micro.length**2, micro.supervised)
-    trained = tuning.described(setup.tune)
-    again = flops.Recomputed(
-        setup.vision_checkpointing,
-        setup.language_checkpointing,
-        scores=setup.attention != "eager",
-        last_mlp=setup.attention != "sdpa",
-    )
-    done = flops.training_flops(config, trained, one, again).total
-    asked = flops.training_flops(config, trained, one, flops.NOTHING).total
+    trained, again = tuning.described(setup.tune), recomputed(setup)
+    done, asked = (operations(config, setup, micro, what) for what in (again, flops.NOTHING))
     times = setup.accumulate * (1 if setup.strategy == "layer_split" else setup.devices)
     plan: dict[str, Any] = {
         "pretrained": str(fit.model.pretrained),
@@ -282,6 +276,22 @@ def summary(
         if "epoch" in plan:
             plan["device"]["epoch_seconds"] = plan["epoch"]["flops"] / rate
     return plan
+
+
+def recomputed(setup: Setup) -> flops.Recomputed:
+    """What a step computes twice."""
+    return flops.Recomputed(
+        setup.vision_checkpointing,
+        setup.language_checkpointing,
+        scores=setup.attention != "eager",
+        last_mlp=setup.attention != "sdpa",
+    )
+
+
+def operations(config: Config, setup: Setup, micro: Micro, again: flops.Recomputed) -> float:
+    """Of one micro-batch, forward and backward."""
+    work = flops.Work(micro.tiles, micro.rows * micro.length, micro.rows * micro.length**2, micro.supervised)
+    return flops.training_flops(config, tuning.described(setup.tune), work, again).total
 
 
 def report(plan: dict[str, Any]) -> str:
@@ -313,7 +323,30 @@ def report(plan: dict[str, Any]) -> str:
         if "epoch_seconds" in device:
             seconds += f", {device['epoch_seconds'] / 3600:.3g} h an epoch"
         lines.append(f"{device['name']}, {100 * device['efficiency_assumed']:.0f} % of its rate assumed: {seconds}")
+    if plan.get("faster"):
+        lines.append(f"faster: {plan['faster']}")
     return "\n".join(lines)
+
+
+def spare(config: Config, setup: Setup, micro: Micro, limit: float) -> str | None:
+    """What need not be computed again, because it fits as well: as many of the blocks as can be."""
+    now = operations(config, setup, micro, recomputed(setup))
+    for language, vision in ((False, False), (False, True), (True, False)):
+        tried = replace(
+            setup,
+            language_checkpointing=setup.language_checkpointing and language,
+            vision_checkpointing=setup.vision_checkpointing and vision,
+        )
+        parts = {
+            "language_model": setup.language_checkpointing != tried.language_checkpointing,
+            "vision_model": setup.vision_checkpointing != tried.vision_checkpointing,
+        }
+        options = " ".join(f"--model.checkpointing.{part} false" for part, changed in parts.items() if changed)
+        total = need(Sketch(config, tried), micro).total if options else math.inf
+        if total <= limit:
+            saved = 1 - operations(config, tried, micro, recomputed(tried)) / now
+            return f"{options} fits as well: {total / 1e9:.2f} GB, {100 * saved:.0f} % fewer operations"
+    return None
 
 
 def first_fit(config: Config, setup: Setup, micro: Micro, limit: float) -> str:

@@ -1,6 +1,7 @@
 """`python -m ivl plan`: from a fit's own options, with nothing made and nothing read but lengths."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,28 @@ def test_what_does_not_fit_says_what_would(capsys):
     with pytest.raises(UserError, match=r"does not fit: about [\d.]+ GB .* it would fit with .*configs/tune/lora.yaml"):
         main([*full, "--memory", "16GB"])
     assert "memory of one device, estimated" in capsys.readouterr().out
+
+
+def test_what_need_not_be_computed_again_is_said(capsys):
+    def faster(*options: str) -> str | None:
+        return planned(["--config", CONFIG, *options], capsys)["faster"]
+
+    found = faster("--memory", "24GB")
+    option, other = "--model.checkpointing.language_model", "--model.checkpointing.vision_model"
+    assert found.startswith(f"{option} false fits as well: ") and found.endswith(" % fewer operations")
+    memory, saved = (float(n) for n in re.findall(r"([\d.]+) (?:GB|%)", found))
+    without = planned(["--config", CONFIG, option, "false", "--memory", "24GB"], capsys)
+    assert without["faster"] is None
+    assert without["memory"]["total"] == pytest.approx(memory * 1e9, abs=1e7)
+    again = planned(["--config", CONFIG, "--memory", f"{memory - 0.1}GB"], capsys)
+    assert again["faster"] is None and again["memory"]["total"] < 1e9 * memory
+    share = without["flops_per_step"]["computed"] / again["flops_per_step"]["computed"]
+    assert saved == pytest.approx(100 * (1 - share), abs=0.5)
+    full = ("--config", str(REPO / "configs/tune/full.yaml"), other, "true")
+    assert faster(*full, "--memory", "500GB").startswith(f"{option} false {other} false fits")
+    main(["--config", CONFIG, "--memory", "24GB"])
+    assert f"faster: {found}" in capsys.readouterr().out
+    assert planned(["--config", CONFIG], capsys).get("faster") is None  # how much there is was not said
 
 
 @pytest.fixture(scope="module")

@@ -58,8 +58,11 @@ def again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return function(*inputs)
     recipes = _RECIPES.get()
     made = function(*inputs)
-    if recipes is not None and not any(isinstance(x, DTensor) for x in (made, *inputs)):
-        recipes[made.untyped_storage()._cdata] = Recipe(function, inputs, made)
+    if recipes is None or any(isinstance(x, DTensor) for x in (made, *inputs)):
+        return made
+    place = made.untyped_storage()._cdata
+    if all(x.untyped_storage()._cdata != place for x in inputs):
+        recipes[place] = Recipe(function, inputs, made)
     return made
 
 

@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
         return self.weight * again(self._unit, x_BTD)
 
     def _unit(self, x_BTD: Tensor) -> Tensor:
-        wide_BTD = x_BTD.float()
+        wide_BTD = again(Tensor.float, x_BTD)
         return (wide_BTD * torch.rsqrt(wide_BTD.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x_BTD.dtype)
 
 
@@ -95,7 +95,7 @@ def _class(ours: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
 def use(model: LanguageModel) -> None:
     """Let the blocks of a causal language model compute this way."""
     for layer in model.model.layers:
-        norms = ((norm, RMSNorm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+        norms = [(m, RMSNorm) for m in layer.modules() if hasattr(m, "variance_epsilon")]
         for module, ours in ((layer, Block), (layer.mlp, GatedMLP), *norms):
             kind: Any = type(module)
             module.__class__ = _class(ours, kind)
