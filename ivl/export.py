@@ -31,7 +31,7 @@ from ivl.model.quant import Quantize
 from ivl.model.tune import PARTS, How, LoRA, Tune
 from ivl.model.weights import save_weights
 from ivl.release import Settings, dump, write_hf, write_released
-from ivl.types import UserError
+from ivl.types import WEIGHTS, UserError
 from ivl.verify import Check, Probe, stored_dtype, verify, verify_adapter
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -249,16 +249,18 @@ def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
 
 
 def read_run(path: Path, base: str | None = None) -> Trained:
-    """A run's folder, or one of its .ckpt files, with the settings in its config.yaml."""
+    """A run's folder, or a checkpoint in it, with the settings in its config.yaml."""
     import yaml
 
-    file = path if path.suffix == ".ckpt" else _last(path)
+    file = path if path.suffix == ".ckpt" or path.name == WEIGHTS else _last(path)
+    if file.is_dir() and file.with_name(WEIGHTS).is_file():
+        file = file.with_name(WEIGHTS)
     if not file.exists():
         raise UserError(f"{file}: no such file; expected a checkpoint of a run, such as RUN/checkpoints/last.ckpt")
     if file.is_dir():
         raise UserError(
-            f"{file}: a checkpoint in pieces, one per process; expected one file. Make it one with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {file}`, and export that"
+            f"{file}: a checkpoint in pieces, one per process; expected one file. Under DeepSpeed a run leaves it at "
+            f"its end: go on with `fit --ckpt_path {file}`"
         )
     folder = next((f for f in file.parents[:3] if (f / "config.yaml").is_file()), None)
     if folder is None:

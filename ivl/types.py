@@ -16,6 +16,9 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that is not trained on (torch's own default for cross entropy)."""
 
+WEIGHTS = "weights.pt"
+"""What a run has trained, in one file beside checkpoints that are folders (DeepSpeed's)"""
+
 TRUTH = ("answers", "options", "category", "group", "box", "size")
 """Fields of a row that a benchmark's rule scores by, beside the expected answer"""
 

@@ -28,10 +28,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from ivl.lit import zero
 from ivl.lit.types import own
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
-from ivl.types import UserError
+from ivl.types import WEIGHTS, UserError
 
 PARTIAL = ".part"
 """Ending of a checkpoint that is being written"""
@@ -60,6 +61,8 @@ class WholeFiles(TorchCheckpointIO):
 
         Raises UserError where the file is missing or damaged.
         """
+        if Path(path).is_dir():
+            raise UserError(f"{path}: a folder of DeepSpeed's, for its `fit` alone; take {zero.weights_beside(path)}")
         if (problem := damage(path)) is not None:
             raise UserError(f"{path}: {problem}; give another one, or the newest whole one by --ckpt_path last")
         return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
@@ -202,10 +205,16 @@ class Checkpoints(ModelCheckpoint):
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         model, tune, base = own(module).model, own(module).tune, str(own(module).pretrained)
-        if not self.dirpath or not adapting.has_adapter(model):
+        split, adapted = zero.is_zero(trainer.strategy), adapting.has_adapter(model)
+        if not self.dirpath or not (adapted or split):
             return
-        state = trainer.strategy.lightning_module_state_dict()  # asks all processes where each has a shard
-        if trainer.is_global_zero:
+        # Both ask all processes where each has a shard.
+        state = zero.trained(model) if split else trainer.strategy.lightning_module_state_dict()
+        if split and trainer.is_global_zero:
+            path = Path(self.dirpath) / WEIGHTS
+            WholeFiles().save_checkpoint(zero.weights(trainer, state, base), path)
+            rank_zero_info(f"weights in {path}")
+        if adapted and trainer.is_global_zero:
             state = {name: state[f"model.{name}"] for name in tuning.trainable_state(model)}
             folder = Path(self.dirpath).parent / "adapter"
             adapting.save_adapter(model, tune, folder, base=base, state=state)

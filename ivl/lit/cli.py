@@ -31,6 +31,7 @@ from ivl.lit.prediction import PredictionWriter
 from ivl.lit.scoring import scores_table
 from ivl.lit.types import IvlTrainer, own
 from ivl.lit.watch import Progress, Watch
+from ivl.lit.zero import weights_beside
 from ivl.types import UserError
 
 
@@ -149,7 +150,7 @@ class IvlCLI(LightningCLI):
         self._report()
         run = self.trainer.log_dir
         kept = next(c for c in self.trainer.callbacks if isinstance(c, Checkpoints))
-        checkpoint = kept.best_model_path or kept.last_model_path
+        checkpoint = weights_beside(kept.best_model_path or kept.last_model_path)
         self._say(
             "\nNext:\n"
             f"  tensorboard --logdir {run}\n"

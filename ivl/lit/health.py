@@ -33,7 +33,9 @@ def named(rows: Sequence[Conversation]) -> str:
 class _Step:
     number: int
     bad: Tensor
-    """Whether the step was skipped; on the device"""
+    """Whether something was not finite; on the device"""
+    skipped: bool
+    """Whether the optimizer passes over it then"""
     parts: list[tuple[list[Conversation], Tensor]]
     """Each micro-batch's rows, and whether its loss was finite"""
 
@@ -64,9 +66,12 @@ class FiniteLoss:
 
         Raises UserError where too many steps in a row were bad.
         """
-        self._closed.append(_Step(number, bad, self._open))
+        own = isinstance(optimizer, Optimizer)  # DeepSpeed's is none, and can't be told to skip
+        self._closed.append(_Step(number, bad, own, self._open))
         self._open = []
-        if optimizer.defaults.get("fused"):
+        if not own:
+            self.read()
+        elif optimizer.defaults.get("fused"):
             setattr(optimizer, FLAG, bad.float())
             if bad.device.type == "cpu" or len(self._closed) >= self.lag:
                 self.read()
@@ -94,7 +99,8 @@ class FiniteLoss:
             self._in_a_row.append(step)
             mine, rows = _guilty(step)
             if mine or getattr(rank_zero_only, "rank", 0) == 0:
-                log.warning("step %d: skipped, as its loss or gradients are not finite; rows: %s", step.number, rows)
+                what = "skipped, as its" if step.skipped else "its"
+                log.warning("step %d: %s loss or gradients are not finite; rows: %s", step.number, what, rows)
             if len(self._in_a_row) >= self.patience:
                 raise UserError(
                     f"the loss or its gradients were not finite {self.patience} steps in a row, up to step "

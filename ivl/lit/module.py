@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import (
     DDPStrategy,
-    DeepSpeedStrategy,
+    FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ivl.lit import zero
 from ivl.lit.answering import Answering, Generation, answers
 from ivl.lit.feature_cache import with_features
 from ivl.lit.health import FiniteLoss, clip, out_of_memory, scale, total_norm, what_to_lower
@@ -39,7 +40,7 @@ from ivl.model.compiled import compile_layers
 from ivl.model.devices import Placement
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
-from ivl.model.rates import Rates, param_groups, scale_rates
+from ivl.model.rates import Rates, param_groups, scale_rates, vectors
 from ivl.model.serve import Batching
 from ivl.model.tune import Tune
 from ivl.types import Batch, UserError
@@ -128,6 +129,7 @@ class LitInternVL(LightningModule):
         self.answer_rows = answer_rows
         # A checkpoint holds only what trains; on_load_checkpoint is strict about that part.
         self.strict_loading = False
+        self._vectors: set[str] | None = None
         self.scores: dict[str, dict[str, float]] = {}
         self.answers: list[dict[str, Any]] = []
         check_metrics(metrics)
@@ -144,14 +146,18 @@ class LitInternVL(LightningModule):
 
     def setup(self, stage: str) -> None:
         _ = self.generation.choice  # a mistake is told before the model is read
+        # Those of DeepSpeed and of classic FSDP go through all that a batch holds, its rows too, and stumble over them.
+        plugin: Any = self.trainer.precision_plugin
+        plugin.convert_input = lambda batch: batch
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        model = self._model(self.trainer.strategy)
+        with zero.made_whole(self.trainer.strategy):
+            model = self._model(self.trainer.strategy)
         model.set_checkpointing(self.checkpointing.vision_model, self.checkpointing.language_model)
         model.neftune_alpha = self.neftune
-        self.model = model
+        self.model, self._vectors = model, vectors(model)
         if (placed := getattr(model, "hf_device_map", None)) is not None:
             rank_zero_info(f"layers over devices: {Placement(placed)}")
         if self.trainer.training:
@@ -168,7 +174,7 @@ class LitInternVL(LightningModule):
         if mesh is not None and not self.adapter and not self.quantize:
             return build_sharded(self.pretrained, self.tune, mesh, strategy.root_device, dtype, attention)
         # Where each process holds the whole model it is read straight onto its device; otherwise onto the host first.
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not zero.is_zero(strategy, 3)
         where: dict[str, Any] = {"device": strategy.root_device if whole else "cpu"}
         where = strategy.reading(self) if isinstance(strategy, LayerSplit) else where
         model = InternVL.from_pretrained(self.pretrained, dtype, attention=attention, quantize=self.quantize, **where)
@@ -189,7 +195,7 @@ class LitInternVL(LightningModule):
         return "bfloat16" if "bf16" in precision else "float16" if precision.startswith("16") else "float32"
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer(param_groups(self.model, self.rates))
+        optimizer = self.make_optimizer(param_groups(self.model, self.rates, self._vectors))
         scale_rates(optimizer)
         if optimizer.defaults.get("fused") and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError(
@@ -204,7 +210,9 @@ class LitInternVL(LightningModule):
 
     def on_fit_start(self) -> None:
         odd = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32}
-        if odd and isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+        # DeepSpeed, which is a DDPStrategy to Lightning, keeps the float32 weights itself.
+        own = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+        if odd and own and not zero.is_zero(self.trainer.strategy):
             raise UserError(
                 f"trainer.precision {self.trainer.precision}: it rounded what trains to {odd.pop()}, not float32. "
                 "Choose bf16-mixed: frozen weights are kept in 16 bits there as well"
@@ -225,7 +233,7 @@ class LitInternVL(LightningModule):
         self._window_weight += out.weight_sum
         self._finite.add(batch.rows, out.loss_sum)
         self.source_losses.add(batch.rows, out.row_losses, out.row_tokens)
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+        if zero.is_zero(self.trainer.strategy):
             # It keeps gradients to itself, so each micro-batch is a mean over what all ranks learn from in it.
             weight = self.trainer.strategy.reduce(out.weight_sum.clone(), reduce_op="sum")
             return out.loss_sum * self.trainer.world_size / weight.clamp(min=1)
@@ -245,13 +253,16 @@ class LitInternVL(LightningModule):
         loss, weight = totals
         weight = weight.clamp(min=1)  # no row weighs less, so this is where nothing is supervised
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+        if zero.is_zero(self.trainer.strategy):
             gradients = []
         self._norm = None
         bad = ~torch.isfinite(loss)
         if gradients:
             scale(gradients, LOSS_UNIT * ranks / weight)
-            self._norm = total_norm(gradients).to(loss.device)
+            strategy: Any = self.trainer.strategy
+            classic = isinstance(strategy, FSDPStrategy)  # whose shards say nothing of their whole
+            norm = strategy.model.clip_grad_norm_(float("inf")) if classic else total_norm(gradients)
+            self._norm = norm.to(loss.device)
             self.log("train/grad_norm", self._norm, batch_size=1)
             if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which looks for overflow itself
                 bad |= ~torch.isfinite(self._norm)
@@ -267,8 +278,8 @@ class LitInternVL(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """By the norm that is known already, which also serves fused optimizers (Lightning refuses those)."""
-        whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
-        if not whole or gradient_clip_algorithm == "value":
+        known = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
+        if not isinstance(self.trainer.strategy, known) or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val and self._norm is not None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -291,6 +302,8 @@ class LitInternVL(LightningModule):
         checkpoint["pretrained"] = str(self.pretrained)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" not in checkpoint:
+            return  # DeepSpeed and classic FSDP have read it by then
         kept = {f"model.{n}" for n in tuning.trainable_state(self.model)}
         found = set(checkpoint["state_dict"])
         if kept != found:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from torch.optim import Optimizer
 
-from ivl.model.tune import PARTS, part_of, used_blocks
+from ivl.model.tune import FSDP_PREFIX, PARTS, part_of, used_blocks
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
@@ -48,14 +50,23 @@ class Rates:
     """Its output layer."""
 
 
-def param_groups(model: InternVL, rates: Rates = Rates()) -> list[dict[str, Any]]:
+def vectors(model: nn.Module) -> set[str]:
+    """Names of the parameters that are no matrices, before anything splits them."""
+    return {n for n, p in model.named_parameters() if p.ndim <= 1}
+
+
+def param_groups(
+    model: InternVL, rates: Rates = Rates(), decay_free: Collection[str] | None = None
+) -> list[dict[str, Any]]:
     """Optimizer groups: per part (per block, where rates fall by block), matrices and vectors apart.
 
     Every trainable parameter is in exactly one group. `scale` stands for a rate that is a share of the part's:
-    `scale_rates` applies it once the optimizer is made.
+    `scale_rates` applies it once the optimizer is made. `decay_free`: the model's `vectors`, where its weights may have
+    been split since (a shard of classic FSDP has one dimension, whatever the whole has).
     """
     found: dict[str, dict[str, Any]] = {}
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decay_free = vectors(model) if decay_free is None else decay_free
+    trained = [(n.replace(FSDP_PREFIX, ""), p) for n, p in model.named_parameters() if p.requires_grad]
     for name, parameter in sorted(trained, key=lambda item: PARTS.index(part_of(item[0]))):
         part = part_of(name)
         rate: Rate = getattr(rates, part)
@@ -66,7 +77,7 @@ def param_groups(model: InternVL, rates: Rates = Rates()) -> list[dict[str, Any]
         settings: dict[str, Any] = {"params": [], "name": place, "scale": scale}
         settings |= {} if rate.lr is None else {"lr": rate.lr}
         settings |= {} if rate.weight_decay is None else {"weight_decay": rate.weight_decay}
-        if parameter.ndim <= 1:
+        if name in decay_free:
             settings |= {"name": f"{place}_no_decay", "weight_decay": 0.0}
         found.setdefault(settings["name"], settings)["params"].append(parameter)
     order = sorted(

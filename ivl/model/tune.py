@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PARTS = ("vision_model", "mlp1", "language_model", "embeddings", "head")
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
+FSDP_PREFIX = "_fsdp_wrapped_module."
+"""What classic FSDP puts into the names of what it wraps"""
 ADAPTER = "default"
 """peft's name for the one adapter a model carries"""
 
@@ -228,22 +230,27 @@ def table(model: InternVL) -> str:
     layers = [part_of(n) for n in adapted(model)]
     for part in PARTS:
         parameters = [p for n, p in model.named_parameters() if part_of(n) == part]
-        total, trained = (sum(p.numel() for p in ps) for ps in (parameters, [p for p in parameters if p.requires_grad]))
+        total, trained = (sum(map(count, ps)) for ps in (parameters, [p for p in parameters if p.requires_grad]))
         if not parameters:  # the head, where it is the embeddings
             continue
         how = "full" if trained == total else "partly" if trained else "frozen"
         how = f"LoRA on {layers.count(part)} layers" if part in layers else how
         rows.append((part, f"{total:,}", f"{trained:,}", how))
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(map(count, model.parameters()))
+    trained = sum(count(p) for p in model.parameters() if p.requires_grad)
     rows.append(("all", f"{total:,}", f"{trained:,}", f"{100 * trained / total:.2f} %"))
     widths = [max(len(r[i]) for r in rows) for i in range(4)]
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
 
 
+def count(parameter: nn.Parameter) -> int:
+    """Its numbers, all processes' together."""
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's third stage leaves an empty tensor
+
+
 def trainable_state(model: InternVL) -> dict[str, Tensor]:
     """The tensors that train, by name: what a checkpoint of a run holds."""
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {n.replace(FSDP_PREFIX, ""): p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def scale_alpha(lora: LoRA) -> float:

@@ -16,7 +16,7 @@ import torch
 from ivl.__main__ import main
 
 
-def _child(argv: list[str], log: Path, environment: dict[str, str]) -> None:
+def _child(argv: list[str], log: Path, environment: dict[str, str], prepare: Callable[[], None] | None) -> None:
     os.environ.update(environment)
     # Loader workers are its own children, and end with it, as in a run from a shell; those of the fork server go on.
     multiprocessing.set_start_method(None, force=True)
@@ -24,19 +24,25 @@ def _child(argv: list[str], log: Path, environment: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    if prepare is not None:
+        prepare()
     sys.exit(main(argv))
 
 
-def started(argv: list[str], log: Path, environment: dict[str, str] | None = None) -> BaseProcess:
-    """`python -m ivl ARGV`, what it prints in `log`."""
+def started(
+    argv: list[str], log: Path, environment: dict[str, str] | None = None, prepare: Callable[[], None] | None = None
+) -> BaseProcess:
+    """`python -m ivl ARGV`, what it prints in `log`; `prepare` is called in it first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ivl.lit.cli", "tests.lit.processes"])
-    process = context.Process(target=_child, args=(argv, log, environment or {}))
+    process = context.Process(target=_child, args=(argv, log, environment or {}, prepare))
     process.start()
     return process
 
 
-def ranks(argv: list[str], folder: Path, count: int = 2) -> list[BaseProcess]:
+def ranks(
+    argv: list[str], folder: Path, count: int = 2, prepare: Callable[[], None] | None = None
+) -> list[BaseProcess]:
     """The processes of one distributed run; what rank r prints is in `folder/rankR.log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +52,8 @@ def ranks(argv: list[str], folder: Path, count: int = 2) -> list[BaseProcess]:
     folder.mkdir(parents=True, exist_ok=True)
     argv = [*argv, "--trainer.devices", str(count)]
     return [
-        started(argv, folder / f"rank{r}.log", common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)
+        started(argv, folder / f"rank{r}.log", common | {"RANK": str(r), "LOCAL_RANK": str(r)}, prepare)
+        for r in range(count)
     ]
 
 

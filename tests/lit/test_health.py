@@ -59,6 +59,19 @@ def test_rows_are_named_and_the_run_stops_after_so_many_in_a_row(name, caplog):
     assert "train.jsonl:1 (a1), train.jsonl:2 (b1)" in caplog.text
 
 
+def test_an_optimizer_that_cannot_skip_is_not_said_to(caplog):
+    finite = FiniteLoss(patience=2)
+    finite.add(rows("a"), torch.tensor(float("nan")))
+    with caplog.at_level(logging.WARNING):
+        finite.close(1, torch.tensor(True), object())  # DeepSpeed's is no torch optimizer
+    assert [r.getMessage() for r in caplog.records] == [
+        "step 1: its loss or gradients are not finite; rows: train.jsonl:1 (a)"
+    ]
+    finite.add(rows("a"), torch.tensor(float("nan")))
+    with pytest.raises(UserError, match="2 steps in a row"):
+        finite.close(2, torch.tensor(True), object())
+
+
 def test_only_the_micro_batch_that_was_not_finite_is_named(caplog):
     finite = FiniteLoss(patience=2)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)

@@ -7,7 +7,7 @@ import torch
 
 from ivl.model import tune
 from ivl.model.internvl import InternVL
-from ivl.model.rates import Rate, Rates, VisionRate, groups_table, param_groups, scale_rates
+from ivl.model.rates import Rate, Rates, VisionRate, groups_table, param_groups, scale_rates, vectors
 from ivl.model.tune import Blocks, LoRA, Tune
 from tests.tiny import write_checkpoint
 
@@ -69,3 +69,16 @@ def test_rates_and_decay_per_part(folder):
     assert any(p is block for p in group["params"])
     table = groups_table(optimizer)
     assert len(table.splitlines()) == 11 and "vision_model.00_no_decay" in table
+
+
+def test_what_is_split_before_it_is_grouped_keeps_its_decay(folder):
+    """Classic FSDP leaves a flat shard of each weight, and a prefix in names."""
+    model = InternVL.from_pretrained(folder)
+    tune.apply(model, Tune("full", "full", "full"))
+    whole, decay_free = param_groups(model), vectors(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flatten()[:1]
+    model.vision_model.encoder = torch.nn.ModuleDict({"_fsdp_wrapped_module": model.vision_model.encoder})
+    split = param_groups(model, decay_free=decay_free)
+    assert [(g["name"], len(g["params"])) for g in split] == [(g["name"], len(g["params"])) for g in whole]
+    assert [g.get("weight_decay") for g in split] == [g.get("weight_decay") for g in whole]
