@@ -112,7 +112,7 @@ class IvlCLI(LightningCLI):
                 self._say(f"{config.data.task}: {line}")
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come
-        self._choose_precision(config.trainer)
+        self._choose_precision(config)
         folder = config.demo
         if folder:
             self.prepare_demo(Path(folder))
@@ -126,13 +126,19 @@ class IvlCLI(LightningCLI):
     def _writer(self) -> PredictionWriter:
         return next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
 
-    def _choose_precision(self, trainer: Namespace) -> None:
+    def _choose_precision(self, config: Namespace) -> None:
+        trainer = config.trainer
         if self.subcommand == "predict" or trainer.get("precision") is None:
             return
         accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else "auto"
         trainer.precision, notice = choose_precision(str(trainer.precision), device_has_bf16(accelerator))
         if notice:
             rank_zero_info(notice)
+        if trainer.precision == "16-mixed" and config.get("model.optimizer.init_args.fused"):
+            config["model.optimizer.init_args.fused"] = False
+            rank_zero_info(
+                "model.optimizer: not fused, as 16-mixed's loss scale would be taken out too late"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self.config_init[self.subcommand].trainer

@@ -32,7 +32,7 @@ def settings(base: Path, tune: str, **changes) -> dict:
         "data__train": str(base / "data/sixteen.jsonl"),
         "data__val": None,
         "model__tune": TUNES[tune],
-        "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
+        "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001, "fused": True}},
         "trainer__max_epochs": 5,
         "trainer__gradient_clip_val": 1.0,
         "checkpoint__every_n_train_steps": 1,

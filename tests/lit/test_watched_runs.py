@@ -1,5 +1,8 @@
 """Whole runs: what is logged, what is kept in which type, and how a run that goes wrong ends."""
 
+import logging
+
+import pytest
 import torch
 import yaml
 
@@ -111,20 +114,28 @@ def test_out_of_memory_names_rows_and_what_to_lower(base, tmp_path, capsys, monk
         assert words in error
 
 
-def test_configs_of_optimizers_train(base, tmp_path):  # noqa: F811
-    import importlib.util
+def test_moments_of_eight_bits_stack_on_a_released_models_optimizer(base, tmp_path):  # noqa: F811
+    pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
+    path = config(base, tmp_path, trainer__max_steps=2, trainer__limit_val_batches=0)
+    raw = yaml.safe_load(path.read_text())
+    raw["model"]["optimizer"] = yaml.safe_load((REPO / "configs/internvl2_2b.yaml").read_text())["model"]["optimizer"]
+    path.write_text(yaml.safe_dump(raw))
+    assert main(["fit", "--config", str(path), "--config", str(REPO / "configs/tune/adamw_8bit.yaml")]) == 0
+    assert len(scalars(tmp_path, "train/loss")) == 2
+    state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    assert any(t.dtype == torch.uint8 for t in tensors(state))
 
-    names = ["adamw_fused", *(["adamw_8bit"] if importlib.util.find_spec("bitsandbytes") else [])]
-    for name in names:
-        root = tmp_path / name
-        path = config(base, root, trainer__max_steps=2, trainer__limit_val_batches=0)
-        raw = yaml.safe_load(path.read_text())
-        del raw["model"]["optimizer"]
-        path.write_text(yaml.safe_dump(raw))
-        assert main(["fit", "--config", str(path), "--config", str(REPO / f"configs/tune/{name}.yaml")]) == 0
-        assert len(scalars(root, "train/loss")) == 2
-        state = torch.load(root / "run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-        assert any(t.dtype == torch.uint8 for t in tensors(state)) == (name == "adamw_8bit")
+
+def test_a_released_models_optimizer_is_fused_but_under_a_loss_scale(base, tmp_path, caplog):  # noqa: F811
+    raw = yaml.safe_load((REPO / "configs/internvl2_2b.yaml").read_text())["model"]["optimizer"]
+    for precision, fused in (("bf16-mixed", True), ("16-mixed", False)):
+        path = config(base, tmp_path / precision, model__optimizer=raw, trainer__max_steps=1, data__val=None)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert main(["fit", "--config", str(path), "--trainer.precision", precision]) == 0
+        assert ("model.optimizer: not fused" in caplog.text) != fused
+        saved = torch.load(tmp_path / precision / "run/checkpoints/last.ckpt", weights_only=True)
+        assert saved["optimizer_states"][0]["param_groups"][0]["fused"] is fused
 
 
 def tensors(state) -> list[torch.Tensor]:
