@@ -95,7 +95,7 @@ def counted(args: argparse.Namespace) -> tuple[float, float, float, float | None
         # torch's attention with a mask computes all pairs, without one those that are not in the future
         all_of_it = Work(tiles, BATCH * longest, BATCH * longest**2, BATCH * longest)
         needed = Work(tiles, sum(lengths), sum(length**2 for length in lengths) // 2, learnt)
-        theirs += training_flops(config, trained, all_of_it, Recomputed(head=False, last_mlp=True)).total
+        theirs += training_flops(config, trained, all_of_it, Recomputed(head=0.0, last_mlp=True)).total
         own = training_flops(config, trained, needed)
         ours, kept = ours + own.total, kept + own.language_model + own.head
     return tokens / padded, supervised / tokens, theirs / ours, theirs / kept if lora else None

@@ -86,15 +86,15 @@ class Recomputed:
     """Activation checkpointing of the tower's blocks"""
     language_model: bool = False
     """Activation checkpointing of the language model's blocks"""
-    head: bool = True
-    """The logits: they are made in chunks, and not kept"""
+    head: float | None = None
+    """The logits, which are made in chunks: of what share of the supervised tokens. None: as `unkept` has it"""
     scores: bool = True
     """Attention's scores: fused kernels do not keep them; attention written out does"""
     last_mlp: bool = False
     """Not a second time, but for tokens whose result nobody reads: the last block's MLP, see `ivl.model.blocks`"""
 
 
-NOTHING = Recomputed(head=False, scores=False, last_mlp=True)
+NOTHING = Recomputed(head=0.0, scores=False, last_mlp=True)
 """The operations that the model asks for, whatever the implementation does again or leaves out: what MFU is made of"""
 
 
@@ -164,6 +164,12 @@ def llm_block(config: Config) -> Block:
     return Block(before, Linear("self_attn.o_proj", q, width), up, Linear("mlp.down_proj", inner, width))
 
 
+def unkept(supervised: int, chunk: int = 512) -> float:
+    """The share of a batch's supervised tokens whose logits backward makes again: all but those of the last chunk
+    (`ivl.model.loss.token_losses`)."""
+    return max(supervised - 1, 0) // chunk * chunk / max(supervised, 1)
+
+
 # Forward
 
 
@@ -193,7 +199,8 @@ def training_flops(config: Config, trained: Trained, work: Work, recomputed: Rec
     llm_grad = llm_grad or trained.language_model == "full"  # the last norm
     layer = Linear("lm_head", config.llm["hidden_size"], config.llm["vocab_size"])
     head, _ = _linear(layer, trained.head, llm_grad)
-    head += recomputed.head * (_product(layer) + _low_rank(layer, trained.head))
+    share = unkept(work.supervised) if recomputed.head is None else recomputed.head
+    head += share * (_product(layer) + _low_rank(layer, trained.head))
     return Flops(vision, projector, llm, head * work.supervised)
 
 

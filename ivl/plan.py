@@ -247,7 +247,7 @@ def summary(
     setup, micro = sketch.setup, rows.largest
     parts = {part: {"parameters": p.total, "trainable": p.trainable} for part, p in sketch.parameters().items()}
     length = micro.rows * micro.length
-    trained, again = tuning.described(setup.tune), recomputed(setup)
+    trained, again = tuning.described(setup.tune), recomputed(setup, micro)
     done, asked = (operations(config, setup, micro, what) for what in (again, flops.NOTHING))
     times = setup.accumulate * (1 if setup.strategy == "layer_split" else setup.devices)
     plan: dict[str, Any] = {
@@ -278,11 +278,12 @@ def summary(
     return plan
 
 
-def recomputed(setup: Setup) -> flops.Recomputed:
+def recomputed(setup: Setup, micro: Micro) -> flops.Recomputed:
     """What a step computes twice."""
     return flops.Recomputed(
-        setup.vision_checkpointing,
-        setup.language_checkpointing,
+        head=flops.unkept(micro.supervised),
+        vision_model=setup.vision_checkpointing,
+        language_model=setup.language_checkpointing,
         scores=setup.attention != "eager",
         last_mlp=setup.attention != "sdpa",
     )
@@ -330,7 +331,7 @@ def report(plan: dict[str, Any]) -> str:
 
 def spare(config: Config, setup: Setup, micro: Micro, limit: float) -> str | None:
     """What need not be computed again, because it fits as well: as many of the blocks as can be."""
-    now = operations(config, setup, micro, recomputed(setup))
+    now = operations(config, setup, micro, recomputed(setup, micro))
     for language, vision in ((False, False), (False, True), (True, False)):
         tried = replace(
             setup,
@@ -344,7 +345,7 @@ def spare(config: Config, setup: Setup, micro: Micro, limit: float) -> str | Non
         options = " ".join(f"--model.checkpointing.{part} false" for part, changed in parts.items() if changed)
         total = need(Sketch(config, tried), micro).total if options else math.inf
         if total <= limit:
-            saved = 1 - operations(config, tried, micro, recomputed(tried)) / now
+            saved = 1 - operations(config, tried, micro, recomputed(tried, micro)) / now
             return f"{options} fits as well: {total / 1e9:.2f} GB, {100 * saved:.0f} % fewer operations"
     return None
 

@@ -12,6 +12,7 @@ from ivl.devices import DEVICES, find_device
 from ivl.flops import Adapter, Recomputed, Trained, Work
 from ivl.model import tune
 from ivl.model.internvl import InternVL
+from ivl.model.loss import token_losses
 from ivl.model.tune import Blocks, LoRA, Tune, described
 from tests.tiny import FAMILIES, TOWERS, config
 
@@ -181,3 +182,13 @@ def test_a_device_is_found_by_what_its_driver_says(name: str, row: str):
 @pytest.mark.parametrize("name", ["", "NVIDIA GeForce GTX 1080", "cpu"])
 def test_an_unknown_device_is_none(name: str):
     assert find_device(name) is None
+
+
+@pytest.mark.parametrize("supervised", [1, 511, 512, 513, 1024, 1300])
+def test_logits_of_all_chunks_but_the_last_are_made_again(supervised):
+    """As torch counts them in the loss itself."""
+    head, hidden = torch.nn.Linear(4, 10, bias=False), torch.randn(supervised, 4, requires_grad=True)
+    head.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        token_losses(head, hidden, torch.zeros(supervised, dtype=torch.long), 512).sum().backward()
+    assert counter.get_total_flops() == 2 * 4 * 10 * supervised * (2 + flops.unkept(supervised))

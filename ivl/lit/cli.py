@@ -136,9 +136,7 @@ class IvlCLI(LightningCLI):
             rank_zero_info(notice)
         if trainer.precision == "16-mixed" and config.get("model.optimizer.init_args.fused"):
             config["model.optimizer.init_args.fused"] = False
-            rank_zero_info(
-                "model.optimizer: not fused, as 16-mixed's loss scale would be taken out too late"
-            )
+            rank_zero_info("model.optimizer: not fused, as 16-mixed's loss scale would be taken out too late")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self.config_init[self.subcommand].trainer

@@ -36,7 +36,8 @@ class Block(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, wanted_places: Tensor | None = None, **given: Any) -> Tensor:
         training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         wanted_places = wanted_places if self.is_last else None
-        if wanted_places is None and not training:
+        if args or (wanted_places is None and not training):
+            assert wanted_places is None, "transformers gives blocks what follows their input by name"
             return super().forward(hidden_states, *args, **given)
         recomputed = self.gradient_checkpointing and self.training  # all of it
         keeping: AbstractContextManager[None] = small() if training and not recomputed else nullcontext()

@@ -22,7 +22,7 @@ from ivl.model.tune import ADAPTER
 
 
 def kept(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
-    """What dropout keeps, as bool, and the share that it keeps: 16 random bits a value, so to the next 1 / 65536.
+    """What dropout keeps, as 0 or 1, and the share that it keeps: 16 random bits a value, so to the next 1 / 65536.
 
     Drawn four values at a time: on a CPU Bernoulli numbers cost as much as a layer's product with its weight.
     """
@@ -30,11 +30,11 @@ def kept(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tenso
     words = torch.empty(shape.numel() // 4 + 1, dtype=torch.int64, device=device)
     words.random_(torch.iinfo(torch.int64).min, None)
     bits = words.view(torch.int16)[: shape.numel()].view(shape)
-    return bits >= dropped - 2**15, 1 - dropped / 2**16
+    return (bits >= dropped - 2**15).view(torch.uint8), 1 - dropped / 2**16
 
 
 def _kept_of(x_NI: Tensor, mask_NI: Tensor | None) -> Tensor:
-    return x_NI if mask_NI is None else torch.where(mask_NI, x_NI, x_NI.new_zeros(()))
+    return x_NI if mask_NI is None else x_NI * mask_NI
 
 
 class LoRAProduct(torch.autograd.Function):
@@ -73,7 +73,8 @@ class LoRAProduct(torch.autograd.Function):
         dlow_NR = (dy_NO @ b_OR.to(dtype)) * ctx.scale
         da_RI = (dlow_NR.t() @ _kept_of(x_NI, mask_NI).to(dtype)).to(a_RI.dtype)
         if ctx.needs_input_grad[0]:
-            dx_NI = _kept_of(dlow_NR @ a_RI.to(dtype), mask_NI)
+            dx_NI = dlow_NR @ a_RI.to(dtype)
+            dx_NI = dx_NI if mask_NI is None else dx_NI.mul_(mask_NI)
             dx_NI = dx_NI.addmm_(dy_NO, weight_OI.to(dtype)).to(x_NI.dtype)
         return dx_NI, None, None, da_RI, db_OR, None, None
 

@@ -75,13 +75,16 @@ def _at(values_BT: Tensor, at_M: Tensor) -> Tensor:
 
 
 def token_losses(head: nn.Module, hidden_MD: Tensor, labels_M: Tensor, chunk: int, smoothing: float = 0.0) -> Tensor:
-    """Negative log-likelihood of each label: (M,). Logits of `chunk` tokens exist at a time, in backward again."""
+    """Negative log-likelihood of each label: (M,). Logits of `chunk` tokens exist at a time, in backward again.
+
+    Those of the last chunk are kept: backward begins with it, so they would be there at the same time anyway.
+    """
 
     def nll(hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), labels, reduction="none", label_smoothing=smoothing)
 
-    chunks = zip(hidden_MD.split(chunk), labels_M.split(chunk))
-    return torch.cat([recomputed(nll, h, t, use_reentrant=False) for h, t in chunks])
+    *chunks, last = zip(hidden_MD.split(chunk), labels_M.split(chunk))
+    return torch.cat([*(recomputed(nll, h, t, use_reentrant=False) for h, t in chunks), nll(*last)])
 
 
 def rows_of(labels_BT: Tensor, row_ids_BT: Tensor | None) -> Tensor:
