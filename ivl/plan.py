@@ -331,20 +331,15 @@ def report(plan: dict[str, Any]) -> str:
 
 def spare(config: Config, setup: Setup, micro: Micro, limit: float) -> str | None:
     """What need not be computed again, because it fits as well: as many of the blocks as can be."""
+    names = {"language_model": "language_checkpointing", "vision_model": "vision_checkpointing"}
+    on = tuple(part for part, name in names.items() if getattr(setup, name))
     now = operations(config, setup, micro, recomputed(setup, micro))
-    for language, vision in ((False, False), (False, True), (True, False)):
-        tried = replace(
-            setup,
-            language_checkpointing=setup.language_checkpointing and language,
-            vision_checkpointing=setup.vision_checkpointing and vision,
-        )
-        parts = {
-            "language_model": setup.language_checkpointing != tried.language_checkpointing,
-            "vision_model": setup.vision_checkpointing != tried.vision_checkpointing,
-        }
-        options = " ".join(f"--model.checkpointing.{part} false" for part, changed in parts.items() if changed)
-        total = need(Sketch(config, tried), micro).total if options else math.inf
+    for off in filter(None, dict.fromkeys((on, on[:1], on[1:]))):
+        changed: dict[str, Any] = {names[part]: False for part in off}
+        tried = replace(setup, **changed)
+        total = need(Sketch(config, tried), micro).total
         if total <= limit:
+            options = " ".join(f"--model.checkpointing.{part} false" for part in off)
             saved = 1 - operations(config, tried, micro, recomputed(tried, micro)) / now
             return f"{options} fits as well: {total / 1e9:.2f} GB, {100 * saved:.0f} % fewer operations"
     return None

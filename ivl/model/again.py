@@ -73,9 +73,13 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x.device.type)
         return norm(x) if dtype is None else norm(x).to(dtype)
 
-    # DeepSpeed's third stage has the weights at hand in a layer's own forward and backward alone.
-    scattered = any(hasattr(p, "ds_id") for p in norm.parameters())
-    return function(x) if scattered else again(function, x)
+    return function(x) if any(map(is_split, norm.parameters())) else again(function, x)
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether a weight is not whole here: split over devices, or at hand in its layer's own forward and backward alone,
+    by hooks of the layer (DeepSpeed's third stage)."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

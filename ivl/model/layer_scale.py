@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
-from ivl.model.again import autocast_dtype
+from ivl.model.again import autocast_dtype, is_split
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -45,8 +44,7 @@ def scaled(linear: nn.Module, x: Tensor, scale_O: Tensor) -> Tensor:
     tensors = [getattr(linear, "weight", None), getattr(linear, "bias", None), scale_O]
     plain = type(linear) is nn.Linear and not torch.compiler.is_compiling()
     for p in tensors if plain else ():
-        # not split over processes, nor gathered by hooks of the layer (DeepSpeed's third stage)
-        plain &= p is not None and p.requires_grad and not isinstance(p, DTensor) and not hasattr(p, "ds_id")
+        plain &= p is not None and p.requires_grad and not is_split(p)
     if not plain or not torch.is_grad_enabled():
         return linear(x) * scale_O
     return ScaledProduct.apply(x.flatten(0, -2), *tensors).unflatten(0, x.shape[:-1])

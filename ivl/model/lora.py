@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
-from ivl.model.again import autocast_dtype
+from ivl.model.again import autocast_dtype, is_split
 from ivl.model.tune import ADAPTER
 
 
@@ -94,15 +93,13 @@ class LoRALinear(lora.Linear):
         return y_NO.unflatten(0, x.shape[:-1])
 
     def _plain(self) -> bool:
-        """Whether this is one adapter on frozen weights that are whole here: not split over devices, nor gathered by
-        hooks of the modules that this forward does not call (DeepSpeed's third stage)."""
+        """Whether this is one adapter on frozen weights that are whole here."""
         if self.active_adapters != [ADAPTER] or self.lora_variant or self.lora_bias.get(ADAPTER):
             return False
         base = self.base_layer
         frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
         weights = [*frozen, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
-        split = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in weights)
-        return not split and not any(p.requires_grad for p in frozen)
+        return not any(map(is_split, weights)) and not any(p.requires_grad for p in frozen)
 
 
 def use(model: nn.Module) -> None:
