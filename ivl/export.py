@@ -75,13 +75,21 @@ class Trained:
         return self.onto(InternVL.from_pretrained(folder, dtype=dtype, device=device))
 
     def onto(self, model: InternVL) -> InternVL:
-        """Add what was trained to the base's model, not merged, in eval mode."""
+        """Add what was trained to the base's model, not merged, in eval mode.
+
+        Weights that were trained in full take the model's dtype, since nothing casts between layers outside training;
+        a LoRA stays in float32.
+        """
+        dtype = model.dtype
         if self.adapter is not None:
             adapting.load_adapter(model, self.adapter)
         elif self.state is not None and self.tune is not None:
             check_at_hand(model)
             tuning.apply(model, self.tune)
             _put(model, self.state, self.where)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_" not in name:
+                    parameter.data = parameter.data.to(dtype)
         return model.eval().requires_grad_(False)
 
 
@@ -177,7 +185,7 @@ def _write_adapter(trained: Trained, settings: Settings, probe: Probe, folder: P
     adapting.save_adapter(model, trained.tune, folder, trained.base, trained.state)
     del model
     again = Trained(trained.base, adapter=folder).model(settings.base, settings.dtype, device)
-    checks = verify_adapter(folder, before, probe(again))
+    checks = verify_adapter(folder, before, probe(again), settings.dtype)
     return _report(trained, settings, "adapter", [], checks, {"merge": "python -m ivl export --adapter {} --out OUT"})
 
 

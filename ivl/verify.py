@@ -130,9 +130,9 @@ def verify(
     return checks
 
 
-def verify_adapter(folder: Path, before: Tensor, after: Tensor) -> list[Check]:
-    """An adapter read back onto its base answers as the run did."""
-    found, bound = difference(before, after), BOUND["float32"]
+def verify_adapter(folder: Path, before: Tensor, after: Tensor, dtype: str) -> list[Check]:
+    """An adapter read back onto its base answers as the run did. `dtype`: what both are computed in."""
+    found, bound = difference(before, after), BOUND[dtype]
     names = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
     return [
         Check("files", not names, f"missing {names}" if names else "adapter_config.json, adapter_model.safetensors"),

@@ -106,6 +106,9 @@ def load_adapter(model: InternVL, folder: str | Path) -> None:
         config.use_dora = foreign.dora
     inject(model, config)
     model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # peft makes it in the dtype of the layer; a merge adds it before rounding
+            parameter.data = parameter.data.float()
     own = {_peft_key(n): p for n, p in model.named_parameters()}
     wanted = {k for k in own if "lora_" in k} | {
         k for k in own for part in settings.get("modules_to_save") or () if k.startswith(f"base_model.model.{part}.")
