@@ -164,6 +164,8 @@ def _write_model(
     save_weights(model.state_dict(), folder, names[layout], config, shard_bytes)
     del model  # the written one is read next, and both may not fit
     checks = verify(folder, settings, layout, trained.parts, probe, before, device)
+    if trained.adapter and (other := adapting.other_base(trained.adapter, trained.base)):
+        notes.append(other)
     beyond = [part for part in trained.parts if part != "language_model"]
     if trained.lora_parts and beyond:
         notes.append(
@@ -247,10 +249,7 @@ def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
     if run is not None:
         return read_run(Path(run), base)
     if adapter is not None:
-        named = base or adapting.adapter_base(adapter)
-        if not named:
-            raise UserError(f"{adapter}: the adapter does not say what it belongs to; give its checkpoint with --base")
-        return Trained(named, adapter=Path(adapter), where=adapter)
+        return Trained(adapting.base_of(adapter, base, "--base"), adapter=Path(adapter), where=adapter)
     if base is not None:
         return Trained(base)
     raise UserError("nothing to export: expected --run RUN, --adapter DIR, or --base NAME")

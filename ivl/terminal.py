@@ -27,8 +27,8 @@ from ivl.data.processor import Processor
 from ivl.export import Trained, read_run
 from ivl.families import find_model
 from ivl.hub import resolve
+from ivl.model import peft_adapter as adapting
 from ivl.model.internvl import InternVL
-from ivl.model.peft_adapter import adapter_base
 from ivl.types import UserError
 
 WORDS = """Type a question; <image> or <video> in it asks for a path or URL, <img>PATH</img> names one.
@@ -258,9 +258,9 @@ def _trained(model: str | None, adapter: str | None, ckpt_path: str | None) -> T
     if ckpt_path is not None:
         return read_run(Path(ckpt_path), model)
     if adapter is not None:
-        base = model or adapter_base(adapter)
-        if not base:
-            raise UserError(f"{adapter}: the adapter does not say what it belongs to; name its model with --model")
+        base = adapting.base_of(adapter, model, "--model")
+        if note := adapting.other_base(adapter, base):
+            print(f"note: {note}")
         return Trained(base, adapter=Path(adapter), where=adapter)
     if model is None:
         raise UserError("chat: expected --model NAME or a folder, --adapter DIR, or --ckpt_path RUN")

@@ -180,6 +180,8 @@ class LitInternVL(LightningModule):
         model = InternVL.from_pretrained(self.pretrained, dtype, attention=attention, quantize=self.quantize, **where)
         if self.adapter:
             adapting.load_adapter(model, self.adapter)
+            if note := adapting.other_base(self.adapter, self.pretrained):
+                rank_zero_info(note)
         else:
             tuning.apply(model, self.tune)
         if mesh is not None:

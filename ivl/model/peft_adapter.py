@@ -5,21 +5,25 @@ A part (or a piece of one) that trained in full goes along as peft's `modules_to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ivl.config import read_json
+from ivl.families import find_model
 from ivl.model import adapters
+from ivl.model.adapter_config import AdapterConfig
+from ivl.model.adapters import Adapter
 from ivl.model.devices import check_at_hand
 from ivl.model.tune import ADAPTER, PARTS, LoRA, Tune, adapted, inject, lora_config, part_of, scale_alpha
 from ivl.model.tune import trainable_state as trained_tensors
-from ivl.types import UserError
+from ivl.types import UserError, some
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
@@ -60,7 +64,7 @@ def save_adapter(model: InternVL, tune: Tune, folder: Path, base: str, state: di
         state[key_b] = torch.cat([state[key_b].cpu(), -b], dim=1)
     folder.mkdir(parents=True, exist_ok=True)
     state = {_peft_key(n): t.contiguous().cpu() for n, t in state.items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt", DIGEST: digest(state)})
     config.save_pretrained(str(folder))
 
 
@@ -74,60 +78,114 @@ def _covering(model: nn.Module, names: set[str], prefix: str = "") -> Iterator[s
             yield from _covering(module, names, f"{prefix}{child}.")
 
 
-def load_adapter(model: InternVL, folder: str | Path) -> None:
+def load_adapter(model: InternVL, folder: str | Path) -> Adapter:
     """Put a PEFT adapter folder onto the model: LoRA layers and fully tuned parts. Strict in names and shapes.
 
     One that another program made, in the names of the releases' own code or of transformers, is translated first.
+    Returns it in this model's names.
 
-    Raises UserError where a file is missing or damaged, or the adapter does not fit this model.
+    Raises UserError where a file is missing or damaged, has weights or settings that are not known here, or the
+    adapter does not fit this model.
     """
     from peft import LoraConfig
 
     check_at_hand(model)
     folder = Path(folder)
-    settings = read_json(folder / "adapter_config.json")
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{folder}/adapter_config.json: expected peft_type LORA, found {settings.get('peft_type')!r}")
-    path = folder / "adapter_model.safetensors"
+    config = AdapterConfig.load(folder)
+    path = folder / WEIGHTS
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected the weights of a PEFT adapter") from error
-    try:
-        foreign = adapters.translated(model, state, settings)
+        adapter = adapters.translated(model, read_tensors(folder), config)
     except UserError as error:
-        raise UserError(f"{path}: {error}; it was made for {settings.get('base_model_name_or_path')!r}") from error
-    if foreign is None:
-        config = LoraConfig.from_pretrained(str(folder))
-        config.modules_to_save = None  # our modules stay as they are; peft would wrap them
-    else:
-        names, state = foreign.ranks, foreign.state
-        config = LoraConfig(target_modules=list(names), rank_pattern=names, alpha_pattern=foreign.alphas)
-        config.use_dora = foreign.dora
-    inject(model, config)
+        raise UserError(f"{folder}: {error}{_made_for(config)}") from error
+    if adapter.ranks:
+        settings = LoraConfig(
+            target_modules=list(adapter.ranks),
+            rank_pattern=adapter.ranks,
+            alpha_pattern=adapter.alphas,
+            lora_dropout=config.dropout,
+            use_dora=config.dora,
+        )
+        inject(model, settings)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # peft makes it in the dtype of the layer; a merge adds it before rounding
             parameter.data = parameter.data.float()
-    own = {_peft_key(n): p for n, p in model.named_parameters()}
-    wanted = {k for k in own if "lora_" in k} | {
-        k for k in own for part in settings.get("modules_to_save") or () if k.startswith(f"base_model.model.{part}.")
-    }
-    problems = [f"missing {k}" for k in sorted(wanted - set(state))]
-    problems += [f"unexpected {k}" for k in sorted(set(state) - set(own))]
+    parameters = {_peft_key(n): p for n, p in model.named_parameters()}
+    problems = [f"missing {k}" for k in sorted(k for k in parameters if "lora_" in k and k not in adapter.state)]
+    problems += [f"unexpected {k}" for k in sorted(set(adapter.state) - set(parameters))]
     problems += [
-        f"{k}: expected {tuple(own[k].shape)}, found {tuple(t.shape)}"
-        for k, t in sorted(state.items())
-        if k in own and own[k].shape != t.shape
+        f"{k}: expected {tuple(parameters[k].shape)}, found {tuple(t.shape)}"
+        for k, t in sorted(adapter.state.items())
+        if k in parameters and parameters[k].shape != t.shape
     ]
     if problems:
         raise UserError(
-            f"{path}: the adapter does not fit this model ({len(problems)} tensors): {'; '.join(problems[:5])}; "
-            f"it was made for {settings.get('base_model_name_or_path')!r}"
+            f"{path}: the adapter does not fit this model ({len(problems)} tensors): {'; '.join(problems[:5])}"
+            f"{_made_for(config)}"
         )
     with torch.no_grad():
-        for key, tensor in state.items():
-            own[key].copy_(tensor)
+        for key, tensor in adapter.state.items():
+            parameters[key].copy_(tensor)
+    return adapter
+
+
+def _made_for(config: AdapterConfig) -> str:
+    return f"; it was made for {config.base!r}" if config.base else ""
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All trained tensors of an adapter folder: its own file, and the tower that ms-swift puts beside it.
+
+    Raises UserError where a file is missing or damaged, or other weights lie beside it.
+    """
+    others = [p.name for p in sorted(folder.iterdir()) if p.suffix in _ENDINGS and not _PASSED.fullmatch(p.name)]
+    if strange := [name for name in others if name not in (WEIGHTS, TOWER)]:
+        raise UserError(
+            f"beside it lie {some(strange)}, which may be trained weights and are not read here; move them away if "
+            "they are not part of the adapter"
+        )
+    state = _load(folder / WEIGHTS)
+    if TOWER in others:
+        state = _load(folder / TOWER) | state
+    return state
+
+
+WEIGHTS = "adapter_model.safetensors"
+TOWER = "vit.safetensors"
+"""Of ms-swift: the vision encoder and the projector, where they were trained in full beside a LoRA"""
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
+_PASSED = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|adapter_model).*\.(bin|pt|pth)")
+"""State of a training, not of the model; and peft's older file beside the one that is read"""
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    if not path.is_file() and path.with_suffix(".bin").is_file():
+        raise UserError(
+            f"there is only {path.with_suffix('.bin').name}, a pickle, which is never opened here; load it with peft "
+            "and save it again, which writes safetensors"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            expected = (file.metadata() or {}).get(DIGEST)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path.name} cannot be read ({error}); expected the weights of a PEFT adapter") from error
+    if expected is not None and digest(state) != expected:
+        raise UserError(f"{path.name} is damaged: its tensors are not those that were written; take another copy")
+    return state
+
+
+DIGEST = "sha256"
+"""Key of the file's metadata: `digest` of its tensors. safetensors itself has no checksum"""
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A checksum of tensors, their names, dtypes and shapes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def merge(model: InternVL) -> None:
@@ -159,15 +217,51 @@ def _peft_key(name: str) -> str:
 
 def adapted_parts(folder: str | Path) -> list[str]:
     """The parts of the model that an adapter folder changes. Raises UserError where it has no weights."""
-    path = Path(folder) / "adapter_model.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {adapters.part_of(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected the weights of a PEFT adapter") from error
-    return [part for part in PARTS if part in found]
+    parts: set[str] = set()
+    for name in (WEIGHTS, TOWER):
+        path = Path(folder) / name
+        if name == TOWER and not path.is_file():
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                parts |= {adapters.part_in_file(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); expected the weights of a PEFT adapter") from error
+    return [part for part in PARTS if part in parts]
 
 
-def adapter_base(folder: str | Path) -> str | None:
-    """The checkpoint an adapter folder says it belongs to."""
-    return read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+def base_of(folder: str | Path, base: str | None, option: str) -> str:
+    """The checkpoint to put an adapter on: `base`, or the one that the adapter names. `option`: where `base` is given.
+
+    Raises UserError where the adapter names none, or one that is not here.
+    """
+    config = AdapterConfig.load(Path(folder))
+    if base:
+        return base
+    if not config.base:
+        raise UserError(f"{folder}: the adapter does not say what it belongs to; name its model with {option}")
+    if not Path(config.base).is_dir() and find_model(config.base) is None and not _HUB_ID.fullmatch(config.base):
+        raise UserError(
+            f"{folder}: the adapter was made for {config.base!r}, which is not on this machine; name that model, or "
+            f"where it is now, with {option}"
+        )
+    return config.base
+
+
+def other_base(folder: str | Path, base: str) -> str | None:
+    """A line for people where an adapter names another checkpoint than the one it is put on."""
+    named = AdapterConfig.load(Path(folder)).base
+    if not named or _stem(named) == _stem(base):
+        return None
+    return f"{folder}: the adapter says that it was made for {named}, and is put on {base}"
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _stem(name: str) -> str:
+    """A model's name without its place: the last part of a path or an id, of a hub's cache the name in it."""
+    row, path = find_model(name), Path(name)
+    kept = [part for part in path.parts if part.startswith("models--")]
+    stem = kept[-1].rpartition("--")[2] if kept else (path.resolve() if path.is_dir() else path).name
+    return row.name if row else re.sub(r"[^a-z0-9]+", "-", stem.lower())

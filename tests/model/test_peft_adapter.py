@@ -76,11 +76,27 @@ def test_an_adapter_of_another_model_is_refused(folder, tmp_path):
     settings = Tune(language_model=LoRA(rank=4))
     tune.apply(other, settings)
     adapter.save_adapter(other, settings, tmp_path / "adapter", base="other")
-    with pytest.raises(UserError, match=r"does not fit this model .*expected \(4, 64\), found \(4, 32\)"):
+    with pytest.raises(
+        UserError, match=r"does not fit this model: .*expected \(64, 96\), found an update of \(32, 96\)"
+    ):
         adapter.load_adapter(InternVL.from_pretrained(folder), tmp_path / "adapter")
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(UserError, match=r"adapter_model.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"adapter_model.safetensors cannot be read"):
         adapter.load_adapter(InternVL.from_pretrained(folder), tmp_path / "adapter")
+
+
+def test_a_flipped_bit_of_an_adapter_is_noticed(folder, tmp_path):
+    """safetensors has no checksum of its own."""
+    model = InternVL.from_pretrained(folder)
+    chosen = Tune(language_model=LoRA(rank=4))
+    tune.apply(model, chosen)
+    adapter.save_adapter(model, chosen, tmp_path, str(folder))
+    path = tmp_path / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged"):
+        adapter.load_adapter(InternVL.from_pretrained(folder), tmp_path)
 
 
 def test_layers_in_the_host_s_memory_take_no_adapter(folder, tmp_path):
