@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Generator, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 from ivl.data.cutter import Opened
 from ivl.data.processor import Processor
-from ivl.model.generate import Choice
+from ivl.model.generate import Choice, FinishReason
 from ivl.model.internvl import InternVL
 from ivl.model.turns import Turns
 from ivl.types import Conversation, Message, UserError
@@ -61,16 +62,19 @@ class Chat:
         max_length: int | None = None,
     ) -> None:
         """`system`: instead of the checkpoint's system message. `max_length`: tokens a conversation may have with its
-        last question, instead of the model's context."""
+        last question, instead of the model's context. A limit of the processor's own does not count: here nothing is
+        left out to make a question fit."""
         self.model = model
-        self.processor = processor
+        self.processor = copy(processor)
+        self.processor.max_length = None
         self.system = system
         self.settings = settings or Settings()
         context = model.language_model.config.max_position_embeddings
         self.max_length = context if max_length is None else min(max_length, context)
         self.context = context
-        self.notes: list[str] = []
-        """What the processor changed to make the last question fit"""
+        self.finish_reason: FinishReason | None = None
+        """Why the last answer ended: stop, length (`max_new_tokens`) or context (the model's is full); None: it was
+        stopped from outside"""
         self.turns = Turns(model)
         """What the model has read"""
         self._messages: tuple[Message, ...] = ()
@@ -112,11 +116,10 @@ class Chat:
     def _answer(self, message: Message) -> Generator[str, None, None]:
         conversation = Conversation((*self._messages, message), self.system)
         example = self.processor(conversation, opened=self._opened)
-        self.notes = example.notes
-        room = self._room(len(example))
+        self._check_room(len(example))
         end_ids = {*self.processor.stop_ids, *self.model.eos_ids}
-        most, choice, seed = min(self.settings.max_new_tokens, room), self.settings.choice(), self.settings.seed
-        words = Words(self.processor)
+        most, choice, seed = self.settings.max_new_tokens, self.settings.choice(), self.settings.seed
+        words, self.finish_reason = Words(self.processor), None
         try:
             for token in self.turns.answer(example.input_ids.tolist(), example.tiles, most, end_ids, choice, seed):
                 if piece := words.add(token):
@@ -126,17 +129,17 @@ class Chat:
         except (GeneratorExit, KeyboardInterrupt):
             self._keep(message, words.text)
             raise
+        self.finish_reason = self.turns.finish_reason
         self._keep(message, words.text, empty=True)
 
-    def _room(self, length: int) -> int:
-        """Tokens that an answer may have."""
+    def _check_room(self, length: int) -> None:
+        """Raise UserError where a conversation of that many tokens is too long to be answered."""
         if length > self.max_length or length >= self.context:
             what = "the model's context" if self.max_length == self.context else "max_length"
             raise UserError(
                 f"the conversation has {length} tokens with this question, and {what} is {self.max_length}; start "
                 "anew (clear), or use fewer tiles"
             )
-        return self.context - length
 
     def _keep(self, message: Message, answer: str, empty: bool = False) -> None:
         if answer or empty:

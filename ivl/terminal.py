@@ -36,6 +36,11 @@ clear: a new conversation   reset-system: another system message   multi-line, s
 exit or quit: leave (also Ctrl-D)   Ctrl-C: stop an answer"""
 
 LINE = "-" * 50
+CUT = {
+    "length": "the answer is cut off at max_new_tokens {}; a larger --max_new_tokens lets it go on",
+    "context": "the answer is cut off, since the model's context is full; `clear` begins anew",
+}
+"""Why an answer ended before its end → what is said of it"""
 _MARK = re.compile(r"<(image|video)>")
 _NAMED = {"image": "Input an image path or URL <<< ", "video": "Input a video path or URL <<< "}
 _ANY = "Input a media path or URL <<< "
@@ -116,8 +121,8 @@ class Session:
             pieces.close()
             print(" [stopped]", end="")
         print(f"\n{LINE}")
-        for note in self.chat.notes:
-            print(f"note: {note}")
+        if (reason := self.chat.finish_reason) in CUT:
+            print(f"note: {CUT[reason].format(self.chat.settings.max_new_tokens)}")
 
     def _path(self, prompt: str, needed: str = "") -> str:
         line = input(prompt).strip()
@@ -243,7 +248,7 @@ def chat(
     processor = Processor.from_pretrained(
         trained.base,
         max_tiles=trained.max_tiles if max_tiles is None else max_tiles,
-        max_length=None,  # the chat has its own, with a message of its own
+        max_length=None,
         system_message=trained.system_message,
         policy=MediaPolicy(fetch=FETCHING),
     )

@@ -1,5 +1,7 @@
 """Answers of a conversation that goes on are those of a fresh prompt; nothing is read twice."""
 
+from copy import copy
+
 import pytest
 import torch
 from PIL import Image
@@ -204,3 +206,52 @@ def test_a_split_model_talks_as_the_whole_one(tmp_path):
         chat = Chat(InternVL.from_pretrained(folder, **options), processor, settings=SHORT)
         said.append([chat.ask("<image>What is it?", [picture(1)]), chat.ask("Really?")])
     assert said[0] == said[1]
+
+
+def test_an_answer_says_why_it_ended(parts, tmp_path):
+    model, processor = parts
+    chat = Chat(model, processor, settings=SHORT)
+    chat.ask("How many sheep are there?")
+    assert chat.finish_reason == "length"
+    stream = chat.stream("And cats?")
+    next(stream)
+    assert chat.finish_reason is None
+    stream.close()
+    assert chat.finish_reason is None
+    folder = tiny.write_checkpoint(tmp_path, llm={"max_position_embeddings": 40})
+    short = Chat(InternVL.from_pretrained(folder), Processor.from_pretrained(folder), "Be short.")
+    short.ask("Hi")
+    assert short.finish_reason == "context"
+    processor = Processor.from_pretrained(folder)
+    processor.stop_ids = list(range(processor.config.llm["vocab_size"]))
+    ended = Chat(short.model, processor, "Be short.")
+    assert ended.ask("Hi") == "" and ended.finish_reason == "stop"
+
+
+def test_a_processors_limit_leaves_nothing_out(parts):
+    """What was asked first is still read, and a question beyond the context is refused in words."""
+    model, processor = parts
+    limited = copy(processor)
+    limited.max_length = 120
+    said = []
+    for one in (processor, limited):
+        chat = Chat(model, one, "", settings=SHORT)
+        said.append([chat.ask("My number is 4711. " * 4), chat.ask("What is my number?"), chat.ask("Sure? " * 9)])
+        assert chat.turns.tokens_read < 120 and len(chat.turns._keys) > 120
+    assert said[0] == said[1] and limited.max_length == 120
+
+
+def test_logits_that_are_not_finite_are_an_error_and_leave_no_trace(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path)
+    model, processor = InternVL.from_pretrained(folder), Processor.from_pretrained(folder)
+    chat = Chat(model, processor, settings=SHORT)
+    first = chat.ask("How many sheep are there?")
+    with torch.no_grad():
+        norm = model.language_model.model.norm.weight
+        kept = norm.clone()
+        norm[0] = torch.nan
+        with pytest.raises(UserError, match="not finite in float32: its weights hold NaN"):
+            chat.ask("And cats?")
+        assert chat.history == [["How many sheep are there?", first]]
+        norm.copy_(kept)
+    assert chat.ask("And cats?") == fresh(model, processor, {"query": "And cats?", "history": chat.history[:1]})

@@ -83,6 +83,8 @@ class Processor:
         self.released = released
         known = (system_message, config.system_message, released.system_message if released else None)
         self.system_message = next((text for text in known if text is not None), self.template.system_message)
+        self.answer_room = 0
+        """Tokens that a row which has to be shortened leaves free below max_length"""
         self.features: FeatureStore | None = None
         """Where features of images are looked for before their pixels are decoded"""
         self.stop_ids = [tokenizer.token_id(self.template.end)]
@@ -269,7 +271,7 @@ class Processor:
         plan = self._encode(conversation, [shape(m, probe_urls) for m in conversation.media], most)
         training = conversation.messages[-1].role == "assistant"
         if self.max_length is not None and len(plan.ids) > self.max_length:
-            plan = self._shortened(plan, self.max_length, training)
+            plan = self._shortened(plan, self.max_length - self.answer_room, training)
         if not training:
             plan.labels = [IGNORE] * len(plan.ids)
         elif not plan.num_supervised:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ivl.data.processor import Processor
@@ -85,14 +85,12 @@ class Answering:
         example = prompt.example
         if example is None:
             return [failed(prompt.index, prompt.conversation, prompt.where, prompt.error)]
-        conversation, seed = example.conversation, row_seed(self.generation.seed, prompt.index)
+        seed = row_seed(self.generation.seed, prompt.index)
         try:
-            self.engine.submit(Request((prompt.index, conversation), example.input_ids, example.tiles, seed=seed))
+            key = replace(prompt, example=replace(example, tiles=example.tiles.new_empty(0)))  # pixels are large
+            self.engine.submit(Request(key, example.input_ids, example.tiles, seed=seed))
         except UserError as error:
-            text = f"{prompt.where}: {error}"
-            if not self.keep_errors:
-                raise UserError(text) from error
-            return [failed(prompt.index, conversation, prompt.where, text)]
+            return [self._failed(prompt, str(error))]
         rows: list[Row] = []
         while not self.engine.hungry:
             rows += self.step()
@@ -102,10 +100,23 @@ class Answering:
         """The next token of every row that is being answered. Returns those that have come to an end."""
         rows = []
         for request in self.engine.step():
-            index, row = request.key
-            answer = self.processor.decode(request.answer, self.generation.stop)
-            rows.append(answered(index, row, answer, self.processor) | self.made_by)
+            prompt: Prompt = request.key
+            if request.error:
+                rows.append(self._failed(prompt, request.error))
+                continue
+            example = prompt.example
+            assert example is not None, "it was submitted"
+            answer, reason = self.processor.decode(request.answer, self.generation.stop), request.answer.finish_reason
+            row = answered(prompt.index, example.conversation, answer, self.processor, reason, example.notes)
+            rows.append(row | self.made_by)
         return rows
+
+    def _failed(self, prompt: Prompt, error: str) -> Row:
+        """The line of a row that has no answer. Raises UserError where errors are not kept."""
+        text = f"{prompt.where}: {error}"
+        if not self.keep_errors:
+            raise UserError(text)
+        return failed(prompt.index, prompt.conversation, prompt.where, text)
 
 
 def ends_of(model: InternVL, processor: Processor, chosen: Generation) -> Ends:

@@ -15,9 +15,6 @@ from ivl.data.cache import default_cache
 from ivl.eval.tasks import Task, task
 from ivl.types import Conversation
 
-_NO_LIMIT = 1 << 16
-"""Tokens of a row: the published scripts shorten none"""
-
 
 def rows_file(name: str, root: str, cache_dir: str | Path | None = None) -> Path:
     """The questions of a benchmark as a file of rows, made from the official files below `root`.
@@ -53,7 +50,7 @@ def settings(chosen: Task) -> dict[str, Any]:
         "model.generation.num_beams": 1,
         "model.generation.stop": (),
         "data.max_tiles": chosen.max_tiles,
-        "data.max_length": _NO_LIMIT,
+        "data.max_prompt_length": None,
         "data.exif": False,
         "data.system_message": None,
     }

@@ -111,6 +111,8 @@ class IvlCLI(LightningCLI):
             for line in benchmark.apply(config, sys.argv):
                 self._say(f"{config.data.task}: {line}")
         if self.subcommand == "predict":
+            if _value(sys.argv, "--data.max_length") and config.data.max_prompt_length is None:
+                config.data.max_prompt_length = config.data.max_length  # a config's is of training
             config.return_predictions = False  # they are written as they come
         self._choose_precision(config)
         folder = config.demo

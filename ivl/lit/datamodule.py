@@ -31,7 +31,7 @@ from ivl.lit.benchmark import rows_file
 from ivl.lit.checkpoints import unfinished
 from ivl.lit.feature_cache import open_store
 from ivl.lit.loaders import Asked, Pace, PacedLoader, RankRows, ResumableLoader, validation_batch
-from ivl.lit.prompts import LAST, Prompt, Prompts
+from ivl.lit.prompts import LAST, Prompt, Prompts, processor_of_prompts, report_prompts
 from ivl.lit.types import own
 from ivl.types import UserError
 
@@ -60,9 +60,11 @@ class IvlData(LightningDataModule):
         pack_tokens: Most tokens of a pack. Default: max_length.
         pack_tiles: Most tiles of a pack. Default: no limit.
         group_by_length: Batches that are padded hold rows of like length.
-        max_length: Most tokens of a row, image tokens included.
+        max_length: Most tokens of a row, image tokens included; of fit, validate and test.
+        max_prompt_length: Most tokens of a prompt in predict, where a typed --data.max_length means it too. Default:
+            the model's context.
         max_tiles: Most tiles of an image, thumbnail not counted. Default: the checkpoint's.
-        on_too_long: What happens to a row above max_length: fit lowers tiles, largest image first, then drops the
+        on_too_long: What happens to a row above its limit: fit lowers tiles, largest image first, then drops the
             oldest turns; truncate_text cuts the end; drop leaves the row out; error stops.
         on_error: A row that cannot be used stops the run, or is skipped: in training it is left out and listed in
             `report`; in prediction its line says the error instead of an answer.
@@ -107,6 +109,7 @@ class IvlData(LightningDataModule):
         pack_tiles: int | None = None,
         group_by_length: bool = False,
         max_length: int = 4096,
+        max_prompt_length: int | None = None,
         max_tiles: int | None = None,
         on_too_long: Literal["fit", "truncate_text", "drop", "error"] = "fit",
         on_error: Literal["error", "skip"] = "error",
@@ -129,7 +132,7 @@ class IvlData(LightningDataModule):
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.mixture, self.val_fraction = mixture, val_fraction
         self.split, self.task, self.task_root = split, task, task_root
-        self.media_root = media_root
+        self.media_root, self.max_prompt_length = media_root, max_prompt_length
         self.packing = is_packed(packing, batch_size, group_by_length)
         self.batch_size = batch_size or 8
         self.eval_batch_size = eval_batch_size or self.batch_size
@@ -178,20 +181,21 @@ class IvlData(LightningDataModule):
             if name == "val" and self.val_fraction and not self.files["val"]:
                 self._set_up_training()
                 return self._rows["val"]
-            files = self.files[name]
+            files, processor = self.files[name], self.processor
             if name == "predict":
-                given = {"predict": files, "split": self.split, "task": self.task}
-                found = [f"--data.{option}" for option, value in given.items() if value]
+                generation = own(self.trainer.lightning_module).generation
+                processor = processor_of_prompts(processor, self.max_prompt_length, generation.max_new_tokens)
+                options = {"predict": files, "split": self.split, "task": self.task}
+                found = [f"--data.{option}" for option, value in options.items() if value]
                 if len(found) > 1:
                     raise UserError(f"{' and '.join(found)}: expected one of them, found both; set the other to null")
-                if self.split:
-                    self._rows[name] = held_out(self.split, self.processor, self.media_root)
-                    return self._rows[name]
-                if self.task:
-                    files = str(rows_file(self.task, self.task_root))
+                files = str(rows_file(self.task, self.task_root)) if self.task else files
+            if name == "predict" and self.split:
+                self._rows[name] = held_out(self.split, processor, self.media_root)
+                return self._rows[name]
             if not files:
                 raise UserError(f"--data.{name}: not given; expected one or more files of rows (jsonl or json)")
-            self._rows[name] = Rows(files, self.processor, root=self.media_root, seed=self.seed)
+            self._rows[name] = Rows(files, processor, root=self.media_root, seed=self.seed)
         return self._rows[name]
 
     def _set_up_training(self) -> None:
@@ -236,10 +240,7 @@ class IvlData(LightningDataModule):
         rows = self._rows["predict"] = rows.select(np.arange(len(rows)))
         rows.as_prompt = True
         index = _looked_through(rows, "questions")
-        if self.on_error == "error" and (index.problems or index.dropped):
-            problems = sorted((index.problems | index.dropped).items())
-            more = f" (and {len(problems) - 1} more rows; `ivl check` lists them)" if len(problems) > 1 else ""
-            raise UserError(f"{problems[0][1]}{more}; or set --data.on_error skip")
+        report_prompts(index, keep_errors=self.on_error == "skip")
         # Long rows first: rows of like length are answered together, and none is left over at the end.
         self._order = np.argsort(-index.tokens, kind="stable")
 

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -39,8 +40,18 @@ SYNC_SECONDS = 1.0
 """Answers are handed to the system at once, and to the disk at least this often"""
 
 
-def answered(index: int, row: Conversation, answer: str, processor: Processor) -> Row:
-    """A row's line: what was asked, what was answered, and what it is compared with."""
+def answered(
+    index: int,
+    row: Conversation,
+    answer: str,
+    processor: Processor,
+    finish_reason: str,
+    notes: Sequence[str] = (),
+) -> Row:
+    """A row's line: what was asked, what was answered, and what it is compared with.
+
+    `notes`: what was left out of the prompt to make it fit.
+    """
     return {
         "index": index,
         "id": row.id,
@@ -48,6 +59,8 @@ def answered(index: int, row: Conversation, answer: str, processor: Processor) -
         "source": row.source or None,
         "prompt": processor.prompt_text(row),
         "response": answer,
+        "finish_reason": finish_reason,
+        "notes": list(notes),
         "reference": row.reference,
         "boxes": [{"ref": ref, "boxes": boxes} for ref, boxes in parse_boxes(answer)],
         **scored_by(row),
@@ -141,8 +154,10 @@ class Parts:
             self._file.close()
             self._file = None
 
-    def join(self, count: int) -> int:
-        """Put `count` rows in order into the file and remove the parts. Returns how many of them are errors.
+    def join(self, count: int) -> Counter[str]:
+        """Put `count` rows in order into the file and remove the parts.
+
+        Returns how many of them are `error`, by the reason they ended for, and `shortened`.
 
         Raises UserError where not all are there, and leaves the parts.
         """
@@ -154,7 +169,7 @@ class Parts:
             raise UserError(
                 f"{self.path}: {len(found)} of {count} rows are answered; the same command goes on with the others"
             )
-        errors = 0
+        kinds: Counter[str] = Counter()
         temporary = self.path.with_name(self.path.name + ".tmp")
         files = {part: part.open("rb") for part in self.existing()}
         with temporary.open("wb") as out:
@@ -162,7 +177,8 @@ class Parts:
                 part, at = found[index]
                 files[part].seek(at)
                 row = json.loads(files[part].readline())
-                errors += "error" in row
+                kinds["error" if "error" in row else row.get("finish_reason", "stop")] += 1
+                kinds["shortened"] += bool(row.get("notes"))
                 # `of` tells a file that was cut off from one of fewer rows (ivl.eval.predictions)
                 out.write(json.dumps(row | {"of": count}, ensure_ascii=False).encode() + b"\n")
             out.flush()
@@ -172,7 +188,7 @@ class Parts:
             file.close()
             part.unlink()
         self.settings.unlink()
-        return errors
+        return kinds
 
 
 def _write(path: Path, text: str) -> None:
@@ -315,8 +331,15 @@ class PredictionWriter(Callback):
         if not trainer.is_global_zero:
             return
         count = len(own(module).trainer.datamodule.predict_indices())
-        errors = self._begun.join(count)
-        more = f", {errors} of them errors" if errors else ""
+        kinds = self._begun.join(count)
+        longest = own(module).generation.max_new_tokens
+        said = {
+            "error": "errors",
+            "length": f"cut off at model.generation.max_new_tokens {longest}",
+            "context": "cut off at the end of the model's context",
+            "shortened": "to prompts that were shortened",
+        }
+        more = "".join(f", {kinds[kind]} of them {what}" for kind, what in said.items() if kinds[kind])
         rank_zero_info(f"{count} answers in {self.path}{more}")
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:

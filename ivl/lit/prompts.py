@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
 from ivl.data.dataset import Rows
+from ivl.data.index import Index
+from ivl.data.processor import Processor
 from ivl.types import Conversation, Example, UserError
 
 LAST = -1
@@ -22,6 +26,32 @@ class Prompt:
     conversation: Conversation | None = None
     where: str = ""
     error: str = ""
+
+
+def processor_of_prompts(processor: Processor, most: int | None, max_new_tokens: int) -> Processor:
+    """The processor with the limit of prompts, which is not that of training rows: `most`, or the model's context.
+
+    A prompt that has to be shortened for the context leaves room for its answer.
+    """
+    context = processor.config.llm.get("max_position_embeddings")
+    made = copy(processor)
+    made.max_length = most
+    if most is None and context:
+        made.max_length, made.answer_room = context - 1, min(max_new_tokens, context // 2)
+    return made
+
+
+def report_prompts(index: Index, keep_errors: bool) -> None:
+    """Say how many prompts do not fit their limit as they are.
+
+    Raises UserError where a prompt cannot be used and errors are not kept.
+    """
+    problems = sorted((index.problems | index.dropped).items())
+    if problems and not keep_errors:
+        more = f" (and {len(problems) - 1} more rows; `ivl check` lists them)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0][1]}{more}; or set --data.on_error skip")
+    if changed := index.describe_changes():
+        rank_zero_info(f"prompts longer than their limit: {changed} (of {len(index)})")
 
 
 class Prompts(Dataset):

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 if TYPE_CHECKING:
     from ivl.model.generate import Ends
@@ -23,6 +29,18 @@ class _Over(StoppingCriteria):
         return torch.tensor([self.ends.over(row) for row in input_ids.tolist()], device=input_ids.device)
 
 
+class _Finite(LogitsProcessor):
+    """Notes scores that are not finite, on their device: the search goes on, and its end is asked once."""
+
+    def __init__(self) -> None:
+        self.bad: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bad = ~scores.max().isfinite()
+        self.bad = bad if self.bad is None else self.bad | bad
+        return scores
+
+
 @torch.no_grad()
 def beam_search(
     language_model: LanguageModel,
@@ -32,7 +50,8 @@ def beam_search(
     ends: Ends,
     repetition_penalty: float = 1.0,
 ) -> list[int]:
-    """The most likely answer that `num_beams` beams find, with the token that ended it.
+    """The most likely answer that `num_beams` beams find, with the token that ended it; [-1] where logits were not
+    finite.
 
     Likelihood is per token, as in transformers with `length_penalty` 1. `repetition_penalty` is over the answer alone.
     """
@@ -46,11 +65,15 @@ def beam_search(
         pad_token_id=eos_ids[0] if eos_ids else 0,
         repetition_penalty=repetition_penalty,
     )
+    finite = _Finite()
     ids = language_model.generate(
         inputs_embeds=embeds_1TD,
         attention_mask=torch.ones(embeds_1TD.shape[:2], dtype=torch.long, device=embeds_1TD.device),
         generation_config=settings,
+        logits_processor=LogitsProcessorList([finite]),
         stopping_criteria=StoppingCriteriaList([_Over(ends)]) if ends.stop or ends.stopped else None,
     )[0].tolist()
+    if finite.bad is not None and bool(finite.bad):
+        return [-1]
     # What follows the end of the best beam is padding.
     return ids[: next((n for n in range(1, len(ids)) if ends.over(ids[:n])), len(ids))]

@@ -9,9 +9,9 @@ Shapes: B rows, T tokens of this call, K tokens in the cache, D width of the lan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ from ivl.types import Batch, UserError
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
+
+
+FinishReason = Literal["stop", "length", "context"]
+"""Why an answer ended: an end token or stop text, its limit of new tokens, or the end of the model's context"""
+
+
+class Answer(list[int]):
+    """Token ids of an answer, with the token that ended it, and why it ended. Equal to a list of the same ids."""
+
+    finish_reason: FinishReason = "length"
 
 
 @dataclass
@@ -109,12 +119,19 @@ class Choice:
             )
 
     def __call__(self, logits_BV: Tensor, answers: list[list[int]], generators: list[torch.Generator]) -> Tensor:
-        """One token id per row, (B,). `answers`: what each row has said so far, for the repetition penalty."""
+        """One token id per row, (B,); -1 where logits are not finite, which the reader of the ids has to refuse
+        (`check_finite`). `answers`: what each row has said so far, for the repetition penalty."""
         logits_BV = logits_BV.float()
         if self.repetition_penalty != 1.0:
             logits_BV = self._penalised(logits_BV, answers)
-        if self.temperature == 0.0:
-            return logits_BV.argmax(-1)
+        # NaN and infinity are the largest of all. Told among the ids, since asking the device costs a wait.
+        best_B, ids_B = logits_BV.max(-1)
+        if self.temperature > 0.0:
+            ids_B = self._drawn(logits_BV, generators)
+        return torch.where(best_B.isfinite(), ids_B, -1)
+
+    def _drawn(self, logits_BV: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """A token id per row by chance, (B,)."""
         sorted_BV, ids_BV = (logits_BV / self.temperature).sort(dim=-1, descending=True)
         if self.top_k:
             sorted_BV[:, self.top_k :] = -torch.inf
@@ -149,6 +166,14 @@ class Ends:
     min_new_tokens: int = 0
     """None of these ends it before"""
 
+    def reason(self, answer: list[int], room: int, max_new_tokens: int) -> FinishReason | None:
+        """Why the answer ends with its last token; None: it goes on. `room`: the most tokens that it can have."""
+        if answer and self.over(answer):
+            return "stop"
+        if len(answer) < room:
+            return None
+        return "length" if len(answer) >= max_new_tokens else "context"
+
     def over(self, answer: list[int]) -> bool:
         """Whether the last token ended the answer."""
         if answer[-1] in self.eos_ids:
@@ -167,19 +192,49 @@ class Ends:
             logits_BV[torch.tensor(short, device=logits_BV.device)[:, None], ends] = -torch.inf
 
 
+class NotFinite(UserError):
+    """Logits of a row are NaN or infinite. `row`: which of the batch."""
+
+    def __init__(self, row: int, dtype: torch.dtype) -> None:
+        super().__init__(not_finite(dtype))
+        self.row = row
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """What to do about logits that are not finite, as a message."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float16:
+        return (
+            "the model's logits are not finite in float16, whose largest number is 65504; compute in bfloat16 or "
+            "float32 (chat: --dtype bfloat16; predict, validate and fit: --trainer.precision bf16-true or 32-true)"
+        )
+    return (
+        f"the model's logits are not finite in {name}: its weights hold NaN or are far too large, as after a training "
+        "that diverged; use an earlier checkpoint, or read the weights again from their source"
+    )
+
+
+def check_finite(ids: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise NotFinite where `Choice` found no token for a row."""
+    for row, token in enumerate(ids):
+        if token < 0:
+            raise NotFinite(row, dtype)
+
+
 @torch.no_grad()
 def steps(
     model: InternVL,
     batch: Batch,
+    answers: Sequence[Answer],
     max_new_tokens: int,
     ends: Ends,
     choose: Choice,
     seed: int,
     all_done: Callable[[bool], bool] = bool,
 ) -> Iterator[list[int | None]]:
-    """The next token of each row, step after step; None where the row has ended."""
-    _check(model, batch, max_new_tokens)
-    answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
+    """The next token of each row, step after step, also added to `answers`; None where the row has ended."""
+    _check(model, batch)
+    rooms = [answer_room(model, length, max_new_tokens) for length in batch.attention_mask.sum(1).tolist()]
     generators = [torch.Generator().manual_seed(seed) for _ in answers]
     running = [True] * len(answers)
     embeds_BTD = model.embed(batch.input_ids, batch.tiles, batch.tiles_per_row)
@@ -188,37 +243,42 @@ def steps(
     for _ in range(max_new_tokens):
         logits_BV = read(model.language_model, embeds_BTD, mask_BT, memory)
         ends.hold_back(logits_BV, answers)
-        ids_B = choose(logits_BV, answers, generators)
-        new = ids_B.tolist()
-        yield [token if alive else None for token, alive in zip(new, running)]
+        ids_B = choose(logits_BV, list(answers), generators)
+        new = [token if alive else None for token, alive in zip(ids_B.tolist(), running)]
+        check_finite([0 if token is None else token for token in new], logits_BV.dtype)
         for row, token in enumerate(new):
-            if running[row]:
+            if token is not None:
                 answers[row].append(token)
-                running[row] = not ends.over(answers[row])
+                if reason := ends.reason(answers[row], rooms[row], max_new_tokens):
+                    running[row], answers[row].finish_reason = False, reason
+        yield new
         if all_done(not any(running)):
             return
-        embeds_BTD = model.language_model.get_input_embeddings()(ids_B)[:, None]
+        embeds_BTD = model.language_model.get_input_embeddings()(ids_B.clamp(min=0))[:, None]
         mask_BT = torch.ones_like(ids_B, dtype=torch.bool)[:, None]
 
 
-def _check(model: InternVL, batch: Batch, max_new_tokens: int) -> None:
+def _check(model: InternVL, batch: Batch) -> None:
     if model.training:
         raise UserError("generate: the model is in training mode; call model.eval() first")
     if batch.row_ids is not None:
         raise UserError("generate: the batch is packed; expected padded prompts, collate(..., packed=False)")
     if not is_plain(batch.attention_mask, None):
         raise UserError("generate: expected prompts padded on the right, as the collator makes them")
-    check_context(model, int(batch.attention_mask.sum(1).max()), max_new_tokens)
 
 
-def check_context(model: InternVL, prompt: int, max_new_tokens: int) -> None:
-    """Raise UserError where a prompt of that many tokens and its answer exceed the model's context."""
+def answer_room(model: InternVL, prompt: int, max_new_tokens: int) -> int:
+    """Most tokens of an answer to a prompt of that many tokens: `max_new_tokens`, or what the context has left.
+
+    Raises UserError where it has none.
+    """
     limit = model.language_model.config.max_position_embeddings
-    if prompt + max_new_tokens > limit:
+    if prompt >= limit:
         raise UserError(
-            f"generate: a prompt of {prompt} tokens and max_new_tokens {max_new_tokens} exceed the model's context of "
-            f"{limit}; use fewer tiles, a shorter prompt or a smaller max_new_tokens"
+            f"generate: a prompt of {prompt} tokens and its answer exceed the model's context of {limit}; use fewer "
+            "tiles or a shorter prompt"
         )
+    return min(max_new_tokens, limit - prompt)
 
 
 def generate(
@@ -236,42 +296,51 @@ def generate(
     all_done: Callable[[bool], bool] = bool,
     stopped: Callable[[list[int]], bool] | None = None,
     num_beams: int = 1,
-) -> list[list[int]]:
+) -> list[Answer]:
     """The new token ids of each row, with the token that ended it; a batch of prompts of any lengths.
 
+    Each is a list of ids with a `finish_reason`: stop, length (`max_new_tokens`) or context (the model's is full).
     `eos_ids` end a row, by default the checkpoint's own, as does a sequence of `stop`, or `stopped`, which is asked
     about the tokens so far; but not within `min_new_tokens`.
     `seed`: each row draws from a generator of its own, so a sampled answer does not depend on its neighbours.
     `repetition_penalty` is over the answer alone. `all_done` makes this process go on until all others are done: it is
     given whether this one is, and returns whether all are. `num_beams` above 1: beam search, one row after another.
-    Raises UserError where a prompt and its answer would not fit the context, or an option is out of range.
+    Raises UserError where a prompt fills the context, logits are not finite, or an option is out of range.
     """
     choose = Choice(temperature, top_p, top_k, repetition_penalty)
     ends = Ends(model.eos_ids if eos_ids is None else eos_ids, stop, stopped, min_new_tokens)
     batch = batch.to(model.device)
     if num_beams > 1:
-        _check(model, batch, max_new_tokens)
+        _check(model, batch)
         choose.check_beams(num_beams)
         return _searched(model, batch, num_beams, max_new_tokens, ends, repetition_penalty)
-    answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
-    for new in steps(model, batch, max_new_tokens, ends, choose, seed, all_done):
-        for answer, token in zip(answers, new):
-            if token is not None:
-                answer.append(token)
+    answers = [Answer() for _ in range(len(batch.input_ids))]
+    for _ in steps(model, batch, answers, max_new_tokens, ends, choose, seed, all_done):
+        pass
     return answers
 
 
 @torch.no_grad()
 def _searched(
     model: InternVL, batch: Batch, num_beams: int, max_new_tokens: int, ends: Ends, repetition_penalty: float
-) -> list[list[int]]:
+) -> list[Answer]:
     embeds_BTD = model.embed(batch.input_ids, batch.tiles, batch.tiles_per_row)
-    own_B = batch.attention_mask.sum(1).tolist()
-    rows = (embeds_TD[None, :own] for embeds_TD, own in zip(embeds_BTD, own_B))
+    lengths = batch.attention_mask.sum(1).tolist()
+    rooms = [answer_room(model, length, max_new_tokens) for length in lengths]
     return [
-        beam_search(model.language_model, row_1TD, num_beams, max_new_tokens, ends, repetition_penalty)
-        for row_1TD in rows
+        searched(model, row_TD[None, :length], num_beams, room, max_new_tokens, ends, repetition_penalty)
+        for row_TD, length, room in zip(embeds_BTD, lengths, rooms)
     ]
+
+
+def searched(
+    model: InternVL, embeds_1TD: Tensor, num_beams: int, room: int, max_new_tokens: int, ends: Ends, penalty: float
+) -> Answer:
+    """The answer to one prompt by beam search. `room`: the most tokens that it can have."""
+    answer = Answer(beam_search(model.language_model, embeds_1TD, num_beams, room, ends, penalty))
+    check_finite(answer[:1], embeds_1TD.dtype)
+    answer.finish_reason = ends.reason(answer, room, max_new_tokens) or "stop"
+    return answer
 
 
 def stream(
@@ -287,12 +356,14 @@ def stream(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stopped: Callable[[list[int]], bool] | None = None,
-) -> Iterator[int]:
-    """The new token ids of one row as they are made; the settings of `generate`."""
+) -> Generator[int, None, FinishReason]:
+    """The new token ids of one row as they are made; the settings of `generate`. Returns why the answer ended."""
     if len(batch.input_ids) != 1:
         raise UserError(f"stream: expected a batch of one row, found {len(batch.input_ids)}")
     choose = Choice(temperature, top_p, top_k, repetition_penalty)
     ends = Ends(model.eos_ids if eos_ids is None else eos_ids, stop, stopped, min_new_tokens)
-    for (token,) in steps(model, batch.to(model.device), max_new_tokens, ends, choose, seed):
+    answer = Answer()
+    for (token,) in steps(model, batch.to(model.device), [answer], max_new_tokens, ends, choose, seed):
         if token is not None:
             yield token
+    return answer.finish_reason

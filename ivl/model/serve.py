@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ivl.model.beams import beam_search
-from ivl.model.generate import Choice, Ends, Memory, check_context, read
+from ivl.model.generate import Answer, Choice, Ends, Memory, NotFinite, answer_room, not_finite, read, searched
 from ivl.model.llm import attention_mask, with_cache
 from ivl.model.slots import Slots, keep_order
 from ivl.types import UserError
@@ -61,8 +60,12 @@ class Request:
     """The longest answer; None: the engine's"""
     seed: int = 0
     """Of this row's sampling"""
-    answer: list[int] = field(default_factory=list)
-    """Its tokens so far, with the one that ended it"""
+    answer: Answer = field(default_factory=Answer)
+    """Its tokens so far, with the one that ended it, and why it ended"""
+    error: str = ""
+    """Why there is no answer"""
+    room: int = 0
+    """Most tokens of its answer, once it is submitted: `max_new_tokens`, or what the model's context has left"""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -102,12 +105,12 @@ class Engine:
         self._slots = Slots(batching.rows)
 
     def submit(self, request: Request) -> None:
-        """Let a request wait for its turn. Raises UserError where it does not fit the model's context."""
-        check_context(self.model, len(request), self._longest(request))
+        """Let a request wait for its turn. Raises UserError where it fills the model's context."""
+        request.room = answer_room(self.model, len(request), self._longest(request))
         self.waiting.append(request)
 
     def _longest(self, request: Request) -> int:
-        """Most tokens of its answer."""
+        """Most tokens of its answer, where the context has room for them."""
         return self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
 
     @property
@@ -152,13 +155,13 @@ class Engine:
         limits, running = self.batching, len(self.running)
         if running and limits.rows - running < self._least_free:
             return []
-        widest = max((len(r) + self._longest(r) for r in self.running), default=0)
+        widest = max((len(r) + r.room for r in self.running), default=0)
         group: list[Request] = []
         shortest = longest = 0
         while self.waiting:
             request = self.waiting[0]
             size = len(request)
-            widest = max(widest, size + self._longest(request))
+            widest = max(widest, size + request.room)
             shortest, longest = min(shortest or size, size), max(longest, size)
             count = len(group) + 1
             too_many = running + count > limits.rows or (
@@ -185,7 +188,7 @@ class Engine:
         embeds_BTD = self.model.embed(ids_BT.to(device), tiles_N3SS, tiles_per_row)
         logits_BV = read(self.model.language_model, embeds_BTD, mask_BT.to(device), memory)
         for request in group:
-            request.tiles = request.tiles[:0]  # no longer needed
+            request.tiles = request.tiles.new_empty(0, *request.tiles.shape[1:])  # no longer needed
         generators = [torch.Generator().manual_seed(request.seed) for request in group]
         over = self._say(group, generators, logits_BV)
         staying = [row for row in range(len(group)) if row not in over]
@@ -223,12 +226,18 @@ class Engine:
 
     def _say(self, requests: Sequence[Request], generators: list[torch.Generator], logits_BV: Tensor) -> list[int]:
         """Choose each row's next token. Returns the rows whose answers are over."""
-        answers = [request.answer for request in requests]
+        answers: list[list[int]] = [request.answer for request in requests]
         self.ends.hold_back(logits_BV, answers)
         over = []
         for row, token in enumerate(self.choose(logits_BV, answers, generators).tolist()):
-            answers[row].append(token)
-            if len(answers[row]) >= self._longest(requests[row]) or self.ends.over(answers[row]):
+            request = requests[row]
+            if token < 0:
+                request.error = not_finite(logits_BV.dtype)
+                over.append(row)
+                continue
+            request.answer.append(token)
+            if reason := self.ends.reason(request.answer, request.room, self._longest(request)):
+                request.answer.finish_reason = reason
                 over.append(row)
         return over
 
@@ -237,5 +246,8 @@ class Engine:
         tiles_per_row = torch.tensor([len(request.tiles)])
         embeds_1TD = self.model.embed(request.input_ids[None].to(device), request.tiles.to(device), tiles_per_row)
         longest, penalty = self._longest(request), self.choose.repetition_penalty
-        request.answer = beam_search(self.model.language_model, embeds_1TD, self.num_beams, longest, self.ends, penalty)
+        try:
+            request.answer = searched(self.model, embeds_1TD, self.num_beams, request.room, longest, self.ends, penalty)
+        except NotFinite as error:
+            request.error = str(error)
         return request

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ivl.model.generate import Choice, Memory, read
+from ivl.model.generate import Choice, FinishReason, Memory, check_finite, read
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
@@ -29,6 +29,8 @@ class Turns:
         """Of the last prompt: those that were not in the cache"""
         self.tiles_read = 0
         """Of the last prompt: those that the tower had not seen"""
+        self.finish_reason: FinishReason | None = None
+        """Why the last answer ended; None while it goes on, or where it was stopped"""
         self.forget()
 
     def forget(self) -> None:
@@ -50,18 +52,29 @@ class Turns:
         choose: Choice,
         seed: int = 0,
     ) -> Iterator[int]:
-        """The token ids that follow a conversation, as they are made, without the one that ends them."""
+        """The token ids that follow a conversation, as they are made, without the one that ends them.
+
+        Ends at the model's context, too. Raises UserError where logits are not finite.
+        """
         language_model = self.model.language_model
         generator = torch.Generator().manual_seed(seed)
         said: list[int] = []
+        self.finish_reason = None
+        room = language_model.config.max_position_embeddings - len(input_ids)
         logits_1V = self._read_prompt(list(input_ids), tiles_N3SS)
         while True:
             token = int(choose(logits_1V, [said], [generator]))
+            if token < 0:
+                self.forget()
+            check_finite([token], logits_1V.dtype)
             if token in eos_ids:
+                self.finish_reason = "stop"
                 return
             said.append(token)
+            if len(said) == min(max_new_tokens, room):
+                self.finish_reason = "length" if len(said) == max_new_tokens else "context"
             yield token
-            if len(said) == max_new_tokens:
+            if self.finish_reason:
                 return
             ids_11 = torch.tensor([[token]], device=self.model.device)
             logits_1V = self._read(language_model.get_input_embeddings()(ids_11), [token])

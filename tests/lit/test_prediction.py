@@ -186,6 +186,64 @@ def test_stop_texts_and_beams(base, alone, tmp_path):
     assert len(read(tmp_path / "beams.jsonl")) == 7
 
 
+def small(folder: Path, *rows: dict, **llm) -> tuple[Path, list[str]]:
+    """A model with its own `llm_config`, and a file of rows: the file, and the start of a command."""
+    write_checkpoint(folder / "model", llm=llm or None)
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["predict", "--model.pretrained", str(folder / "model"), "--data.predict", str(path), *QUIET]
+    return path, [*argv, "--trainer.logger", "false", "--model.generation.max_new_tokens", "5"]
+
+
+TURNS = {"system": "", "query": "What is it?", "history": [[f"My number is {'7 ' * 60}", "Noted."], ["Second", "ok"]]}
+
+
+def test_prompts_have_the_models_context_and_not_the_length_of_training_rows(tmp_path, caplog):
+    """A config's `data.max_length` is of training; what is typed counts, and is said on the screen and in the row."""
+    _, argv = small(tmp_path, TURNS, {"system": "", "query": "Hi"})
+    (tmp_path / "run.yaml").write_text("data: {max_length: 60}\n")
+    out = tmp_path / "a.jsonl"
+    assert main([*argv, "--config", str(tmp_path / "run.yaml"), "--predictions.file", str(out)]) == 0
+    whole, hi = read(out)
+    assert "7 7 7" in whole["prompt"] and whole["notes"] == hi["notes"] == [] and "shortened" not in caplog.text
+    for n, option in enumerate(("--data.max_length", "--data.max_prompt_length")):
+        caplog.clear()
+        out = tmp_path / f"{n}.jsonl"
+        assert main([*argv, option, "100", "--predictions.file", str(out)]) == 0
+        cut, same = read(out)
+        assert cut["notes"] == ["dropped 1 turn"] and "7 7 7" not in cut["prompt"]
+        assert same == hi
+        assert "prompts longer than their limit: oldest turns dropped 1 (of 2)" in caplog.text
+        assert "1 of them to prompts that were shortened" in caplog.text
+
+
+def test_a_prompt_beyond_the_context_is_shortened_with_room_for_an_answer(tmp_path, caplog):
+    _, argv = small(tmp_path, TURNS, max_position_embeddings=128)
+    assert main([*argv, "--predictions.file", str(tmp_path / "a.jsonl")]) == 0
+    (row,) = read(tmp_path / "a.jsonl")
+    assert row["notes"] == ["dropped 1 turn"] and row["finish_reason"] == "length"
+    assert "prompts longer than their limit: oldest turns dropped 1 (of 1)" in caplog.text
+
+
+def test_rows_say_why_their_answers_ended_and_the_cut_ones_are_counted(tmp_path, caplog):
+    _, argv = small(
+        tmp_path, {"system": "", "query": "Hi"}, {"system": "", "query": "7 " * 30}, max_position_embeddings=86
+    )
+    processor, model = Processor.from_pretrained(tmp_path / "model"), InternVL.from_pretrained(tmp_path / "model")
+    room = 86 - len(processor({"system": "", "query": "7 " * 30}))
+    argv += ["--model.generation.max_new_tokens", str(room + 2)]
+    assert main([*argv, "--predictions.file", str(tmp_path / "a.jsonl")]) == 0
+    rows = read(tmp_path / "a.jsonl")
+    assert [row["finish_reason"] for row in rows] == ["length", "context"]
+    assert f"1 of them cut off at model.generation.max_new_tokens {room + 2}" in caplog.text
+    assert "1 of them cut off at the end of the model's context" in caplog.text
+    batch = processor.collate([processor({"system": "", "query": "Hi"})])
+    stop = processor.decode(model.generate(batch, max_new_tokens=9, eos_ids=[])[0])[:3]
+    argv += ["--model.generation.stop", json.dumps([stop]), "--predictions.file", str(tmp_path / "b.jsonl")]
+    assert main(argv) == 0
+    assert read(tmp_path / "b.jsonl")[0]["finish_reason"] == "stop"
+
+
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +404,7 @@ def begun(path: Path, *parts: list[dict]) -> Parts:
 def test_parts_are_joined_in_order(tmp_path):
     whole = begun(tmp_path / "a.jsonl", lines(4, 0, 2), lines(3, 1))
     assert whole.answered() == {0, 1, 2, 3, 4}
-    assert whole.join(5) == 0
+    assert whole.join(5)["error"] == 0
     assert [row["response"] for row in read(tmp_path / "a.jsonl")] == list("01234")
     assert [(row["index"], row["of"]) for row in read(tmp_path / "a.jsonl")] == [(n, 5) for n in range(5)]
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

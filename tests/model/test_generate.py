@@ -148,6 +148,90 @@ def test_the_tower_runs_once_over_all_tiles(model):
     assert sizes == [6]
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A model with a context of 32 tokens."""
+    folder = tmp_path_factory.mktemp("tiny") / "short"
+    return InternVL.from_pretrained(write_checkpoint(folder, llm={"max_position_embeddings": 32}))
+
+
+def test_every_answer_says_why_it_ended(short):
+    made = prompts(short)
+    whole = short.generate(padded(made), max_new_tokens=16, eos_ids=[])
+    assert [len(ids) for ids in whole] == [16, 11, 16, 2]
+    assert [ids.finish_reason for ids in whole] == ["length", "context", "length", "context"]
+    end = whole[0][15]
+    settings = {"max_new_tokens": 16, "eos_ids": [end]}
+    found = short.generate(padded(made), **settings)
+    assert found[0].finish_reason == "stop", "an end at the last token that is allowed is an end"
+    for n, row in enumerate(made):
+        alone, reason = [], None
+        stream = short.stream(padded([row]), **settings)
+        while reason is None:
+            try:
+                alone.append(next(stream))
+            except StopIteration as over:
+                reason = over.value
+        assert (alone, reason) == (found[n], found[n].finish_reason)
+        beams = short.generate(padded([row]), **settings, num_beams=2)[0]
+        ended = end in beams
+        assert beams.finish_reason == ("stop" if ended else "length" if len(beams) == 16 else "context")
+    requests = [Request(n, row["input_ids"], row["tiles"]) for n, row in enumerate(made)]
+    engine = Engine(short, Ends([end]), max_new_tokens=16)
+    for request in requests:
+        engine.submit(request)
+    assert len(list(engine.run())) == 4
+    assert [(r.answer, r.answer.finish_reason) for r in requests] == [(ids, ids.finish_reason) for ids in found]
+
+
+# -- logits that are not finite ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(folder):
+    """A model whose second row of embeddings is NaN, as after a training that diverged."""
+    model = InternVL.from_pretrained(folder)
+    with torch.no_grad():
+        model.language_model.get_input_embeddings().weight[1] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"num_beams": 2}, {"repetition_penalty": 1.2}])
+def test_logits_that_are_not_finite_are_an_error(broken, settings):
+    made = prompts(broken, lengths=(9, 12), tiles=(0, 0))
+    for row in made:
+        row["input_ids"][row["input_ids"] == 1] = 2
+    assert broken.generate(padded(made), max_new_tokens=1, eos_ids=[], **settings)
+    made[1]["input_ids"][3] = 1
+    with pytest.raises(UserError, match=r"logits are not finite in float32: its weights hold NaN") as caught:
+        broken.generate(padded(made), max_new_tokens=4, eos_ids=[], **settings)
+    assert getattr(caught.value, "row", 0) == (0 if "num_beams" in settings else 1)
+
+
+def test_a_row_whose_logits_are_not_finite_does_not_stop_the_others(broken):
+    made = prompts(broken, lengths=(9, 12, 14), tiles=(0, 0, 0))
+    for row in made:
+        row["input_ids"][row["input_ids"] == 1] = 2
+    made[1]["input_ids"][3] = 1
+    for beams in (1, 2):
+        requests = [Request(n, row["input_ids"], row["tiles"]) for n, row in enumerate(made)]
+        engine = Engine(broken, Ends(), max_new_tokens=5, num_beams=beams)
+        for request in requests:
+            engine.submit(request)
+        assert len(list(engine.run())) == 3
+        assert [bool(request.error) for request in requests] == [False, True, False]
+        alone = [broken.generate(padded([made[n]]), max_new_tokens=5, eos_ids=[], num_beams=beams)[0] for n in (0, 2)]
+        assert [requests[0].answer, requests[2].answer] == alone
+
+
+def test_float16_that_overflows_names_the_type_and_the_remedy(folder):
+    model = InternVL.from_pretrained(folder, dtype="float16")
+    with torch.no_grad():
+        model.language_model.model.layers[1].mlp.down_proj.weight *= 3e5
+    with pytest.raises(UserError, match=r"not finite in float16, whose largest number is 65504; compute in bfloat16"):
+        model.generate(padded(prompts(model)), max_new_tokens=4)
+
+
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
 
@@ -238,9 +322,9 @@ def test_all_done_keeps_this_process_going(model):
 
 
 def test_context_is_checked_before_any_work(model):
-    batch = padded(prompts(model))
-    with pytest.raises(UserError, match=r"a prompt of 30 tokens and max_new_tokens 4080 exceed .* context of 4096"):
-        model.generate(batch, max_new_tokens=4080)
+    batch = padded(prompts(model, lengths=(9, 4096), tiles=(0, 0)))
+    with pytest.raises(UserError, match=r"a prompt of 4096 tokens and its answer exceed the model's context of 4096"):
+        model.generate(batch, max_new_tokens=1)
 
 
 def test_misuse_is_refused(folder):

@@ -205,8 +205,9 @@ def test_a_neighbour_that_is_not_finite_is_not_caught(model):
 
 def test_mistakes(model, folder):
     made = rows(model, [30], [0])
-    with pytest.raises(UserError, match=r"a prompt of 30 tokens and max_new_tokens 4080 exceed .* context of 4096"):
-        Engine(model, max_new_tokens=4080).submit(requests(made)[0])
+    long = Request(0, torch.zeros(4096, dtype=torch.long), made[0]["tiles"])
+    with pytest.raises(UserError, match=r"a prompt of 4096 tokens and its answer exceed the model's context of 4096"):
+        Engine(model).submit(long)
     with pytest.raises(UserError, match="num_beams: expected at least 1, and no more than 1 where tokens are sampled"):
         Engine(model, choose=Choice(temperature=1.0), num_beams=2)
     with pytest.raises(UserError, match="batching: prefill_tokens: expected at least 1, found 0"):
