@@ -73,6 +73,11 @@ class Config:
         return self.force_image_size or self.vision.image_size
 
     @property
+    def stored_in_8_bits(self) -> bool:
+        """Whether all linear layers are stored in 8 bits, tower, projector and head too: bitsandbytes' releases."""
+        return bool((self.raw.get("quantization_config") or {}).get("load_in_8bit"))
+
+    @property
     def tokens_per_tile(self) -> int:
         """P: image tokens of one tile, after pixel shuffle."""
         return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)

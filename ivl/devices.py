@@ -1,8 +1,14 @@
-"""What makers say their devices do: the ceiling that model FLOP utilisation is measured against."""
+"""Data sheets of devices, the ceiling of model FLOP utilisation, and the row that memory is estimated for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+CONTEXT = 1_000_000_000
+"""Bytes of a GPU beside all that is counted: CUDA's own, kernels' workspaces, the allocator's slack"""
+
+TOKENS, TILES = 4096, 13
+"""Row that memory is estimated for: a conversation of this length, an image of twelve tiles and its thumbnail"""
 
 
 @dataclass(frozen=True)

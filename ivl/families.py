@@ -239,6 +239,7 @@ def config_for(row: ReleasedModel) -> dict[str, Any]:
     `ivl.config.Config.from_dict` reads it. Loading weights takes the checkpoint's own file, which says more.
     """
     vision = {f.name: getattr(row.vision, f.name) for f in fields(row.vision)}
+    stored = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}} if row.int8 else {}
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
@@ -255,6 +256,7 @@ def config_for(row: ReleasedModel) -> dict[str, Any]:
         "min_dynamic_patch": 1,
         "max_dynamic_patch": row.max_tiles,
         "torch_dtype": "bfloat16",
+        **stored,
     }
 
 

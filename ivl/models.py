@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
+import yaml
+
+from ivl.devices import CONTEXT, TILES, TOKENS
 from ivl.families import MODELS, ReleasedModel
 
-TOKENS, TILES, RANK = 4096, 13, 8
-"""What the memory columns are for: the document's length, an image of 12 tiles and its thumbnail, its LoRA"""
-
-LOSS_CHUNK = 512
-CONTEXT = 1.0e9
-"""CUDA's own, kernels' workspaces and the allocator's slack"""
-BF16, FP32 = 2, 4
+TABLE = Path(__file__).with_name("memory.yaml")
+"""Gigabytes of a training step of each model, as `ivl.recipes` simulated it: there is no time to do so here"""
+BF16 = 2
 
 
 @dataclass(frozen=True)
@@ -24,30 +25,26 @@ class Memory:
     inference: float
     """Weights, the key-value cache of TOKENS, TILES through the vision tower"""
     lora: float
-    """Training one row of TOKENS with TILES: LoRA of RANK on the language model, the rest frozen, layers recomputed"""
+    """Training one row of TOKENS with TILES: the LoRA of the model's config, layers recomputed"""
 
 
 def memory(row: ReleasedModel) -> Memory:
     """What a model takes in bfloat16 (its linear layers in 8 bits where it is released so)."""
     llm, vision = row.backbone, row.vision
-    width, inner, layers = llm.hidden_size, llm.intermediate_size, llm.num_hidden_layers
-    head = llm.head_dim or width // llm.num_attention_heads
-    q, kv = llm.num_attention_heads * head, llm.num_key_value_heads * head
+    head = llm.head_dim or llm.hidden_size // llm.num_attention_heads
     weights = row.parameters * BF16
     if row.int8:
-        weights = row.parameters + llm.vocab_size * width  # of what is large, only the input embedding has 16 bits
+        # Of what is large, only the input embedding has 16 bits.
+        weights = row.parameters + llm.vocab_size * llm.hidden_size
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     tower = TILES * patches * (6 * vision.hidden_size + 2 * vision.intermediate_size) * BF16
-    cache = TOKENS * layers * 2 * kv * BF16
-    # q, k, v, o, gate, up, down: two thin matrices each; weights, gradients and AdamW's two moments in float32
-    adapters = layers * RANK * (2 * (width + q) + 2 * (width + kv) + 3 * (width + inner)) * 4 * FP32
-    kept = TOKENS * (layers * width + 6 * width + 2 * q + 2 * kv + 5 * inner) * BF16
-    logits = LOSS_CHUNK * llm.vocab_size * (BF16 + 2 * FP32)
-    return Memory(
-        weights=weights,
-        inference=weights + tower + cache + CONTEXT,
-        lora=weights + adapters + max(tower, kept + logits) + CONTEXT,
-    )
+    kv_cache = TOKENS * llm.num_hidden_layers * 2 * llm.num_key_value_heads * head * BF16
+    return Memory(weights, weights + tower + kv_cache + CONTEXT, _simulated()[row.name] * 1e9)
+
+
+@cache
+def _simulated() -> dict[str, float]:
+    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
 
 
 def config_of(row: ReleasedModel) -> str:
@@ -75,8 +72,8 @@ def _lines(rows: list[ReleasedModel]) -> list[str]:
 
 NOTES = f"""
 run, LoRA: GB on one device, an estimate. Weights in bfloat16 (or 8 bits, where said so), and one row of {TOKENS} tokens
-with an image of {TILES} tiles: to answer it, with a cache; to train on it with a LoRA of rank {RANK} on the language
-model, its layers recomputed (model.checkpointing.language_model). Several devices share the weights.
+with an image of {TILES} tiles: to answer it, with a cache; to train on it with the LoRA of the model's config, the
+language model's layers recomputed (`python -m ivl plan` for other options). Several devices share the weights.
 * no config of its own: add --model.pretrained NAME to this one.
 NAME is a name above, a hub's OWNER/NAME, or a local folder."""
 

@@ -1,8 +1,9 @@
-"""The headers of configs/: how each model is trained, and the memory each way takes, by `ivl.model.memory`.
+"""Memory of each released model's training, by `ivl.model.memory`: for the headers of configs/ and `ivl models`.
 
     python -m ivl plan --headers configs
 
-rewrites the comments on top of the configs of released models; nothing below them changes.
+rewrites the comments on top of the configs of released models, and the table that `python -m ivl models` reads. Nothing
+below the comments changes.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import yaml
 from tqdm import tqdm
 
 from ivl.config import Config
-from ivl.families import ReleasedModel, config_for, find_model
+from ivl.devices import TILES, TOKENS
+from ivl.families import MODELS, ReleasedModel, config_for, find_model
 from ivl.model.memory import need
 from ivl.model.quant import Quantize
 from ivl.model.sketch import Micro, Setup, Sketch, Strategy
 from ivl.model.tune import LoRA, Tune
-from ivl.models import memory
+from ivl.models import TABLE, config_of, memory
 
-LENGTH, TILES, SUPERVISED = 4096, 13, 1024
+SUPERVISED = 1024
+"""Of the TOKENS of a row"""
 FULL = Tune(vision_model="full", mlp1="full", language_model="full")
 
 
@@ -62,11 +65,11 @@ def recipes(row: ReleasedModel, folder: Path) -> Iterator[Recipe]:
 
 
 def gigabytes(row: ReleasedModel, recipe: Recipe, lora: LoRA) -> float:
-    """On the fullest device, of a step on a row of LENGTH with TILES."""
+    """On the fullest device, of a step on a row of TOKENS with TILES."""
     setup = Setup(
         tune=recipe.tune or Tune(language_model=lora),
         precision="bf16-mixed",
-        quantize=recipe.quantize or ("int8" if row.int8 else None),
+        quantize=recipe.quantize,
         language_checkpointing=True,
         vision_checkpointing=recipe.recomputed,
         accumulate=16,
@@ -74,22 +77,25 @@ def gigabytes(row: ReleasedModel, recipe: Recipe, lora: LoRA) -> float:
         devices=recipe.devices,
     )
     sketch = Sketch(Config.from_dict(config_for(row)), setup)
-    return need(sketch, Micro(1, LENGTH, TILES, SUPERVISED)).total / 1e9
+    return need(sketch, Micro(1, TOKENS, TILES, SUPERVISED)).total / 1e9
+
+
+def simulated(row: ReleasedModel, folder: Path) -> float:
+    """Gigabytes for the LoRA of the model's config on one device, for the table of `ivl models`."""
+    return round(gigabytes(row, RECIPES[0], _lora(folder / Path(config_of(row)).name)), 3)
 
 
 def header(path: Path) -> str:
     """The comments of a released model's config."""
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-    row = find_model(settings["pretrained"])
+    row, lora = find_model(_pretrained(path)), _lora(path)
     assert row is not None, f"{path}: not a released model's"
-    lora = LoRA(**settings["tune"]["language_model"])
     lines = [f"# {row.huggingface.rpartition('/')[2]}, LoRA on the language model."]
     for recipe in recipes(row, path.parent):
         devices = f"each of {recipe.devices} devices" if recipe.devices > 1 else "one device"
         lines.append(f"#   python -m ivl fit --config configs/{path.name}{recipe.options} --data.train my.jsonl")
         lines.append(f"#     {gigabytes(row, recipe, lora):.0f} GB on {devices}")
     lines.append(
-        f"# Memory is estimated (python -m ivl plan): rows of {LENGTH} tokens with an image of {TILES} tiles. "
+        f"# Memory is estimated (python -m ivl plan): rows of {TOKENS} tokens with an image of {TILES} tiles. "
         f"To run it: {memory(row).inference / 1e9:.0f} GB."
     )
     return "\n".join(lines) + "\n"
@@ -103,7 +109,10 @@ def body(text: str) -> str:
 
 
 def rewrite(folder: Path) -> None:
-    """Give every released model's config in a folder its header."""
+    """Give every released model's config in a folder its header, and `ivl models` its table."""
+    table = {row.name: simulated(row, folder) for row in tqdm(MODELS, desc="models", disable=None)}
+    head = "# Gigabytes of a training step with a LoRA, simulated: python -m ivl plan --headers configs\n"
+    TABLE.write_text(head + yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
     paths = [path for path in sorted(folder.glob("*.yaml")) if find_model(_pretrained(path))]
     for path in tqdm(paths, desc="headers", disable=None):
         path.write_text(header(path) + body(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -111,3 +120,7 @@ def rewrite(folder: Path) -> None:
 
 def _pretrained(path: Path) -> str:
     return str(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["pretrained"])
+
+
+def _lora(path: Path) -> LoRA:
+    return LoRA(**yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["tune"]["language_model"])

@@ -15,12 +15,12 @@ from typing import Any
 
 from ivl.config import read_json
 from ivl.data.chat_template import chat_template
-from ivl.data.processor import MEAN, STD, Processor
+from ivl.data.processor import Processor
 from ivl.data.template import own_system_message
 from ivl.hf_config import is_hf, released_config
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.hf import hf_config
-from ivl.types import UserError
+from ivl.types import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 COPIED = (
     "*.py",
@@ -137,8 +137,8 @@ def _preprocessor(size: int) -> dict[str, Any]:
         "do_normalize": True,
         "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
         "resample": 3,
         "size": size,
     }
@@ -194,7 +194,7 @@ def _write_processor(settings: Settings, folder: Path, template: str) -> None:
 
 
 def _pixels(size: int) -> dict[str, Any]:
-    return {"size": {"height": size, "width": size}, "image_mean": list(MEAN), "image_std": list(STD)}
+    return {"size": {"height": size, "width": size}, "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
 
 
 def _image_processor(settings: Settings) -> Any:

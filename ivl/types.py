@@ -16,6 +16,9 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that is not trained on (torch's own default for cross entropy)."""
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of each colour of ImageNet's pictures, by which tiles are normalised"""
+
 WEIGHTS = "weights.pt"
 """What a run has trained, in one file beside checkpoints that are folders (DeepSpeed's)"""
 
@@ -34,6 +37,19 @@ def some(names: Sequence[str], most: int = 8) -> str:
     """The first of many names, for messages: `a, b and 3 more`."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """A value as Python writes it, for messages; a long one is cut."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def text_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Rows of cells as columns of text; the columns numbered in `left` begin at their left edge, others end right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ("  ".join(f"{c:{'<' if i in left else '>'}{w}}" for i, (c, w) in enumerate(zip(r, widths))) for r in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def many(count: int, what: str) -> str:

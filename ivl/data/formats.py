@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from ivl.data import grounding
 from ivl.types import TRUTH, Conversation, Media, Message, UserError, many
+from ivl.types import shortened as _short
 
 Row = dict[str, Any]
 Role = Literal["user", "assistant"]
@@ -252,11 +253,6 @@ def _optional_text(row: Row, key: str) -> str | None:
 def _name(row: Row, key: str) -> str | None:
     value = row.get(key)
     return value if value is None else str(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _with_paths(text: str, root: str | Path | None) -> list[str | Media]:

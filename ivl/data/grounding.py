@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ivl.types import UserError, many
+from ivl.types import shortened as _short
 
 Box = tuple[float, float, float, float]
 MARK = re.compile(r"<ref-object>|<bbox>")
@@ -102,11 +103,6 @@ def _scaled(box: Any, width: int, height: int, where: str, kind: str) -> Box:
     if min(x1, y1) < -slack or x2 > width + slack or y2 > height + slack:
         raise UserError(f"{where}: {_short(box)} reaches outside of {width} x {height} ({kind}); check bbox_type")
     return 1000 * x1 / width, 1000 * y1 / height, 1000 * x2 / width, 1000 * y2 / height
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def write_boxes(boxes: Sequence[Box], compact: bool = False) -> str:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from ivl.data.fetch import FetchPolicy, fetch
 from ivl.data.rows import load_rows
 from ivl.data.source import HEAD, kind_of
 from ivl.hub import modelscope
+from ivl.parquet import parquet_rows
 from ivl.types import UserError
 
 Row = dict[str, Any]
@@ -190,14 +191,14 @@ def _url(chosen: NamedSet, path: str) -> str:
 
 def _listing(chosen: NamedSet, policy: FetchPolicy) -> Iterator[_File]:
     if chosen.hub == "huggingface":
-        for entry in _json(f"{_base(chosen)}/api/datasets/{chosen.repo}/tree/main?recursive=true", policy):
+        for entry in _json_at(f"{_base(chosen)}/api/datasets/{chosen.repo}/tree/main?recursive=true", policy):
             if entry.get("type") == "file":
                 yield _File(entry["path"], entry.get("size"), (entry.get("lfs") or {}).get("oid"))
         return
     page, found = 1, _PAGE
     while found == _PAGE:
         query = {"Revision": "master", "Recursive": "True", "Root": "/", "PageNumber": page, "PageSize": _PAGE}
-        answer = _json(f"{_base(chosen)}/tree?{urlencode(query)}", policy)
+        answer = _json_at(f"{_base(chosen)}/tree?{urlencode(query)}", policy)
         if answer.get("Code") != 200 or not isinstance(answer.get("Data"), dict):
             raise UserError(f"{chosen.repo}: modelscope does not list it ({answer.get('Message')})")
         files = answer["Data"].get("Files") or []
@@ -207,7 +208,7 @@ def _listing(chosen: NamedSet, policy: FetchPolicy) -> Iterator[_File]:
         page, found = page + 1, len(files)
 
 
-def _json(url: str, policy: FetchPolicy) -> Any:
+def _json_at(url: str, policy: FetchPolicy) -> Any:
     path = fetch(url, policy)
     try:
         return json.loads(path.read_bytes())
@@ -265,18 +266,9 @@ def _records(path: Path, name: str) -> Iterator[Row]:
             # in ModelScope's tables a column of files is called image:FILE
             yield from ({key.split(":")[0]: value for key, value in row.items()} for row in csv.DictReader(opened))
     elif suffix == ".parquet":
-        yield from _parquet(path, name)
+        yield from parquet_rows(path, name)
     else:
         yield from (record for _, record in load_rows(path))
-
-
-def _parquet(path: Path, name: str) -> Iterable[Row]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{name}: reading it needs pyarrow; pip install 'ivl[eval]'") from None
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(64):
-        yield from batch.to_pylist()
 
 
 def _unpack(path: Path, folder: Path, name: str) -> None:

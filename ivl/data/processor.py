@@ -22,12 +22,9 @@ from ivl.data.limits import Plan, Shape
 from ivl.data.tokenizer import Tokenizer
 from ivl.families import ReleasedModel, find_model
 from ivl.hf_config import read_config
-from ivl.types import IGNORE, Batch, Conversation, Example, Stored, UserError
+from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Batch, Conversation, Example, Stored, UserError
 
 OnTooLong = Literal["fit", "truncate_text", "drop", "error"]
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 class TooLong(UserError):
@@ -249,7 +246,7 @@ class Processor:
     @staticmethod
     def pixel_values(tiles: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 → float32 with ImageNet's mean and deviation, as the model makes them itself."""
-        mean, std = (torch.tensor(v, device=tiles.device).view(3, 1, 1) for v in (MEAN, STD))
+        mean, std = (torch.tensor(v, device=tiles.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         return (tiles.float() / 255 - mean) / std
 
     # From a conversation to what will be encoded

@@ -15,10 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ivl.types import UserError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Colour that `single` pads with, scaled to 0..255 and rounded down"""
+from ivl.types import IMAGENET_MEAN, UserError
 
 
 @lru_cache(maxsize=256)
@@ -134,6 +131,7 @@ def _by_torch(image_13HW: Tensor, width: int, height: int) -> Iterable[np.ndarra
 def _pad_to_square(image: Image.Image) -> Image.Image:
     width, height = image.size
     side = max(width, height)
+    # The mean colour, scaled to 0..255 and rounded down
     square = Image.new("RGB", (side, side), tuple(int(c * 255) for c in IMAGENET_MEAN))
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square

@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from ivl.parquet import parquet_rows
 from ivl.types import UserError
 
 Record = dict[str, Any]
@@ -63,11 +64,7 @@ def _table(path: Path) -> Iterator[dict[str, str]]:
 def _parquet(path: Path) -> list[Record]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected the benchmark's official download there")
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading it needs pyarrow; pip install 'ivl[eval]'") from error
-    return pyarrow.parquet.read_table(path).to_pylist()
+    return list(parquet_rows(path, str(path)))
 
 
 def _below(root: Path, path: str) -> str:

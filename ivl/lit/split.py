@@ -9,13 +9,10 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from ivl.hub import resolve
 from ivl.lit.largest import largest_batch
 from ivl.model.devices import Sizes
 from ivl.model.memory import split_sizes
-from ivl.model.quant import Quantize, is_int8
 from ivl.model.sketch import Setup, Sketch
-from ivl.model.weights import Files
 from ivl.types import UserError
 
 if TYPE_CHECKING:
@@ -94,11 +91,10 @@ class LayerSplit(SingleDeviceStrategy):
 def training_sizes(module: LitInternVL) -> Sizes:
     """What each part of a model takes in a training step on the largest batch of the run, simulated without data."""
     trainer = module.trainer
-    stored: Quantize | None = "int8" if is_int8(Files.of(resolve(module.pretrained))) else None
     setup = Setup(
         tune=module.tune,
         precision=str(trainer.precision),
-        quantize=module.quantize or stored,
+        quantize=module.quantize,
         vision_checkpointing=module.checkpointing.vision_model,
         language_checkpointing=module.checkpointing.language_model,
         attention="eager" if module.attention == "eager" else "sdpa",

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ivl.devices import CONTEXT, TILES, TOKENS
 from ivl.model.weights import untied
 from ivl.types import UserError, some
 
@@ -34,12 +35,6 @@ MAIN = ("mlp1", "language_model.model.embed_tokens", "language_model.model.norm"
 
 TOWER = "vision_model"
 LAYERS = "language_model.model.layers"
-
-TOKENS, TILES = 4096, 13
-"""What room is left for: a conversation of this length, an image of twelve tiles and its thumbnail at a time"""
-
-CONTEXT = 1_000_000_000
-"""Bytes of a GPU beside all that is counted here: CUDA's own, workspaces, the allocator's slack"""
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,7 @@ from ivl.model.neftune import add_noise
 from ivl.model.quant import Quantize
 from ivl.model.vision import InternViT
 from ivl.model.weights import load_weights
-from ivl.types import UserError, places
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet, per colour"""
+from ivl.types import IMAGENET_MEAN, IMAGENET_STD, UserError, places
 
 
 @dataclass
@@ -46,7 +43,8 @@ def normalize(tiles_N3SS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if tiles_N3SS.is_floating_point():
         return tiles_N3SS.to(dtype)
     # Not made on the device, which would wait for it.
-    mean_311, std_311 = (torch.tensor(c).view(3, 1, 1).to(tiles_N3SS.device, non_blocking=True) for c in (MEAN, STD))
+    colours = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    mean_311, std_311 = (c.to(tiles_N3SS.device, non_blocking=True) for c in colours)
     return ((tiles_N3SS.float() / 255 - mean_311) / std_311).to(dtype)
 
 

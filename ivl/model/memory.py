@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ivl.model.devices import CONTEXT, Sizes, balance
+from ivl.devices import CONTEXT
+from ivl.model.devices import Sizes, balance
 from ivl.model.sketch import FP32, Activations, Micro, Setup, Sketch
 
 STATES = {"AdamW": 8, "Adam": 8, "SGD": 4, "Adagrad": 4, "RMSprop": 4, "Adafactor": 0.01, "Lion": 4, "8bit": 2}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ivl.model.tune import FSDP_PREFIX, PARTS, part_of, used_blocks
+from ivl.types import text_table
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
@@ -100,10 +101,7 @@ def groups_table(optimizer: Optimizer) -> str:
         count = sum(p.numel() for p in group["params"])
         lr = group.get("initial_lr", group["lr"])
         rows.append((group["name"], str(len(group["params"])), f"{count:,}", f"{lr:g}", f"{group['weight_decay']:g}"))
-    widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    return "\n".join(
-        "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(r, widths))) for r in rows
-    )
+    return text_table(rows)
 
 
 def _block(model: InternVL, name: str) -> tuple[str, int]:

@@ -195,8 +195,10 @@ class Sketch:
         for name, p in named:
             total += p.numel()
             trainable += p.numel() * p.requires_grad
-            linear = p.ndim == 2 and not p.requires_grad and (block is not None or ".layers." in name)
-            quantized = QUANTIZED.get(self.setup.quantize or "") if language and linear else None
+            linear, inside = p.ndim == 2 and not p.requires_grad, block is not None or ".layers." in name
+            quantized = QUANTIZED.get(self.setup.quantize or "") if linear and language and inside else None
+            if linear and self.config.stored_in_8_bits and part != "embeddings":
+                quantized = QUANTIZED["int8"]
             weights += p.numel() * (quantized or p.element_size())
         return Parameters(total, trainable, weights)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ivl.families import llm_family
 from ivl.flops import Adapter, Mode, Trained
-from ivl.types import UserError
+from ivl.types import UserError, text_table
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -239,8 +239,7 @@ def table(model: InternVL) -> str:
     total = sum(map(count, model.parameters()))
     trained = sum(count(p) for p in model.parameters() if p.requires_grad)
     rows.append(("all", f"{total:,}", f"{trained:,}", f"{100 * trained / total:.2f} %"))
-    widths = [max(len(r[i]) for r in rows) for i in range(4)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
+    return text_table(rows, left=(0, 3))
 
 
 def count(parameter: nn.Parameter) -> int:
