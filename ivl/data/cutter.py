@@ -17,6 +17,8 @@ from ivl.data.limits import Shape
 from ivl.types import Media, UserError
 
 Resize = Literal["exact", "fast"]
+_PIXELS = 2
+"""Raised where the same file gives other pixels than before, so that kept features of it are not used"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Cutter:
             return None
         config = self.config
         how = (config.image_size, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail, self.exif)
-        settings = (*how, config.dynamic_image_size, config.pad2square, self.resize)
+        settings = (*how, config.dynamic_image_size, config.pad2square, self.resize, self.policy.transparency, _PIXELS)
         read = partial(media.image_bytes, medium.source, self.policy)
         return store.key(media.local_file(medium.source, self.policy), read, settings)
 

@@ -1,7 +1,8 @@
-"""decord in a process of its own: on damaged files it crashes or never returns, which must cost a row, not a run.
+"""Video decoding in a process of its own: on damaged files a decoder may crash or never return, which must cost a row,
+not a run.
 
 One helper per process, started with its first video and ended with it. Requests and answers are lines of JSON, each
-followed by raw bytes where it says so. The helper imports only numpy and decord.
+followed by raw bytes where it says so. The helper imports only numpy and the decoder (`ivl.data.video_reader`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from ivl.data.video_reader import VideoReader
 
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ivl.data.decoder import serve; serve()"
 
@@ -41,12 +45,12 @@ class Decoder:
         self._lock = threading.Lock()
 
     def __call__(
-        self, key: object, source: str | bytes, indices: Sequence[int], timeout: float
+        self, key: object, source: str | bytes, indices: Sequence[int], timeout: float, backend: str = "pyav"
     ) -> tuple[dict[str, Any], memoryview]:
-        """What a video is (frames, fps, width, height), and the RGB bytes of its frames at `indices`.
+        """Facts of a video (frames, fps, times, width, height), and the RGB bytes of its frames at `indices`.
 
-        It stays open until another `key` is asked for. `timeout` in seconds. Raises DecodeError; the next call starts
-        afresh.
+        It stays open until another `key` is asked for. `timeout` in seconds; `backend`: pyav or decord. Raises
+        DecodeError; the next call starts afresh.
         """
         with self._lock:
             try:
@@ -55,7 +59,7 @@ class Decoder:
                 body = b""
                 if self._opened is not key:
                     body = source if isinstance(source, bytes) else b""
-                    request["source"] = len(body) if body else source
+                    request |= {"source": len(body) if body else source, "backend": backend}
                 answer = self._ask(json.dumps(request).encode() + b"\n" + body, time.monotonic() + timeout)
             except BaseException:  # whatever it was, what the helper would say next is no longer known
                 self.close()
@@ -121,12 +125,12 @@ def serve() -> None:
     """The helper's side: answers until its input ends."""
     import resource
 
-    import decord
+    from ivl.data.video_reader import open_reader
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not be taken for an answer
-    reader = None
+    reader: VideoReader | None = None
     for line in requests:
         request = json.loads(line)
         with contextlib.suppress(ValueError):  # systems without this limit
@@ -135,19 +139,23 @@ def serve() -> None:
             if "source" in request:
                 source = request["source"]
                 opened = io.BytesIO(requests.read(source)) if isinstance(source, int) else source
-                reader = decord.VideoReader(opened, ctx=decord.cpu(0), num_threads=1)
+                reader = open_reader(request["backend"], opened)
+            assert reader is not None, "the first request names a source"
             _answer(reader, request["indices"], answers)
-        except Exception as error:  # noqa: BLE001  (decord's own, MemoryError, AssertionError)
-            lines = [text for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+        except Exception as error:  # noqa: BLE001  (the decoders' own, MemoryError, AssertionError)
+            reason = getattr(error, "strerror", None) or str(error)
+            lines = [text for text in reason.splitlines() if text.strip()] or [type(error).__name__]
             answers.write(json.dumps({"error": lines[0][-200:]}).encode() + b"\n")
         answers.flush()
 
 
-def _answer(reader: Any, indices: list[int], answers: BinaryIO) -> None:
-    pixels = reader.get_batch(indices or [0]).asnumpy()
+def _answer(reader: VideoReader, indices: list[int], answers: BinaryIO) -> None:
+    pixels = reader.read(indices or [0])
     _, height, width, _ = pixels.shape
-    info = {"frames": len(reader), "fps": float(reader.get_avg_fps()), "width": width, "height": height}
+    info: dict[str, Any] = {"frames": reader.frames, "fps": reader.fps, "width": width, "height": height}
+    if not indices:
+        info["times"] = None if reader.times is None else reader.times.tolist()
     info["bytes"] = pixels.nbytes if indices else 0
     answers.write(json.dumps(info).encode() + b"\n")
     if indices:
-        answers.write(pixels.data)
+        answers.write(pixels.tobytes())

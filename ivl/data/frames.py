@@ -6,8 +6,10 @@ internvl_chat/internvl/train/dataset.py. `ivl.data.media.load_video` is the way 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -20,16 +22,37 @@ from ivl.data.decoder import DecodeError, Decoder, DecodeTimeout
 from ivl.types import UserError
 
 Sample = Literal["middle", "random"]
+Backend = Literal["pyav", "decord"]
+_ROUNDING = 1e-4
+"""Seconds by which time stamps are rounded in a file"""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the header of a video says. `fps` is the average over the file; sizes in pixels."""
+    """Frames of a video, when they are shown, and their size in pixels. `fps` is the average over the file."""
 
     frames: int
     fps: float
     width: int
     height: int
+    times: tuple[float, ...] | None = field(default=None, repr=False)
+    """Seconds at which each frame appears; None where frame i appears at i / fps"""
+
+    @property
+    def seconds(self) -> float:
+        """How long it plays."""
+        return self.frames / self.fps if self.times is None else self.times[0] + self.frames / self.fps
+
+    def frame_at(self, seconds: float) -> int:
+        """The frame on screen at a time; where frames are evenly spaced, the nearest one, as in the reference.
+
+        Below 0 before the video, `frames` or more after it.
+        """
+        if self.times is None:
+            return round(seconds * self.fps)
+        if not 0 <= seconds < self.seconds:
+            return -1 if seconds < 0 else self.frames
+        return max(0, bisect_right(self.times, seconds + _ROUNDING) - 1)
 
 
 @dataclass(frozen=True)
@@ -122,28 +145,39 @@ def sample_indices(
     length = last - first + 1
     count = sampling.num_segments
     if sampling.fps is not None:
-        wanted = fps_indices(sampling.fps, length, info.fps)
+        if info.times is None:
+            wanted = [first + i for i in fps_indices(sampling.fps, length, info.fps)]
+        else:
+            wanted = _clock_indices(info, sampling.fps, start, end)
         if sampling.sample == "middle" and 1 <= len(wanted) <= sampling.max_frames:
-            return [first + i for i in wanted]
+            return wanted
         count = min(max(len(wanted), 1), sampling.max_frames)
     if sampling.sample == "random":
         return [first + i for i in training_indices(count, length, "random", generator=generator)]
-    if sampling.fps is None:
+    if sampling.fps is None and info.times is None:
         bound = (-100000 if start is None else start, 100000 if end is None else end)
         return release_indices(bound, info.fps, info.frames - 1, 0, count)
     return release_indices(None, info.fps, last, first, count)
 
 
+def _clock_indices(info: VideoInfo, fps: float, start: float | None, end: float | None) -> list[int]:
+    """The frame on screen in the middle of every 1/fps seconds, for frames that are not evenly spaced."""
+    assert info.times is not None, "asked only for such videos"
+    step = 1 / fps
+    last = info.seconds if end is None else min(end, info.seconds)
+    return [info.frame_at(float(t)) for t in np.arange(max(start or 0.0, info.times[0]) + step / 2, last, step)]
+
+
 def _range(info: VideoInfo, start: float | None, end: float | None, where: str) -> tuple[int, int]:
     """First and last frame between two times."""
-    seconds = info.frames / info.fps
+    seconds = info.seconds
     for name, value in (("start", start), ("end", end)):
         if value is not None and not -1e9 < value < 1e9:
             raise UserError(f"{where}: {name} is {value}; expected seconds within the video's {seconds:.2f}")
     if start is not None and end is not None and end < start:
         raise UserError(f"{where}: end {end} is before start {start}; expected seconds in order")
-    first = max(0, round((start or 0) * info.fps))
-    last = info.frames - 1 if end is None else min(round(end * info.fps), info.frames - 1)
+    first = max(0, info.frame_at(start or 0.0))
+    last = info.frames - 1 if end is None else min(info.frame_at(end), info.frames - 1)
     if first > last:
         raise UserError(
             f"{where}: nothing between {start or 0} and {'its end' if end is None else end} seconds; "
@@ -156,11 +190,16 @@ _DECODER = Decoder(memory=8 << 30)
 
 
 class VideoFile:
-    """A video read by decord. `where` names it in errors; `timeout` bounds each call, in seconds."""
+    """A video read by `backend`. `where` names it in errors; `timeout` bounds each call, in seconds."""
 
-    def __init__(self, source: Path | bytes, where: str, timeout: float) -> None:
+    def __init__(self, source: Path | bytes, where: str, timeout: float, backend: Backend = "pyav") -> None:
+        if backend == "decord" and find_spec("decord") is None:
+            raise UserError(
+                f"{where}: data.media.video_backend is decord, which is not installed; pip install 'ivl[decord]' "
+                "(Linux on x86-64), or use pyav"
+            )
         self._source = source if isinstance(source, bytes) else str(source)
-        self._key, self._where, self._timeout = object(), where, timeout
+        self._key, self._where, self._timeout, self._backend = object(), where, timeout, backend
         self.info, _ = self._ask([])
 
     def read(self, indices: Sequence[int]) -> list[Image.Image]:
@@ -176,7 +215,7 @@ class VideoFile:
 
     def _ask(self, indices: list[int]) -> tuple[VideoInfo, memoryview]:
         try:
-            answer, data = _DECODER(self._key, self._source, indices, self._timeout)
+            answer, data = _DECODER(self._key, self._source, indices, self._timeout, self._backend)
         except DecodeTimeout:
             raise UserError(
                 f"{self._where}: decoding did not end within {self._timeout:g} s; where the video plays elsewhere, "
@@ -184,8 +223,10 @@ class VideoFile:
             ) from None
         except DecodeError as error:
             raise UserError(
-                f"{self._where}: decord cannot read this video ({error}); expected a file that ffmpeg can decode, "
-                f"such as H.264 in mp4; convert it or remove the row"
+                f"{self._where}: {self._backend} cannot read this video ({error}); expected a file that ffmpeg can "
+                f"decode, such as H.264 in mp4; convert it or remove the row"
             ) from None
         fps = answer["fps"] if answer["fps"] > 0 else 1.0
-        return VideoInfo(answer["frames"], fps, answer["width"], answer["height"]), data
+        times = answer.get("times")
+        times = None if times is None else tuple(times)
+        return VideoInfo(answer["frames"], fps, answer["width"], answer["height"], times), data

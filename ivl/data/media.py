@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,10 @@ from PIL import Image, UnidentifiedImageError
 
 from ivl.data.fetch import FetchPolicy, cached_path
 from ivl.data.formats import is_url
-from ivl.data.frames import Sample, Sampling, VideoFile, VideoInfo, sample_indices
+from ivl.data.frames import Backend, Sample, Sampling, VideoFile, VideoInfo, sample_indices
+from ivl.data.jpeg import check_jpeg
+from ivl.data.orientation import orientation_of, upright, upright_size
+from ivl.data.pixels import Transparency, deep_png, to_rgb
 from ivl.data.source import HEAD, content, describe, kind_of, open_source
 from ivl.types import UserError
 
@@ -29,16 +33,7 @@ FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", 
 """What is opened; Pillow's other plugins are not (EPS, for one, starts Ghostscript)"""
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
-_MOST_SCANS = 100
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_PILLOW = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -46,16 +41,21 @@ class MediaPolicy:
     """Limits of what is opened."""
 
     max_pixels: int = 89_478_485
-    """Width times height of an image or a frame; more is refused before anything is decoded. The default is where
-    Pillow starts to warn; at twice that it refuses by itself"""
+    """Width times height of an image or a frame; more is refused before anything is decoded"""
     max_side: int = 65_500
     """Longest side of an image in pixels; resizing one of 1 x 80,000,000 would need 100 times its own memory"""
     max_video_pixels: int = 1_000_000_000
     """Pixels of all frames taken from one video; each needs 4 bytes of memory"""
     video_timeout: float = 120.0
     """Seconds that decoding one video may take"""
+    video_backend: Backend = "pyav"
+    """Decoder of video files: pyav, or decord where it is installed (Linux on x86-64); decord counts frames as the
+    container's header does, and does not read AV1"""
     folder_fps: float = 3.0
     """Frames per second that a folder of frames stands for, where a start, an end or a rate is given"""
+    transparency: Transparency = "drop"
+    """What becomes of transparent ground: drop leaves the colour below it, as the reference does (print on
+    transparent ground may be black on black); white puts the picture on white"""
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     """Limits of downloads"""
 
@@ -67,17 +67,18 @@ def load_image(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -
     """An image as RGB, upright.
 
     `source`: a local path, an http(s) URL, a `data:` URI, bytes, or a PIL image. `exif` False leaves the picture as it
-    is stored, as the reference implementation does. Alpha is dropped without blending, 16-bit grey is scaled to 8
-    bits; of an animation the first frame is taken. An EXIF block that cannot be read counts as none.
+    is stored, as the reference implementation does. Alpha is dropped without blending, or the picture put on white
+    (`policy.transparency`); 16 bits are scaled to 8, from 12 where no value needs more; of an animation the first
+    frame is taken. An EXIF block that cannot be read counts as none.
     Raises UserError naming the source.
     """
     where = describe(source)
     if isinstance(source, Image.Image):
         _check_size(source.size, where, policy)
         with _decoding(where):
-            return _upright(source.copy(), exif, where, policy)
-    with _opened_image(source, where, policy) as image:
-        return _upright(image, exif, where, policy)
+            return _upright(source.copy(), None, exif, where, policy)
+    with _opened_image(source, where, policy) as (image, opened):
+        return _upright(image, opened, exif, where, policy)
 
 
 def image_size(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -> tuple[int, int]:
@@ -89,7 +90,7 @@ def image_size(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -
     if isinstance(source, Image.Image):
         with _decoding(where):
             return _size(source, exif, where, policy)
-    with _opened_image(source, where, policy, whole=False) as image:
+    with _opened_image(source, where, policy, whole=False) as (image, _):
         return _size(image, exif, where, policy)
 
 
@@ -122,15 +123,15 @@ def load_video(
 ) -> list[Image.Image]:
     """RGB frames of a video, in order.
 
-    `source`: as for `load_image`, a folder of frames (in natural order of their names), or a list of images. Video
-    files are read by decord; animated GIF, WebP, PNG and AVIF by Pillow. `num_segments`, `fps`, `max_frames`,
-    `sample`: see `ivl.data.frames.Sampling`. `start` and `end` cut the video, in seconds.
+    `source`: as for `load_image`, a folder of frames (in natural order of their names), or a list of images. Animated
+    GIF, WebP, PNG and AVIF are read by Pillow, other files by `policy.video_backend`. `num_segments`, `fps`,
+    `max_frames`, `sample`: see `ivl.data.frames.Sampling`. `start` and `end` cut the video, in seconds.
     Raises UserError naming the source.
     """
     where = describe(source)
     sampling = Sampling(num_segments, fps, max_frames, sample)
     with _video(source, where, policy) as video:
-        info = video.info
+        info = _info(video, sampling, start, end)
         indices = sample_indices(info, sampling, start, end, generator, where)
         count = len(set(indices))
         if count * info.width * info.height > policy.max_video_pixels:
@@ -164,7 +165,17 @@ def video_frame_count(
     if fps is None:
         _look_at_video(source, describe(source), policy)
         return num_segments
-    return len(sample_indices(video_info(source, policy), sampling, start, end, where=describe(source)))
+    where = describe(source)
+    with _video(source, where, policy) as video:
+        return len(sample_indices(_info(video, sampling, start, end), sampling, start, end, where=where))
+
+
+def _info(
+    video: VideoFile | _Animation | _Stills, sampling: Sampling, start: float | None, end: float | None
+) -> VideoInfo:
+    """Facts of a video; those of an animation with its times, where seconds are asked for."""
+    seconds = any(value is not None for value in (start, end, sampling.fps))
+    return video.timed() if seconds and isinstance(video, _Animation) else video.info
 
 
 @contextmanager
@@ -177,7 +188,8 @@ def _decoding(where: str, opened: BinaryIO | None = None) -> Iterator[None]:
     except UnidentifiedImageError:
         _refuse(opened, where, f"an image ({', '.join(FORMATS)})")
     except Image.DecompressionBombError as error:
-        raise UserError(f"{where}: {error}; scale it down") from None
+        found = "".join(re.findall(r"\(\d+ pixels\)", str(error)))
+        raise UserError(f"{where}: too large {found}; scale it down, or raise data.media.max_pixels") from None
     except Exception as error:  # decoders raise every kind there is
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{where}: a damaged image ({reason[:200]}); copy the file again or remove the row") from error
@@ -192,31 +204,33 @@ def _refuse(opened: BinaryIO | None, where: str, expected: str) -> None:
 
 
 @contextmanager
-def _opened_image(source: Any, where: str, policy: MediaPolicy, whole: bool = True) -> Iterator[Image.Image]:
+def _opened_image(
+    source: Any, where: str, policy: MediaPolicy, whole: bool = True
+) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """A file's image, its pixels not yet decoded. `whole`: they will be, so look first for what Pillow passes over."""
 
     def check(opened: BinaryIO) -> None:
-        with _decoding(where, opened), Image.open(opened, formats=FORMATS) as image:
+        with _decoding(where, opened), _open_image(opened, policy) as image:
             _check_size(image.size, where, policy)
 
     with open_source(source, policy.fetch, check) as opened, _decoding(where, opened):
-        if whole:
-            _check_jpeg(opened)
-        with Image.open(opened, formats=FORMATS) as image:
-            yield image
+        if whole and kind_of(head := opened.read(HEAD)) == "JPEG":
+            check_jpeg(head + opened.read())
+        opened.seek(0)
+        with _open_image(opened, policy) as image:
+            yield image, opened
 
 
-def _check_jpeg(opened: BinaryIO) -> None:
-    """What Pillow passes over: without the end of a JPEG its decoder may invent the rest, or leave it blurred."""
-    data = opened.read(HEAD)
-    if kind_of(data) == "JPEG":
-        data += opened.read()
-        scans = data.count(b"\xff\xda")
-        if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-            raise OSError("truncated JPEG: its end marker is missing")
-        if scans > _MOST_SCANS:
-            raise OSError(f"a JPEG of {scans} scans, made to take long; expected about 10")
-    opened.seek(0)
+def _open_image(opened: BinaryIO, policy: MediaPolicy, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """As Pillow opens it, with its own limit raised where `max_pixels` is higher."""
+    if policy.max_pixels <= (Image.MAX_IMAGE_PIXELS or policy.max_pixels):
+        return Image.open(opened, formats=formats)
+    with _PILLOW:  # the limit is the whole process's, and is looked at while the header is read
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, policy.max_pixels
+        try:
+            return Image.open(opened, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _check_size(size: tuple[int, int], where: str, policy: MediaPolicy) -> None:
@@ -231,74 +245,64 @@ def _check_size(size: tuple[int, int], where: str, policy: MediaPolicy) -> None:
         raise UserError(f"{where}: {width} x {height} pixels, a side above {policy.max_side} (max_side); cut it")
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8 from the header; 1 where there is none that can be read."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns these itself, and gives the turned size from the header
-    try:
-        # Not the method of PNG images, which decodes the pixels in search of a late chunk
-        value = Image.Image.getexif(image).get(0x0112, 1)
-    except Exception:  # noqa: BLE001  (a damaged block counts as none, as in browsers)
-        return 1
-    return value if value in range(1, 9) else 1
-
-
 def _size(image: Image.Image, exif: bool, where: str, policy: MediaPolicy) -> tuple[int, int]:
     _check_size(image.size, where, policy)
-    turned = exif and _orientation(image) >= 5
-    return (image.height, image.width) if turned else image.size
+    return upright_size(image.size, orientation_of(image)) if exif else image.size
 
 
-def _upright(image: Image.Image, exif: bool, where: str, policy: MediaPolicy) -> Image.Image:
+def _upright(image: Image.Image, opened: BinaryIO | None, exif: bool, where: str, policy: MediaPolicy) -> Image.Image:
     """RGB, without the EXIF block, so that it cannot be turned a second time. Changes `image`."""
     _check_size(image.size, where, policy)
-    turn = _TURNS.get(_orientation(image)) if exif else None
+    orientation = orientation_of(image) if exif else 1
     image.load()
-    rgb = _rgb(image, where)
-    if turn is not None:
-        rgb = rgb.transpose(turn)
+    deep = None if opened is None else deep_png(image, opened)
+    rgb = upright(to_rgb(image if deep is None else deep, where, policy.transparency), orientation)
     rgb.info = {}
     return rgb
 
 
-def _rgb(image: Image.Image, where: str) -> Image.Image:
-    """As `convert("RGB")`, except that 16-bit grey is scaled: Pillow would cut it off at 255."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in (None, "PNG", "PPM")):
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise UserError(
-            f"{where}: pixels of mode {image.mode} (32 bits) have no known range; expected 8 or 16 bits a channel"
-        )
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 class _Animation:
-    """An animated GIF, WebP, PNG or AVIF. Its rate is taken from the first frame."""
+    """An animated GIF, WebP, PNG or AVIF. Its rate is taken from the first frame, until `timed` looks at all."""
 
     def __init__(self, opened: BinaryIO, where: str, policy: MediaPolicy) -> None:
         self._opened, self._where, self._policy = opened, where, policy
         with _decoding(where, opened):
-            self._image = Image.open(opened, formats=_ANIMATED)
+            self._image = _open_image(opened, policy, _ANIMATED)
             _check_size(self._image.size, where, policy)
             self._image.load()  # WebP has its durations only now
             milliseconds = float(self._image.info.get("duration") or 100)
             frames = getattr(self._image, "n_frames", 1)
             self.info = VideoInfo(frames, 1000 / max(milliseconds, 1), *self._image.size)
 
-    def read(self, indices: Sequence[int]) -> list[Image.Image]:
-        last = max(indices)
+    def timed(self) -> VideoInfo:
+        """Facts with the time of each frame, which only drawing all of them tells."""
+        self._check_drawn(self.info.frames - 1)
+        ends: list[float] = []
+        with _decoding(self._where, self._opened):
+            for i in range(self.info.frames):
+                self._image.seek(i)
+                self._image.load()
+                ends.append((ends[-1] if ends else 0.0) + float(self._image.info.get("duration") or 100) / 1000)
+        times = np.array([0.0, *ends[:-1]])
+        fps = len(ends) / ends[-1]
+        even = np.abs(times - np.arange(len(times)) / fps).max() <= 0.5 / fps
+        return replace(self.info, fps=fps, times=None if even else tuple(times.tolist()))
+
+    def _check_drawn(self, last: int) -> None:
         painted = (last + 1) * self.info.width * self.info.height  # each frame is drawn over the one before
         if painted > 10 * self._policy.max_video_pixels:
             raise UserError(
                 f"{self._where}: {last + 1} frames of {self.info.width} x {self.info.height} pixels are too many to "
                 f"draw (10 * max_video_pixels); cut the animation"
             )
+
+    def read(self, indices: Sequence[int]) -> list[Image.Image]:
+        self._check_drawn(max(indices))
         images = {}
         with _decoding(self._where, self._opened):
             for i in sorted(set(indices)):
                 self._image.seek(i)
-                images[i] = _rgb(self._image.copy(), self._where)
+                images[i] = to_rgb(self._image.copy(), self._where, self._policy.transparency)
         return [images[i] for i in indices]
 
 
@@ -363,8 +367,7 @@ def _video(source: Any, where: str, policy: MediaPolicy) -> Iterator[VideoFile |
             yield _Animation(opened, where, policy)
         else:
             opened.seek(0)
-            video = VideoFile(
-                Path(opened.name) if hasattr(opened, "name") else opened.read(), where, policy.video_timeout
-            )
+            data = Path(opened.name) if hasattr(opened, "name") else opened.read()
+            video = VideoFile(data, where, policy.video_timeout, policy.video_backend)
             _check_size((video.info.width, video.info.height), where, policy)
             yield video
