@@ -25,6 +25,7 @@ from ivl.hub import resolve
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.checkpoint import Checkpoint
+from ivl.model.ckpt_file import trained_state
 from ivl.model.devices import check_at_hand, parse_size
 from ivl.model.internvl import InternVL
 from ivl.model.quant import Quantize
@@ -272,17 +273,18 @@ def read_run(path: Path, base: str | None = None) -> Trained:
     folder = next((f for f in file.parents[:3] if (f / "config.yaml").is_file()), None)
     if folder is None:
         raise UserError(f"{file}: no config.yaml of its run beside it; expected the folder as the run left it")
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    model, data = settings["model"], settings.get("data") or {}
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        state = {name.removeprefix("model."): tensor for name, tensor in content["state_dict"].items()}
-    except (RuntimeError, KeyError, EOFError, ValueError) as error:
-        raise UserError(f"{file}: not a readable checkpoint of a run ({error})") from error
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        model, data = settings["model"], settings.get("data") or {}
+        tune, pretrained = Tune.from_dict(model.get("tune") or {}), model["pretrained"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/config.yaml: not the config of a run ({error!r}); expected it as `fit` left it"
+        ) from error
     return Trained(
-        base or model["pretrained"],
-        Tune.from_dict(model.get("tune") or {}),
-        state,
+        base or pretrained,
+        tune,
+        trained_state(file),
         max_tiles=data.get("max_tiles"),
         system_message=data.get("system_message"),
         quantize=model.get("quantize"),

@@ -16,7 +16,6 @@ import os
 import random
 import signal
 import threading
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from ivl.lit import zero
 from ivl.lit.types import own
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
+from ivl.model.ckpt_file import damage, read_ckpt
 from ivl.types import WEIGHTS, UserError
 
 PARTIAL = ".part"
@@ -63,25 +63,7 @@ class WholeFiles(TorchCheckpointIO):
         """
         if Path(path).is_dir():
             raise UserError(f"{path}: a folder of DeepSpeed's, for its `fit` alone; take {zero.weights_beside(path)}")
-        if (problem := damage(path)) is not None:
-            raise UserError(f"{path}: {problem}; give another one, or the newest whole one by --ckpt_path last")
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-
-
-def damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint file, by the checksums in it; None where it is whole."""
-    path = Path(path)
-    if path.is_dir():  # DeepSpeed's
-        files = sorted(path.rglob("*.pt"))
-        return next(filter(None, map(damage, files)), None) if files else "an empty folder"
-    try:
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip()
-        return f"damaged (checksum of {broken})" if broken else None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        return f"not a whole checkpoint ({error})"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return read_ckpt(path, map_location, needed=("pytorch-lightning_version", "state_dict", "global_step"))
 
 
 def newest_whole(folders: Iterable[Path]) -> Path | None:
