@@ -20,6 +20,7 @@ FLOOR_0 = {
     "ivl.flops",
     "ivl.devices",
     "ivl.parquet",
+    "ivl.reasoning",
 }
 
 # What each place may import from the package; more specific places first.
@@ -32,9 +33,10 @@ ALLOWED = {
     "ivl.flops": {"ivl.config"},
     "ivl.devices": set(),
     "ivl.parquet": {"ivl.types"},
+    "ivl.reasoning": set(),
     "ivl.model": {*FLOOR_0, "ivl.model"},
     "ivl.data": {*FLOOR_0, "ivl.data"},
-    "ivl.eval": {"ivl.types", "ivl.config", "ivl.parquet", "ivl.eval"},
+    "ivl.eval": {"ivl.types", "ivl.config", "ivl.parquet", "ivl.reasoning", "ivl.eval"},
     "ivl.lit": {*FLOOR_0, "ivl.model", "ivl.data", "ivl.eval", "ivl.lit"},
     "ivl": {"ivl"},  # commands, and the package's own front door
 }

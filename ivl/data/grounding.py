@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ivl.reasoning import without_reasoning
 from ivl.types import UserError, many
 from ivl.types import shortened as _short
 
@@ -119,13 +120,14 @@ _TAG = re.compile(r"</?(?:box|ref)>")
 
 
 def parse_boxes(text: str) -> list[tuple[str | None, list[Box]]]:
-    """Boxes of a text in reading order, in 0..1000, each group with what it speaks of where that is said.
+    """Boxes of an answer in reading order, in 0..1000, each group with what it speaks of where that is said.
 
     Reads `<ref>cat</ref><box>[[1, 2, 3, 4]]</box>` in both spellings, and the same with the tags lost
-    (`cat[[1, 2, 3, 4]]`). Never raises: what is no box (reversed, above 1000, not four numbers) is left out.
+    (`cat[[1, 2, 3, 4]]`), not those of a thought before `</think>`. Never raises: what is no box (reversed, above
+    1000, not four numbers) is left out.
     """
     groups: list[tuple[str | None, list[Box]]] = []
-    end = 0
+    text, end = without_reasoning(text), 0
     for match in _BOXES.finditer(text):
         before, end = text[end : match.start()], match.end()
         boxes = [box for one in _ONE.findall(match[0]) if (box := _parsed(one)) is not None]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.eval.tasks import Task
+from ivl.reasoning import split_reasoning, without_reasoning
 from ivl.types import TRUTH, UserError, some
 
 Row = dict[str, Any]
@@ -22,7 +23,7 @@ _TRUTH = (*TRUTH, "images", "videos")
 
 
 def read(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of a file, each with `where` (file:row) and `id` as text.
+    """The rows of a file, each with `where` (file:row), `id` as text, and the thought of its answer as `reasoning`.
 
     `names`: our field → the field of another tool. Raises UserError, naming the rows, for a file that was cut off, for
     rows that come twice, lack an answer, or were made by different models or settings.
@@ -38,6 +39,11 @@ def read(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
                 f"{row['where']}: response: expected a text, found {found}; is it called otherwise? "
                 f"--field response=NAME; the row has {', '.join(sorted(set(row) - {'where', 'asked_at', 'line'}))}"
             )
+        # What a model thinks before it answers is not judged.
+        reasoning, row["response"] = split_reasoning(row["response"])
+        row["reasoning"] = reasoning or row.get("reasoning")
+        if isinstance(row.get("reference"), str):
+            row["reference"] = without_reasoning(row["reference"])
         row["id"] = str(next(row[k] for k in ("id", "asked_at", "index", "line") if row.get(k) is not None))
     if not rows:
         raise UserError(f"{path}: no rows; expected one answer a line")
@@ -129,6 +135,7 @@ def join(path: Path, rows: list[Row], truth: Path, task: Task, partial: bool = F
 def _with_truth(row: Row, known: Row) -> Row:
     found = {key: known[key] for key in _TRUTH if known.get(key) is not None}
     gold = known.get("response") or known.get("reference")
+    gold = without_reasoning(gold) if isinstance(gold, str) else gold
     return row | found | ({} if gold is None else {"reference": gold})
 
 

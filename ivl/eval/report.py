@@ -41,6 +41,7 @@ def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Sc
                 "category": str(row.get("category") or ""),
                 "prompt": short_prompt(str(row.get("prompt") or row.get("query") or "")),
                 "response": row["response"],
+                "reasoning": row.get("reasoning") or "",
                 "parsed": said if said != row["response"].strip() else "",
                 "gold": _gold(row),
                 "score": round(score, 4),
@@ -197,7 +198,8 @@ function line(row, at) {
 }
 function open(row) {
   const whole = document.getElementById("whole");
-  whole.replaceChildren(picture(row), element("p", "quiet", row.prompt), element("p", "", row.response),
+  whole.replaceChildren(picture(row), element("p", "quiet", row.prompt), element("p", "quiet", row.reasoning),
+    element("p", "", row.response),
     element("p", "", "expected: " + row.gold), element("p", "score", "score " + row.score));
   whole.onclick = () => whole.close();
   whole.showModal();

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,10 +12,10 @@ from ivl.lit.prediction import Row, answered, failed
 from ivl.lit.prompts import LAST, Prompt
 from ivl.model.compiled import uncompiled
 from ivl.model.fingerprint import fingerprint
-from ivl.model.generate import Choice, Ends
+from ivl.model.generate import Choice, Ends, NotFinite
 from ivl.model.internvl import InternVL
 from ivl.model.serve import Batching, Engine, Request, row_seed
-from ivl.types import Batch, UserError
+from ivl.types import Batch, Conversation, UserError
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,15 @@ class Answering:
         if not self.keep_errors:
             raise UserError(text)
         return failed(prompt.index, prompt.conversation, prompt.where, text)
+
+
+@contextmanager
+def rows_named(rows: Sequence[Conversation]) -> Iterator[None]:
+    """An error about logits that are not finite begins with where its row stands."""
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(f"{rows[error.row].where}: {error}") from error
 
 
 def ends_of(model: InternVL, processor: Processor, chosen: Generation) -> Ends:

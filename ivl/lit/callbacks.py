@@ -59,9 +59,14 @@ def _as_text(answers: list[dict[str, Any]]) -> str:
     lines = []
     for answer in answers:
         row = answer["row"]
-        cells = (row.where, row.messages[-1].text, row.reference or "", answer["answer"])
+        cells = (row.where, row.messages[-1].text, row.reference or "", _answer(answer))
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(["| row | question | expected | answer |", "| --- | --- | --- | --- |", *lines])
+
+
+def _answer(answer: dict[str, Any]) -> str:
+    """An answer with the thought before it."""
+    return f"({answer['reasoning']}) {answer['answer']}" if answer["reasoning"] else answer["answer"]
 
 
 def _picture(row: Conversation) -> Image:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ivl.lit import zero
-from ivl.lit.answering import Answering, Generation, answers
+from ivl.lit.answering import Answering, Generation, answers, rows_named
 from ivl.lit.feature_cache import with_features
 from ivl.lit.health import FiniteLoss, clip, out_of_memory, scale, total_norm, what_to_lower
 from ivl.lit.prediction import Row
@@ -43,6 +43,7 @@ from ivl.model.loss import Reduction, loss_weights
 from ivl.model.rates import Rates, param_groups, scale_rates, vectors
 from ivl.model.serve import Batching
 from ivl.model.tune import Tune
+from ivl.reasoning import split_reasoning
 from ivl.types import Batch, UserError
 
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
@@ -326,18 +327,22 @@ class LitInternVL(LightningModule):
         self._batch = rows
         with out_of_memory(rows, f"lower data.eval_batch_size ({len(rows)})", "validation"):
             out = self.model(**rows)
-            self._scores.add_losses(rows.rows, out.row_losses, out.row_tokens)
+            dtype = torch.float16 if str(self.trainer.precision).startswith("16") else self.model.dtype
+            with rows_named(rows.rows):
+                self._scores.add_losses(rows.rows, out.row_losses, out.row_tokens, dtype)
             # By the first row of all ranks' batches, so that all ranks answer, or none does.
             first = batch_idx * self.trainer.datamodule.rows_of_step()
             if self.answer_rows is not None and first >= self.answer_rows:
                 return
             all_done = self.trainer.strategy.reduce_boolean_decision
-            found = answers(self.model, self.trainer.datamodule.processor, self.generation, prompts, all_done)
+            with rows_named(prompts.rows):
+                found = answers(self.model, self.trainer.datamodule.processor, self.generation, prompts, all_done)
         for index, row, answer in zip(indices, prompts.rows, found):
             if index < 0:  # filled up so that all ranks have equally many batches
                 continue
             scores = self._scores.add_answer(row, answer)
-            self.answers.append({"index": index, "row": row, "answer": answer, **scores})
+            reasoning, said = split_reasoning(answer)
+            self.answers.append({"index": index, "row": row, "answer": said, "reasoning": reasoning, **scores})
 
     def on_validation_epoch_end(self) -> None:
         self.scores = self._scores.means(self.trainer.world_size)

@@ -26,6 +26,7 @@ from ivl.data.index import fingerprint
 from ivl.data.processor import Processor
 from ivl.lit.benchmark import scored_by
 from ivl.lit.types import own
+from ivl.reasoning import split_reasoning
 from ivl.types import Conversation, UserError
 
 if TYPE_CHECKING:
@@ -52,17 +53,19 @@ def answered(
 
     `notes`: what was left out of the prompt to make it fit.
     """
+    reasoning, said = split_reasoning(answer)
     return {
         "index": index,
         "id": row.id,
         "where": row.where,
         "source": row.source or None,
         "prompt": processor.prompt_text(row),
-        "response": answer,
+        "response": said,
+        "reasoning": reasoning,
         "finish_reason": finish_reason,
         "notes": list(notes),
         "reference": row.reference,
-        "boxes": [{"ref": ref, "boxes": boxes} for ref, boxes in parse_boxes(answer)],
+        "boxes": [{"ref": ref, "boxes": boxes} for ref, boxes in parse_boxes(said)],
         **scored_by(row),
     }
 

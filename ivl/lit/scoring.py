@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ivl.data.grounding import parse_boxes
 from ivl.eval.metrics import anls, exact_match, iou, relaxed_accuracy, vqa_accuracy
+from ivl.model.generate import NotFinite
+from ivl.reasoning import without_reasoning
 from ivl.types import Conversation, UserError
 
 Metric = Literal["exact", "vqa", "anls", "relaxed", "iou", "iou50", "cider", "bleu4", "rouge"]
@@ -62,10 +65,11 @@ def check_metrics(metrics: Sequence[str]) -> None:
 
 
 def score(row: Conversation, answer: str, metrics: Sequence[str] = ("exact", "iou")) -> dict[str, float]:
-    """The metrics of one row that apply to it."""
+    """The metrics of one row that apply to it; a thought before the answer proper is not judged."""
     if row.reference is None:
         return {}
-    found = {name: _OF_ROW[name](answer, row.reference) for name in metrics if name in _OF_ROW}
+    answer, reference = without_reasoning(answer), without_reasoning(row.reference)
+    found = {name: _OF_ROW[name](answer, reference) for name in metrics if name in _OF_ROW}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -78,9 +82,12 @@ class Scores:
         self._captions: list[tuple[str, str, str]] = []
         """(kind, answer, reference)"""
 
-    def add_losses(self, rows: Sequence[Conversation], losses: Tensor, tokens: Tensor) -> None:
-        """Of a batch: negative log-likelihood and supervised tokens of each row."""
-        for row, loss, count in zip(rows, losses.tolist(), tokens.tolist()):
+    def add_losses(self, rows: Sequence[Conversation], losses: Tensor, tokens: Tensor, dtype: torch.dtype) -> None:
+        """Of a batch: negative log-likelihood and supervised tokens of each row. Raises NotFinite for the first row
+        whose loss is no number."""
+        for number, (row, loss, count) in enumerate(zip(rows, losses.tolist(), tokens.tolist())):
+            if not math.isfinite(loss):
+                raise NotFinite(number, dtype)
             for kind in {"", row.source or "rows"}:
                 self._sums[kind]["loss"] += loss
                 self._sums[kind]["tokens"] += count
@@ -89,7 +96,8 @@ class Scores:
         """Count one answer; its own scores."""
         scores = score(row, answer, self.metrics)
         if row.reference is not None and any(name in CAPTIONS for name in self.metrics):
-            self._captions.append((row.source or "rows", answer, row.reference))
+            texts = without_reasoning(answer), without_reasoning(row.reference)
+            self._captions.append((row.source or "rows", *texts))
         for kind in {"", row.source or "rows"}:
             sums = self._sums[kind]
             sums["rows"] += 1

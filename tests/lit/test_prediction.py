@@ -12,10 +12,11 @@ import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ivl.__main__ import main
 from ivl.data.processor import Processor
-from ivl.lit.prediction import Parts
+from ivl.lit.prediction import Parts, answered
 from ivl.model.internvl import InternVL
 from ivl.model.serve import row_seed
 from ivl.types import UserError
@@ -244,6 +245,17 @@ def test_rows_say_why_their_answers_ended_and_the_cut_ones_are_counted(tmp_path,
     assert read(tmp_path / "b.jsonl")[0]["finish_reason"] == "stop"
 
 
+def test_a_thought_stands_apart_in_the_row(base):
+    processor = Processor.from_pretrained(base / "model")
+    asked = processor.parse({"query": "Where?"})
+    row = answered(0, asked, "<think>cat[[1, 2, 3, 4]]?</think>\n\ndog[[5, 6, 7, 8]]", processor, "stop")
+    assert row["reasoning"] == "cat[[1, 2, 3, 4]]?" and row["response"] == "dog[[5, 6, 7, 8]]"
+    assert row["boxes"] == [{"ref": "dog", "boxes": [(5, 6, 7, 8)]}]
+    cut = answered(0, asked, "<think>cat[[1, 2, 3, 4]]", processor, "length")
+    assert (cut["response"], cut["boxes"], cut["reasoning"]) == ("", [], "cat[[1, 2, 3, 4]]")
+    assert answered(0, asked, "a cat", processor, "stop")["reasoning"] is None
+
+
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +376,29 @@ def test_what_is_found_on_the_way_stops_with_one_line(base, tmp_path, capsys, ha
     line = error(capsys, [*command(base, out, *more), *impatient(tmp_path)])
     assert line.startswith(f"error: {path}:2: ") and all(word in line for word in BAD[number])
     assert not out.exists() and Parts(out).settings.exists()
+
+
+def enlarge(folder: Path, factor: float) -> None:
+    """Multiply a matrix of a model: by 3e5 it fits float32 and bfloat16 alone, as those do that overflow float16."""
+    state = load_file(folder / "model.safetensors")
+    state["language_model.model.layers.1.mlp.down_proj.weight"] *= factor
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_logits_that_are_not_finite_are_an_error_and_not_an_answer(tmp_path, capsys):
+    path, argv = small(tmp_path, {"query": "Hi", "response": "Hello"}, {"query": "And?", "response": "Yes"})
+    enlarge(tmp_path / "model", 3e5)
+    assert main([*argv, "--predictions.file", str(tmp_path / "a.jsonl")]) == 0
+    argv += ["--trainer.precision", "16-true"]
+    message = "the model's logits are not finite in float16, whose largest number is 65504; compute in bfloat16"
+    line = error(capsys, [*argv, "--predictions.file", str(tmp_path / "b.jsonl")])
+    assert line.startswith(f"error: {path}:") and message in line and "--trainer.precision bf16-true" in line
+    assert main([*argv, "--predictions.file", str(tmp_path / "c.jsonl"), "--data.on_error", "skip"]) == 0
+    assert all(message in row["error"] and "response" not in row for row in read(tmp_path / "c.jsonl"))
+    enlarge(tmp_path / "model", float("nan"))
+    at = argv.index("--data.predict")
+    line = error(capsys, ["validate", *argv[1:at], "--data.val", *argv[at + 1 : -2]])
+    assert line.startswith(f"error: {path}:1: the model's logits are not finite in float32: its weights hold NaN")
 
 
 def test_a_video_of_three_hours_is_answered(base, tmp_path):

@@ -1,8 +1,11 @@
 """Scores while training: the metrics asked for, per source, over processes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from ivl.lit.answering import rows_named
 from ivl.lit.scoring import CAPTIONS, Scores, check_metrics, score, scores_table, summary
 from ivl.types import Conversation, Message, UserError
 
@@ -29,12 +32,32 @@ def test_metrics_of_a_row():
     assert score(row(None), "x", names) == {}
 
 
+def test_a_thought_is_not_judged():
+    said = f"<think>Maybe {BOX}? No, a dog.</think>\n\nTwo cats"
+    assert score(row("<think>Hm.</think>two cats"), said, ("exact", "anls")) == {"exact": 1, "anls": 1}
+    assert score(row(BOX), said, ("iou", "exact")) == {"iou": 0, "exact": 0}
+    assert score(row("two cats"), "<think>two cats", ("exact",)) == {"exact": 0}
+
+
+def test_a_loss_that_is_no_number_is_an_error_that_names_the_row():
+    scores = Scores(["exact"])
+    rows = [replace(row("cat"), where=f"a.jsonl:{n}") for n in (1, 2)]
+    losses = torch.tensor([1.0, torch.nan])
+    with (
+        pytest.raises(UserError, match=r"^a.jsonl:2: the model's logits are not finite in float16"),
+        rows_named(rows),
+    ):
+        scores.add_losses(rows, losses, torch.ones(2), torch.float16)
+
+
 def test_means_per_source_and_over_processes():
     parts = []
     for answers in (["cat", "dog"], ["cat"]):
         scores = Scores(["exact"])
         rows = [row("cat", "pets"), row("cat")][: len(answers)]
-        scores.add_losses(rows, torch.tensor([6.0, 2.0])[: len(rows)], torch.tensor([3.0, 1.0])[: len(rows)])
+        scores.add_losses(
+            rows, torch.tensor([6.0, 2.0])[: len(rows)], torch.tensor([3.0, 1.0])[: len(rows)], torch.float32
+        )
         for r, answer in zip(rows, answers):
             scores.add_answer(r, answer)
         parts.append(scores)

@@ -1,0 +1,24 @@
+"""Answers of thinking models: `<think>…</think>` before the answer proper, told apart in one place."""
+
+from __future__ import annotations
+
+OPENING, CLOSING = "<think>", "</think>"
+
+
+def split_reasoning(text: str) -> tuple[str | None, str]:
+    """The thought of an answer (None where there is none) and the answer proper, which alone is scored.
+
+    All before the last `</think>` is thought, also where `<think>` stood in the prompt. An answer that opens `<think>`
+    and was cut off before its end is all thought: the answer proper is empty, not a guess.
+    """
+    before, mark, after = text.rpartition(CLOSING)
+    if after.lstrip().startswith(OPENING):
+        before, mark, after = text, CLOSING, ""
+    if not mark:
+        return None, text
+    return before.strip().removeprefix(OPENING).strip(), after.strip()
+
+
+def without_reasoning(text: str) -> str:
+    """The answer proper."""
+    return split_reasoning(text)[1]
