@@ -64,6 +64,8 @@ class Config:
     min_dynamic_patch: int = 1
     max_dynamic_patch: int = 12
     pad2square: bool = False
+    layout: Literal["released", "hf"] = "released"
+    """Whose names the folder that it was read from has: OpenGVLab's, or those of transformers' class"""
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
     """The file as read, so that it can be written back with nothing lost"""
 
@@ -103,7 +105,7 @@ class Config:
                     f"(vision_config, llm_config, template)"
                 )
         vision = _known(VisionConfig, raw["vision_config"])
-        top = _known(cls, {k: v for k, v in raw.items() if k not in ("vision", "llm", "raw")})
+        top = _known(cls, {k: v for k, v in raw.items() if k not in ("vision", "llm", "layout", "raw")})
         try:
             return cls(vision=VisionConfig(**vision), llm=dict(raw["llm_config"]), raw=raw, **top)
         except TypeError as error:

@@ -24,6 +24,7 @@ from ivl.families import llm_family
 from ivl.hub import resolve
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
+from ivl.model.adapter_writer import Layout
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.ckpt_file import trained_state
 from ivl.model.devices import check_at_hand, parse_size
@@ -99,7 +100,7 @@ def export(
     run: str | None = None,
     adapter: str | None = None,
     base: str | None = None,
-    layout: Literal["released", "hf"] = "released",
+    layout: Layout | None = None,
     max_shard_size: str = "5GB",
     dtype: DType = "auto",
     device: str = "cpu",
@@ -115,6 +116,7 @@ def export(
         base: Checkpoint it belongs to, a folder or a name. Default: the one the run or the adapter names. Alone:
             that checkpoint is written again, in another layout, dtype or shard size.
         layout: released is the layout of the OpenGVLab releases; hf is transformers' InternVLForConditionalGeneration.
+            Default: released, and of an adapter the layout of its base, so that it loads onto it.
         max_shard_size: Largest weight file, such as 5GB or 800MB.
         dtype: What weights are stored in; auto is the base's.
         device: Where the model is merged and tried out, such as cpu or cuda.
@@ -143,9 +145,9 @@ def export(
     with beside(target) as temporary:
         probe = Probe.of(settings.processor, device)
         if adapter_only:
-            report = _write_adapter(trained, settings, probe, temporary, device)
+            report = _write_adapter(trained, settings, probe, temporary, device, layout or checkpoint.config.layout)
         else:
-            report = _write_model(trained, settings, probe, temporary, device, layout, shard_bytes)
+            report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
         dump(temporary / REPORT, report)
     print(_summary(target, report))
     return target
@@ -181,15 +183,23 @@ def _write_model(
     return _report(trained, settings, layout, notes, checks, _commands(layout, config.llm_architecture))
 
 
-def _write_adapter(trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str) -> dict[str, Any]:
+def _write_adapter(
+    trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str, layout: Layout
+) -> dict[str, Any]:
     assert trained.tune is not None, "only a run's LoRA is written as an adapter"
     model = trained.model(settings.base, settings.dtype, device)
     before = probe(model)
-    adapting.save_adapter(model, trained.tune, folder, trained.base, trained.state)
+    adapting.save_adapter(model, trained.tune, folder, trained.base, trained.state, layout)
     del model
     again = Trained(trained.base, adapter=folder).model(settings.base, settings.dtype, device)
     checks = verify_adapter(folder, before, probe(again), settings.dtype)
-    return _report(trained, settings, "adapter", [], checks, {"merge": "python -m ivl export --adapter {} --out OUT"})
+    notes = []
+    if layout != settings.checkpoint.config.layout:
+        notes.append(
+            f"its names are those of the {layout} layout: PEFT loads it onto the base written with --layout {layout}"
+        )
+    commands = {"merge": "python -m ivl export --adapter {} --out OUT"}
+    return _report(trained, settings, f"{layout} adapter", notes, checks, commands)
 
 
 def _report(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.json"
     raw = read_json(path)
     if is_hf(raw):
-        raw = released_config(raw) | _tile_limits(Path(folder))
+        released = released_config(raw) | _tile_limits(Path(folder))
+        return replace(Config.from_dict(released, where=str(path)), layout="hf")
     return Config.from_dict(raw, where=str(path))
 
 

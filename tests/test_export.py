@@ -175,7 +175,7 @@ def test_only_the_adapter(base, tmp_path):
     assert main(arguments) == 0
     again = InternVL.from_pretrained(base)
     adapter.load_adapter(again, tmp_path / "out")
-    torch.testing.assert_close(logits(again.eval()), logits(model), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(again.eval()), logits(model), atol=1e-5, rtol=0)
     assert adapter.adapted_parts(tmp_path / "out") == ["vision_model", "mlp1", "language_model"]
 
 

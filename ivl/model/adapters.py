@@ -78,7 +78,8 @@ def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig)
     LoRA of a kind that is not computed here.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    tensors = _full_names(state)
+    there = _full_names(state)
+    tensors = _without_tied_head(model, there, state)
     low_rank = {name: (match[1], match[2]) for name in tensors if (match := _LOW_RANK.fullmatch(name))}
     weights = {low_rank[name][0] + ".weight" if name in low_rank else name for name in tensors}
     table = _groups(names, weights)
@@ -87,7 +88,7 @@ def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig)
         _refuse(model, layer, half, table[layer + ".weight" if half else name])
     adapter = Adapter(config)
     pairs = _pairs({half: (tensors[name], state[tensors[name]]) for name, half in low_rank.items()}, config)
-    _check_names(config, weights, table)
+    _check_names(config, weights | there.keys(), table)
     for group in {id(table[n]): table[n] for n in sorted(weights)}.values():
         layers = [name.removesuffix(".weight") for name in group.stored]
         full = [name for name in group.stored if name in tensors and name not in low_rank]
@@ -255,6 +256,30 @@ def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterCon
     return pairs
 
 
+def _ranks(halves: list[Tensor], dora: bool) -> list[Tensor]:
+    """Of each layer that was fused with others the ranks that it needs, as a mask: those of its own where each rank is
+    one layer's alone, as `ivl.model.adapter_writer` fuses them; otherwise all.
+
+    None for a layer that is not adapted; all under `dora`, which has a size for each."""
+    used = torch.stack([half.ne(0).any(0) for half in halves])
+    if (used.sum(0) != 1).any():
+        return [torch.ones_like(used[0]) for _ in halves]
+    return [own if own.any() or not dora else ~own for own in used]
+
+
+def _without_tied_head(model: InternVL, tensors: dict[str, str], state: dict[str, Tensor]) -> dict[str, str]:
+    """Full name → key, without an output layer that is the embeddings here, and the same in the file.
+
+    Raises UserError where it is another.
+    """
+    full = {part_in_file(name): name for name in tensors if ".lora_" not in name}
+    if not is_tied(model) or not {"embeddings", "head"} <= full.keys():
+        return tensors
+    if not torch.equal(*(state[tensors[full[part]]] for part in ("embeddings", "head"))):
+        raise UserError("its output layer differs from its embeddings; they are one tensor in this model")
+    return {name: key for name, key in tensors.items() if name != full["head"]}
+
+
 def _moved(model: InternVL, group: Group, pairs: list[_Pair | None]) -> list[tuple[str, _Pair]]:
     """The pairs of a group's stored layers as those of the model's layers."""
     names = [name.removesuffix(".weight") for name in group.module]
@@ -263,7 +288,11 @@ def _moved(model: InternVL, group: Group, pairs: list[_Pair | None]) -> list[tup
         (pair,) = there
         halves = group.read([pair.B], model.config)
         magnitudes = [None] * len(halves) if pair.magnitude is None else group.read([pair.magnitude], model.config)
-        return [(n, _Pair(pair.A.clone(), b, pair.scale, m)) for n, b, m in zip(names, halves, magnitudes)]
+        return [
+            (n, _Pair(pair.A[ranks], b[:, ranks], pair.scale, m))
+            for n, b, m, ranks in zip(names, halves, magnitudes, _ranks(halves, pair.magnitude is not None))
+            if ranks.any()
+        ]
     if len(there) < len(pairs) and there[0].magnitude is not None:
         raise UserError(
             f"{names[0]}: a DoRA of some of the layers that are one layer here has no exact form; adapt all of them"

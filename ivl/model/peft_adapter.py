@@ -1,28 +1,26 @@
-"""LoRA in and out: the PEFT adapter folder, and merging into the weights.
+"""PEFT adapter folders read, and LoRAs merged into the weights. `ivl.model.adapter_writer` writes the folders.
 
 A part (or a piece of one) that trained in full goes along as peft's `modules_to_save`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ivl.families import find_model
 from ivl.model import adapters
 from ivl.model.adapter_config import AdapterConfig
+from ivl.model.adapter_writer import DIGEST, WEIGHTS, digest
+from ivl.model.adapter_writer import save_adapter as save_adapter
 from ivl.model.adapters import Adapter
 from ivl.model.devices import check_at_hand
-from ivl.model.tune import ADAPTER, PARTS, LoRA, Tune, adapted, inject, lora_config, part_of, scale_alpha
-from ivl.model.tune import trainable_state as trained_tensors
+from ivl.model.tune import ADAPTER, PARTS, adapted, inject
 from ivl.types import UserError, some
 
 if TYPE_CHECKING:
@@ -32,50 +30,6 @@ if TYPE_CHECKING:
 def has_adapter(model: InternVL) -> bool:
     """Whether any LoRA layer is in place."""
     return bool(adapted(model))
-
-
-def save_adapter(model: InternVL, tune: Tune, folder: Path, base: str, state: dict[str, Tensor] | None = None) -> None:
-    """Write the LoRA as a PEFT adapter folder (adapter_config.json, adapter_model.safetensors).
-
-    `base` is the checkpoint it belongs to; `state` the tensors to write, by default what trains. A LoRA that started
-    from singular values is written with twice its rank, so that it belongs to the base as released: the second half
-    takes away what was taken out of the weight (as peft's `path_initial_model_for_weight_conversion`).
-    """
-    loras = {part: mode for part in PARTS if isinstance(mode := tune.mode(part), LoRA)}
-    layers = {n: loras[part_of(n)] for n in adapted(model)}
-    first, *_ = loras.values()
-    config = lora_config(first, sorted(layers))
-    config.init_lora_weights = True
-    config.rank_pattern = {n: lora.rank * (2 if n in model.lora_start else 1) for n, lora in layers.items()}
-    # One scale formula in the file; where a part has the other, its alpha makes up for it.
-    config.use_rslora = False
-    config.alpha_pattern = {
-        n: scale_alpha(lora) * (lora.rank**0.5 if lora.rslora else 1) * config.rank_pattern[n] / lora.rank
-        for n, lora in layers.items()
-    }
-    config.lora_dropout = max(lora.dropout for lora in loras.values())
-    state = dict(trained_tensors(model) if state is None else state)
-    config.modules_to_save = list(_covering(model, {n for n in state if "lora_" not in n})) or None
-    config.base_model_name_or_path = base
-    config.inference_mode = True
-    for name, (a, b) in model.lora_start.items():
-        key_a, key_b = (f"{name}.lora_{m}.{ADAPTER}.weight" for m in "AB")
-        state[key_a] = torch.cat([state[key_a].cpu(), a])
-        state[key_b] = torch.cat([state[key_b].cpu(), -b], dim=1)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {_peft_key(n): t.contiguous().cpu() for n, t in state.items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt", DIGEST: digest(state)})
-    config.save_pretrained(str(folder))
-
-
-def _covering(model: nn.Module, names: set[str], prefix: str = "") -> Iterator[str]:
-    """The largest modules whose parameters are all in `names`, and that together have them all."""
-    for child, module in model.named_children():
-        own = {f"{prefix}{child}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)}
-        if own and own <= names:
-            yield prefix + child
-        elif own & names:
-            yield from _covering(module, names, f"{prefix}{child}.")
 
 
 def load_adapter(model: InternVL, folder: str | Path) -> Adapter:
@@ -150,7 +104,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-WEIGHTS = "adapter_model.safetensors"
 TOWER = "vit.safetensors"
 """Of ms-swift: the vision encoder and the projector, where they were trained in full beside a LoRA"""
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
@@ -173,19 +126,6 @@ def _load(path: Path) -> dict[str, Tensor]:
     if expected is not None and digest(state) != expected:
         raise UserError(f"{path.name} is damaged: its tensors are not those that were written; take another copy")
     return state
-
-
-DIGEST = "sha256"
-"""Key of the file's metadata: `digest` of its tensors. safetensors itself has no checksum"""
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """A checksum of tensors, their names, dtypes and shapes."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def merge(model: InternVL) -> None:
