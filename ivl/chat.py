@@ -75,6 +75,8 @@ class Chat:
         self.finish_reason: FinishReason | None = None
         """Why the last answer ended: stop, length (`max_new_tokens`) or context (the model's is full); None: it was
         stopped from outside"""
+        self.notes: Sequence[str] = ()
+        """Marks in the last question that have no effect"""
         self.turns = Turns(model)
         """What the model has read"""
         self._messages: tuple[Message, ...] = ()
@@ -111,7 +113,9 @@ class Chat:
                 kind = mark.strip("<>")
                 raise UserError(f"{query.count(mark)} {mark} marks but no {kind}; add the {kind} or drop a mark")
         row = {"query": query, "images": list(images), "videos": list(videos)}
-        return self.processor.parse(row).messages[-1]
+        conversation = self.processor.parse(row)
+        self.notes = conversation.unread
+        return conversation.messages[-1]
 
     def _answer(self, message: Message) -> Generator[str, None, None]:
         conversation = Conversation((*self._messages, message), self.system)

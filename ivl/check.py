@@ -77,8 +77,7 @@ class Checked:
     """(rows,) of FACTS"""
 
     def where(self, number: int) -> str:
-        rows, inner = self.rows.at(number)
-        return rows.where(inner)
+        return self.rows.where(number)
 
     @property
     def usable(self) -> np.ndarray:
@@ -110,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
             _say(problem, report)
         for one in checked:
             _report(one, args.show, report)
-        _overlap(checked, report)
-    wrong = len(unread) + sum(len(one.index.problems) for one in checked)
+        overlap = _overlap(checked, args.show, report)
+    wrong = len(unread) + overlap + sum(len(one.index.problems) for one in checked)
     good = [one for one in checked if one.usable.any()]
     if good:
         _show(good[0], processor, out / "sheet.png", args.data.seed)
@@ -257,6 +256,11 @@ def _report(one: Checked, show: int, report: TextIO) -> None:
                 _say(f"{times:8} {reason}", report)
     if changed := one.index.describe_changes():
         _say(f"\nrows that max_length changes: {changed} (of {count})", report)
+    if found := one.index.unread_keys():
+        _say("\nkeys that are not read:", report)
+        lines = [f"{count:8} {name} ({one.where(row)})" for name, count, row in found]
+        print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
+        report.write("\n".join(lines) + "\n")
     if unsure := int((~one.index.records["exact"] & one.usable).sum()):
         _say(
             f"\nrows with media behind URLs, counted with the most tiles there can be: {unsure} (--probe_urls)", report
@@ -306,18 +310,28 @@ def _repeated(one: Checked, report: TextIO) -> None:
     report.write("\n".join(lines) + "\n")
 
 
-def _overlap(checked: list[Checked], report: TextIO) -> None:
-    """Rows of val or test that are trained on as well."""
+def _overlap(checked: list[Checked], show: int, report: TextIO) -> int:
+    """Rows of val or test that are trained on as well: said as problems, and counted."""
     train = next((one for one in checked if one.name == "train"), None)
-    for one in checked:
+    count = 0
+    for one in checked if train else ():
         if train is None or one.name not in ("val", "test"):
             continue
-        seen = np.isin(one.facts["same"], train.facts["same"][train.usable]) & one.usable
-        if seen.any():
-            _say(f"\nrows of data.{one.name} that are in data.train as well: {int(seen.sum())}", report)
-            lines = [one.where(int(n)) for n in np.flatnonzero(seen)]
-            print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
-            report.write("\n".join(lines) + "\n")
+        trained = np.flatnonzero(train.usable)
+        texts, first = np.unique(train.facts["same"][trained], return_index=True)
+        held = np.flatnonzero(np.isin(one.facts["same"], texts) & one.usable)
+        if not len(held):
+            continue
+        _say(f"\nrows of data.{one.name} that are in data.train as well: {len(held)}", report)
+        same = trained[first[np.searchsorted(texts, one.facts["same"][held])]]
+        lines = [
+            f"{one.where(int(n))}: trained on as {train.where(int(row))}; take it out of one of them"
+            for n, row in zip(held, same)
+        ]
+        print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
+        report.write("\n".join(lines) + "\n")
+        count += len(held)
+    return count
 
 
 # Pictures

@@ -121,6 +121,8 @@ class Session:
             pieces.close()
             print(" [stopped]", end="")
         print(f"\n{LINE}")
+        for note in self.chat.notes:
+            print(f"note: {printable(note)}")
         if (reason := self.chat.finish_reason) in CUT:
             print(f"note: {CUT[reason].format(self.chat.settings.max_new_tokens)}")
 

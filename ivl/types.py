@@ -107,6 +107,8 @@ class Conversation:
     """Name of the data set (the kind of row) it came from, for scores and losses per source."""
     truth: dict[str, Any] = field(default_factory=dict, hash=False)
     """The row's fields among TRUTH: kept for scoring like `reference`, and never shown to the model"""
+    unread: tuple[str, ...] = ()
+    """Names of the row's keys that are not read, and marks in its texts that have no effect"""
 
     @property
     def media(self) -> tuple[Media, ...]:

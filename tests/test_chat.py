@@ -76,6 +76,19 @@ def test_a_second_turn_reads_only_its_own_tokens(parts):
     assert chat.turns.tiles_read == 0
 
 
+def test_a_mark_without_effect_is_told(parts):
+    chat = Chat(*parts, settings=SHORT)
+    with pytest.raises(UserError, match=r"<img> without </img> before 'picture\.jpg'"):
+        chat.ask("<img>picture.jpg What is it?")
+    assert not chat.history
+    chat.ask("What does <img> do?")
+    assert chat.notes == ("<img> without </img>, plain characters in a user's text",)
+    chat.ask("<|image|> What is it?", [picture(1)])
+    assert len(chat.notes) == 1 and chat.notes[0].startswith("<|image|>, a mark of another program")
+    chat.ask("Really?")
+    assert not chat.notes
+
+
 def test_what_changed_is_read_again(parts):
     """Another system message, a picture in another's place: only what comes before it is kept."""
     model, processor = parts

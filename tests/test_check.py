@@ -100,7 +100,7 @@ def test_numbers_of_good_rows(base, tmp_path, capsys):
 
 
 def test_lengths_in_words():
-    index = Index(np.array([(7, 1, 0, 0, True, True), (9, 0, 0, 0, True, True), (9, 2, 0, 0, True, True)], RECORD))
+    index = Index(np.array([(n, tiles, 0, 0, True, True, 0) for n, tiles in ((7, 1), (9, 0), (9, 2))], RECORD))
     assert [_lengths(index, n) for n in range(3)] == ["7 tokens, 1 tile", "9 tokens, 0 tiles", "9 tokens, 2 tiles"]
 
 
@@ -126,9 +126,19 @@ def test_a_second_run_reads_no_row(base, tmp_path, monkeypatch):
 def test_held_out_rows_that_are_trained_on_and_prompts(base, tmp_path, capsys):
     train, val = write(tmp_path / "train.jsonl", GOOD[:3]), write(tmp_path / "val.jsonl", GOOD[2:4])
     ask = write(tmp_path / "ask.jsonl", [{"query": "q", "images": ["a.png"]}])
-    assert check(base, tmp_path, "--data.train", train, "--data.val", val, "--data.predict", ask) == 0
+    assert check(base, tmp_path, "--data.train", train, "--data.val", val, "--data.predict", ask) == 2
     out = capsys.readouterr().out
-    assert f"data.val that are in data.train as well: 1\n{val}:1\n" in out and "# data.predict: 1 row, 0 with" in out
+    assert f"data.val that are in data.train as well: 1\n{val}:1: trained on as {train}:3; take it out" in out
+    assert "# data.predict: 1 row, 0 with" in out and "\n1 problem; all of it is in" in out
+    assert check(base, tmp_path, "--data.train", train, "--data.val", write(tmp_path / "v.jsonl", GOOD[3:4])) == 0
+
+
+def test_keys_that_are_not_read_are_listed(base, tmp_path, capsys):
+    path = write(tmp_path / "train.jsonl", [GOOD[0], GOOD[1] | {"score": 1}, GOOD[2] | {"score": 2, "width": 3}])
+    assert check(base, tmp_path, "--data.train", path) == 0
+    out = capsys.readouterr().out
+    assert f"keys that are not read:\n       2 score ({path}:2)\n       1 width ({path}:3)\n" in out
+    assert "keys that are not read" in (tmp_path / "out" / "report.txt").read_text()
 
 
 def test_one_row(base, tmp_path, capsys):

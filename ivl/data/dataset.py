@@ -7,7 +7,6 @@ for it where random choices inside a row are to differ from epoch to epoch, whic
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -265,6 +264,11 @@ class Mixture(Dataset[Example]):
         inner = int(i - self.first[part])
         return self.parts[part].rows, inner if epoch is None else (epoch, inner)
 
+    def where(self, i: int) -> str:
+        """`file:line` of a row."""
+        rows, inner = self.at(i)
+        return rows.where(inner)
+
     def __getitem__(self, key: Key) -> Example:
         rows, inner = self.at(key)
         return rows[inner]
@@ -322,40 +326,3 @@ def _apportioned(total: int, weights: list[float]) -> list[int]:
     for n in largest[: total - sum(counts)]:
         counts[n] += 1
     return counts
-
-
-def read_meta(path: str | Path, processor: MakesExamples, **options: Any) -> list[Part]:
-    """The sources of an OpenGVLab meta file: name → root, annotation, repeat_time, max_dynamic_patch, length.
-
-    Paths are tried as seen from the working directory, then from the meta file's folder. A `repeat_time` below 1
-    takes that share of the rows, another one each epoch. `length` is not needed. `options` go to `Rows`.
-    Raises UserError naming the source.
-    """
-    try:
-        meta = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a meta file ({error})") from None
-    if not isinstance(meta, dict) or not all(
-        isinstance(entry, dict) and "annotation" in entry for entry in meta.values()
-    ):
-        raise UserError(f'{path}: expected {{"name": {{"root": …, "annotation": …, "repeat_time": 1}}, …}}')
-    parts = []
-    for name, entry in meta.items():
-        if entry.get("data_augment"):
-            raise UserError(f"{path}: {name}: data_augment is not supported; expected false")
-        repeat = entry.get("repeat_time", 1)
-        if not isinstance(repeat, (int, float)) or not repeat > 0:
-            raise UserError(f"{path}: {name}: expected a repeat_time above 0, found {repeat!r}")
-        folder = Path(path).parent
-        own = {
-            "root": _existing(entry["root"], folder) if entry.get("root") else None,
-            "max_tiles": entry.get("max_dynamic_patch"),
-        }
-        own = {"source": name} | {key: value for key, value in own.items() if value is not None}
-        rows = Rows(_existing(entry["annotation"], folder), processor, **(options | own))
-        parts.append(Part(rows, name, repeat=float(repeat)))
-    return parts
-
-
-def _existing(path: str, folder: Path) -> Path:
-    return Path(path) if Path(path).exists() or not (folder / path).exists() else folder / path

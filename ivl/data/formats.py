@@ -1,17 +1,17 @@
 """A row of any format → Conversation. Each format is one function; a row says itself which it is by its keys.
 
-- `query` (ms-swift): query, response, history, system, images, videos, objects; `<img>path</img>` in a query
+- `query` (ms-swift): query, response, history, system, images, videos, objects
 - `conversations` (OpenGVLab, LLaVA): from human / gpt / system, image, video
 - `messages` (OpenAI): role user / assistant / system, content a text or a list of parts, images, videos
 
 Media stand where `<image>` and `<video>` are written in a user's text, in order over the whole conversation. Where no
 mark is written anywhere they come first in the last user's turn (`conversations`: in the first, as OpenGVLab has it).
+`<img>path</img>` in a user's text names an image where it stands. The keys that are read are in `ivl.data.keys`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl.data import grounding
+from ivl.data.keys import check_row_weight, is_trained
+from ivl.data.row_reader import Kind, Row, RowReader, nothing, optional_name, optional_text, text_of
 from ivl.types import TRUTH, Conversation, Media, Message, UserError, many
-from ivl.types import shortened as _short
+from ivl.types import shortened as short
 
-Row = dict[str, Any]
 Role = Literal["user", "assistant"]
-Kind = Literal["image", "video"]
 Size = Callable[[Any], tuple[int, int]]
 
 _MARK = re.compile(r"(<image>|<video>)")
-_PATH = re.compile(r"<img>([^<>]+)</img>")
-_TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])')
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
+_TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|,(?=\s*[}\]])', re.DOTALL)
 
 
 def is_url(source: str) -> bool:
@@ -97,15 +95,21 @@ def _parse(row: Any, where: str, root: str | Path | None, size: Size | None, com
     if len(kinds) != 1:
         found = sorted(kinds or (str(key) for key in row if row[key] is not None))[:12]
         raise UserError(f"expected one of query, conversations or messages, found {', '.join(found) or 'nothing'}")
-    draft = _FORMATS[kinds[0]](row, root)
-    draft.media = {"image": _media(row, "image", root), "video": _media(row, "video", root)}
-    _place(draft)
-    _ground(draft, row.get("objects"), size, compact)
+    reader = RowReader(root)
+    reader.keys.look(kinds[0], row)
+    check_row_weight(row)
+    draft = _FORMATS[kinds[0]](row, reader)
+    draft.media = {"image": reader.media(row, "image"), "video": reader.media(row, "video")}
+    if not draft.media["video"]:
+        reader.keys.look("row without video", {key: row.get(key) for key in ("start", "end")})
+    _place(draft, reader)
+    _ground(draft, row.get("objects"), size, compact, reader)
     _check_turns(draft)
     messages = tuple(Message(turn.role, _joined(turn.content), turn.trained) for turn in draft.turns)
     truth = {key: row[key] for key in TRUTH if row.get(key) is not None}
-    name, source = _name(row, "id"), _name(row, "source") or ""
-    return Conversation(messages, draft.system, id=name, where=where, source=source, truth=truth)
+    name, source = optional_name(row, "id"), optional_name(row, "source") or ""
+    unread = tuple(reader.keys.unread)
+    return Conversation(messages, draft.system, id=name, where=where, source=source, truth=truth, unread=unread)
 
 
 def _joined(content: list[str | Media]) -> tuple[str | Media, ...]:
@@ -122,23 +126,23 @@ def _joined(content: list[str | Media]) -> tuple[str | Media, ...]:
 # Formats
 
 
-def _from_query(row: Row, root: str | Path | None) -> _Draft:
+def _from_query(row: Row, reader: RowReader) -> _Draft:
     turns = []
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise UserError(f"history: expected a list of [query, response] pairs, found {_short(history)}")
+        raise UserError(f"history: expected a list of [query, response] pairs, found {short(history)}")
     for n, pair in enumerate(history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise UserError(f"history[{n}]: expected [query, response], found {_short(pair)}")
-        turns.append(_Turn("user", _with_paths(_text(pair[0], f"history[{n}][0]"), root)))
-        turns.append(_Turn("assistant", [_text(pair[1], f"history[{n}][1]")]))
-    turns.append(_Turn("user", _with_paths(_text(row["query"], "query"), root)))
+            raise UserError(f"history[{n}]: expected [query, response], found {short(pair)}")
+        turns.append(_Turn("user", reader.user_text(pair[0], f"history[{n}][0]")))
+        turns.append(_Turn("assistant", [text_of(pair[1], f"history[{n}][1]")]))
+    turns.append(_Turn("user", reader.user_text(row["query"], "query")))
     if row.get("response") is not None:
-        turns.append(_Turn("assistant", [_text(row["response"], "response")]))
-    return _Draft(turns, _optional_text(row, "system"))
+        turns.append(_Turn("assistant", [text_of(row["response"], "response")]))
+    return _Draft(turns, optional_text(row, "system"))
 
 
-def _from_conversations(row: Row, root: str | Path | None) -> _Draft:
+def _from_conversations(row: Row, reader: RowReader) -> _Draft:
     roles: dict[str, Role | Literal["system"]] = {
         "human": "user",
         "user": "user",
@@ -147,38 +151,42 @@ def _from_conversations(row: Row, root: str | Path | None) -> _Draft:
         "system": "system",
     }
     entries = _entries(row, "conversations")
-    system, turns = _optional_text(row, "system"), list[_Turn]()
+    system, turns = optional_text(row, "system"), list[_Turn]()
     for n, entry in enumerate(entries):
         name = f"conversations[{n}]"
         role = roles.get(str(entry.get("from")))
-        text = _text(entry.get("value"), f"{name}.value")
+        text = text_of(entry.get("value"), f"{name}.value")
         if role is None:
-            raise UserError(f"{name}.from: expected human, gpt or system, found {_short(entry.get('from'))}")
+            raise UserError(f"{name}.from: expected human, gpt or system, found {short(entry.get('from'))}")
+        reader.keys.look("conversations turn", entry, name)
+        trained = is_trained(entry, name, role)
         if role == "system":
             if n:
                 raise UserError(f"{name}: a system message can only come first")
             system = text
         elif role == "user" or turns:  # a greeting by the model before anyone spoke is no answer to learn
-            turns.append(_Turn(role, [text]))
+            turns.append(_Turn(role, reader.content(text, role, f"{name}.value"), trained))
     return _Draft(turns, system, media_first=True)
 
 
-def _from_messages(row: Row, root: str | Path | None) -> _Draft:
-    system, turns = _optional_text(row, "system"), list[_Turn]()
+def _from_messages(row: Row, reader: RowReader) -> _Draft:
+    system, turns = optional_text(row, "system"), list[_Turn]()
     entries = _entries(row, "messages")
     for n, entry in enumerate(entries):
         name, role, content = f"messages[{n}]", entry.get("role"), entry.get("content")
         if role not in ("system", "user", "assistant"):
-            raise UserError(f"{name}.role: expected system, user or assistant, found {_short(role)}")
+            raise UserError(f"{name}.role: expected system, user or assistant, found {short(role)}")
+        reader.keys.look("messages turn", entry, name)
+        trained = is_trained(entry, name, role)
         if role == "assistant" and content is None and n == len(entries) - 1:
             break
-        parts = list(_parts(content, f"{name}.content", row, root))
+        parts = list(_parts(content, f"{name}.content", row, role, reader))
         if role == "user":
             turns.append(_Turn(role, parts))
         elif len(texts := [part for part in parts if isinstance(part, str)]) < len(parts):
             raise UserError(f"{name}.content: only a user's message can hold images or videos")
         elif role == "assistant":
-            turns.append(_Turn(role, ["".join(texts)], trained=entry.get("loss") is not False))
+            turns.append(_Turn(role, ["".join(texts)], trained))
         elif n:
             raise UserError(f"{name}: a system message can only come first")
         else:
@@ -186,145 +194,53 @@ def _from_messages(row: Row, root: str | Path | None) -> _Draft:
     return _Draft(turns, system)
 
 
-_FORMATS: dict[str, Callable[[Row, str | Path | None], _Draft]] = {
+_FORMATS: dict[str, Callable[[Row, RowReader], _Draft]] = {
     "query": _from_query,
     "conversations": _from_conversations,
     "messages": _from_messages,
 }
 
 
-def _parts(content: Any, name: str, row: Row, root: str | Path | None) -> Iterator[str | Media]:
+def _parts(content: Any, name: str, row: Row, role: str, reader: RowReader) -> Iterator[str | Media]:
     """A message's content; a part that names no medium becomes a mark for the next of the row's own."""
     if isinstance(content, str):
-        yield _text(content, name)
+        yield from reader.content(content, role, name)
         return
     if not isinstance(content, list):
-        raise UserError(f"{name}: expected a text or a list of parts, found {_short(content)}")
+        raise UserError(f"{name}: expected a text or a list of parts, found {short(content)}")
     after_medium = False
     for n, part in enumerate(content):
         where = f"{name}[{n}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            text = _text(part.get("text"), f"{where}.text")
+            reader.keys.look("text part", part, where)
+            text = text_of(part.get("text"), f"{where}.text")
             # parts carry no line break of their own, and the models were trained with one after a medium
-            yield "\n" * (after_medium and not text.startswith("\n")) + text
+            text = "\n" * (after_medium and not text.startswith("\n")) + text
+            yield from reader.content(text, role, f"{where}.text")
         elif kind in ("image", "image_url", "video", "video_url"):
             word: Kind = "image" if kind.startswith("image") else "video"
-            source = next((part[key] for key in (kind, "url", "path", word) if not _nothing(part.get(key))), None)
-            source = source.get("url") if isinstance(source, dict) and "url" in source else source
-            if source is None and _nothing(row.get(word)) and _nothing(row.get(f"{word}s")):
+            reader.keys.look(f"{word} part", part, where)
+            source = next((part[key] for key in (kind, "url", "path", word) if not nothing(part.get(key))), None)
+            if source is None and nothing(row.get(word)) and nothing(row.get(f"{word}s")):
                 raise UserError(f"{where}: names no {word}, and the row has no {word}s; add its path or URL")
-            yield f"<{word}>" if source is None else _medium(word, source, where, root)
+            yield f"<{word}>" if source is None else reader.part_medium(word, part, source, where)
         else:
-            raise UserError(f"{where}: expected a part of type text, image, image_url or video, found {_short(part)}")
+            raise UserError(f"{where}: expected a part of type text, image, image_url or video, found {short(part)}")
         after_medium = kind != "text"
 
 
 def _entries(row: Row, key: str) -> list[Row]:
     entries = row[key]
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{key}: expected a list of turns, found {_short(entries)}")
+        raise UserError(f"{key}: expected a list of turns, found {short(entries)}")
     for n, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise UserError(f"{key}[{n}]: expected an object, found {_short(entry)}")
+            raise UserError(f"{key}[{n}]: expected an object, found {short(entry)}")
     return entries
 
 
-# Texts
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{name}: expected a text, found {'nothing' if value is None else _short(value)}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{name}: half a surrogate pair at character {error.start}; write the text as UTF-8"
-            ) from None
-    return value
-
-
-def _optional_text(row: Row, key: str) -> str | None:
-    return None if row.get(key) is None else _text(row[key], key)
-
-
-def _name(row: Row, key: str) -> str | None:
-    value = row.get(key)
-    return value if value is None else str(value)
-
-
-def _with_paths(text: str, root: str | Path | None) -> list[str | Media]:
-    """`<img>path</img>` taken out of a text."""
-    parts: list[str | Media] = []
-    for n, part in enumerate(_PATH.split(text)):
-        parts.append(_medium("image", part.strip(), "<img>", root) if n % 2 else part)
-    return parts
-
-
-# Media
-
-
-def _media(row: Row, kind: Kind, root: str | Path | None) -> list[Media]:
-    """The row's list of one kind, in whichever way it is spelled."""
-    keys = [key for key in (kind, f"{kind}s") if not _nothing(row.get(key))]
-    if not keys:
-        return []
-    if len(keys) == 2:
-        raise UserError(f"{keys[0]} and {keys[1]}: both are given; keep one")
-    name, value = keys[0], row[keys[0]]
-    if isinstance(value, str):
-        # a comma belongs to a data: URI, and may belong to a name
-        whole = value[:5].lower() == "data:" or os.path.exists(_resolved(value, root))
-        value = [value] if whole else [part.strip() for part in value.split(",")]
-    elif not isinstance(value, (list, tuple)):
-        value = [value]
-    media = [_medium(kind, source, f"{name}[{n}]", root) for n, source in enumerate(value)]
-    if kind == "video" and any(row.get(key) is not None for key in ("start", "end")):
-        times = [_seconds(row.get(key), key, len(media)) for key in ("start", "end")]
-        media = [Media(kind, m.source, start, end) for m, start, end in zip(media, *times, strict=True)]
-    return media
-
-
-def _nothing(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
-
-
-def _medium(kind: Kind, source: Any, name: str, root: str | Path | None) -> Media:
-    start = end = None
-    if isinstance(source, dict):  # as Hugging Face datasets has it, and a video with its own times
-        times = [_seconds(source.get(key), f"{name}.{key}", 1)[0] for key in ("start", "end")]
-        start, end = times
-        source = next((source[key] for key in ("bytes", "path", "url", kind) if source.get(key)), None)
-    if kind == "video" and isinstance(source, (list, tuple)) and source:
-        frames = [_medium("image", frame, f"{name}[{n}]", root).source for n, frame in enumerate(source)]
-        return Media(kind, frames, start, end)
-    if _nothing(source) or isinstance(source, (bool, int, float, dict, list, tuple)):
-        raise UserError(f"{name}: expected a path, URL, data: URI, bytes or image, found {_short(source)}")
-    if isinstance(source, (str, os.PathLike)):
-        source = _resolved(_text(os.fspath(source), name), root)
-    return Media(kind, source, start, end)
-
-
-def _resolved(path: str, root: str | Path | None) -> str:
-    if root is None or os.path.isabs(path) or _SCHEME.match(path):
-        return path
-    return os.path.join(root, path)
-
-
-def _seconds(value: Any, name: str, count: int) -> list[float | None]:
-    """A time for each video: one for all, or a list."""
-    values = value if isinstance(value, list) else [value] * count
-    if len(values) != count:
-        raise UserError(f"{name}: {len(values)} times but {count} videos")
-    for v in values:
-        if v is not None and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < 1e9):
-            raise UserError(f"{name}: expected seconds, found {_short(v)}")
-    return [None if v is None else float(v) for v in values]
-
-
-def _place(draft: _Draft) -> None:
+def _place(draft: _Draft, reader: RowReader) -> None:
     """Put the row's media where the marks are, or at the default place."""
     users = [turn for turn in draft.turns if turn.role == "user"]
     if not users:
@@ -339,6 +255,8 @@ def _place(draft: _Draft) -> None:
         mark = f"<{kind}>"
         marks = sum(part == mark for turn in users for part in turn.content)
         if media and not marks:
+            for turn in users:
+                reader.note_marks("".join(part for part in turn.content if isinstance(part, str)))
             numbered = kind == "image" and len(media) > 1
             for n, medium in enumerate(media, start=1):
                 unmarked += [f"Image-{n}: " if numbered else "", medium, "\n"]
@@ -356,12 +274,17 @@ def _mismatch(kind: str, marks: int, media: int) -> str:
     return f"{many(marks, f'<{kind}> mark')} but {many(media, kind)}; {what}"
 
 
-def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool) -> None:
+def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool, reader: RowReader) -> None:
     """Replace grounding marks in all turns, in reading order."""
+    objects = grounding.read(objects)
+    for n, entry in enumerate(objects if isinstance(objects, list) else ()):
+        reader.keys.look("object", entry, f"objects[{n}]")
+    if isinstance(objects, dict):
+        reader.keys.look("objects", objects, "objects")
     places = [(turn, i, p) for turn in draft.turns for i, p in enumerate(turn.content) if isinstance(p, str)]
     texts = [text for *_, text in places]
     prompt = draft.turns[-1].role == "user"
-    if _nothing(objects) and (prompt or not any(grounding.MARK.search(text) for text in texts)):
+    if nothing(objects) and (prompt or not any(grounding.MARK.search(text) for text in texts)):
         return
     images = [p for turn in draft.turns for p in turn.content if isinstance(p, Media) and p.kind == "image"]
     listed = draft.media["image"] or images

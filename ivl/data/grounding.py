@@ -16,8 +16,11 @@ from ivl.types import UserError, many
 from ivl.types import shortened as _short
 
 Box = tuple[float, float, float, float]
+Points = tuple[float, ...]
+"""A box, or a point x, y"""
 MARK = re.compile(r"<ref-object>|<bbox>")
 _TYPES = ("real", "norm_1000", "norm_1")
+_SPELLED = {"norm1000": "norm_1000", "norm1": "norm_1"}
 
 
 def fill(
@@ -25,36 +28,41 @@ def fill(
 ) -> list[str]:
     """The texts of a conversation in reading order, with their marks replaced.
 
-    The k-th `<ref-object>` and the k-th `<bbox>` both speak of the k-th object. `objects`: a list of dicts (or its
-    JSON) with `caption`, `bbox` (one box or a list of boxes), `bbox_type` (real, norm_1000 or norm_1; default real) and
-    `image` (index, default 0). `size`: index of an image → (width, height); asked only for `real` boxes. `compact`:
-    `<box>[[…]]</box>` as the releases write it, not the document's `<box> [[…]] </box>`.
+    `objects` has one of two forms, or is the JSON of one:
+    - a list: the k-th `<ref-object>` and the k-th `<bbox>` both speak of the k-th entry, which has `caption`, `bbox`
+      (one box or a list of boxes), `bbox_type` (default real) and `image` (index, default 0; or `image_id`);
+    - lists in an object, as ms-swift 3 writes them: the k-th `<ref-object>` is the k-th of `ref`, the k-th `<bbox>` the
+      k-th of `bbox`, a box or a point; one `bbox_type` for all, and `image_id` for each box.
+    `bbox_type` is real (pixels), norm_1000 or norm_1 (norm1000, norm1). `size`: index of an image → (width, height);
+    asked only for `real` boxes. `compact`: `<box>[[…]]</box>` as the releases write it, not the document's
+    `<box> [[…]] </box>`.
     Raises UserError where counts differ or a box is not one.
     """
-    objects = _read(objects)
-    for mark in ("<ref-object>", "<bbox>"):
-        count = sum(text.count(mark) for text in texts)
-        if count and count != len(objects):
-            raise UserError(f"{many(count, f'{mark} mark')} but {many(len(objects), 'object')}; expected one mark each")
-    if objects and not any(MARK.search(text) for text in texts):
-        raise UserError(
-            f"{many(len(objects), 'object')} but no <ref-object> or <bbox> mark; write a mark where each is named"
-        )
-    boxes = [_boxes(entry, n, size) for n, entry in enumerate(objects)]
-    captions, written = iter(objects), iter(boxes)
+    objects = read(objects)
+    counts = {mark: sum(text.count(mark) for text in texts) for mark in ("<ref-object>", "<bbox>")}
+    captions, boxes = (
+        _entries(objects, size, bool(counts["<ref-object>"])) if isinstance(objects, list) else _columns(objects, size)
+    )
+    for mark, key, there in (("<ref-object>", "ref", len(captions)), ("<bbox>", "bbox", len(boxes))):
+        if counts[mark] not in (0, there):
+            found = many(there, "object") if isinstance(objects, list) else f"{there} in objects.{key}"
+            raise UserError(f"{many(counts[mark], f'{mark} mark')} but {found}; expected one mark each")
+    if (captions or boxes) and not any(counts.values()):
+        objects_there = many(max(len(captions), len(boxes)), "object")
+        raise UserError(f"{objects_there} but no <ref-object> or <bbox> mark; write a mark where each is named")
+    refs, written = iter(captions), iter(boxes)
 
     def replace(match: re.Match[str]) -> str:
-        if match[0] == "<bbox>":
-            return write_boxes(next(written), compact)
-        return f"<ref>{next(captions)['caption']}</ref>"
+        return write_boxes(next(written), compact) if match[0] == "<bbox>" else f"<ref>{next(refs)}</ref>"
 
-    for n, entry in enumerate(objects):
-        if any("<ref-object>" in text for text in texts) and not isinstance(entry.get("caption"), str):
-            raise UserError(f"objects[{n}].caption: expected a text, found {entry.get('caption')!r}")
     return [MARK.sub(replace, text) for text in texts]
 
 
-def _read(objects: Any) -> list[dict[str, Any]]:
+Objects = list[dict[str, Any]] | dict[str, Any]
+
+
+def read(objects: Any) -> Objects:
+    """`objects` of a row in one of its two forms, its JSON parsed. Raises UserError where it is neither."""
     if isinstance(objects, str) and objects.strip():
         try:
             objects = json.loads(objects)
@@ -62,51 +70,102 @@ def _read(objects: Any) -> list[dict[str, Any]]:
             raise UserError(f"objects: not valid JSON ({error}); expected a list of objects") from None
     if not objects and not isinstance(objects, (int, float)):
         return []
-    objects = [objects] if isinstance(objects, dict) else objects
+    if isinstance(objects, dict):
+        return objects if _is_columns(objects) else [objects]
     if not isinstance(objects, list) or not all(isinstance(entry, dict) for entry in objects):
         raise UserError(f"objects: expected a list of objects with caption and bbox, found {_short(objects)}")
     return objects
 
 
-def _boxes(entry: dict[str, Any], n: int, size: Callable[[int], tuple[int, int]]) -> list[Box]:
-    """Boxes of an object in thousandths, not yet rounded."""
-    where = f"objects[{n}]"
-    found = entry.get("bbox")
-    kind = entry.get("bbox_type") or "real"
-    if kind not in _TYPES:
-        raise UserError(f"{where}.bbox_type: expected one of {', '.join(_TYPES)}, found {_short(kind)}")
-    if not isinstance(found, (list, tuple)) or not found:
+def _is_columns(objects: dict[str, Any]) -> bool:
+    """Whether an object holds the lists of all objects, and is not the only one itself."""
+    boxes = objects.get("bbox")
+    nested = isinstance(boxes, list) and (not boxes or isinstance(boxes[0], (list, tuple)))
+    return "caption" not in objects and (isinstance(objects.get("ref"), list) or nested)
+
+
+def _entries(
+    objects: list[dict[str, Any]], size: Callable[[int], tuple[int, int]], named: bool
+) -> tuple[list[str], list[list[Points]]]:
+    """Captions and boxes of a list of objects."""
+    captions, boxes = [], []
+    for n, entry in enumerate(objects):
+        caption = entry.get("caption")
+        if named and not isinstance(caption, str):
+            raise UserError(f"objects[{n}].caption: expected a text, found {caption!r}")
+        captions.append(caption if isinstance(caption, str) else "")
+        where, bbox = f"objects[{n}]", entry.get("bbox")
+        if not isinstance(bbox, (list, tuple)) or not bbox:
+            raise UserError(
+                f"{where}.bbox: expected [x_min, y_min, x_max, y_max] or a list of those, found {_short(bbox)}"
+            )
+        kind = _kind(entry.get("bbox_type"), f"{where}.bbox_type")
+        key = "image" if entry.get("image") is not None else "image_id"
+        extent = _extent(kind, entry.get(key), f"{where}.{key}", size)
+        group = bbox if isinstance(bbox[0], (list, tuple)) else [bbox]
+        boxes.append([_scaled(box, *extent, f"{where}.bbox", kind) for box in group])
+    return captions, boxes
+
+
+def _columns(objects: dict[str, Any], size: Callable[[int], tuple[int, int]]) -> tuple[list[str], list[list[Points]]]:
+    """Captions and boxes of lists in an object."""
+    columns = {key: objects.get(key) or [] for key in ("ref", "bbox", "image_id")}
+    for key, value in columns.items():
+        if not isinstance(value, list):
+            raise UserError(f"objects.{key}: expected a list, found {_short(value)}")
+    captions, bbox, images = columns.values()
+    for n, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise UserError(f"objects.ref[{n}]: expected a text, found {_short(caption)}")
+    if images and len(images) != len(bbox):
         raise UserError(
-            f"{where}.bbox: expected [x_min, y_min, x_max, y_max] or a list of those, found {_short(found)}"
+            f"objects.image_id: expected the index of an image for each of {len(bbox)} boxes, found {len(images)}"
         )
-    boxes = found if isinstance(found[0], (list, tuple)) else [found]
+    kind, boxes = _kind(objects.get("bbox_type"), "objects.bbox_type"), []
+    for n, box in enumerate(bbox):
+        extent = _extent(kind, images[n] if images else None, f"objects.image_id[{n}]", size)
+        boxes.append([_scaled(box, *extent, f"objects.bbox[{n}]", kind, points=True)])
+    return captions, boxes
+
+
+def _kind(value: Any, where: str) -> str:
+    """The unit of a box."""
+    kind = _SPELLED.get(value, value) if isinstance(value, str) else value
+    kind = "real" if kind is None or kind == "" else kind
+    if kind not in _TYPES:
+        raise UserError(f"{where}: expected one of {', '.join(_TYPES)}, found {_short(kind)}")
+    return kind
+
+
+def _extent(kind: str, image: Any, where: str, size: Callable[[int], tuple[int, int]]) -> tuple[int, int]:
+    """Width and height that a box's numbers are relative to."""
+    image = 0 if image is None else image
+    if not isinstance(image, int) or isinstance(image, bool):
+        raise UserError(f"{where}: expected the index of an image, from 0, found {_short(image)}")
     if kind == "real":
-        image = entry.get("image", 0)
-        if not isinstance(image, int) or isinstance(image, bool):
-            raise UserError(f"{where}.image: expected the index of an image, from 0, found {_short(image)}")
-        width, height = size(image)
-    else:
-        width = height = 1000 if kind == "norm_1000" else 1
-    return [_scaled(box, width, height, f"{where}.bbox", kind) for box in boxes]
+        return size(image)
+    return (1000, 1000) if kind == "norm_1000" else (1, 1)
 
 
-def _scaled(box: Any, width: int, height: int, where: str, kind: str) -> Box:
+def _scaled(box: Any, width: int, height: int, where: str, kind: str, points: bool = False) -> Points:
+    """A box in thousandths, not yet rounded; with `points`, a point as well."""
     numbers = isinstance(box, (list, tuple)) and all(
         isinstance(v, (int, float)) and not isinstance(v, bool) and -1e9 < v < 1e9 for v in box
     )
-    if not numbers or len(box) != 4:
-        raise UserError(f"{where}: expected four numbers x_min, y_min, x_max, y_max, found {_short(box)}")
-    x1, y1, x2, y2 = box
+    if not numbers or not (len(box) == 4 or (points and len(box) == 2)):
+        more = ", or a point x, y" * points
+        raise UserError(f"{where}: expected four numbers x_min, y_min, x_max, y_max{more}, found {_short(box)}")
+    x1, y1, x2, y2 = box if len(box) == 4 else (*box, *box)
     if x1 > x2 or y1 > y2:
         raise UserError(f"{where}: expected x_min <= x_max and y_min <= y_max, found {_short(box)}")
     # one pixel of slack: annotators round, and some count the last pixel as its far edge
     slack = 0.001 if kind == "norm_1" else 1
     if min(x1, y1) < -slack or x2 > width + slack or y2 > height + slack:
         raise UserError(f"{where}: {_short(box)} reaches outside of {width} x {height} ({kind}); check bbox_type")
-    return 1000 * x1 / width, 1000 * y1 / height, 1000 * x2 / width, 1000 * y2 / height
+    return (1000 * x1 / width, 1000 * y1 / height, 1000 * x2 / width, 1000 * y2 / height)[: len(box)]
 
 
-def write_boxes(boxes: Sequence[Box], compact: bool = False) -> str:
+def write_boxes(boxes: Sequence[Points], compact: bool = False) -> str:
     """Boxes in thousandths as a model writes them, rounded as Python rounds and clamped to 0..1000."""
     whole = [[min(1000, max(0, round(v))) for v in box] for box in boxes]
     return f"<box>{whole}</box>" if compact else f"<box> {whole} </box>"

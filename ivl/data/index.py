@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import ivl
+from ivl.data import unread
 from ivl.data.cache import default_cache, whole_file
 from ivl.data.dataset import Rows
 from ivl.data.formats import is_url
@@ -32,15 +33,23 @@ from ivl.data.limits import CHANGES, changes
 from ivl.data.processor import TooLong
 from ivl.types import UserError
 
-_FORMAT = 2
+_FORMAT = 3
 _CHUNK = 256
 _SHOWN = 10
 RECORD = np.dtype(
-    [("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4"), ("changes", "u1"), ("exact", "?"), ("usable", "?")]
+    [
+        ("tokens", "<i4"),
+        ("tiles", "<i4"),
+        ("supervised", "<i4"),
+        ("changes", "u1"),
+        ("exact", "?"),
+        ("usable", "?"),
+        ("unread", "<u2"),
+    ]
 )
 """One row: tokens (text and image together), tiles, supervised labels; changes: what `on_too_long` did to it, as
 `ivl.data.limits.changes` has it; exact: False where media behind URLs were not
-looked at; usable: False where the row is left out, all else then 0"""
+looked at; usable: False where the row is left out, all else then 0; unread: which of `Index.unread` the row holds"""
 
 MediaCheck = Literal["header", "decode"]
 
@@ -55,6 +64,8 @@ class Index:
     """Row → what is wrong with it, beginning with `file:line`"""
     dropped: dict[int, str] = field(default_factory=dict)
     """Row → why the limits leave it out, as `on_too_long: drop` asks for"""
+    unread: list[tuple[str, ...]] = field(default_factory=lambda: [()])
+    """Sets of names of keys that are not read, the empty one first"""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -84,8 +95,14 @@ class Index:
     def select(self, numbers: np.ndarray) -> Index:
         """The records of these rows, in this order."""
         place = {int(number): at for at, number in enumerate(numbers)} if self.problems or self.dropped else {}
-        texts = [{place[n]: t for n, t in kept.items() if n in place} for kept in (self.problems, self.dropped)]
-        return Index(self.records[numbers], *texts)
+        problems, dropped = (
+            {place[n]: t for n, t in kept.items() if n in place} for kept in (self.problems, self.dropped)
+        )
+        return Index(self.records[numbers], problems, dropped, self.unread)
+
+    def unread_keys(self) -> list[tuple[str, int, int]]:
+        """Keys of usable rows that are not read: name, rows that hold it, and the first of them."""
+        return unread.counts(self.records["unread"], self.unread)
 
 
 def joined(indexes: Sequence[Index]) -> Index:
@@ -97,6 +114,8 @@ def joined(indexes: Sequence[Index]) -> Index:
     for index in indexes:
         whole.problems |= {first + n: text for n, text in index.problems.items()}
         whole.dropped |= {first + n: text for n, text in index.dropped.items()}
+        numbers = unread.merged(whole.unread, index.unread)
+        whole.records["unread"][first : first + len(index)] = numbers[index.records["unread"]]
         first += len(index)
     return whole
 
@@ -104,7 +123,7 @@ def joined(indexes: Sequence[Index]) -> Index:
 def answers_needed(rows: Rows, index: Index) -> Index:
     """The index for rows to be learnt from or scored: prompts, which it takes for good rows, are problems there."""
     prompts = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
-    found = Index(index.records.copy(), dict(index.problems), index.dropped)
+    found = Index(index.records.copy(), dict(index.problems), index.dropped, index.unread)
     found.records[prompts] = np.zeros((), RECORD)
     text = "the row has no answer to learn from; add a response, or move it to data.predict"
     found.problems |= {n: f"{rows.where(n)}: {text}" for n in prompts.tolist()}
@@ -145,6 +164,7 @@ def build_index(
             again = np.array(sorted(index.problems))
             found = _probed(probe, _spread(again), workers, None)
             index.records = index.records.copy()
+            found.records["unread"] = unread.merged(index.unread, found.unread)[found.records["unread"]]
             index.records[again] = found.records
             index.problems = {int(again[n]): text for n, text in found.problems.items()}
             index.dropped |= {int(again[n]): text for n, text in found.dropped.items()}
@@ -241,7 +261,8 @@ class _Probe(Dataset):
         index = Index(np.zeros(len(numbers), RECORD))
         for at, number in enumerate(numbers):
             try:
-                index.records[at] = self._record(int(number))
+                *record, names = self._record(int(number))
+                index.records[at] = (*record, unread.number_of(names, index.unread))
             except TooLong as error:
                 index.dropped[at] = self._reason(number, error)
             except UserError as error:
@@ -251,16 +272,17 @@ class _Probe(Dataset):
     def _reason(self, number: int, error: UserError) -> str:
         return str(error).removeprefix(f"{self.rows.where(int(number))}: ")  # the file may be kept elsewhere tomorrow
 
-    def _record(self, number: int) -> tuple[int, int, int, int, bool, bool]:
+    def _record(self, number: int) -> tuple[int, int, int, int, bool, bool, unread.Names]:
+        """A record, but for the names of keys that are not read, which stand last."""
         rows = self.rows
         conversation = rows.conversation(number)
         urls = any(isinstance(m.source, str) and is_url(m.source) for m in conversation.media)
         if self.media == "decode" and (self.probe_urls or not urls):
             example = rows.processor(conversation, max_tiles=rows.max_tiles)
             numbers = (len(example.input_ids), len(example.tiles), example.num_supervised)
-            return *numbers, changes(example.notes), True, True
+            return *numbers, changes(example.notes), True, True, conversation.unread
         found = rows.processor.lengths(conversation, max_tiles=rows.max_tiles, probe_urls=self.probe_urls)
-        return *found, self.probe_urls or not urls, True
+        return *found, self.probe_urls or not urls, True, conversation.unread
 
 
 def cores() -> int:
@@ -291,7 +313,8 @@ def _probed(
 def _save(path: Path, index: Index) -> None:
     """Texts first: records are what says that an index is complete."""
     with whole_file(path.with_suffix(".json")) as out:
-        out.write(json.dumps({"problems": index.problems, "dropped": index.dropped}).encode())
+        texts = {"problems": index.problems, "dropped": index.dropped, "unread": index.unread}
+        out.write(json.dumps(texts).encode())
     with whole_file(path.with_suffix(".npy")) as out:
         np.save(out, index.records)
 
@@ -305,7 +328,8 @@ def _load(path: Path, count: int) -> Index | None:
         return None
     if records.dtype != RECORD or len(records) != count:
         return None
-    return Index(records, *({int(n): text for n, text in texts[name].items()} for name in ("problems", "dropped")))
+    problems, dropped = ({int(n): text for n, text in texts[name].items()} for name in ("problems", "dropped"))
+    return Index(records, problems, dropped, [tuple(names) for names in texts["unread"]])
 
 
 @contextlib.contextmanager

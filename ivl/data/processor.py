@@ -273,7 +273,9 @@ class Processor:
             plan.labels = [IGNORE] * len(plan.ids)
         elif not plan.num_supervised:
             cut = any(note.startswith("text") for note in plan.notes)
-            reason = f"the answer begins after token {self.max_length}" if cut else "the answers are empty"
+            left_out = not any(m.trained for m in conversation.messages if m.role == "assistant")
+            reason = "its turns say that none is learnt from" if left_out else "the answers are empty"
+            reason = f"the answer begins after token {self.max_length}" if cut else reason
             raise UserError(f"no token is left to train on: {reason}; mend the row or leave it out")
         return plan
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ivl.data import named
-from ivl.data.dataset import MakesExamples, Part, Rows, permutation, read_meta
+from ivl.data.dataset import MakesExamples, Part, Rows, permutation
+from ivl.data.meta_file import read_meta
 from ivl.types import UserError
 
 _META_BYTES = 16 << 20

@@ -30,24 +30,27 @@ LETTERS = "ABCDEFGHIJKLM"
 def _open(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected the benchmark's official download there")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected the benchmark's official download") from error
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(_open(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); is the download complete?") from error
+    return _parsed(_open(path), str(path))
 
 
 def _lines(path: Path) -> Iterator[Record]:
     for number, line in enumerate(_open(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error}); is the download complete?") from error
+        if line.strip():
+            yield _parsed(line, f"{path}:{number}")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); is the download complete?") from error
 
 
 _MISSING = {"", "NA", "N/A", "NaN", "nan", "NULL", "null", "n/a", "#N/A", "<NA>"}

@@ -56,7 +56,10 @@ def read(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
 def _parsed(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected answers, one JSON object a line")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected answers in UTF-8") from error
     if text.lstrip().startswith("["):
         try:
             items = list(enumerate(json.loads(text), 1))

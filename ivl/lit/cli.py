@@ -31,7 +31,7 @@ from ivl.lit.prediction import PredictionWriter
 from ivl.lit.scoring import scores_table
 from ivl.lit.types import IvlTrainer, own
 from ivl.lit.watch import Progress, Watch
-from ivl.lit.zero import weights_beside
+from ivl.lit.zero import check_installed, weights_beside
 from ivl.types import UserError
 
 
@@ -103,6 +103,7 @@ class IvlCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.weights_only = True  # a checkpoint is never unpickled
+        check_installed(config.trainer.strategy)
         if config.get("ckpt_path") == "last":
             resolve_last(config, resume=self.subcommand == "fit")
         if config.data.split == "run-validation":

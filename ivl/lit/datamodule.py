@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from ivl.data.cutter import VideoOptions
 from ivl.data.dataset import Mixture, Rows, split
 from ivl.data.features import FeatureStore, bytes_needed
-from ivl.data.index import Index, answers_needed, build_index, joined, progress_bar, reasons, usable, write_report
+from ivl.data.index import Index, answers_needed, build_index, joined, progress_bar, usable, write_report
 from ivl.data.media import MediaPolicy
 from ivl.data.pack import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor
@@ -32,6 +32,7 @@ from ivl.lit.checkpoints import unfinished
 from ivl.lit.feature_cache import open_store
 from ivl.lit.loaders import Asked, Pace, PacedLoader, RankRows, ResumableLoader, validation_batch
 from ivl.lit.prompts import LAST, Prompt, Prompts, processor_of_prompts, report_prompts
+from ivl.lit.row_report import say_changed, say_left_out, say_unread
 from ivl.lit.types import own
 from ivl.types import UserError
 
@@ -224,13 +225,9 @@ class IvlData(LightningDataModule):
             parts[n] = replace(part, rows=kept)
             indexes.append(index)
         mixture, index = Mixture(parts, self.seed), joined(indexes)
-        if whole.problems:
-            counts = [f"{count:8} {reason}" for reason, count in reasons(whole.problems.values()).most_common(10)]
-            listed = f", listed in {self.report}" if self.report else " (--data.report FILE lists them)"
-            text = f"{len(whole.problems)} of {len(whole)} rows cannot be used and are left out{listed}; by reason:"
-            rank_zero_info("\n".join([text, *counts]))
-        if changed := whole.describe_changes():
-            rank_zero_info(f"rows that max_length changes: {changed} (of {len(whole)})")
+        say_left_out(whole, self.report)
+        say_changed(whole)
+        say_unread(index, mixture.where)
         if len(parts) > 1:
             rank_zero_info(mixture.describe())
         self._train = mixture, index
@@ -241,6 +238,7 @@ class IvlData(LightningDataModule):
         rows.as_prompt = True
         index = _looked_through(rows, "questions")
         report_prompts(index, keep_errors=self.on_error == "skip")
+        say_unread(index, rows.where)
         # Long rows first: rows of like length are answered together, and none is left over at the end.
         self._order = np.argsort(-index.tokens, kind="stable")
 

@@ -6,6 +6,7 @@ split when the engine takes it. Its checkpoints are folders for it alone, so a r
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,25 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
-from ivl.types import WEIGHTS
+from ivl.types import WEIGHTS, UserError
 
 
 def is_zero(strategy: Strategy, stage: int | None = None) -> bool:
     """Whether DeepSpeed trains; `stage` 3: and splits the weights as well."""
     return isinstance(strategy, DeepSpeedStrategy) and (stage != 3 or strategy.zero_stage_3)
+
+
+def check_installed(strategy: Any) -> None:
+    """Raise UserError where an option asks for DeepSpeed and its package is missing.
+
+    `strategy`: a name, or what the command line made of a class and its arguments.
+    """
+    name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+    if "deepspeed" in str(name).lower() and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"trainer.strategy {name.rpartition('.')[2]}: the package deepspeed is not installed; pip install "
+            f"'ivl[deepspeed]', or take --config strategy/fsdp2, which needs none"
+        )
 
 
 @contextmanager

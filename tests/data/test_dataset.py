@@ -3,13 +3,15 @@
 import json
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ivl.data.dataset import Mixture, Part, Rows, read_meta, split
+from ivl.data.dataset import Mixture, Part, Rows, split
+from ivl.data.meta_file import read_meta
 from ivl.types import Conversation, Example, Message, UserError
 
 
@@ -178,7 +180,7 @@ def test_mixture_refusals(tmp_path):
         Rows([], Stub())
 
 
-def test_meta_file(tmp_path):
+def test_meta_file(tmp_path, monkeypatch):
     write(tmp_path, "a.jsonl", 4)
     write(tmp_path, "b.jsonl", 10)
     meta = {
@@ -195,11 +197,25 @@ def test_meta_file(tmp_path):
         ({"data_augment": True}, "ants: data_augment"),
         ({"repeat_time": 0}, "ants: expected a repeat_time"),
         ({"annotation": "gone.jsonl"}, "no such file"),
+        ({"annotation": ["a.jsonl", 3]}, "ants: annotation: expected a file of rows or a list"),
+        ({"annotation": []}, "ants: annotation: expected"),
+        ({"root": 3}, "ants: root: expected a folder"),
+        ({"max_dynamic_patch": "6"}, "ants: max_dynamic_patch: expected at least 1"),
+        ({"repeat_tme": 2}, "ants: repeat_tme is not read; expected root, annotation"),
     ):
         path.write_text(json.dumps({"ants": meta["ants"] | change}))
         with pytest.raises(UserError, match=words):
             read_meta(path, Stub())
-    for text in ("[]", "{", '{"a": 1}'):
+    path.write_text(json.dumps({"both": meta["ants"] | {"annotation": ["a.jsonl", "b.jsonl"]}}))
+    (part,) = read_meta(path, Stub())
+    assert part.rows.root == Path("images")
+    for folder in (tmp_path / "images", tmp_path / "elsewhere/images"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (beside,) = read_meta(path, Stub())
+    assert beside.rows.root == tmp_path / "images", "where the annotations are"
+    assert len(part.rows) == 14 and part.rows.where(4) == f"{tmp_path}/b.jsonl:1"
+    for text in ("[]", "{", '{"a": 1}', '{"a":' * 100_000):
         path.write_text(text)
         with pytest.raises(UserError, match=r"meta\.json"):
             read_meta(path, Stub())

@@ -123,7 +123,12 @@ def test_mmmu_doubles_the_first_picture(root):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"val_v1\.0\.json: no such file; expected the benchmark's official download"):
+    words = r"^\S+val_v1\.0\.json: no such file; expected the benchmark's official download there$"
+    with pytest.raises(UserError, match=words):
+        list(task("docvqa").rows(tmp_path))
+    (tmp_path / "docvqa/val").mkdir(parents=True)
+    (tmp_path / "docvqa/val/val_v1.0.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"^\S+val_v1\.0\.json: cannot be read \(.*utf-8.*\); expected the"):
         list(task("docvqa").rows(tmp_path))
     with pytest.raises(UserError, match="no such benchmark"):
         task("nope")

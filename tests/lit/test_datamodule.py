@@ -87,7 +87,7 @@ def test_a_row_is_in_one_batch_of_an_epoch(base):
 def test_what_is_left_out_is_counted_and_listed_for_all_sources(base, tmp_path, caplog):
     bad = [json.dumps({"query": f"q {n}", "response": "r", "images": ["gone.png"]}) + "\n" for n in range(2)]
     for name in ("a", "b"):
-        good = (base / "data/train.jsonl").read_text()
+        good = (base / "data/train.jsonl").read_text().replace('{"query"', f'{{"{name}_key": 1, "query"', 3)
         (base / f"data/{name}.jsonl").write_text(good + "".join(bad))
     options = {"on_error": "skip", "max_bad": 0.2, "report": str(tmp_path / "report.txt")}
     data = IvlData(
@@ -102,6 +102,8 @@ def test_what_is_left_out_is_counted_and_listed_for_all_sources(base, tmp_path, 
     said = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("4 of 60 rows cannot be used and are left out, listed in") for line in said), said
     assert len(data.training[1]) == 56
+    files = [f"{name}_key 3 ({base}/data/{name}.jsonl:1)" for name in "ab"]
+    assert [line for line in said if "not read" in line] == [f"keys that are not read: {', '.join(files)}"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Several processes compute what one computes, and each yaml under configs/strategy says what it means to."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,18 @@ def test_every_strategy_is_understood(base, tmp_path, path, capsys):
     else:
         assert found["class_path"] == wanted["class_path"]
         assert wanted["init_args"].items() <= found["init_args"].items()
+
+
+@pytest.mark.parametrize("given", ["strategy/deepspeed_zero2", "strategy/deepspeed_zero3", "deepspeed_stage_2"])
+def test_deepspeed_that_is_not_installed_is_one_line(base, tmp_path, given, capsys, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else real(name, *a))
+    option = ["--config", given] if "/" in given else ["--trainer.strategy", given]
+    argv = ["fit", "--config", str(config(base, tmp_path)), *option, "--trainer.accelerator", "cpu"]
+    assert main([*argv, "--trainer.devices", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: trainer.strategy ") and error.count("\n") == 1
+    assert "pip install 'ivl[deepspeed]'" in error
 
 
 def test_classic_fsdp_and_deepspeed_are_built(base):

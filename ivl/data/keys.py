@@ -1,0 +1,138 @@
+"""Keys of a row, turn, part, object or medium: those that are read, and those that would change its meaning.
+
+Each level of each format names the keys it reads. A key that changes the meaning and is not read makes the row one with
+a problem. All others are gathered, and `check` and `fit` list them with counts: `Keys.unread`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ivl.types import TRUTH, UserError, shortened
+
+LOSS = ("loss", "train", "weight", "loss_scale", "loss_weight")
+"""Names under which programs say whether a turn is trained on"""
+
+_ROW = ("id", "source", "system", "image", "images", "video", "videos", "start", "end", "objects", *TRUTH)
+READ: dict[str, frozenset[str]] = {
+    level: frozenset(keys)
+    for level, keys in {
+        "query": (*_ROW, "query", "response", "history", *LOSS),
+        "conversations": (*_ROW, "conversations", *LOSS),
+        "messages": (*_ROW, "messages", *LOSS),
+        "conversations turn": ("from", "value", *LOSS),
+        "messages turn": ("role", "content", *LOSS),
+        "text part": ("type", "text"),
+        "image part": ("type", "image", "image_url", "url", "path"),
+        "video part": ("type", "video", "video_url", "url", "path", "start", "end"),
+        "image": ("bytes", "path", "url", "image"),
+        "video": ("bytes", "path", "url", "video", "start", "end"),
+        "object": ("caption", "bbox", "bbox_type", "image", "image_id"),
+        "objects": ("ref", "bbox", "bbox_type", "image_id"),
+        "row without video": (),
+    }.items()
+}
+
+_THOUGHT = "thoughts are not trained on apart; write <think>…</think> before the answer, or remove the key"
+_TOOLS = "tools are not written into the prompt; write them into the system message, or remove the key"
+_SOUND = "sound is not read; remove the key"
+_FRAMES = "frames are chosen for all videos by data.video, a part of a video by start and end; remove the key"
+_NAMED_TWICE = "media of a turn are not read; name them in the row, or as parts of the content"
+_PART = "a part is not weighed by itself; write it beside the turn's role, or remove the key"
+
+_THINKING = dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thinking_content"), _THOUGHT)
+_CALLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS)
+_AUDIO = dict.fromkeys(("audio", "audios"), _SOUND)
+_SAMPLING = dict.fromkeys(
+    ("fps", "nframes", "num_frames", "max_frames", "min_frames", "video_fps", "video_start", "video_end"), _FRAMES
+)
+_MEDIA = dict.fromkeys(("image", "images", "video", "videos", "objects"), _NAMED_TWICE)
+_WEIGHED = dict.fromkeys(LOSS, _PART)
+REFUSED: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("query", "conversations", "messages"), _THINKING | _CALLS | _AUDIO),
+    **dict.fromkeys(("conversations turn", "messages turn"), _THINKING | _CALLS | _AUDIO | _MEDIA),
+    "text part": _WEIGHED,
+    "image part": _WEIGHED,
+    "video part": _WEIGHED | _SAMPLING,
+    "video": _SAMPLING,
+}
+"""Level → key that changes the meaning → what to do"""
+
+_PLACE = re.compile(r"\[\d+\]")
+
+
+@dataclass
+class Keys:
+    """Keys of a row as its format reads it."""
+
+    unread: dict[str, None] = field(default_factory=dict)
+    """Names of keys that are not read, `messages[].name`; also marks of other programs. Each once, in order"""
+
+    def look(self, level: str, entry: Mapping[str, Any], name: str = "") -> None:
+        """Gather the keys of an entry that its level does not read; `name` is the entry's own, `messages[3]`.
+
+        Raises UserError for a key that would change the meaning. A key without a value says nothing.
+        """
+        refused = REFUSED.get(level, {})
+        for key in entry.keys() - READ[level]:
+            value = entry[key]
+            path = f"{name}.{key}" if name else str(key)
+            if key in refused:
+                if not says_nothing(value):
+                    raise UserError(f"{path}: {refused[key]}")
+            elif value is not None:
+                self.note(_PLACE.sub("[]", path))
+
+    def note(self, text: str) -> None:
+        """Gather something that a row holds and that has no effect."""
+        self.unread.setdefault(text if len(text) <= 120 else text[:117] + "...")
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value stands for a missing one."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or value is False or (isinstance(value, (bytes, list, tuple, dict)) and len(value) == 0)
+
+
+def is_trained(entry: Mapping[str, Any], name: str, role: Literal["user", "assistant", "system"]) -> bool:
+    """Whether a turn is learnt from, as the keys of LOSS say; an assistant's is without them.
+
+    Raises UserError for a value between, and where a turn by another speaker is to be learnt.
+    """
+    found = {key: _zero_or_one(entry[key], f"{name}.{key}") for key in LOSS if entry.get(key) is not None}
+    if len(set(found.values())) > 1:
+        raise UserError(f"{name}: {' and '.join(found)} do not agree; keep one")
+    if role != "assistant" and any(found.values()):
+        raise UserError(f"{name}.{next(iter(found))}: only an assistant's turn is learnt from; remove the key")
+    return all(found.values())
+
+
+def check_row_weight(row: Mapping[str, Any]) -> None:
+    """Raise UserError where a row asks to count more or less than others."""
+    for key in LOSS:
+        if row.get(key) is not None and not (isinstance(row[key], (int, float)) and row[key] == 1):
+            raise UserError(
+                f"{key}: a row is not weighed by itself, expected 1, found {shortened(row[key])}; write it in a turn, "
+                f"weigh sources by data.mixture, or remove the key"
+            )
+
+
+def _zero_or_one(value: Any, name: str) -> bool:
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise UserError(
+        f"{name}: expected 0 or 1 (true or false), found {shortened(value)}; a turn is learnt from or it is not"
+    )
+
+
+FOREIGN = re.compile(
+    r"<\|(?:image|video|audio|vision_start|vision_end|image_pad|video_pad|image_\d+|media_pad|media_begin|endofchunk)\|>"
+    r"|<(?:IMAGE|VIDEO|Image|ImageHere|IMG_CONTEXT|image_placeholder|image_pad|image_soft_token|start_of_image|im_patch"
+    r"|media|image_\d+|image\d+|audio)>"
+    r"|\[(?:IMG|IMAGE)\]|<__media__>"
+)
+"""Marks that stand for media in other programs; plain characters here"""

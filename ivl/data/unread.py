@@ -1,0 +1,50 @@
+"""Keys that are not read, of all rows of an index: each row holds the number of one of the sets of names there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Names = tuple[str, ...]
+_MOST = 4096
+_OTHERS: Names = ("keys that differ from row to row",)
+
+
+def number_of(names: Names, sets: list[Names]) -> int:
+    """The number of a set of names in `sets`, which it is added to; 0 is the empty one, which `sets` begins with.
+
+    Beyond some thousands of sets one stands for all others, as where keys are made of names or dates.
+    """
+    try:
+        return sets.index(names)
+    except ValueError:
+        if len(sets) > _MOST:
+            names = _OTHERS
+            if names in sets:
+                return sets.index(names)
+        sets.append(names)
+        return len(sets) - 1
+
+
+def merged(sets: list[Names], others: Sequence[Names]) -> np.ndarray:
+    """(others,) uint16: the numbers of other sets in `sets`, which they are added to."""
+    return np.array([number_of(tuple(names), sets) for names in others], np.uint16)
+
+
+def counts(numbers: np.ndarray, sets: Sequence[Names]) -> list[tuple[str, int, int]]:
+    """Name, rows that hold it, and the first of them; most frequent first. `numbers`: (rows,) of the rows' sets."""
+    present, first, times = np.unique(numbers, return_index=True, return_counts=True)
+    found: dict[str, tuple[int, int]] = {}
+    for number, row, count in zip(present.tolist(), first.tolist(), times.tolist()):
+        for name in sets[number]:
+            before, at = found.get(name, (0, row))
+            found[name] = before + count, min(at, row)
+    return sorted(((name, count, row) for name, (count, row) in found.items()), key=lambda one: (-one[1], one[2]))
+
+
+def describe(found: Sequence[tuple[str, int, int]], where: Callable[[int], str], most: int = 10) -> str:
+    """`counts` in one line: name, rows, `file:line` of the first."""
+    texts = [f"{name} {count} ({where(row)})" for name, count, row in found[:most]]
+    rest = len(found) - most
+    return ", ".join(texts) + (f" and {rest} more" if rest > 0 else "")
