@@ -92,7 +92,7 @@ class Message:
 class Conversation:
     """A row after its format has been understood; `ivl.data.formats` makes it from every format.
 
-    `messages` alternate, a user's first. A last message by the user is a prompt: the answer is to be generated.
+    `messages` alternate, mostly a user's first. A last message by the user is a prompt: the answer is to be generated.
     `system` None means the checkpoint's own system message; an empty string means none at all.
     `where` is `file:line` for messages to people; `id` the row's own id where it has one.
     `reference` is the expected answer of a prompt, kept for scoring and never shown to the model.

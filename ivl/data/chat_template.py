@@ -34,13 +34,17 @@ _JINJA = """\
 {%- endif -%}
 {%- endmacro -%}
 {{ BOS }}
+{%- set trains = messages and messages[-1]['role'] == 'assistant' -%}
+{%- set seen = namespace(user=false) -%}
 {%- if not messages or messages[0]['role'] != 'system' -%}{{ SYSTEM ~ DEFAULT ~ AFTER_USER }}{%- endif -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ SYSTEM ~ words(message['content']) ~ AFTER_USER }}
 {%- elif message['role'] == 'assistant' -%}
-{%- set text = words(message['content']) STRIP -%}
-{{ ANSWER }}{%- if text -%}{{ LEAD ~ text ~ END ~ GAP }}{%- endif -%}
-{%- else -%}{{ USER ~ words(message['content']) STRIP ~ AFTER_USER }}
+{%- if EVERY or seen.user -%}
+{%- set text = (words(message['content']) STRIP) -%}
+{{ ANSWER }}{%- if text or (EVERY and trains) -%}{{ LEAD ~ text ~ END ~ GAP }}{%- endif -%}
+{%- endif -%}
+{%- else -%}{%- set seen.user = true -%}{{ USER ~ (words(message['content']) STRIP) ~ AFTER_USER }}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ ANSWER }}{%- endif -%}
@@ -71,7 +75,8 @@ def chat_template(
     }
     holes = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
     holes["MARKS"] = "".join(f".replace({json.dumps(old)}, {json.dumps(new)})" for old, new in replaced)
-    holes[" STRIP"] = " | trim" if template.strip else ""
+    holes[" STRIP"] = " | trim if trains else words(message['content'])" if template.strip else ""
+    holes["EVERY"] = json.dumps(template.every_turn)
     return _filled(_JINJA.replace("\n", ""), holes)
 
 

@@ -164,7 +164,7 @@ def _from_conversations(row: Row, reader: RowReader) -> _Draft:
             if n:
                 raise UserError(f"{name}: a system message can only come first")
             system = text
-        elif role == "user" or turns:  # a greeting by the model before anyone spoke is no answer to learn
+        else:
             turns.append(_Turn(role, reader.content(text, role, f"{name}.value"), trained))
     return _Draft(turns, system, media_first=True)
 
@@ -305,12 +305,11 @@ def _header_size(source: Any) -> tuple[int, int]:
 
 
 def _check_turns(draft: _Draft) -> None:
-    """User and assistant alternate, nobody says nothing."""
+    """User and assistant alternate, nobody says nothing. The model may speak first; not all templates write it down."""
     turns = draft.turns
     for n, turn in enumerate(turns):
-        expected = ("user", "assistant")[n % 2]
-        if turn.role != expected:
-            raise UserError(f"turn {n + 1} is by the {turn.role}; expected user and assistant in turn, a user first")
+        if n and turn.role == turns[n - 1].role:
+            raise UserError(f"turn {n + 1} is by the {turn.role} again; expected user and assistant in turn")
         if turn.role == "user" and not any(part for part in turn.content if part != ""):
             raise UserError(f"turn {n + 1}: the user's text is empty; write a question or drop the turn")
     if turns[-1].role == "assistant" and not any(turns[-1].content):

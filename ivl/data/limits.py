@@ -90,13 +90,14 @@ def fitted(plan: Plan, max_length: int, tokens_per_tile: int, encode: Encode, co
         limits = lowered(plan.shapes, plan.limits, (max_length - text) // tokens_per_tile, count)
         if limits is not None:
             break
-        if len(plan.conversation.messages) <= 2:
+        if sum(message.role == "user" for message in plan.conversation.messages) < 2:
             raise UserError(
                 f"{len(whole.ids)} tokens ({whole.num_tiles * tokens_per_tile} of them image) but max_length is "
                 f"{max_length}, and the last turn alone with the fewest tiles does not fit; shorten it or raise it"
             )
-        gone = sum(not isinstance(part, str) for part in plan.conversation.messages[0].parts)
-        rest = replace(plan.conversation, messages=plan.conversation.messages[2:])
+        messages = plan.conversation.messages
+        gone = sum(not isinstance(part, str) for part in messages[0].parts)
+        rest = replace(plan.conversation, messages=messages[2 if messages[0].role == "user" else 1 :])
         plan, turns = encode(rest, plan.shapes[gone:], plan.limits[gone:]), turns + 1
     before = plan.num_tiles
     plan = encode(plan.conversation, plan.shapes, limits)

@@ -48,7 +48,9 @@ class Template:
     user_end: str | None = None
     """Closes system and user messages where that is not `end` + `gap`"""
     strip: bool = False
-    """Blanks around a message are dropped"""
+    """Blanks around a message are dropped in training. A prompt keeps them: the reference's chat drops none"""
+    every_turn: bool = False
+    """An answer before the first question is kept, and in training the end of an empty answer; both are learnt from"""
 
     @property
     def after_user(self) -> str:
@@ -62,7 +64,7 @@ TEMPLATES: dict[str, Template] = {
     for row in (
         Template("internlm2-chat", SYSTEM_2, *_CHATML, strip=True),
         Template("Hermes-2", SYSTEM_2, *_CHATML),
-        Template("internvl2_5", SYSTEM_2_5, *_CHATML, gap="\n"),
+        Template("internvl2_5", SYSTEM_2_5, *_CHATML, gap="\n", every_turn=True),
         Template("phi3-chat", SYSTEM_2, "<|system|>\n", "<|user|>\n", "<|assistant|>\n", "<|end|>"),
         Template("internvl_zh", "", "", "<human>: ", "<bot>:", "</s>", lead=" ", user_end=" "),
     )
@@ -116,7 +118,8 @@ def spans(
     """The conversation as written by a template.
 
     `tiles`: for each medium the tiles of its image, or of each frame of its video. `system_message`: the checkpoint's,
-    used where the row has none. An empty answer inside leaves its closing tokens out, as the reference has it.
+    used where the row has none. A conversation that ends with an answer is written as the reference's trainer does, a
+    prompt as its chat does; they differ in blanks and empty answers (`Template.strip` and `every_turn`).
     """
     counts = iter(tiles)
     system = conversation.system
@@ -125,15 +128,18 @@ def spans(
     yield "template", template.system, False
     yield "user", system, False
     yield "template", template.after_user, False
-    for message in conversation.messages:
-        parts = _stripped(message) if template.strip else message.parts
+    messages = conversation.messages
+    training = messages[-1].role == "assistant"
+    for message in messages[1:] if messages[0].role == "assistant" and not template.every_turn else messages:
+        parts = _stripped(message) if template.strip and training else message.parts
         if message.role == "user":
             yield "template", template.user, False
             yield from _user_spans(parts, counts, tokens_per_tile, frame_prefix)
             yield "template", template.after_user, False
             continue
         yield "template", template.answer, False
-        if text := "".join(part for part in parts if isinstance(part, str)):
+        text = "".join(part for part in parts if isinstance(part, str))
+        if text or (template.every_turn and training):
             yield "answer", template.lead + text, message.trained
             yield "template", template.end, message.trained
             yield "template", template.gap, False

@@ -195,11 +195,12 @@ SAID = {"role": "assistant", "content": "Yes"}
         ),
         (
             {"conversations": [{"from": "gpt", "value": "Welcome!"}, {"from": "human", "value": "Q"}, {"from": "gpt", "value": "R"}]},
-            [("Q",), ("R",)],
+            [("Welcome!",), ("Q",), ("R",)],
         ),
         ({"conversations": [{"from": "human", "value": "Q"}]}, [("Q",)]),
         # OpenAI
         ({"messages": [USER, SAID]}, [("Hi",), ("Yes",)]),
+        ({"messages": [SAID, USER, SAID]}, [("Yes",), ("Hi",), ("Yes",)]),
         ({"messages": [USER, SAID, USER]}, [("Hi",), ("Yes",), ("Hi",)]),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, [("Hi",)]),
         ({"messages": [USER, SAID], "images": ["a.jpg"]}, [(A, "\nHi"), ("Yes",)]),
@@ -319,7 +320,8 @@ def test_pixels_of_boxes_are_those_of_the_image(tmp_path):
             "a system message can only come first",
         ),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\].role: expected system, user or assistant"),
-        ({"messages": [SAID, USER]}, "turn 1 is by the assistant"),
+        ({"messages": [SAID]}, "no user's turn"),
+        ({"messages": [SAID, SAID, USER]}, "turn 2 is by the assistant again; expected user and assistant in turn"),
         ({"messages": [{"role": "user", "content": 3}]}, "content: expected a text or a list of parts"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "expected a part of type text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "names no image, and the row has no images"),

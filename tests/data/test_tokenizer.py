@@ -14,7 +14,10 @@ from ivl.data.tokenizer import GROUNDING_TOKENS, Tokenizer
 from ivl.types import UserError
 from tests.tiny import _byte_level_bpe, write_tokenizer
 
-CHECKPOINTS = ("internvl2_1b", "internvl2_2b", "internvl2_4b", "internvl2_26b", "internvl_chat_v1_5")
+CHECKPOINTS = (
+    "internvl2_1b", "internvl2_2b", "internvl2_4b", "internvl2_26b", "internvl_chat_v1_5", "internvl3_8b",
+    "internvl3_5_4b",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -232,4 +235,5 @@ def test_ids_and_names(every):
             tokenizer.token_id("<|nobody|>")
         ids = tokenizer.encode("<img>a<ref>b")
         assert tokenizer.decode(ids, skip=[tokenizer.token_id("<img>")]).strip() == "a<ref>b"
-        assert tokenizer.decode(ids, skip_special=True).strip() == "ab"
+        special = "<img>" in tokenizer.special  # in the releases of 3 and 3.5 they are not
+        assert tokenizer.decode(ids, skip_special=True).strip() == ("ab" if special else "<img>a<ref>b")

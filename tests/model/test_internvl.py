@@ -9,10 +9,10 @@ from torchvision.transforms.functional import normalize as torchvision_normalize
 
 from ivl.config import Config, read_json
 from ivl.families import llm_family
-from ivl.model.internvl import MEAN, STD, InternVL, normalize, pixel_shuffle
+from ivl.model.internvl import InternVL, normalize, pixel_shuffle
 from ivl.model.layouts import groups
 from ivl.model.sketch import Tally
-from ivl.types import IGNORE, UserError
+from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, UserError
 from tests.model.rows import packed, padded, rows
 from tests.tiny import FAMILIES, write_checkpoint
 
@@ -105,7 +105,7 @@ def test_training_equals_the_reference(recorded, trace):
 
 def test_normalize_equals_torchvision():
     tiles = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
-    expected = torchvision_normalize(tiles.float() / 255, MEAN, STD)
+    expected = torchvision_normalize(tiles.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
     torch.testing.assert_close(normalize(tiles), expected, atol=1e-6, rtol=0)
     assert normalize(tiles, torch.bfloat16).dtype == torch.bfloat16
     assert normalize(expected) is expected
@@ -117,7 +117,7 @@ def test_normalize_equals_recorded_pixels(golden):
 
     with np.load(next((golden / "pixels").glob("*.npz"))) as arrays:
         recorded = torch.from_numpy(arrays["pixel_values"])
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
     tiles = ((recorded * std + mean) * 255).round().to(torch.uint8)
     torch.testing.assert_close(normalize(tiles), recorded, atol=1e-6, rtol=0)
 

@@ -110,7 +110,7 @@ def test_layers_in_the_host_s_memory_take_no_adapter(folder, tmp_path):
         adapter.load_adapter(model, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["internvl2_1b", "internvl2_2b", "internvl2_4b"])
+@pytest.mark.parametrize("name", ["internvl2_1b", "internvl2_2b", "internvl2_4b", "internvl3_8b"])
 def test_recorded_adapter_gives_the_recorded_loss(golden, name):
     """The reference's LoRA, on InternLM2's fused wqkv split like the weight it belongs to."""
     import numpy as np

@@ -42,7 +42,7 @@ def test_every_variant_equals_the_reference(recorded, attention):
         expected = arrays[f"{case['name']}.projector_output"]
         torch.testing.assert_close(features, expected, atol=1e-4, rtol=0, msg=case["name"])
         compared += 1
-    assert compared == 7
+    assert compared == (2 if recorded.name.startswith("internvl3") else 7)
 
 
 @torch.no_grad()
@@ -57,7 +57,10 @@ def test_hidden_states_equal_the_reference(recorded):
 
 
 def test_positions_resize_as_the_reference_did(recorded):
-    case = next(c for c in recorded.json("vision_extra.json") if c["name"] == "resize_pos_embeddings")
+    case = next((c for c in recorded.json("vision_extra.json") if c["name"] == "resize_pos_embeddings"), None)
+    if case is None:
+        assert recorded.name.startswith("internvl3")
+        pytest.skip(f"not recorded for {recorded.name}")
     expected = recorded.arrays("vision_extra.npz")["resize_pos_embeddings.position_embedding"]
     side = case["new_size"] // case["patch_size"]
     resized = recorded.model().vision_model.embeddings.positions(side, side)
