@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ivl import config_fields
 from ivl.types import UserError
 
 
@@ -34,15 +35,6 @@ class VisionConfig:
     dropout: float = 0.0
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"vision_config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
-        if self.norm_type not in ("layer_norm", "rms_norm"):
-            raise UserError(f"vision_config.norm_type: expected layer_norm or rms_norm, found {self.norm_type!r}")
 
 
 @dataclass(frozen=True)
@@ -97,19 +89,16 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> Config:
-        """Read a released config. Raises UserError naming a missing key."""
-        for key in ("vision_config", "llm_config", "template"):
-            if key not in raw:
-                raise UserError(
-                    f"{where}: no {key!r}; expected the config of an InternVL chat model "
-                    f"(vision_config, llm_config, template)"
-                )
+        """Read a released config. Raises UserError naming the first key that is missing or out of its range."""
+        if missing := [key for key in ("vision_config", "llm_config", "template") if key not in raw]:
+            raise UserError(
+                f"{where}: no {missing[0]!r}; expected the config of an InternVL chat model "
+                "(vision_config, llm_config, template)"
+            )
+        config_fields.check(raw, where)
         vision = _known(VisionConfig, raw["vision_config"])
         top = _known(cls, {k: v for k, v in raw.items() if k not in ("vision", "llm", "layout", "raw")})
-        try:
-            return cls(vision=VisionConfig(**vision), llm=dict(raw["llm_config"]), raw=raw, **top)
-        except TypeError as error:
-            raise UserError(f"{where}: {error}") from error
+        return cls(vision=VisionConfig(**vision), llm=dict(raw["llm_config"]), raw=raw, **top)
 
     @classmethod
     def load(cls, folder: str | Path) -> Config:
@@ -123,12 +112,24 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in names}
 
 
+LARGEST_JSON = 1 << 27
+"""Bytes of the largest JSON file that is read; the largest of a release, a tokenizer.json, has a tenth of it"""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint folder. Raises UserError with the path."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint folder with config.json, weights and tokenizer")
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise UserError(f"{path}: has {size} bytes; expected at most {LARGEST_JSON}")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; expected a JSON object as in a release") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); is the download complete?") from error
     if not isinstance(value, dict):

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ivl.config import Config, read_json
+from ivl.config_fields import LLM as LLM_FIELDS
+from ivl.config_fields import VISION as VISION_FIELDS
+from ivl.config_fields import check_part, shown
 from ivl.families import LLMS
 from ivl.types import UserError
 
@@ -43,7 +46,11 @@ def released_config(raw: dict[str, Any]) -> dict[str, Any]:
     """A -hf config.json in the released form, `template` empty. Raises UserError for what that form cannot say."""
     from transformers import InternVLConfig
 
-    whole = InternVLConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "dtype", "torch_dtype")})
+    _check(raw)
+    try:
+        whole = InternVLConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "dtype", "torch_dtype")})
+    except Exception as error:
+        raise UserError(f"config.json: transformers cannot read it: {' '.join(str(error).split())[:300]}") from error
     vision, text = whole.vision_config, whole.text_config
     refuse(
         "config.json",
@@ -98,6 +105,23 @@ def read_config(folder: str | Path) -> Config:
         released = released_config(raw) | _tile_limits(Path(folder))
         return replace(Config.from_dict(released, where=str(path)), layout="hf")
     return Config.from_dict(raw, where=str(path))
+
+
+def _check(raw: dict[str, Any]) -> None:
+    """Raise UserError for what is out of its range, before transformers makes anything of it."""
+    vision = {theirs: VISION_FIELDS[ours] for ours, theirs in VISION.items() if ours != "initializer_factor"}
+    text = {key: field for key, field in LLM_FIELDS.items() if key != "architectures"}
+    for name, table in (("vision_config", vision), ("text_config", text)):
+        part = raw.get(name)
+        if not isinstance(part, dict):
+            raise UserError(f"config.json: {name}: expected an object, found {shown(part)}")
+        check_part(part, table, "config.json", f"{name}.", partial=True)
+    for key in ("image_size", "patch_size"):
+        sides = raw["vision_config"].get(key, 1)
+        sides = sides if isinstance(sides, list) else [sides]
+        if not sides or len(set(map(repr, sides))) > 1 or not VISION_FIELDS[key].holds(sides[0]):
+            expected = VISION_FIELDS[key].expected()
+            raise UserError(f"config.json: vision_config.{key}: expected {expected} (squares only), found {sides}")
 
 
 def _tile_limits(folder: Path) -> dict[str, int]:

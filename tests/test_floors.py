@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ivl"
 
 FLOOR_0 = {
     "ivl.types",
+    "ivl.config_fields",
     "ivl.config",
     "ivl.families",
     "ivl.hf_config",
@@ -26,10 +27,11 @@ FLOOR_0 = {
 # What each place may import from the package; more specific places first.
 ALLOWED = {
     "ivl.types": set(),
-    "ivl.config": {"ivl.types"},
+    "ivl.config_fields": {"ivl.types"},
+    "ivl.config": {"ivl.types", "ivl.config_fields"},
     "ivl.families": {"ivl.types", "ivl.config"},
-    "ivl.hf_config": {"ivl.types", "ivl.config", "ivl.families"},
-    "ivl.hub": {"ivl.types", "ivl.config", "ivl.families", "ivl.hub"},
+    "ivl.hf_config": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families"},
+    "ivl.hub": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families", "ivl.hub"},
     "ivl.flops": {"ivl.config"},
     "ivl.devices": set(),
     "ivl.parquet": {"ivl.types"},

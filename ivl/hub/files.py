@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from ivl.types import UserError
+from ivl.config import read_json
+from ivl.config_fields import shown
+from ivl.types import UserError, some
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -26,17 +27,54 @@ def wanted(names: Iterable[str]) -> list[str]:
     return sorted(n for n in names if "/" not in n and any(fnmatch(n, pattern) for pattern in WANTED))
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files of a checkpoint's weights, those that its index names or the one file; they may be missing.
+
+    Raises UserError where the index is no index, names files elsewhere, or there are no safetensors here.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+            raise UserError(f"{index}: weight_map: expected an object from tensors to files, found {shown(table)}")
+        names = sorted(set(table.values()))
+        if strange := [n for n in names if Path(n).name != n or "\\" in n or not n.endswith(".safetensors")]:
+            raise UserError(
+                f"{index}: weight_map: expected names of .safetensors files in this folder, found {shown(strange[0])}"
+            )
+        return names
+    if (folder / WHOLE).is_file():
+        return [WHOLE]
+    raise UserError(f"{folder}: no {WHOLE} and no {INDEX}; {_instead(folder)}")
+
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def _instead(folder: Path) -> str:
+    """What lies there in place of weights, and the remedy."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if shards := [name for name in names if name.endswith(".safetensors")]:
+        return f"there are {some(shards, 3)}, without the index that says what is in them; download {INDEX} as well"
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth")) and "training_args" not in name]:
+        return (
+            f"there are only pickles ({some(pickles, 3)}), which are never opened here; take the safetensors of the "
+            "release, or convert them with transformers (save_pretrained)"
+        )
+    if others := [name for name in names if name.endswith((".gguf", ".onnx", ".engine"))]:
+        return f"there are weights for other programs ({some(others, 3)}); take the release that they were made from"
+    return "expected a checkpoint's weights; is the download complete?"
+
+
 def missing_files(folder: Path) -> list[str]:
     """What a checkpoint folder lacks to be loaded. Empty: it is complete."""
     missing = [name for name in ("config.json",) if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         missing.append(" or ".join(_TOKENIZERS))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing += sorted(name for name in shards if not (folder / name).is_file())
-    elif not (folder / "model.safetensors").is_file():
-        missing.append("model.safetensors")
+    try:
+        missing += [name for name in weight_files(folder) if not (folder / name).is_file()]
+    except UserError:
+        missing.append(f"readable {INDEX}" if (folder / INDEX).is_file() else WHOLE)
     return missing
 
 

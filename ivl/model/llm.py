@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ivl.config import Config
+from ivl.config_fields import LLM as LLM_FIELDS
 from ivl.families import llm_family
 from ivl.model import attention, blocks
 from ivl.model.attention import given_rows
@@ -66,7 +67,8 @@ def llm_config(config: Config) -> Any:
     raw = config.llm
     family = llm_family(config.llm_architecture)
     kind = CONFIG_MAPPING[family.model_type]
-    values = {f.name: raw[f.name] for f in fields(kind) if f.init and f.name in raw and f.name not in _NOT_COPIED}
+    names = {f.name for f in fields(kind) if f.init} & LLM_FIELDS.keys() & raw.keys() - set(_NOT_COPIED)
+    values = {n: float(raw[n]) if LLM_FIELDS[n].kind is float else raw[n] for n in names if raw[n] is not None}
     values |= {new: raw[old] for old, new in family.renamed if old in raw}
     # The classes' defaults are ids of some other vocabulary.
     values |= {name: raw.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

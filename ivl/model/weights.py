@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ivl.config import Config, read_json
+from ivl.config import Config
+from ivl.hub.files import INDEX, weight_files
 from ivl.model.layouts import Group, groups, layout_of, to_stored
 from ivl.types import UserError, some
 
@@ -37,19 +38,13 @@ class Files:
     @classmethod
     def of(cls, folder: Path) -> Files:
         """Raises UserError where there are no weights, a shard is missing, or a file is damaged."""
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise UserError(
-                    f"{folder}: {index.name} names {len(names)} files, {len(missing)} of them are missing "
-                    f"({some(missing)}); is the download complete?"
-                )
-        elif (folder / "model.safetensors").is_file():
-            names = ["model.safetensors"]
-        else:
-            raise UserError(f"{folder}: no model.safetensors and no {index.name}; expected a checkpoint's weights")
+        names = weight_files(folder)
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{folder}: {INDEX} names {len(names)} files, {len(missing)} of them are missing ({some(missing)}); is "
+                "the download complete?"
+            )
         files = cls(folder)
         for name in names:
             with _opened(folder / name) as file:
@@ -179,4 +174,4 @@ def save_weights(
         where |= dict.fromkeys(tensors, name)
     if count > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
