@@ -18,19 +18,30 @@ _DROPPED = {'"', "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "..."
 """What coco-caption drops after tokenising. It means to drop brackets as well, but spells them in capitals"""
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _QUOTES = str.maketrans("\u201c\u201d\u2018\u2019\u2013\u2014", "\"\"''--")
+_WRITTEN_OUT = str.maketrans(
+    {"\u2026": "...", "¼": " 1/4 ", "½": " 1/2 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 ", "\u00ad": ""}
+)
 _SPLIT = {
     "cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "lemme": "lem me", "gimme": "gim me",
     "'tis": "'t is", "'twas": "'t was",
 }  # fmt: skip
+_LETTER = r"[\w\u0300-\u036f]"
+"""Of a word; accents that stand by themselves are part of it"""
 _TOKEN = re.compile(
     r"https?://\S+"
     r"|[!?]{2,}"
+    r"|-{2,}"
     r"|(?:[a-z]\.){2,}"  # u.s. a.m.
     r"|(?:mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|co|corp|ltd|prof|gen|sgt|capt|lt|ave|blvd|rd|mt|no(?=\.\s*\d))\."
+    r"|\b(?-i:Jan|Feb|Apr|Aug|Sept?|Oct|Nov|Dec)\."
     r"|\b(?:(?-i:[A-Z])\.|[a-z]\.(?=\s+\w))"  # an initial
-    r"|'(?:tis|twas)\b|'\d0s\b"
-    r"|\.?\d+(?:[.,:/]\d+)*\w*(?:[-']\w+)*"
-    r"|@?\w+(?:[-&/.@']\w+)*"
+    r"|'n'|'(?:tis|twas|em|cause|till?|n)\b|'\d\d(?:s\b|(?!\w))"  # rock'n'roll
+    r"|\b(?:y'(?=all\b)|(?:ol|somethin)')"
+    r"|[-+]\.?\d+(?:[.,:]\d+)*"
+    rf"|\.?\d+(?:[.,:/]\d+)*{_LETTER}*(?:-{_LETTER}+|'[^\W\d]\w*)*"
+    # An apostrophe joins after one letter (o'clock) and between vowels (ma'am); else it begins an ending ('s).
+    rf"|(?:@|#(?=[a-z]))?{_LETTER}+(?:[-&/.@]{_LETTER}+|(?<=\b[a-hj-xz])'{_LETTER}{{2,}}|(?<=\w[aeiouy])'[aeiou]{_LETTER}*)*"
+    r"(?:'(?:s|re|ve|ll|d|m|t)\b)*"
     r"|\S",
     re.IGNORECASE,
 )
@@ -52,14 +63,15 @@ class CaptionScores:
 def words(caption: str) -> list[str]:
     """A caption as Stanford's PTBTokenizer with `-lowerCase` cuts it, without the punctuation coco-caption drops.
 
-    Kept as published: brackets become words of their own ("-lrb-"), and so do "!!" and "?!". Rare abbreviations and
-    measures (6'2") are cut otherwise than by the Java program.
+    Kept as published: brackets become words of their own ("-lrb-"), and so do "!!" and "?!"; "½" is 1/2, a sign belongs
+    to its number, and an accent written by itself is kept as it is. Rare abbreviations are cut otherwise than by the
+    Java program.
     """
-    text = caption.translate(_QUOTES).replace("\u2026", "...")
+    text = caption.translate(_QUOTES).translate(_WRITTEN_OUT)
     found = []
     for token in _TOKEN.findall(text):
         found.extend(_pieces(_BRACKETS.get(token, token.lower())))
-    return [token for token in found if token not in _DROPPED]
+    return [token for token in found if token not in _DROPPED and token.strip("-")]
 
 
 def _pieces(token: str) -> list[str]:

@@ -167,8 +167,8 @@ def _scienceqa(row: Row, mode: Mode) -> tuple[float, str]:
 
 
 def _letter(row: Row, mode: Mode) -> tuple[float, str]:
-    """SEED's script compares the answer as it is."""
-    said = row["response"] if mode == "compat" else choice(row["response"], _options(row), mode)
+    """SEED's published number takes the first character (`seed/calculation.py`)."""
+    said = row["response"][:1] if mode == "compat" else choice(row["response"], _options(row), mode)
     return said == reference(row), said
 
 
@@ -281,7 +281,7 @@ RULES: dict[str, Rule] = {
     "circular": Rule("circular accuracy", "option letter, then VLMEvalKit's matching without a judge", _circular),
     "scienceqa": Rule("accuracy", "option letter, also X. and (X)", _each(_scienceqa)),
     "mmmu": Rule("accuracy", "option letter; open questions: part after the key word", _each(_mmmu)),
-    "letter": Rule("accuracy", "none", _each(_letter)),
+    "letter": Rule("accuracy", "first character", _each(_letter)),
     "ocrbench": Rule("score", "lower case, line ends to spaces; formulas: spaces removed", _each(_ocrbench, _sum), 0),
     "captions": Rule("CIDEr", "tokens as the Penn Treebank's, punctuation dropped", _captions),
     "refcoco": Rule("precision at IoU 0.5", "first box of the answer", _each(_refcoco, _mean_share)),

@@ -8,7 +8,10 @@ import pytest
 
 from ivl.eval.captions import caption_scores, words
 
-NOUNS = ("man", "dog", "T-shirt", "women's race", "hot dog", "kids' toys", "3-year-old", "Mr. Smith", "U.S. flag")
+NOUNS = (
+    "man", "dog", "T-shirt", "women's race", "hot dog", "kids' toys", "3-year-old", "Mr. Smith", "U.S. flag",
+    "rock'n'roll band", "½ cup", "cafe\u0301", "-3 degrees", "ma'am",
+)  # fmt: skip
 VERBS = ("is riding", "isn't holding", "can't see", "walks with", "they're on", "won't leave", "sits by", "cannot find")
 ENDS = (".", "", "!", " .", "...", ", and smiles.", " (at night).", ' near a "STOP" sign.', " - outside", " at 5 p.m.")
 
@@ -32,6 +35,15 @@ def captions(count: int, seed: int) -> list[str]:
         ("What?! $5, 50% & 1,000", "what ?! $ 5 50 % & 1,000"),
         ("Mr. Smith etc. in the U.S.", "mr. smith etc. in the u.s."),
         ("'Tis what they're gonna see", "'t is what they 're gon na see"),
+        ("rock'n'roll, rock 'n' roll and fish'n chips", "rock 'n' roll rock 'n' roll and fish 'n chips"),
+        ("½ of 1½ cups, 2½-inch", "1/2 of 1 1/2 cups 2 1/2 inch"),
+        ("-3 degrees, +4 (-7) or 10%-20% --5 a-b", "-3 degrees +4 -lrb- -7 -rrb- or 10 % -20 % 5 a-b"),
+        ("a cafe\u0301 and a café", "a cafe\u0301 and a café"),
+        (
+            "o'clock ma'am Qur'an y'all c'mon 6'2\" 5'10 women's-only",
+            "o'clock ma'am qur an y' all c'mon 6 2 5 '10 women 's only",
+        ),
+        ("'em 'cause couldn't've 1980's Jan. #tag", "'em 'cause could n't 've 1980 's jan. #tag"),
         ("", ""),
     ],
 )

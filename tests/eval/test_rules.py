@@ -132,3 +132,13 @@ def test_every_rule_scores_its_rows(rule, mode):
     assert len(found.scores) == len(found.parsed) == len(found.unit) == 2
     assert np.isfinite(found.total())
     assert set(found.by_category()) == set(found.categories)
+
+
+def test_seed_takes_the_first_character():
+    """As its `calculation.py` does, whatever follows; strict reads the letter wherever it stands."""
+    answers = ["B", "B,", "B ", "B. a dog", "Answer: B", "b", ""]
+    found = RULES["letter"].run(rows_of(*({"response": text} for text in answers), reference="B"), "compat")
+    assert found.scores == [1, 1, 1, 1, 0, 0, 0]
+    options = {"A": "a cat", "B": "a dog"}
+    rows = rows_of(*({"response": text} for text in answers), reference="B", options=options)
+    assert RULES["letter"].run(rows, "strict").scores == [1, 1, 1, 1, 1, 1, 0]
