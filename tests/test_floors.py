@@ -18,6 +18,8 @@ FLOOR_0 = {
     "ivl.families",
     "ivl.hf_config",
     "ivl.hub",
+    "ivl.files",
+    "ivl.picture_file",
     "ivl.flops",
     "ivl.devices",
     "ivl.parquet",
@@ -33,12 +35,22 @@ ALLOWED = {
     "ivl.hf_config": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families"},
     "ivl.hub": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families", "ivl.hub"},
     "ivl.flops": {"ivl.config"},
+    "ivl.files": set(),
+    "ivl.picture_file": {"ivl.types"},
     "ivl.devices": set(),
     "ivl.parquet": {"ivl.types"},
     "ivl.reasoning": set(),
     "ivl.model": {*FLOOR_0, "ivl.model"},
     "ivl.data": {*FLOOR_0, "ivl.data"},
-    "ivl.eval": {"ivl.types", "ivl.config", "ivl.parquet", "ivl.reasoning", "ivl.eval"},
+    "ivl.eval": {
+        "ivl.types",
+        "ivl.config",
+        "ivl.files",
+        "ivl.parquet",
+        "ivl.picture_file",
+        "ivl.reasoning",
+        "ivl.eval",
+    },  # fmt: skip
     "ivl.lit": {*FLOOR_0, "ivl.model", "ivl.data", "ivl.eval", "ivl.lit"},
     "ivl": {"ivl"},  # commands, and the package's own front door
 }

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from ivl.files import whole_path, write_text
 from ivl.lit import benchmark
 from ivl.lit.callbacks import Pictures
 from ivl.lit.checkpoints import Checkpoints, WholeFiles, newest_whole
@@ -45,9 +46,10 @@ class SaveConfig(SaveConfigCallback):
         Path(folder).mkdir(parents=True, exist_ok=True)
         endings = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
         ending = next(ending for ending in endings if not (Path(folder) / f"config{ending}.yaml").exists())
-        self.parser.save(self.config, Path(folder) / f"config{ending}.yaml", skip_none=False)
+        with whole_path(Path(folder) / f"config{ending}.yaml") as path:
+            self.parser.save(self.config, path, skip_none=False)
         made = {"versions": versions(), "data": own(module).trainer.datamodule.fingerprints()}
-        (Path(folder) / f"versions{ending}.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(folder) / f"versions{ending}.json", json.dumps(made, indent=2) + "\n")
         self.already_saved = True
 
 
