@@ -73,8 +73,8 @@ def whole_path(path: str | Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        error.filename = str(path) if error.filename in (None, str(part)) else error.filename
-        error.filename2 = None if error.filename2 == str(path) else error.filename2
+        if error.errno is not None and error.filename in (None, str(part)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         with contextlib.suppress(OSError):

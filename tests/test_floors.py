@@ -50,7 +50,7 @@ ALLOWED = {
         "ivl.picture_file",
         "ivl.reasoning",
         "ivl.eval",
-    },  # fmt: skip
+    },
     "ivl.lit": {*FLOOR_0, "ivl.model", "ivl.data", "ivl.eval", "ivl.lit"},
     "ivl": {"ivl"},  # commands, and the package's own front door
 }

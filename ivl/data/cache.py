@@ -26,7 +26,7 @@ def default_cache() -> Path:
 
 def go_without(place: Path, error: BaseException) -> None:
     """Say, once a run, that the cache cannot be written. Raises `error` where it is no fault of a disk."""
-    fault = disk_fault(error)
+    fault = disk_fault(error) or (str(error) if isinstance(error, OSError) else None)
     if fault is None:
         raise error
     if not _noted and os.environ.get("LOCAL_RANK", "0") == "0":

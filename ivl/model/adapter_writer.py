@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ivl.families import llm_family
+from ivl.files import whole_path
 from ivl.model.layouts import Group, groups
 from ivl.model.tune import (
     ADAPTER,
