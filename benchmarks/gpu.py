@@ -269,7 +269,7 @@ def measure(name: str, found: Card, args: argparse.Namespace) -> None:
     except torch.OutOfMemoryError:
         print(f"\n{name}: its weights alone are out of memory")
         return
-    count, kernel = sum(p.numel() for p in model.parameters()), model.language_model.config._attn_implementation
+    count, kernel = sum(p.numel() for p in model.parameters()), model.language_model.config.attention
     print(f"\n{name}: {count / 1e9:.4g} G parameters, attention {kernel}\n")
     print(
         "| prompt, tokens | tokens/s, median | least and most | tokens/s at the bound | times the bound's time", end=""

@@ -21,7 +21,6 @@ from ivl.data.index import Index, answers_needed, build_index, joined, progress_
 from ivl.data.media import MediaPolicy
 from ivl.data.processor import Processor
 from ivl.data.sources import Source, open_sources
-from ivl.files import whole_path
 from ivl.types import IGNORE, Example, UserError, many
 
 SPLITS = ("train", "val", "test", "predict")
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         unread += problems
         if parts:
             checked.append(_checked(name, parts, args))
-    with whole_path(out / "report.txt") as path, open(path, "w", encoding="utf-8") as report:
+    with open(out / "report.txt", "w", encoding="utf-8") as report:
         for problem in unread:
             _say(problem, report)
         for one in checked:
@@ -359,8 +358,7 @@ def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
         except UserError as error:  # what only decoding finds: a problem that --media counts
             print(f"\nnot shown: {error}")
     if cells:
-        with whole_path(sheet) as path:
-            grid(cells).save(path, "PNG")
+        grid(cells).save(sheet)
         print(f"\ncontact sheet of {many(len(cells), 'row')}: {sheet}")
 
 

@@ -43,7 +43,7 @@ class Config:
 
     vision: VisionConfig
     llm: dict[str, Any]
-    """`llm_config` as it stands; `ivl.model.llm` turns it into a transformers config"""
+    """`llm_config` as it stands; `ivl.model.decoder.DecoderConfig` reads it"""
     template: str
     system_message: str | None = None
     """The checkpoint's own; None: the one of the template"""

@@ -1,13 +1,13 @@
 """What differs between models, as data: one row per language-model family, one per released model.
 
-A new family is a row here and a parameter of the parity test. The columns are read by `model/llm.py` (class),
-`model/weights.py` (layout), `model/tune.py` (LoRA targets) and `data/template.py` through the checkpoint's config.
+A new family is a row here and a parameter of the parity test. The columns are read by `model/decoder.py` (variant),
+`model/layouts.py` (layout), `model/tune.py` (LoRA targets) and `data/template.py` through the checkpoint's config.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from ivl.config import VisionConfig
 from ivl.types import UserError
@@ -15,18 +15,30 @@ from ivl.types import UserError
 
 @dataclass(frozen=True)
 class LLMFamily:
-    """How a language model named in `llm_config.architectures` is built from transformers' own classes."""
+    """What a language model named in `llm_config.architectures` is; `ivl.model.decoder` builds it."""
 
     architecture: str
     """The name in the released config"""
     model_type: str
-    """transformers' model type whose classes compute it: InternLM2 is Llama with its weights in another order"""
+    """transformers' name for it, in -hf folders: InternLM2 is Llama with its weights in another order"""
     layout: str
     """The row of `ivl.model.weights` that maps released tensor names to the module's; "native": the same names"""
     lora_targets: tuple[str, ...]
     """Names of the linear layers inside a decoder layer that a LoRA covers by default"""
     renamed: tuple[tuple[str, str], ...] = ()
-    """Keys of `llm_config` that the class spells otherwise: (released, transformers)"""
+    """Keys of `llm_config` that transformers spells otherwise: (released, transformers)"""
+    bias: Literal["config", "qkv", "none"] = "config"
+    """Biases of attention: as `llm_config.attention_bias` says, or of queries, keys and values alone, or none"""
+    qk_norm: bool = False
+    """Queries and keys are normalised head by head"""
+    fused: bool = False
+    """One layer makes queries, keys and values, and one the MLP's gate and up"""
+    windowed: bool = False
+    """`llm_config.sliding_window` holds in every layer"""
+    mlp: str = "gated"
+    """A key of `ivl.model.decoder.MLPS`"""
+    defaults: tuple[tuple[str, Any], ...] = ()
+    """What an `llm_config` without a key means"""
 
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -36,9 +48,18 @@ LLMS: dict[str, LLMFamily] = {
     for row in (
         LLMFamily("InternLM2ForCausalLM", "llama", "internlm2", _LLAMA, renamed=(("bias", "attention_bias"),)),
         LLMFamily("LlamaForCausalLM", "llama", "native", _LLAMA),
-        LLMFamily("Qwen2ForCausalLM", "qwen2", "native", _LLAMA),
-        LLMFamily("Qwen3ForCausalLM", "qwen3", "native", _LLAMA),
-        LLMFamily("Phi3ForCausalLM", "phi3", "native", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        LLMFamily("Qwen2ForCausalLM", "qwen2", "native", _LLAMA, bias="qkv"),
+        LLMFamily("Qwen3ForCausalLM", "qwen3", "native", _LLAMA, qk_norm=True, defaults=(("head_dim", 128),)),
+        LLMFamily(
+            "Phi3ForCausalLM",
+            "phi3",
+            "native",
+            ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+            bias="none",
+            fused=True,
+            windowed=True,
+            defaults=(("rms_norm_eps", 1e-5),),
+        ),
     )
 }
 

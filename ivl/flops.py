@@ -91,7 +91,7 @@ class Recomputed:
     scores: bool = True
     """Attention's scores: fused kernels do not keep them; attention written out does"""
     last_mlp: bool = False
-    """Not a second time, but for tokens whose result nobody reads: the last block's MLP, see `ivl.model.blocks`"""
+    """Not a second time, but for tokens whose result nobody reads: the last block's MLP, see `ivl.model.decoder`"""
 
 
 NOTHING = Recomputed(head=0.0, scores=False, last_mlp=True)
@@ -231,7 +231,6 @@ def _projector(config: Config, mode: Mode, grad: bool, tiles: int) -> tuple[floa
 
 def _llm(config: Config, mode: Mode, grad: bool, work: Work, recomputed: Recomputed) -> tuple[float, bool]:
     block, pairs, total = llm_block(config), 4 * llm_widths(config)[1] * work.pairs, 0.0
-    grad = grad or recomputed.language_model  # transformers' checkpointing asks a gradient of its input
     depth = config.llm["num_hidden_layers"]
     for n in range(depth):
         read = work.supervised if n == depth - 1 and not recomputed.last_mlp else None

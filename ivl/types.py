@@ -177,6 +177,50 @@ def supervised_places(labels_BT: Tensor) -> Tensor:
 
 
 @dataclass
+class SequenceLayout:
+    """Rows that follow one another in one sequence, without padding: what attention must know of them.
+
+    Made on the host, once a batch; only its tensors go to the device.
+    """
+
+    lengths: tuple[int, ...]
+    """Tokens of each row that has any; R in all"""
+    positions: Tensor
+    """(1, R) int64, from 0 within each row"""
+    cu_seqlens: Tensor
+    """(rows + 1,) int32: where each row begins, and where the last ends"""
+    indices: Tensor | None = None
+    """(R,) int64: where these tokens are in a flattened batch with padding; None: there is none"""
+
+    @classmethod
+    def of(cls, lengths: Tensor, size: int, packed: bool) -> SequenceLayout:
+        """The layout of rows of `lengths`: of one pack of `size` tokens, or of rows padded on the right to `size`."""
+        counts = tuple(count for count in lengths.tolist() if count)
+        total, indices = sum(counts), None
+        if packed and total < size:
+            indices = torch.arange(total)
+        elif not packed and total < size * len(lengths):
+            indices = places(torch.arange(size) < lengths[:, None])
+        ends = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+        return cls(counts, torch.cat([torch.arange(count) for count in counts])[None], ends, indices)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> SequenceLayout:
+        indices = None if self.indices is None else fn(self.indices)
+        return SequenceLayout(self.lengths, fn(self.positions), fn(self.cu_seqlens), indices)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceLayout:
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SequenceLayout:
+        return self._map(lambda t: t.pin_memory())
+
+
+@dataclass
 class Batch:
     """What the model's forward takes, as keywords: `model(**batch)`. Only tensors are passed; `rows` stays behind.
 
@@ -199,6 +243,8 @@ class Batch:
     """(B, T) int64 where packed: which row a token belongs to, -1 for padding; None where padded"""
     lengths: Tensor | None = None
     """(rows,) int64 on the CPU: tokens of each row"""
+    layout: SequenceLayout | None = None
+    """Of the rows as one sequence, from their lengths; None: the model makes it"""
     image_at: Tensor | None = None
     """(image tokens,) int64: their places in the flattened (B, T). Places are found on the host: a device that is asked
     how many there are must first finish all it has been given"""
@@ -215,7 +261,7 @@ class Batch:
 
     _tensors = (
         "input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids", "lengths",
-        "image_at", "supervised_at", "features",
+        "layout", "image_at", "supervised_at", "features",
     )  # fmt: skip
     _stay = ("tiles_per_row", "lengths")
 

@@ -77,7 +77,6 @@ def build(raw: dict, mode: Tune, kernel: str = "sdpa", checkpointing: bool = Fal
     model = InternVL.from_config(Config.from_dict(raw), attention=kernel, image_token_id=IMAGE)
     tune.apply(model, mode)
     model.set_checkpointing(checkpointing, checkpointing)
-    model.language_model.train()  # in eval mode transformers' checkpointing is off
     return model
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ivl.types import IGNORE, Batch, Example, places, supervised_places
+from ivl.types import IGNORE, Batch, Example, SequenceLayout, places, supervised_places
 
 
 def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, image_id: int | None = None) -> Batch:
@@ -46,6 +46,7 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
         tiles_per_row=torch.tensor([example.num_tiles for example in examples], dtype=torch.int64),
         row_ids=row_ids if packed else None,
         lengths=torch.tensor(lengths, dtype=torch.int64),
+        layout=SequenceLayout.of(torch.tensor(lengths), T, packed),
         image_at=None if image_id is None else places(batch["input_ids"] == image_id),
         supervised_at=supervised_places(batch["labels"]),
         features=torch.cat(found) if found else None,

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from ivl.devices import find_device
-from ivl.files import write_text
 from ivl.flops import NOTHING, Work, training_flops
 from ivl.lit.types import own
 from ivl.model.rates import groups_table
@@ -138,7 +137,7 @@ class Watch(Callback):
         while path.exists() and path.read_text(encoding="utf-8") != text:  # a resumed run, changed
             number += 1
             path = path.with_name(f"trained-{number}.txt")
-        write_text(path, text)
+        path.write_text(text, encoding="utf-8")
 
 
 def added(work: Work, batch: Batch) -> Work:

@@ -1,137 +1,242 @@
-"""Attention over rows that follow one another, at the cost of the rows: no mask, no padding, no other row's keys.
+"""Attention: one function, `attend`, over three forms of a batch, by four kernels.
 
-transformers asks its AttentionInterface for the function that a config names; ours is torch's fused attention where
-the lengths of rows are given, and transformers' own `sdpa` where they are not. On a GPU torch takes all rows at once
-(`torch.nn.attention.varlen`); elsewhere, and where that kernel can't, one row after the other.
+| layout | what a token sees | kernels |
+| --- | --- | --- |
+| `SequenceLayout` | itself and earlier tokens of its row; rows follow one another in one sequence | flash-attn, torch's varlen, or sdpa row by row: no mask, no padding, no other row's keys |
+| a mask | the keys that the mask shows: those of a cache, padding inside a row | sdpa or eager |
+| None | itself and earlier tokens; every row is whole | flash-attn, sdpa or eager |
 
-Shapes: T tokens of all rows, H heads, G heads of keys and values, K width of a head.
-"""
+Shapes: B rows, T tokens of this call, S keys, H heads, G heads of keys and values, K width of a head.
+"""  # noqa: E501  (a table's line)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from inspect import signature
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ivl.model.again import again
+from ivl.model.again import again, autocast_dtype
+from ivl.types import SequenceLayout, UserError
 
-NAME = "sdpa_by_row"
+AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+KERNELS = get_args(AttentionKernel)
+Layout = SequenceLayout | Tensor | None
 HALF, WIDTHS = (torch.float16, torch.bfloat16), range(8, 257, 8)
 """Types, and widths of a head, that torch's kernel for all rows at once takes"""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a sequence, in a form whose content torch.compile does not look at on the way here."""
+def choose_kernel(kernel: AttentionKernel, device: torch.device | str, dtype: torch.dtype) -> AttentionKernel:
+    """The attention kernel that `kernel` means here; auto is flash_attention_2 where it can run, else sdpa.
 
-    lengths: tuple[int, ...]
-    ends: Tensor | None = None
-    """(rows + 1,) int32, where each begins and the last ends, on a device whose kernel takes all at once"""
-
-
-@cache
-def register() -> str:
-    """Make the function known to transformers. Returns the name a config asks for it by."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    @torch.compiler.disable  # compiled, there would be a version for each list of lengths
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
-        rows = given.pop("rows", None)
-        if rows is None:
-            return sdpa_attention_forward(module, query, key, value, mask, **given)
-        scale, dropout, window = given.get("scaling"), given.get("dropout", 0.0), given.get("sliding_window")
-        if rows.ends is not None and dropout == 0 and query.dtype in HALF and query.shape[-1] in WIDTHS:
-            return at_once(query, key, value, rows, scale, window), None
-        return by_row(query, key, value, rows.lengths, scale, dropout, window), None
-
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
+    Raises UserError for an unknown name, and for flash_attention_2 where it cannot run.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"attention: expected one of {', '.join(KERNELS)}, found {kernel!r}")
+    installed = find_spec("flash_attn") is not None
+    half = dtype in (torch.float16, torch.bfloat16)
+    on_gpu = torch.device(device).type == "cuda"
+    # flash-attn 2 has no kernels for GPUs before compute capability 8.
+    old = on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    if kernel == "auto":
+        return "flash_attention_2" if installed and half and on_gpu and not old else "sdpa"
+    if kernel == "flash_attention_2" and not installed:
+        raise UserError(
+            "attention: flash_attention_2 needs the package flash-attn, which is not installed; "
+            'pip install "ivl[flash]", or choose sdpa'
+        )
+    if kernel == "flash_attention_2" and not half:
+        raise UserError(f"attention: flash_attention_2 computes in bfloat16 or float16, found {dtype}; choose sdpa")
+    return kernel
 
 
-def at_once(
-    q_1HTK: Tensor, k_1GTK: Tensor, v_1GTK: Tensor, rows: Rows, scale: float | None = None, window: int | None = None
+def attend(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    layout: Layout,
+    kernel: str = "sdpa",
+    dropout: float = 0.0,
+    window: int | None = None,
 ) -> Tensor:
-    """As `by_row`, without dropout, by one kernel."""
-    from torch.nn.attention.varlen import varlen_attn
+    """Causal attention with scores over the square root of K. Returns (B, T, H, K).
 
-    assert rows.ends is not None
-    q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1).contiguous() for x in (q_1HTK, k_1GTK, v_1GTK))
-    ends = rows.ends.to(q_THK.device, non_blocking=True)  # layers may be spread over devices
-    longest, back = max(rows.lengths), -1 if window is None else window - 1
-    where = ends, ends, longest, longest
-    grouped = q_THK.shape[1] != k_TGK.shape[1]
-    out: Any = varlen_attn(q_THK, k_TGK, v_TGK, *where, scale=scale, window_size=(back, 0), enable_gqa=grouped)
-    return out[None]
+    `layout`: see the head of this file; a mask is (B, 1, T, S) bool, True where a token sees a key. `window`: how many
+    tokens back a token looks, itself included; a mask has it in it.
+    """
+    if isinstance(layout, SequenceLayout):
+        return rows_in_sequence(q_BHTK, k_BGSK, v_BGSK, layout, kernel, dropout, window)
+    if layout is None and kernel == "flash_attention_2":
+        from flash_attn import flash_attn_func
+
+        q, k, v = (x.transpose(1, 2) for x in (q_BHTK, k_BGSK, v_BGSK))
+        return flash_attn_func(q, k, v, dropout, causal=True, window_size=_flash_window(window))
+    count, device = q_BHTK.shape[2], q_BHTK.device
+    if layout is None and (kernel == "eager" or (window is not None and count > window)):
+        layout = band(count, window, device)
+    if kernel == "eager":
+        return eager(q_BHTK, k_BGSK, v_BGSK, layout, dropout)
+    return masked(q_BHTK, k_BGSK, v_BGSK, layout, dropout)
 
 
-def takes_all(device: torch.device) -> bool:
+def band(count: int, window: int | None, device: torch.device) -> Tensor:
+    """The keys that each of `count` tokens sees: (1, 1, T, T) bool."""
+    seen_TT = torch.ones(count, count, dtype=torch.bool, device=device).tril()
+    return (seen_TT if window is None else seen_TT.triu(1 - window))[None, None]
+
+
+def visible(query_positions_BT: Tensor, key_positions_BS: Tensor, rows_BT: Tensor | None, window: int | None) -> Tensor:
+    """Which keys a token may look at: itself and earlier ones of its own row. (B, 1, T, S) bool.
+
+    A key position of -1 is padding. The queries are the last T of the S keys; `rows_BT` (then S is T) are numbers of
+    rows in packs. `window`: how far back, in tokens. What sees nothing looks at itself, lest a softmax be over nothing.
+    """
+    q_BT1, k_B1S = query_positions_BT[:, :, None], key_positions_BS[:, None, :]
+    seen_BTS = (k_B1S >= 0) & (k_B1S <= q_BT1)
+    if window is not None:
+        seen_BTS &= q_BT1 - k_B1S < window
+    if rows_BT is not None:
+        seen_BTS &= rows_BT[:, :, None] == rows_BT[:, None, :]
+    count, total = seen_BTS.shape[1:]
+    itself_TS = torch.eye(total, dtype=torch.bool, device=seen_BTS.device)[total - count :]
+    seen_BTS |= itself_TS & ~seen_BTS.any(-1, keepdim=True)
+    return seen_BTS[:, None]
+
+
+# -- one row, or a mask ------------------------------------------------------------------------------------------
+
+
+def masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B1TS: Tensor | None, dropout: float) -> Tensor:
+    """torch's fused attention: (B, T, H, K). None as a mask: causal."""
+    groups, grouped = k_BGSK.shape[1], q_BHTK.shape[1] != k_BGSK.shape[1]
+    if mask_B1TS is not None and grouped and q_BHTK.shape[2] == 1:
+        # The heads of a group as tokens that all see the same keys: nothing is repeated.
+        q_BGnK = q_BHTK.squeeze(2).unflatten(1, (groups, -1))
+        out_BGnK = F.scaled_dot_product_attention(q_BGnK, k_BGSK, v_BGSK, attn_mask=mask_B1TS, dropout_p=dropout)
+        return out_BGnK.flatten(1, 2)[:, None]
+    if mask_B1TS is not None and grouped:  # CUDA's kernels that take a mask know no groups
+        k_BGSK, v_BGSK, grouped = *_repeated(q_BHTK, k_BGSK, v_BGSK), False
+    causal = mask_B1TS is None and q_BHTK.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask_B1TS, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+    ).transpose(1, 2)
+
+
+def eager(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B1TS: Tensor | None, dropout: float) -> Tensor:
+    """Attention written out, its softmax in float32: (B, T, H, K)."""
+    k_BHSK, v_BHSK = _repeated(q_BHTK, k_BGSK, v_BGSK)
+    scores_BHTS = q_BHTK @ k_BHSK.transpose(-2, -1) * q_BHTK.shape[-1] ** -0.5
+    if mask_B1TS is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask_B1TS, torch.finfo(scores_BHTS.dtype).min)
+    weights_BHTS = scores_BHTS.softmax(-1, dtype=torch.float32).to(q_BHTK.dtype)
+    return (F.dropout(weights_BHTS, dropout) @ v_BHSK).transpose(1, 2)
+
+
+def _repeated(q_BHTK: Tensor, *groups: Tensor) -> list[Tensor]:
+    """Keys and values once for each head of queries."""
+    return [x.repeat_interleave(q_BHTK.shape[1] // x.shape[1], dim=1) for x in groups]
+
+
+# -- rows that follow one another --------------------------------------------------------------------------------
+
+
+@torch.compiler.disable  # compiled, there would be a version for each list of lengths
+def rows_in_sequence(
+    q_1HTK: Tensor,
+    k_1GTK: Tensor,
+    v_1GTK: Tensor,
+    layout: SequenceLayout,
+    kernel: str = "sdpa",
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of each row to itself: (1, T, H, K); at the cost of the rows, on a GPU by one kernel."""
+    dtype = autocast_dtype(q_1HTK.device.type)  # as autocast would have it, which does not know all these kernels
+    if dtype is not None:
+        q_1HTK, k_1GTK, v_1GTK = (x.to(dtype) for x in (q_1HTK, k_1GTK, v_1GTK))
+    if kernel == "flash_attention_2":
+        from flash_attn import flash_attn_varlen_func
+
+        q, k, v = (x[0].transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
+        ends, longest = layout.cu_seqlens.to(q.device, non_blocking=True), layout.max_length
+        bounds, back = (ends, ends, longest, longest), _flash_window(window)
+        return flash_attn_varlen_func(q, k, v, *bounds, dropout_p=dropout, causal=True, window_size=back)[None]
+    half = q_1HTK.dtype in HALF and q_1HTK.shape[-1] in WIDTHS
+    if half and dropout == 0 and has_varlen(q_1HTK.device, window):
+        return at_once(q_1HTK, k_1GTK, v_1GTK, layout, window)
+    return by_row(q_1HTK, k_1GTK, v_1GTK, layout.lengths, dropout, window)
+
+
+def _flash_window(window: int | None) -> tuple[int, int]:
+    return (-1, 0) if window is None else (window - 1, 0)
+
+
+def has_varlen(device: torch.device, window: int | None = None) -> bool:
     """Whether torch has a kernel for all rows at once there: from compute capability 8, in a release that has one."""
-    return device.type == "cuda" and torch.version.hip is None and _newer(device) and _grouped_varlen()
+    if device.type != "cuda" or torch.version.hip is not None or not _is_recent(device):
+        return False
+    return bool(_varlen_arguments()) and (window is None or "window_size" in _varlen_arguments())
 
 
 @cache
-def _newer(device: torch.device) -> bool:
+def _is_recent(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
-def _grouped_varlen() -> bool:
+def _varlen_arguments() -> frozenset[str]:
+    """What torch's `varlen_attn` takes here; it came with torch 2.10, groups and windows later."""
     try:
         from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10; some later ones know no groups
-        return False
-    return "enable_gqa" in signature(varlen_attn).parameters
+    except ImportError:
+        return frozenset()
+    return frozenset(signature(varlen_attn).parameters)
+
+
+def at_once(
+    q_1HTK: Tensor, k_1GTK: Tensor, v_1GTK: Tensor, layout: SequenceLayout, window: int | None = None
+) -> Tensor:
+    """As `by_row`, without dropout, by one kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = _varlen_arguments()
+    given: dict[str, Any] = {"window_size": _flash_window(window)} if "window_size" in known else {"is_causal": True}
+    if q_1HTK.shape[1] != k_1GTK.shape[1]:
+        if "enable_gqa" in known:
+            given["enable_gqa"] = True
+        else:
+            k_1GTK, v_1GTK = _repeated(q_1HTK, k_1GTK, v_1GTK)
+    q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1).contiguous() for x in (q_1HTK, k_1GTK, v_1GTK))
+    ends = layout.cu_seqlens.to(q_THK.device, non_blocking=True)  # layers may be spread over devices
+    out: Any = varlen_attn(q_THK, k_TGK, v_TGK, ends, ends, layout.max_length, layout.max_length, **given)
+    return out[None]
 
 
 def by_row(
     q_1HTK: Tensor,
     k_1GTK: Tensor,
     v_1GTK: Tensor,
-    lengths: Sequence[int],
-    scale: float | None = None,
+    lengths: tuple[int, ...],
     dropout: float = 0.0,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention of each row to itself; `lengths` add up to T. `window`: how far back. Returns (1, T, H, K)."""
+    """Causal attention of each row to itself, one after the other; `lengths` add up to T. Returns (1, T, H, K)."""
     grouped = q_1HTK.shape[1] != k_1GTK.shape[1]
-    found = []
+    rows = []
     for q, k, v in zip(*(x.split(list(lengths), dim=2) for x in (q_1HTK, k_1GTK, v_1GTK)), strict=True):
         count = q.shape[2]
-        band = None
-        if window is not None and count > window:
-            square = torch.ones(count, count, dtype=torch.bool, device=q_1HTK.device)
-            band = square.tril() & square.triu(1 - window)
-        found.append(
+        mask = band(count, window, q.device) if window is not None and count > window else None
+        rows.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scale, enable_gqa=grouped
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
             )
         )
-    return again(_joined, *found)
+    return again(_joined, *rows)
 
 
 def _joined(*rows_1HTK: Tensor) -> Tensor:
     return torch.cat([row.transpose(1, 2) for row in rows_1HTK], dim=1)
-
-
-def given_rows(kernel: str, lengths: Sequence[int], like: Tensor) -> dict[str, Any]:
-    """What a language model's forward is given besides its one sequence of rows, for the kernel of its config."""
-    if kernel == NAME:
-        # A mask of four dimensions is passed on as it is; this one is not looked at, and keeps transformers from
-        # making a square one.
-        ends = _ends(lengths, like.device) if takes_all(like.device) else None
-        return {"rows": Rows(tuple(lengths), ends), "attention_mask": like.new_empty(0, 0, 0, 0)}
-    ends, longest = _ends(lengths, like.device), max(lengths)
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-
-
-def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device, non_blocking=True)

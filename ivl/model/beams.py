@@ -1,44 +1,20 @@
-"""Beam search, by transformers' own `generate` on the embeddings of a prompt."""
+"""Beam search: the most likely answers are carried on side by side, and the best that has ended wins.
+
+The rules are those of transformers' `generate` with `length_penalty` 1 and no early stopping, which the tests compare
+with: a likelihood is a mean over the answer's tokens; of the best `num_beams` continuations those that end are
+finished; the search is over when no open beam is more likely than the least likely of `num_beams` finished answers.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
 if TYPE_CHECKING:
-    from ivl.model.generate import Ends
-    from ivl.model.llm import LanguageModel
-
-
-class _Over(StoppingCriteria):
-    """`Ends` as transformers asks for it."""
-
-    def __init__(self, ends: Ends) -> None:
-        self.ends = ends
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.tensor([self.ends.over(row) for row in input_ids.tolist()], device=input_ids.device)
-
-
-class _Finite(LogitsProcessor):
-    """Notes scores that are not finite, on their device: the search goes on, and its end is asked once."""
-
-    def __init__(self) -> None:
-        self.bad: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        bad = ~scores.max().isfinite()
-        self.bad = bad if self.bad is None else self.bad | bad
-        return scores
+    from ivl.model.decoder import LanguageModel
+    from ivl.model.generate import Choice, Ends
 
 
 @torch.no_grad()
@@ -53,27 +29,48 @@ def beam_search(
     """The most likely answer that `num_beams` beams find, with the token that ended it; [-1] where logits were not
     finite.
 
-    Likelihood is per token, as in transformers with `length_penalty` 1. `repetition_penalty` is over the answer alone.
+    `repetition_penalty` is over the answer alone.
     """
-    eos_ids = sorted(set(ends.eos_ids))
-    settings = GenerationConfig(
-        num_beams=num_beams,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=ends.min_new_tokens or None,
-        eos_token_id=eos_ids or None,
-        pad_token_id=eos_ids[0] if eos_ids else 0,
-        repetition_penalty=repetition_penalty,
-    )
-    finite = _Finite()
-    ids = language_model.generate(
-        inputs_embeds=embeds_1TD,
-        attention_mask=torch.ones(embeds_1TD.shape[:2], dtype=torch.long, device=embeds_1TD.device),
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([finite]),
-        stopping_criteria=StoppingCriteriaList([_Over(ends)]) if ends.stop or ends.stopped else None,
-    )[0].tolist()
-    if finite.bad is not None and bool(finite.bad):
-        return [-1]
-    # What follows the end of the best beam is padding.
-    return ids[: next((n for n in range(1, len(ids)) if ends.over(ids[:n])), len(ids))]
+    from ivl.model.generate import Choice, Memory, read
+
+    memory, penalty = Memory(), Choice(repetition_penalty=repetition_penalty)
+    mask = torch.ones(embeds_1TD.shape[:2], dtype=torch.bool, device=embeds_1TD.device)
+    log_probs_BV = _log_probs(read(language_model, embeds_1TD, mask, memory), [[]], ends, penalty)
+    beams: list[list[int]] = [[]]
+    scores_B1 = log_probs_BV.new_zeros(1, 1)
+    finished: list[tuple[float, list[int]]] = []
+    # So many, as each beam may end in every way.
+    candidates = max(2, 1 + len(set(ends.eos_ids))) * num_beams
+    for length in range(1, max_new_tokens + 1):
+        total = (log_probs_BV + scores_B1).flatten()
+        top, places = total.topk(min(candidates, len(total)))
+        if not top[0].isfinite():  # NaN is the largest of all
+            return [-1]
+        vocabulary = log_probs_BV.shape[1]
+        open_beams: list[tuple[float, int, list[int]]] = []
+        for rank, (score, place) in enumerate(zip(top.tolist(), places.tolist())):
+            answer = [*beams[place // vocabulary], place % vocabulary]
+            if not ends.over(answer) and length < max_new_tokens:
+                open_beams.append((score, place // vocabulary, answer))
+            elif rank < num_beams:
+                finished.append((score / length, answer))
+        finished = sorted(finished, key=lambda found: -found[0])[:num_beams]
+        open_beams = open_beams[:num_beams]
+        if not open_beams or (len(finished) == num_beams and open_beams[0][0] / length <= finished[-1][0]):
+            break
+        beams = [answer for *_, answer in open_beams]
+        scores_B1 = top.new_tensor([score for score, *_ in open_beams])[:, None]
+        memory.select([parent for _, parent, _ in open_beams])
+        ids_B1 = torch.tensor([[answer[-1]] for answer in beams], device=embeds_1TD.device)
+        embeds_B1D = language_model.get_input_embeddings()(ids_B1)
+        logits_BV = read(language_model, embeds_B1D, torch.ones_like(ids_B1, dtype=torch.bool), memory)
+        log_probs_BV = _log_probs(logits_BV, beams, ends, penalty)
+    return finished[0][1]
+
+
+def _log_probs(logits_BV: Tensor, answers: list[list[int]], ends: Ends, penalty: Choice) -> Tensor:
+    log_probs_BV = logits_BV.float().log_softmax(-1)
+    if penalty.repetition_penalty != 1.0:
+        log_probs_BV = penalty._penalised(log_probs_BV, answers)
+    ends.hold_back(log_probs_BV, answers)
+    return log_probs_BV

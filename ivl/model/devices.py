@@ -204,8 +204,7 @@ def sizes(model: InternVL, bits: Mapping[str, float] | None = None) -> Sizes:
     element = next(model.mlp1.parameters()).element_size()
     patches = (model.config.image_size // config.patch_size) ** 2 + 1
     tower = TILES * patches * (6 * config.hidden_size + 2 * config.intermediate_size) * element
-    head = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
-    cache = 2 * TOKENS * head * llm.num_key_value_heads * element
+    cache = 2 * TOKENS * llm.head_dim * llm.num_key_value_heads * element
     return Sizes(sum(of_name.values()) - sum(layers) + tower, layers, cache)
 
 
@@ -320,9 +319,7 @@ def dispatch(model: InternVL, placement: Placement) -> None:
             stacklevel=3,
         )
     # A decoder layer writes its keys and values where it computes: the cache is not carried.
-    dispatch_model(
-        model, placement.devices, main_device=placement.main, skip_keys=("past_key_values", "cache"), force_hooks=True
-    )
+    dispatch_model(model, placement.devices, main_device=placement.main, skip_keys="cache", force_hooks=True)
     tower = [f"{TOWER}.embeddings", *_children(model, f"{TOWER}.encoder.layers")]
     for chain in (tower, _children(model, LAYERS)):
         for before, after in pairwise(chain):
@@ -347,6 +344,14 @@ def _hand_over(module: nn.Module, device: str) -> None:
     from accelerate.utils import send_to_device
 
     module.register_forward_hook(lambda _, args, output: send_to_device(output, device))
+
+
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
+    """`bfloat16` → torch.bfloat16. Raises UserError for a name that is not a floating type."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype: expected float32, bfloat16 or float16, found {name!r}")
+    return dtype
 
 
 def supported_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:

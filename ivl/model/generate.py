@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from ivl.model.attention import visible
 from ivl.model.beams import beam_search
-from ivl.model.llm import LanguageModel, attention_mask, fits, is_plain, visible, with_cache
+from ivl.model.decoder import LanguageModel
+from ivl.model.kv_cache import GrowingCache
+from ivl.model.sequence_layout import is_plain
 from ivl.types import Batch, UserError
 
 if TYPE_CHECKING:
@@ -39,13 +41,18 @@ class Answer(list[int]):
 class Memory:
     """What the language model has read so far."""
 
-    cache: Any = field(default_factory=DynamicCache)
+    cache: GrowingCache = field(default_factory=GrowingCache)
     positions_BK: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     """(B, K) position in its row of each cached key, -1 for padding; B is 0 until something is read"""
     lengths_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     """(B,) tokens of each row so far"""
     gaps: bool = False
     """Whether there is padding among the keys"""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make these rows the rows, in this order; one may be taken several times."""
+        self.cache.select(rows)
+        self.positions_BK, self.lengths_B = self.positions_BK[list(rows)], self.lengths_B[list(rows)]
 
 
 def read(model: LanguageModel, embeds_BTD: Tensor, mask_BT: Tensor, memory: Memory) -> Tensor:
@@ -62,26 +69,15 @@ def read(model: LanguageModel, embeds_BTD: Tensor, mask_BT: Tensor, memory: Memo
     keys_BT = positions_BT.masked_fill(~mask_BT, -1)
     memory.positions_BK = torch.cat([memory.positions_BK, keys_BT], dim=1)
     memory.gaps |= count > 1 and not bool(mask_BT.all())
-    total = memory.positions_BK.shape[1]
-    given: dict[str, Any] = {"inputs_embeds": embeds_BTD} | with_cache(model, memory.cache)
-    plain = fits(model, total) and (first or not memory.gaps)
-    if not plain:
-        given |= _explicit(model, positions_BT.masked_fill(~mask_BT, 0), memory, embeds_BTD.dtype)
-    hidden_BTD = model.model(**given).last_hidden_state
+    total, window = memory.positions_BK.shape[1], model.config.sliding_window
+    layout = None  # all keys before a token are seen: in a first read by the kernel's own causal path
+    if not first and (count > 1 or memory.gaps or (window is not None and total > window)):
+        layout = visible(positions_BT, memory.positions_BK, None, window)
+    hidden_BTD = model.model(embeds_BTD, positions_BT.masked_fill(~mask_BT, 0), layout, memory.cache)
     own_B = mask_BT.sum(1)
     memory.lengths_B = memory.lengths_B + own_B
     last_BD = hidden_BTD[torch.arange(len(own_B), device=own_B.device), own_B - 1]
     return model.lm_head(last_BD)
-
-
-def _explicit(model: LanguageModel, positions_BT: Tensor, memory: Memory, dtype: torch.dtype) -> dict[str, Any]:
-    """Positions and mask, where the kernel's own causal path does not serve."""
-    if model.config._attn_implementation == "flash_attention_2":
-        mask = memory.positions_BK >= 0
-    else:
-        window = getattr(model.config, "sliding_window", None)
-        mask = attention_mask(model, visible(positions_BT, memory.positions_BK, None, window), dtype)
-    return {"position_ids": positions_BT, "attention_mask": mask}
 
 
 @dataclass(frozen=True)

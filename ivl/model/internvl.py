@@ -17,17 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from ivl.config import Config
+from ivl.families import llm_family
 from ivl.model import devices as splitting
 from ivl.model import generate as decoding
 from ivl.model import quant
+from ivl.model.attention import AttentionKernel, choose_kernel
 from ivl.model.checkpoint import Checkpoint
-from ivl.model.llm import AttentionKernel, as_dtype, build_llm, choose_kernel, hidden_states, set_checkpointing
+from ivl.model.decoder import DecoderConfig, LanguageModel
 from ivl.model.loss import Losses, losses, supervised_places
 from ivl.model.neftune import add_noise
 from ivl.model.quant import Quantize
+from ivl.model.sequence_layout import layout_of
 from ivl.model.vision import InternViT
 from ivl.model.weights import load_weights
-from ivl.types import IMAGENET_MEAN, IMAGENET_STD, UserError, places
+from ivl.types import IMAGENET_MEAN, IMAGENET_STD, SequenceLayout, UserError, places
 
 
 @dataclass
@@ -82,7 +85,9 @@ class InternVL(nn.Module):
         self.features_projected = False
         """Whether features that a batch brings are those behind `mlp1`"""
         self.vision_model = InternViT(config.vision, kernel)
-        self.language_model = build_llm(config, kernel, dtype)
+        self.language_model = LanguageModel(
+            DecoderConfig.from_llm(config.llm, llm_family(config.llm_architecture), kernel)
+        )
         width, llm_width = config.projector_width, self.language_model.config.hidden_size
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)
@@ -102,7 +107,7 @@ class InternVL(nn.Module):
 
         There `auto` means sdpa: name the kernel, or ask `choose_kernel` about the device to come.
         """
-        dtype = as_dtype(dtype)
+        dtype = splitting.as_dtype(dtype)
         with torch.device(device):
             return cls(config, choose_kernel(attention, device, dtype), image_token_id, dtype).eval()
 
@@ -132,7 +137,7 @@ class InternVL(nn.Module):
 
         checkpoint = Checkpoint.open(resolve(name_or_path))
         config, files = checkpoint.config, checkpoint.files
-        dtype = quant.compute_dtype(files, as_dtype(dtype), quantize)
+        dtype = quant.compute_dtype(files, splitting.as_dtype(dtype), quantize)
         placement = None
         if any(option is not None for option in (devices, device_max_memory, device_map)):
             sized = cls.from_config(config, dtype, "meta")
@@ -168,7 +173,7 @@ class InternVL(nn.Module):
     def set_checkpointing(self, vision: bool, language: bool) -> None:
         """Trade compute for memory: keep only layer inputs in training, and compute the rest again in backward."""
         self.vision_model.encoder.checkpointing = vision
-        set_checkpointing(self.language_model, language)
+        self.language_model.model.checkpointing = language
 
     def forward(
         self,
@@ -180,6 +185,7 @@ class InternVL(nn.Module):
         tiles_per_row: Tensor | None = None,
         row_ids: Tensor | None = None,
         lengths: Tensor | None = None,
+        layout: SequenceLayout | None = None,
         image_at: Tensor | None = None,
         supervised_at: Tensor | None = None,
         features: Tensor | None = None,
@@ -196,11 +202,12 @@ class InternVL(nn.Module):
         Raises UserError where image tokens and tiles disagree.
         """
         embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids, attention_mask, features, image_at)
-        where = (attention_mask, position_ids, row_ids, lengths)
         if labels is not None and supervised_at is None:
             supervised_at = supervised_places(labels)
         read_M = None if labels is None or return_logits else supervised_at
-        hidden = hidden_states(self.language_model, embeds_BTD, *where, read_M)  # (B, T, D), or (M, D)
+        if layout is None:
+            layout = layout_of(input_ids, attention_mask, position_ids, row_ids, lengths)
+        hidden = self._hidden(embeds_BTD, layout, (attention_mask, position_ids, row_ids), read_M)
         output = Output()
         if labels is not None:
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
@@ -211,6 +218,19 @@ class InternVL(nn.Module):
         if labels is None or return_logits:
             output.logits = self.language_model.lm_head(hidden)
         return output
+
+    def _hidden(
+        self,
+        embeds_BTD: Tensor,
+        layout: SequenceLayout | None,
+        masks: tuple[Tensor | None, Tensor | None, Tensor | None],
+        read_M: Tensor | None,
+    ) -> Tensor:
+        """The last hidden states, (B, T, D), or those at `read_M` alone, (M, D)."""
+        if layout is not None and self.language_model.config.attention != "eager":
+            return self.language_model.packed(embeds_BTD, layout.to(embeds_BTD.device, non_blocking=True), read_M)
+        hidden_BTD = self.language_model.padded(embeds_BTD, *masks)
+        return hidden_BTD if read_M is None else hidden_BTD.flatten(0, 1).index_select(0, read_M)
 
     def embed(
         self,
@@ -232,7 +252,8 @@ class InternVL(nn.Module):
         if tiles_N3SS is None:
             tiles_N3SS = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
         count = len(tiles_N3SS) if features_NPC is None else len(features_NPC)
-        self._check_counts(image_BT, count, tiles_N3SS.shape[-1], tiles_per_row, row_ids_BT)
+        if image_at is None:
+            self._check_counts(image_BT, count, tiles_N3SS.shape[-1], tiles_per_row, row_ids_BT)
         embeds_BTD = self.language_model.get_input_embeddings()(input_ids_BT)
         if self.neftune_alpha and self.training:
             # Image tokens' embeddings are written over below, so only text gets noise (as in transformers' trainer).
@@ -249,6 +270,8 @@ class InternVL(nn.Module):
             features_NPD = features_NPC if self.features_projected else self.mlp1(features_NPC.to(self.dtype))
         image_at = places(image_BT) if image_at is None else image_at
         features_ID = features_NPD[:count].flatten(0, 1).to(embeds_BTD.dtype)
+        if len(image_at) != len(features_ID):
+            raise UserError(f"batch: {len(image_at)} image tokens, but {count} tiles have {len(features_ID)}")
         return embeds_BTD.flatten(0, 1).index_copy(0, image_at, features_ID).unflatten(0, image_BT.shape)
 
     def tile_features(self, tiles_N3SS: Tensor) -> Tensor:

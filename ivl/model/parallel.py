@@ -10,7 +10,7 @@ The mesh has two dimensions, `data_parallel` and `tensor_parallel`, as Lightning
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from ivl.model import tune as tuning
+from ivl.model.attention import AttentionKernel, choose_kernel
 from ivl.model.checkpoint import Checkpoint
+from ivl.model.devices import as_dtype
 from ivl.model.internvl import InternVL
-from ivl.model.llm import AttentionKernel, as_dtype, choose_kernel
 from ivl.model.tune import LoRA, Tune
 from ivl.model.weights import Files, check, tie
 from ivl.types import UserError
@@ -88,51 +89,41 @@ def reshard(model: nn.Module) -> None:
 
 # -- tensor parallel -----------------------------------------------------------------------------------------------
 
-_STYLES: dict[str, tuple[type[ColwiseParallel] | type[RowwiseParallel], dict[str, Any]]] = {
-    "colwise": (ColwiseParallel, {}),
-    "rowwise": (RowwiseParallel, {}),
-    "colwise_gather_output": (ColwiseParallel, {"output_layouts": Replicate()}),
-    "rowwise_split_input": (RowwiseParallel, {"input_layouts": Replicate()}),
-}
-"""transformers' name of a style → torch's"""
+_BY_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_BY_ROWS = ("o_proj", "down_proj")
+_FUSED = ("qkv_proj", "gate_up_proj")
+"""Split by columns, and gathered at once, since what follows takes them apart; so the layers behind them split it"""
 
 
 def tensor_plan(model: InternVL, size: int) -> dict[str, ParallelStyle]:
-    """How each linear layer of the language model's blocks is split, by transformers' plan for the architecture.
+    """How each linear layer of the language model's blocks is split.
 
     Beside a layer split by columns the second matrix of its LoRA is split, beside one split by rows the first.
-    Raises UserError where there is no such plan, or the heads cannot be shared out.
+    Raises UserError where the heads cannot be shared out, or a norm of heads trains.
     """
     language = model.language_model
-    named = getattr(language.config, "base_model_tp_plan", None) or {}
-    if not named:
-        raise UserError(f"tensor_parallel_size: transformers has no plan for {type(language).__name__}; expected 1")
-    heads = language.config.num_key_value_heads
+    heads, fused = language.config.num_key_value_heads, language.config.fused
     if heads % size:
         raise UserError(f"tensor_parallel_size: {heads} key-value heads cannot be shared by {size}; expected a divisor")
     plan: dict[str, ParallelStyle] = {}
-    for pattern, style in named.items():
-        for name, module in language.model.named_modules():
-            if not _matches(name, pattern):
-                continue
-            trained = any(p.requires_grad for p in module.parameters())
-            if style not in _STYLES:
-                if trained:
-                    raise UserError(f"tensor_parallel_size: {name} trains, and its style {style} is not supported")
-                continue
-            kind, settings = _STYLES[style]
-            if isinstance(module, LoraLayer):
-                plan[f"{name}.base_layer"] = kind(**settings)
-                beside = "lora_B" if kind is ColwiseParallel else "lora_A"
-                plan[f"{name}.{beside}.{tuning.ADAPTER}"] = kind(**settings)
-            else:
-                plan[name] = kind(**settings)
+    for name, module in language.model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if leaf in ("q_norm", "k_norm") and any(p.requires_grad for p in module.parameters()):
+            raise UserError(
+                f"tensor_parallel_size: {name} trains, and all processes would need its gradient; freeze it"
+            )
+        if leaf not in (*_BY_COLUMNS, *_BY_ROWS, *_FUSED):
+            continue
+        style: ParallelStyle
+        if leaf in _BY_ROWS:
+            style, half = RowwiseParallel(input_layouts=Replicate()) if fused else RowwiseParallel(), "lora_A"
+        else:
+            style, half = ColwiseParallel(output_layouts=Replicate()) if fused else ColwiseParallel(), "lora_B"
+        if isinstance(module, LoraLayer):
+            plan |= {f"{name}.base_layer": style, f"{name}.{half}.{tuning.ADAPTER}": style}
+        else:
+            plan[name] = style
     return plan
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted))
 
 
 # -- shards --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ivl.model.generate import Answer, Choice, Ends, Memory, NotFinite, answer_room, not_finite, read, searched
-from ivl.model.llm import attention_mask, with_cache
 from ivl.model.slots import Slots, keep_order
 from ivl.types import UserError
 
@@ -204,16 +203,9 @@ class Engine:
         slots, language_model, device = self._slots, self.model.language_model, self.model.device
         ids_n = torch.tensor([request.answer[-1] for request in self.running], device=device)
         embeds_n1D = language_model.get_input_embeddings()(ids_n)[:, None]
-        seen_nK = slots.seen(device, getattr(language_model.config, "sliding_window", None))
-        mask = seen_nK
-        if seen_nK is not None and language_model.config._attn_implementation != "flash_attention_2":
-            mask = attention_mask(language_model, seen_nK[:, None, None], embeds_n1D.dtype)
-        hidden_n1D = language_model.model(
-            inputs_embeds=embeds_n1D,
-            position_ids=slots.positions(device),
-            attention_mask=mask,
-            **with_cache(language_model, slots),
-        ).last_hidden_state
+        seen_nK = slots.seen(device, language_model.config.sliding_window)
+        mask = None if seen_nK is None else seen_nK[:, None, None]
+        hidden_n1D = language_model.model(embeds_n1D, slots.positions(device), mask, slots)
         slots.advance()
         over = self._say(self.running, self._generators, language_model.lm_head(hidden_n1D[:, -1]))
         if not over:

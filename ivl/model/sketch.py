@@ -25,14 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from ivl.config import Config
 from ivl.model import tune as tuning
-from ivl.model.attention import NAME, given_rows
-from ivl.model.blocks import WANTED
+from ivl.model.attention import AttentionKernel
 from ivl.model.internvl import InternVL
-from ivl.model.llm import AttentionKernel, LanguageModel, attention_mask, visible
-from ivl.model.loss import token_losses
 from ivl.model.quant import Quantize
 from ivl.model.tune import Tune
-from ivl.types import UserError
+from ivl.types import SequenceLayout, UserError
 
 DEPTH = 3
 """Blocks of each stack in the simulation: the first may differ, the other two show what one more adds"""
@@ -215,6 +212,7 @@ class Sketch:
         """Simulate a forward and a backward."""
         model = self.model
         marks: tuple[list[int], list[int]] = ([], [])
+        tower: list[int] = []  # the peak up to the language model, in which its blocks keep nothing yet
         with FakeTensorMode(), _faked(model):
             tally = Tally(model)
             hooks = [
@@ -222,22 +220,26 @@ class Sketch:
                 for blocks, seen in zip(self.blocks, marks)
                 for block in blocks
             ]
+            hooks.append(model.language_model.model.register_forward_pre_hook(lambda *_: tower.append(tally.mark())))
             trained = [p for p in model.parameters() if p.requires_grad]
             hooks += [p.register_post_accumulate_grad_hook(lambda p: tally.ignore(p.grad)) for p in trained]
+            batch = _batch(model, micro)
             with tally, _autocast(self.setup.precision):
-                loss = _forward(model, micro)
+                loss = model(**batch).loss_sum
                 forward, kept = tally.mark(), tally.live
                 counted = [list(seen) for seen in marks]  # recomputed blocks run their hooks again
+                assert loss is not None
                 loss.backward()
                 backward = tally.mark()
             for hook in hooks:
                 hook.remove()
         # The language model's last block computes less than the others.
         each = [seen[-end] - seen[-end - 1] if len(seen) > end else 0 for seen, end in zip(counted, (1, 2))]
-        extra = sum(bytes_ * times for bytes_, times in zip(each, self.more_kept()))
+        vision, extra = (sum(b * times for b, times in zip(each[:n], self.more_kept())) for n in (1, 2))
         chunk = min(512, micro.supervised)
         logits = chunk * self.config.llm["vocab_size"] * (3 * FP32 if self.setup.precision.startswith("32") else 14)
-        return Activations(forward + extra, backward + extra, kept + extra, max(0, backward - kept), logits, each[1])
+        forward = max(tower[0] + vision, forward + extra)
+        return Activations(forward, backward + extra, kept + extra, max(0, backward - kept), logits, each[1])
 
     def more_kept(self) -> tuple[int, int]:
         """Of the blocks beyond the copy, how many keep what its last one does."""
@@ -247,41 +249,23 @@ class Sketch:
         return vision, language
 
 
-def _forward(model: InternVL, micro: Micro) -> Tensor:
-    """`InternVL.forward` and its loss, on shapes: the checks that read values are left out."""
+def _batch(model: InternVL, micro: Micro) -> dict[str, Any]:
+    """What the model's forward is given, of these shapes."""
     size, shape = model.config.image_size, (micro.rows, micro.length)
-    embeds_BTD = model.language_model.get_input_embeddings()(torch.zeros(shape, dtype=torch.long))
-    if micro.tiles:
-        features_NPD = model.tile_features(torch.zeros(micro.tiles, 3, size, size, dtype=torch.uint8))
-        features_ID = features_NPD.flatten(0, 1).to(embeds_BTD.dtype)
-        image_at = torch.zeros(len(features_ID), dtype=torch.long)
-        embeds_BTD = embeds_BTD.flatten(0, 1).index_copy(0, image_at, features_ID).unflatten(0, shape)
-        del features_NPD, features_ID
-    count = min(micro.supervised, embeds_BTD.shape[0] * embeds_BTD.shape[1])
-    hidden_MD = _hidden(model.language_model, embeds_BTD, micro.packed, torch.zeros(count, dtype=torch.long))
-    del embeds_BTD
-    return token_losses(model.language_model.lm_head, hidden_MD, torch.zeros(count, dtype=torch.long), 512).sum()
-
-
-def _hidden(model: LanguageModel, hidden_BTD: Tensor, packed: bool, wanted_M: Tensor) -> Tensor:
-    """`ivl.model.llm.hidden_states`. Block by block: transformers makes a mask where it cannot read positions."""
-    body, kernel, (rows, length, _) = model.model, model.config._attn_implementation, hidden_BTD.shape
-    positions_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long)
-    given: dict[str, Any] = {"use_cache": False}
-    if kernel == "eager":
-        rows_BT = positions_BT if packed else None
-        given["attention_mask"] = attention_mask(
-            model, visible(positions_BT, positions_BT, rows_BT, None), hidden_BTD.dtype
-        )
-    else:
-        hidden_BTD, positions_BT = hidden_BTD.flatten(0, 1)[None], positions_BT.view(1, -1)
-        given |= given_rows(kernel, [length] * rows, hidden_BTD)
-    given |= {"position_ids": positions_BT, "position_embeddings": body.rotary_emb(hidden_BTD, positions_BT)}
-    for n, layer in enumerate(body.layers):
-        last = {WANTED: wanted_M} if kernel == NAME and n == len(body.layers) - 1 else {}
-        hidden_BTD = layer(hidden_BTD, **given, **last)
-    hidden_BTD = body.norm(hidden_BTD)
-    return hidden_BTD[0] if kernel == NAME else hidden_BTD.flatten(0, 1)[wanted_M]
+    total = micro.rows * micro.length
+    tokens = micro.tiles * model.config.tokens_per_tile
+    positions, ends = torch.zeros(1, total, dtype=torch.long), torch.zeros(micro.rows + 1, dtype=torch.int32)
+    batch: dict[str, Any] = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.zeros(shape, dtype=torch.long),
+        "layout": SequenceLayout((micro.length,) * micro.rows, positions, ends),
+        "image_at": torch.zeros(tokens, dtype=torch.long),
+        "supervised_at": torch.zeros(min(micro.supervised, total), dtype=torch.long),
+        "tiles": torch.zeros(micro.tiles, 3, size, size, dtype=torch.uint8),
+    }
+    if micro.packed:
+        batch["row_ids"] = torch.zeros(shape, dtype=torch.long)
+    return batch
 
 
 @contextmanager

@@ -10,44 +10,32 @@ Shapes: R slots, H heads of keys, C columns, d width of a head; n rows in use, K
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+
+from ivl.model.kv_cache import GrowingCache
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer:
     """One layer of `Slots`; only ever given one new token of each row."""
 
     def __init__(self, slots: Slots) -> None:
-        super().__init__()
         self.slots = slots
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise AssertionError("rows are added before they are decoded")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None, "rows are added before they are decoded"
         count, begin, end = self.slots.count, self.slots.begin, self.slots.end
         self.keys[:count, :, end] = key_states[:, :, 0]
         self.values[:count, :, end] = value_states[:, :, 0]
         return self.keys[:count, :, begin : end + 1], self.values[:count, :, begin : end + 1]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.slots.end - self.slots.begin
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in the first releases of transformers 5
-
     def put(self, slot: int, keys_HTd: Tensor, values_HTd: Tensor) -> None:
         """A row into a slot, up to the present end. What stands before it is cleared: hidden keys still meet a
         weight of 0, which does not hide what is not finite."""
+        assert self.keys is not None and self.values is not None
         start = self.slots.end - keys_HTd.shape[1]
         for store, given in ((self.keys, keys_HTd), (self.values, values_HTd)):
             store[slot, :, :start] = 0
@@ -55,6 +43,7 @@ class SlotLayer(CacheLayerMixin):
 
     def move(self, source: int, target: int, start: int) -> None:
         """The row of one slot into another."""
+        assert self.keys is not None and self.values is not None
         end = self.slots.end
         self.put(target, self.keys[source, :, start:end], self.values[source, :, start:end])
 
@@ -62,21 +51,19 @@ class SlotLayer(CacheLayerMixin):
         """Room for `rows` of `columns`; what is there goes to the front, moved by `shift` columns."""
         begin, end, count = self.slots.begin, self.slots.end, self.slots.count
         for name, given in zip(("keys", "values"), like or (self.keys, self.values)):
+            assert given is not None, "the first rebuild is like another cache"
             old = getattr(self, name)
             new_RHCd = given.new_zeros(rows, given.shape[1], columns, given.shape[3])
             if count:
                 new_RHCd[:count, :, begin + shift : end + shift] = old[:count, :, begin:end]
             setattr(self, name, new_RHCd)
-        self.is_initialized = True
 
 
-class Slots(Cache):
+class Slots:
     """The cache of rows in use, slots 0 to n - 1. Give it to the language model with `positions` and `mask`."""
 
-    layers: list[SlotLayer]
-
     def __init__(self, most_rows: int) -> None:
-        super().__init__(layers=[])
+        self.layers: list[SlotLayer] = []
         self.most_rows = most_rows
         self.begin = self.end = 0
         """Columns in use; `end` is the one that the next step writes"""
@@ -89,16 +76,16 @@ class Slots(Cache):
         """n"""
         return len(self.starts)
 
-    def add(self, cache: Cache, rows: Sequence[int], lengths: Sequence[int]) -> None:
+    def add(self, cache: GrowingCache, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Take rows of another cache, of these lengths, padded on the right; they get the next slots."""
         if not rows:
             return
         if not self.layers:
-            self.layers = [SlotLayer(self) for _ in cache.layers]
+            self.layers = [SlotLayer(self) for _ in cache.keys]
         self._reserve(self.count + len(rows), max(lengths), cache)
         for row, length in zip(rows, lengths):
-            for layer, source in zip(self.layers, cache.layers):
-                layer.put(self.count, source.keys[row, :, :length], source.values[row, :, :length])
+            for layer, keys, values in zip(self.layers, cache.keys, cache.values):
+                layer.put(self.count, keys[row, :, :length], values[row, :, :length])
             self.starts.append(self.end - length)
         self._changed()
 
@@ -112,6 +99,9 @@ class Slots(Cache):
             self.starts[slot] = self.starts[last]
             self.starts.pop()
         self._changed()
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers[layer].update(keys, values)
 
     def advance(self) -> None:
         """After a step: the column it wrote is in use. Makes room for the next."""
@@ -140,7 +130,7 @@ class Slots(Cache):
         self.begin = min(self.starts, default=self.end)
         self._starts_n = None
 
-    def _reserve(self, rows: int, longest: int, cache: Cache | None) -> None:
+    def _reserve(self, rows: int, longest: int, cache: GrowingCache | None) -> None:
         """Room for the next step, for that many rows, and for a row of `longest` before the present end."""
         store = self.layers[0].keys
         if store is not None and rows <= store.shape[0] and longest <= self.end < store.shape[2]:
@@ -151,7 +141,7 @@ class Slots(Cache):
         # A quarter more columns: moving them costs a few columns' copy a step.
         columns = width + max(32, width // 4)
         for n, layer in enumerate(self.layers):
-            given = None if cache is None else (cache.layers[n].keys, cache.layers[n].values)
+            given = None if cache is None else (cache.keys[n], cache.values[n])
             layer.rebuild(given, slots, columns, shift)
         self.starts = [start + shift for start in self.starts]
         self.begin, self.end = self.begin + shift, width

@@ -139,14 +139,14 @@ class Turns:
     def _lasts(self, total: int) -> bool:
         """Whether the cached keys are those that a prompt of `total` tokens would have.
 
-        Beyond a limit the rotary frequencies follow from the length of the prompt (`ivl.model.llm.RotaryEmbedding`).
+        Beyond a limit the rotary frequencies follow from the length of the prompt (`ivl.model.rotary.RotaryEmbedding`).
         """
-        rotary = self.model.language_model.model.rotary_emb
-        if rotary.limit is None:
+        rope = self.model.language_model.config.rope
+        if rope.limit is None:
             return True
-        if total <= rotary.limit:
-            return self._longest <= rotary.limit
-        return rotary.kind == "longrope" and self._first > rotary.limit
+        if total <= rope.limit:
+            return self._longest <= rope.limit
+        return rope.kind == "longrope" and self._first > rope.limit
 
     def _cut(self, length: int) -> None:
         """Keep the first tokens only."""
@@ -154,7 +154,7 @@ class Turns:
             self._memory, self._keys = Memory(), []
         elif length < len(self._keys):
             memory = self._memory
-            memory.cache.crop(length - len(self._keys))  # negative: so many from the end
+            memory.cache.crop(length)
             memory.positions_BK = memory.positions_BK[:, :length]
             memory.lengths_B = memory.lengths_B.clamp(max=length)
             self._keys = self._keys[:length]

@@ -13,26 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
 from ivl.config import VisionConfig
 from ivl.model.again import again, normed, small
 from ivl.model.layer_scale import scaled
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 whatever the weights are kept in."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x_NLD: Tensor) -> Tensor:
-        wide_NLD = x_NLD.float()
-        wide_NLD = wide_NLD * torch.rsqrt(wide_NLD.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide_NLD.to(x_NLD.dtype)
-
+from ivl.model.layers import ACTIVATIONS, RMSNorm
 
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
 
@@ -90,7 +75,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.act = ACT2FN[config.hidden_act]
+        self.act = ACTIVATIONS[config.hidden_act]()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 

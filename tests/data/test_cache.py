@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ivl.data.cache import default_cache
-from ivl.files import whole_file
+from ivl.data.cache import default_cache, whole_file
 
 
 def test_the_folder_follows_the_xdg_rules(monkeypatch, tmp_path):

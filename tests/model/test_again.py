@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ivl.families import LLMS
 from ivl.model import again as module
-from ivl.model import blocks, layer_scale, vision
+from ivl.model import decoder, layer_scale, vision
 from ivl.model.again import again, normed, small
 from ivl.model.internvl import InternVL
 from ivl.model.sketch import Tally
@@ -50,7 +50,7 @@ def step(model: InternVL, batch, autocast: bool = False) -> tuple[list[Tensor], 
 @pytest.fixture
 def everything_kept(monkeypatch):
     def switch() -> None:
-        for place in (blocks, vision):
+        for place in (decoder, vision):
             monkeypatch.setattr(place, "small", nullcontext)
 
     return switch

@@ -4,59 +4,111 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface
 
 from ivl.model import attention
-from ivl.model.attention import Rows, at_once, by_row, given_rows, register
-from ivl.model.llm import hidden_states, lengths_of, set_checkpointing, visible
+from ivl.model.attention import at_once, attend, by_row, visible
+from ivl.model.decoder import LanguageModel
+from ivl.model.sequence_layout import layout_of, lengths_of
+from ivl.types import SequenceLayout
 from tests.model.test_llm import tiny
 from tests.tiny import FAMILIES
+
+LENGTHS = (5, 1, 7)
+
+
+def layout(*lengths: int) -> SequenceLayout:
+    """Of one pack of these rows."""
+    return SequenceLayout.of(torch.tensor(lengths), sum(lengths), packed=True)
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_rows_see_themselves_alone(window):
-    lengths = [5, 1, 7]
     q, k, v = torch.randn(1, 4, 13, 8), torch.randn(1, 2, 13, 8), torch.randn(1, 2, 13, 8)
-    rows = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    rows = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     mask = visible(positions, positions, rows, window)
     square = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask)
-    torch.testing.assert_close(by_row(q, k, v, lengths, window=window), square.transpose(1, 2), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(by_row(q, k, v, LENGTHS, window=window), square.transpose(1, 2), atol=1e-6, rtol=1e-5)
+    for kernel in ("sdpa", "eager"):
+        found = attend(q, k, v, mask, kernel)
+        torch.testing.assert_close(found, square.transpose(1, 2), atol=1e-6, rtol=1e-5)
 
 
-def by_mask(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What torch's documentation says of `varlen_attn`, with a square mask."""
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_row_without_a_mask_is_causal(window, kernel):
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    positions = torch.arange(9).expand(2, -1)
+    expected = attend(q, k, v, visible(positions, positions, None, window))
+    torch.testing.assert_close(attend(q, k, v, None, kernel, window=window), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_one_token_meets_the_keys_that_its_mask_shows(kernel):
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    seen = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]]).bool()[:, None, None]
+    found = attend(q, k, v, seen, kernel)
+    for row, cut in ((0, slice(0, 3)), (1, slice(1, 6))):
+        alone = attend(q[row : row + 1], k[row : row + 1, :, cut], v[row : row + 1, :, cut], None, kernel)
+        torch.testing.assert_close(found[row : row + 1], alone, atol=1e-6, rtol=1e-5)
+
+
+def by_mask(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, 0), enable_gqa=False):
+    """torch's `varlen_attn` as documented, with a square mask."""
     assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and max_q == max_k == int(cu_seq_q.diff().max())
     assert enable_gqa == (q.shape[1] != k.shape[1]) and window_size[1] == 0
     row = torch.repeat_interleave(torch.arange(len(cu_seq_q) - 1), cu_seq_q.diff())
     back = torch.arange(len(q))[:, None] - torch.arange(len(q))
     seen = (row[:, None] == row) & (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
     heads = (x.transpose(0, 1) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+    out = F.scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=enable_gqa)
     return out.transpose(0, 1)
 
 
+def without_groups(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, 0)):
+    """As torch 2.11 has it."""
+    return by_mask(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
+
+
+def first_form(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    """As torch 2.10 has it: neither groups nor windows."""
+    assert is_causal
+    return by_mask(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """Put a function in the place of torch's kernel."""
+    attention._varlen_arguments.cache_clear()
+    yield lambda function: monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+    attention._varlen_arguments.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", [by_mask, without_groups, first_form])
 @pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 1, 3])
-def test_all_rows_at_once_are_asked_for_as_torch_takes_them(window, scale, groups, monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_mask)
-    lengths = (5, 1, 7)
+def test_all_rows_at_once_are_asked_for_as_torch_takes_them(window, groups, kernel, varlen, monkeypatch):
+    varlen(kernel)
+    monkeypatch.setattr(attention, "_is_recent", lambda device: True)
+    has_kernel = attention.has_varlen(torch.device("cuda"), window)
+    assert has_kernel == (window is None or kernel is not first_form)
+    if not has_kernel:
+        return
     q, k, v = (torch.randn(1, n, 13, 8) for n in (4, groups, groups))
-    found = at_once(q, k, v, Rows(lengths, torch.tensor([0, 5, 6, 13], dtype=torch.int32)), scale, window)
-    torch.testing.assert_close(found, by_row(q, k, v, lengths, scale, 0.0, window), atol=1e-6, rtol=1e-5)
+    found = at_once(q, k, v, layout(*LENGTHS), window)
+    torch.testing.assert_close(found, by_row(q, k, v, LENGTHS, 0.0, window), atol=1e-6, rtol=1e-5)
 
 
 def test_all_rows_at_once_where_there_is_a_kernel_for_it(monkeypatch):
     """On fake tensors of a GPU, which need none: torch's own operator takes what it is given."""
-    lengths, kernel = [5, 1, 7], AttentionInterface()[register()]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    attention._newer.cache_clear()
+    monkeypatch.setattr(attention, "_is_recent", lambda device: True)
     called = []
     for name in ("at_once", "by_row"):
         real = getattr(attention, name)
         monkeypatch.setattr(attention, name, lambda *a, n=name, real=real: called.append(n) or real(*a))
     with FakeTensorMode():
+        ends = torch.empty(4, dtype=torch.int32, device="cuda")
+        rows = SequenceLayout(LENGTHS, torch.empty(1, 13, dtype=torch.long, device="cuda"), ends)
         for dtype, width, dropout, expected in (
             (torch.bfloat16, 16, 0.0, "at_once"),
             (torch.float16, 128, 0.0, "at_once"),
@@ -65,12 +117,10 @@ def test_all_rows_at_once_where_there_is_a_kernel_for_it(monkeypatch):
             (torch.bfloat16, 16, 0.1, "by_row"),
         ):
             q, k, v = (torch.empty(1, n, 13, width, device="cuda", dtype=dtype) for n in (4, 2, 2))
-            rows = given_rows(attention.NAME, lengths, q)["rows"]
-            found, _ = kernel(torch.nn.Module(), q, k, v, None, rows=rows, scaling=0.5, dropout=dropout)
+            found = attend(q, k, v, rows, dropout=dropout)
             assert found.shape == (1, 13, 4, width) and found.dtype == dtype and found.device.type == "cuda"
             assert called.pop() == expected and not called
-    attention._newer.cache_clear()
-    assert given_rows(attention.NAME, lengths, torch.zeros(1))["rows"].ends is None
+    assert not attention.has_varlen(torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -79,19 +129,27 @@ def test_all_rows_at_once_where_there_is_a_kernel_for_it(monkeypatch):
 def test_all_rows_at_once_on_a_gpu(window, groups):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    lengths = (300, 1, 129, 594)
-    found = []
+    lengths, found = (300, 1, 129, 594), []
+    assert attention.has_varlen(torch.device("cuda"), window)
     for way in (at_once, by_row):
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, n, 1024, 64, device="cuda", dtype=torch.bfloat16) for n in (8, groups, groups))
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        rows = given_rows(attention.NAME, lengths, q)["rows"]
-        assert rows.ends is not None
-        out = way(q, k, v, rows, None, window) if way is at_once else way(q, k, v, lengths, None, 0.0, window)
+        rows = layout(*lengths).to("cuda")
+        out = way(q, k, v, rows, window) if way is at_once else way(q, k, v, lengths, 0.0, window)
         (out.float() * torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape)).sum().backward()
         found.append([out, *(x.grad for x in leaves)])
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, atol=3e-2, rtol=3e-2)
+
+
+def hidden_states(llm: LanguageModel, embeds, mask=None, positions=None, rows=None, lengths=None, outputs=None):
+    """As `InternVL.forward` has them."""
+    found = layout_of(embeds[..., 0], mask, positions, rows, lengths)
+    if found is not None and llm.config.attention != "eager":
+        return llm.packed(embeds, found, outputs)
+    hidden = llm.padded(embeds, mask, positions, rows)
+    return hidden if outputs is None else hidden.flatten(0, 1)[outputs]
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -171,7 +229,7 @@ def test_lengths_are_only_found_where_rows_are_whole_runs():
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_asked_for_some_tokens_the_last_block_computes_no_others(architecture, kernel, again):
     llm = tiny(architecture, attention=kernel).language_model.train()
-    set_checkpointing(llm, again)
+    llm.model.checkpointing = again
     lengths = torch.tensor([9, 4, 6])
     padded = torch.randn(3, 9, 64, requires_grad=True)
     mask = torch.arange(9) < lengths[:, None]

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ivl.config import Config
 from ivl.families import MODELS, config_for
-from ivl.model import devices, quant, vision
+from ivl.model import decoder, devices, quant, vision
 from ivl.model.devices import LAYERS, MAIN, Placement, Sizes, choose, dispatch, from_map, parse_size, plan, sizes
 from ivl.model.generate import Memory, read
 from ivl.model.internvl import InternVL
@@ -220,16 +220,15 @@ def test_a_layer_that_is_computed_again_has_its_input_on_its_own_device(tiny_fol
     given = {"": "cpu"} | dict.fromkeys([f"{LAYERS}.1", f"{LAYERS}.2", "vision_model.encoder.layers.0"], "meta")
     seen = []
 
-    def recomputed(layer, hidden, *_, **__):
-        seen.append((layer if isinstance(layer, torch.nn.Module) else layer.args[0], hidden.device))
-        return layer(hidden)
+    def recomputed(layer, hidden, *rest, use_reentrant):
+        seen.append((layer, hidden.device))
+        return layer(hidden, *rest)
 
     monkeypatch.setattr(vision, "checkpoint", recomputed)
+    monkeypatch.setattr(decoder, "checkpoint", recomputed)
     with SecondDevice():
         model = InternVL.from_pretrained(tiny_folder, device_map=given)
         model.set_checkpointing(True, True)
-        for layer in model.language_model.model.layers:
-            layer._gradient_checkpointing_func = recomputed
         model(**rows.padded(rows.rows(model)))
     assert len(seen) == 4 + len(model.vision_model.encoder.layers)
     assert all(device == next(layer.parameters()).device for layer, device in seen)
@@ -255,7 +254,7 @@ def test_tensors_are_carried_to_the_device_of_each_layer(tiny_folder):
         tiles = torch.zeros(1, 3, 56, 56, dtype=torch.uint8, device="cuda:0")
         features = model.tile_features(tiles)
     assert logits.device == features.device == torch.device("cuda:0")
-    devices_of_cache = [str(layer.keys.device) for layer in memory.cache.layers]
+    devices_of_cache = [str(keys.device) for keys in memory.cache.keys]
     assert devices_of_cache == [placement.devices[f"{LAYERS}.{n}"] for n in range(4)]
     assert set(devices_of_cache) == {"cuda:0", "cuda:1"}
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from ivl.config import Config, read_json
-from ivl.model import llm
+from ivl.model import attention as attention_module
+from ivl.model.attention import choose_kernel, visible
+from ivl.model.hf import llm_config
 from ivl.model.internvl import InternVL
-from ivl.model.llm import build_llm, choose_kernel, hidden_states, is_plain, llm_config, row_lengths, varlen, visible
+from ivl.model.rotary import row_lengths
+from ivl.model.sequence_layout import is_plain
 from ivl.model.weights import Files, load_weights
 from ivl.types import UserError
 from tests.tiny import FAMILIES, config, random_state
@@ -75,7 +78,7 @@ def test_a_row_is_not_changed_by_longer_neighbours(kind, attention):
     """A short and a long row, padded and packed, where only the long one passes the rotary limit."""
     architecture, settings = LONG[kind]
     model = tiny(architecture, attention, **settings)
-    assert model.language_model.model.rotary_emb.limit == 16
+    assert model.language_model.config.rope.limit == 16
     short, long = torch.randint(0, 190, (10,)), torch.randint(0, 190, (40,))
     alone = [model(ids[None]).logits[0] for ids in (short, long)]
 
@@ -99,8 +102,9 @@ def test_dynamic_frequencies_equal_those_of_transformers():
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     architecture, settings = LONG["dynamic"]
-    ours = tiny(architecture, **settings).language_model.model
-    theirs = LlamaRotaryEmbedding(ours.config)
+    model = tiny(architecture, **settings)
+    ours = model.language_model.model
+    theirs = LlamaRotaryEmbedding(llm_config(model.config))
     positions, x = torch.arange(50)[None], torch.zeros(1)
     for own, their in zip(ours.rotary_emb(x, positions), theirs(x, positions)):
         torch.testing.assert_close(own, their, atol=1e-5, rtol=0)
@@ -152,13 +156,6 @@ def test_right_padding_is_plain_and_nothing_else_is():
     assert not is_plain(None, torch.tensor([[0, 1, 0]]))
 
 
-def test_varlen_bounds_are_those_of_the_rows():
-    bounds = varlen(torch.tensor([[0, 0, 1, -1], [2, 2, 2, 2]]))
-    assert bounds["cu_seq_lens_q"].tolist() == [0, 2, 3, 4, 8]
-    assert bounds["cu_seq_lens_q"].dtype == torch.int32
-    assert bounds["max_length_k"] == 4
-
-
 @pytest.mark.parametrize("architecture", FAMILIES)
 @torch.no_grad()
 def test_hidden_padding_inside_a_row_is_not_seen(architecture):
@@ -166,8 +163,8 @@ def test_hidden_padding_inside_a_row_is_not_seen(architecture):
     embeds = torch.randn(1, 6, 64)
     mask = torch.tensor([[1, 1, 0, 1, 1, 1]]).bool()
     positions = torch.tensor([[0, 1, 0, 2, 3, 4]])
-    whole = hidden_states(model.language_model, embeds, mask, positions)
-    without = hidden_states(model.language_model, embeds[:, mask[0]])
+    whole = model.language_model.padded(embeds, mask, positions)
+    without = model.language_model.padded(embeds[:, mask[0]])
     torch.testing.assert_close(whole[:, mask[0]], without, atol=1e-5, rtol=0)
 
 
@@ -182,7 +179,7 @@ def test_choose_kernel():
 
 
 def test_flash_attention_where_it_is_installed(monkeypatch):
-    monkeypatch.setattr(llm, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention_module, "find_spec", lambda name: object())
     assert choose_kernel("auto", "cuda", torch.bfloat16) == "flash_attention_2"
     assert choose_kernel("auto", "cuda", torch.float32) == "sdpa"
     assert choose_kernel("auto", "cpu", torch.bfloat16) == "sdpa"
@@ -221,9 +218,7 @@ def test_what_no_release_has_is_refused():
     with pytest.raises(UserError, match="use_sliding_window: true is not supported"):
         tiny("Qwen2ForCausalLM", use_sliding_window=True)
     with pytest.raises(UserError, match=r"'GPT2LMHeadModel' is not a language model .* expected one of InternLM2"):
-        build_llm(
-            overridden(tiny("Qwen2ForCausalLM").config.raw, {"llm_config.architectures": ["GPT2LMHeadModel"]}), "sdpa"
-        )
+        InternVL(overridden(tiny("Qwen2ForCausalLM").config.raw, {"llm_config.architectures": ["GPT2LMHeadModel"]}))
 
 
 def test_the_padding_token_gets_no_gradient():

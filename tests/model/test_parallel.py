@@ -73,7 +73,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     with pytest.raises(UserError, match="key-value heads cannot be shared by 3"):
         tensor_plan(model, 3)
     model.requires_grad_(True)
-    with pytest.raises(UserError, match="q_norm trains, and its style"):
+    with pytest.raises(UserError, match="q_norm trains, and all processes would need"):
         tensor_plan(model, 2)
     model.requires_grad_(False)
     assert tensor_plan(model, 2)

@@ -132,11 +132,11 @@ def watched(model):
     """Rows and tokens of each forward of the language model, and tiles of each of the tower."""
     seen = {"rows": [], "tiles": []}
 
-    def forward(_module, _args, given):
-        seen["rows"].append(tuple(given["inputs_embeds"].shape[:2]))
+    def forward(_module, given):
+        seen["rows"].append(tuple(given[0].shape[:2]))
 
     hooks = [
-        model.language_model.model.register_forward_pre_hook(forward, with_kwargs=True),
+        model.language_model.model.register_forward_pre_hook(forward),
         model.vision_model.register_forward_pre_hook(lambda _module, given: seen["tiles"].append(len(given[0]))),
     ]
     return seen, hooks
