@@ -98,6 +98,7 @@ def _prepare_demo(folder: Path) -> None:
 
 def _explain(error: Exception) -> str | None:
     """The one line of a user's mistake; None for a mistake of ours."""
+    from ivl.files import disk_fault
     from ivl.types import UserError
 
     text = str(error).strip()
@@ -109,7 +110,7 @@ def _explain(error: Exception) -> str | None:
         return " ".join(text.removeprefix("error:").split())
     if kind == "MisconfigurationException":  # Lightning
         return text
-    return None
+    return disk_fault(error)
 
 
 def _fail(message: str) -> int:

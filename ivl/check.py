@@ -21,6 +21,7 @@ from ivl.data.index import Index, answers_needed, build_index, joined, progress_
 from ivl.data.media import MediaPolicy
 from ivl.data.processor import Processor
 from ivl.data.sources import Source, open_sources
+from ivl.files import whole_path
 from ivl.types import IGNORE, Example, UserError, many
 
 SPLITS = ("train", "val", "test", "predict")
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         unread += problems
         if parts:
             checked.append(_checked(name, parts, args))
-    with open(out / "report.txt", "w", encoding="utf-8") as report:
+    with whole_path(out / "report.txt") as path, open(path, "w", encoding="utf-8") as report:
         for problem in unread:
             _say(problem, report)
         for one in checked:
@@ -358,7 +359,8 @@ def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
         except UserError as error:  # what only decoding finds: a problem that --media counts
             print(f"\nnot shown: {error}")
     if cells:
-        grid(cells).save(sheet)
+        with whole_path(sheet) as path:
+            grid(cells).save(path, "PNG")
         print(f"\ncontact sheet of {many(len(cells), 'row')}: {sheet}")
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ivl import __version__
+from ivl.config import read_json
 from ivl.data.processor import Processor
 from ivl.families import llm_family
 from ivl.hub import resolve
@@ -28,11 +29,12 @@ from ivl.model.adapter_writer import Layout
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.ckpt_file import trained_state
 from ivl.model.devices import check_at_hand, parse_size
+from ivl.model.hf import hf_tensor
 from ivl.model.internvl import InternVL
 from ivl.model.quant import Quantize
 from ivl.model.tune import PARTS, How, LoRA, Tune
 from ivl.model.weights import save_weights
-from ivl.release import Settings, dump, write_hf, write_released
+from ivl.release import Settings, dump, hf_rows, write_hf, write_released
 from ivl.types import WEIGHTS, UserError
 from ivl.verify import Check, Probe, stored_dtype, verify, verify_adapter
 
@@ -164,8 +166,12 @@ def _write_model(
     adapting.merge(model)
     model.to(getattr(torch, settings.dtype))
     names = {"released": llm_family(config.llm_architecture).layout, "hf": "hf"}
-    save_weights(model.state_dict(), folder, names[layout], config, shard_bytes)
-    del model  # the written one is read next, and both may not fit
+    state = model.state_dict()
+    if layout == "hf":
+        rows = read_json(folder / "config.json")["text_config"]["vocab_size"]
+        state = {name: hf_tensor(name, tensor, config, model.image_token_id, rows) for name, tensor in state.items()}
+    save_weights(state, folder, names[layout], config, shard_bytes)
+    del model, state  # the written one is read next, and both may not fit
     checks = verify(folder, settings, layout, trained.parts, probe, before, device)
     if trained.adapter and (other := adapting.other_base(trained.adapter, trained.base)):
         notes.append(other)
@@ -180,13 +186,19 @@ def _write_model(
             f"trained on a base in {trained.quantize}, merged into the whole weights: answers differ a little from the "
             "run's; load the folder with quantize for the same memory"
         )
-    return _report(trained, settings, layout, notes, checks, _commands(layout, config.llm_architecture))
+    return _report(trained, settings, layout, notes, checks, _commands(layout, config.llm_architecture, folder))
 
 
 def _write_adapter(
     trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str, layout: Layout
 ) -> dict[str, Any]:
     assert trained.tune is not None, "only a run's LoRA is written as an adapter"
+    config, ends = settings.checkpoint.config, {"embeddings", "head"} & set(trained.parts)
+    if layout == "hf" and ends and hf_rows(settings) != config.llm["vocab_size"]:
+        raise UserError(
+            f"--adapter_only --layout hf: {' and '.join(sorted(ends))} trained, and have a row more in the hf layout, "
+            "for its token <video>; write the merged model, with --layout hf and without --adapter_only"
+        )
     model = trained.model(settings.base, settings.dtype, device)
     before = probe(model)
     adapting.save_adapter(model, trained.tune, folder, trained.base, trained.state, layout)
@@ -194,7 +206,7 @@ def _write_adapter(
     again = Trained(trained.base, adapter=folder).model(settings.base, settings.dtype, device)
     checks = verify_adapter(folder, before, probe(again), settings.dtype)
     notes = []
-    if layout != settings.checkpoint.config.layout:
+    if layout != config.layout:
         notes.append(
             f"its names are those of the {layout} layout: PEFT loads it onto the base written with --layout {layout}"
         )
@@ -226,14 +238,16 @@ def _report(
     }
 
 
-def _commands(layout: str, architecture: str) -> dict[str, str]:
-    """How to start each engine; {} stands for the folder."""
+def _commands(layout: str, architecture: str, folder: Path) -> dict[str, str]:
+    """How to start each engine that takes the folder; {} stands for it."""
     if layout == "hf":
         return {
             "transformers": "AutoModelForImageTextToText.from_pretrained('{}')",
             "vllm": "vllm serve {}",
             "lmdeploy": "lmdeploy serve api_server {} --backend pytorch",
         }
+    if not list(folder.glob("*.py")):  # the engines run them
+        return {"ivl": "python -m ivl chat --model {}"}
     backend = " --backend pytorch" if architecture == "Phi3ForCausalLM" else ""  # not in its turbomind
     return {
         "vllm": "vllm serve {} --trust-remote-code",

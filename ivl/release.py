@@ -145,35 +145,38 @@ def _preprocessor(size: int) -> dict[str, Any]:
 
 
 def write_hf(settings: Settings, folder: Path) -> list[str]:
-    """Everything but the weights in transformers' own layout. Returns notes: what it could not say."""
+    """Everything but the weights in transformers' own layout. Returns notes: what it could not say.
+
+    Raises UserError where a tokenizer or a tower has no form there.
+    """
     checkpoint, processor = settings.checkpoint, settings.processor
     raw = hf_config(checkpoint.config, checkpoint.image_token_id) | {"dtype": settings.dtype}
-    dump(folder / "config.json", raw)
-    dump(folder / "generation_config.json", _generation(settings))
     text = chat_template(processor.template, processor.tokenizer, processor.system_message, HF_MARKS)
     try:
         _write_processor(settings, folder, text)
+        raw["text_config"]["vocab_size"] = hf_rows(settings)
     except UserError as error:
-        for name in copied_files(settings.base):
-            if not name.endswith(".py"):
-                shutil.copyfile(settings.base / name, folder / name)
-        path = settings.base / "tokenizer_config.json"
-        dump(folder / "tokenizer_config.json", (read_json(path) if path.is_file() else {}) | {"chat_template": text})
-        _image_processor(settings).save_pretrained(folder)
-        return [f"no processor files: {error}. The tokenizer files are the base's"]
+        raise UserError(f"{settings.base}: its tokenizer has no form in the hf layout: {error}") from error
+    dump(folder / "config.json", raw)
+    dump(folder / "generation_config.json", _generation(settings))
+    if processor.tokenizer.leading_space:
+        return ["a text that begins with a blank has one token fewer in transformers; no prompt of this template does"]
     return []
 
 
-def _write_processor(settings: Settings, folder: Path, template: str) -> None:
-    """Tokenizer, image and video processors, by transformers' own classes."""
-    from transformers import InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerFast
+def hf_rows(settings: Settings) -> int:
+    """Rows of the embeddings in transformers' own layout: one for each token, `<video>` among them."""
+    return max(settings.checkpoint.config.llm["vocab_size"], 1 + max(_hf_tokenizer(settings).get_vocab().values()))
+
+
+def _hf_tokenizer(settings: Settings) -> Any:
+    from transformers import PreTrainedTokenizerFast
 
     from ivl.data.fast_tokenizer import fast_tokenizer
 
-    processor = settings.processor
-    own, config = processor.tokenizer, processor.config
+    own = settings.processor.tokenizer
     named = {name: token for name in ("bos", "eos", "pad") if (token := getattr(own, f"{name}_id")) is not None}
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=fast_tokenizer(own),
         **{f"{name}_token": own.token_bytes(token).decode() for name, token in named.items()},
         model_specific_special_tokens={
@@ -184,9 +187,16 @@ def _write_processor(settings: Settings, folder: Path, template: str) -> None:
         },
         clean_up_tokenization_spaces=False,
     )
+
+
+def _write_processor(settings: Settings, folder: Path, template: str) -> None:
+    """Tokenizer, image and video processors, by transformers' own classes."""
+    from transformers import InternVLProcessor, InternVLVideoProcessor
+
+    config = settings.processor.config
     InternVLProcessor(
         image_processor=_image_processor(settings),
-        tokenizer=tokenizer,
+        tokenizer=_hf_tokenizer(settings),
         video_processor=InternVLVideoProcessor(**_pixels(config.image_size)),
         image_seq_length=config.tokens_per_tile,
         chat_template=template,

@@ -22,6 +22,7 @@ from ivl.data.processor import Processor
 from ivl.data.tokenizer import GROUNDING_TOKENS, IMAGE_TOKENS, Tokenizer
 from ivl.families import LLMS, llm_family
 from ivl.model.checkpoint import Checkpoint
+from ivl.model.hf import hf_tensor
 from ivl.model.internvl import InternVL
 from ivl.model.layouts import layout_of
 from ivl.model.tune import part_of
@@ -121,8 +122,8 @@ def verify(
         _prompt(folder, settings, layout),
     ]
     model = InternVL.from_pretrained(folder, dtype=settings.dtype, device=device)
-    checks.append(_frozen(model, settings, parts))
-    after = probe(model)
+    checks.append(_frozen(model, settings, layout, parts))
+    after = probe(model)[:, : before.shape[1]]  # the hf layout may have rows for further tokens
     found, bound = difference(before, after), BOUND[settings.dtype]
     worst = float((after - before).abs().max())
     detail = f"logits changed by {found:.2e} (relative rms; bound {bound:.0e}), at most {worst:.2e}"
@@ -173,8 +174,12 @@ def _tensors(folder: Path, settings: Settings, layout: str) -> Check:
     files, base = Files.of(folder), settings.checkpoint.files
     own = llm_family(settings.checkpoint.config.llm_architecture).layout if layout == "released" else "hf"
     problems = []
-    if base.shapes != files.shapes and layout_of(base.where, settings.checkpoint.config) == own:
-        odd = sorted(set(base.shapes.items()) ^ set(files.shapes.items()))
+    shapes = dict(base.shapes)
+    if layout == "hf":  # with a row for each token of its processor
+        rows = read_json(folder / "config.json")["text_config"]["vocab_size"]
+        shapes |= {n: (rows, s[1]) for n, s in shapes.items() if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    if shapes != files.shapes and layout_of(base.where, settings.checkpoint.config) == own:
+        odd = sorted(set(shapes.items()) ^ set(files.shapes.items()))
         problems.append(f"names or shapes are not the base's: {odd[:5]}")
     dtypes = sorted(set(files.dtypes.values()))
     if [_NAMES.get(name) for name in dtypes] != [settings.dtype]:
@@ -211,7 +216,8 @@ def _tokenizer(folder: Path, settings: Settings, layout: str) -> Check:
         from transformers import AutoProcessor
 
         theirs = AutoProcessor.from_pretrained(folder).tokenizer
-        wrong = [t for t in TEXTS if theirs(t, add_special_tokens=False).input_ids != base.encode(t)]
+        texts = [t.lstrip() if base.leading_space else t for t in TEXTS]  # see `ivl.data.fast_tokenizer`
+        wrong = [t for t in texts if theirs(t, add_special_tokens=False).input_ids != base.encode(t)]
     return Check("tokenizer", not wrong, f"other ids for {wrong}" if wrong else f"{len(TEXTS)} texts: the base's ids")
 
 
@@ -269,14 +275,17 @@ def _template_key(folder: Path) -> str:
     return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
 
 
-def _frozen(model: InternVL, settings: Settings, parts: Sequence[str]) -> Check:
+def _frozen(model: InternVL, settings: Settings, layout: str, parts: Sequence[str]) -> Check:
     """Parts that were not trained are the base's, bit for bit."""
     checkpoint: Checkpoint = settings.checkpoint
     state = model.state_dict()
     changed: dict[str, int] = {}
     meta = InternVL.from_config(checkpoint.config, device="meta")
     for name, tensor in checkpoint.files.read(check(meta, checkpoint.files), checkpoint.config):
-        if not torch.equal(state[name].cpu(), tensor.to(state[name].dtype)):
+        written = tensor.to(state[name].dtype)
+        if layout == "hf":
+            written = hf_tensor(name, written, checkpoint.config, checkpoint.image_token_id, model.vocab_size)
+        if not torch.equal(state[name].cpu(), written):
             part = part_of(name)
             changed[part] = changed.get(part, 0) + 1
     tied = {"embeddings", "head"} if checkpoint.config.llm.get("tie_word_embeddings") else set()

@@ -47,8 +47,11 @@ def test_a_run_on_a_bfloat16_base_is_merged(run, tmp_path, layout, dtype):
     out = export(str(tmp_path / "out"), run=str(folder), layout=layout, dtype=dtype)
     wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     assert {tensor.dtype for tensor in stored(out).values()} == {wanted}
-    merged = InternVL.from_pretrained(out)
-    assert difference(logits(model), logits(merged)) < {"auto": 3e-2, "float16": 5e-3, "float32": 1e-4}[dtype]
+    expected, merged = logits(model), InternVL.from_pretrained(out)
+    assert (
+        difference(expected, logits(merged)[:, : expected.shape[1]])
+        < {"auto": 3e-2, "float16": 5e-3, "float32": 1e-4}[dtype]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

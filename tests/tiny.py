@@ -218,9 +218,11 @@ def _llama3(folder: Path) -> dict[str, int]:
     return added
 
 
-def _sentencepiece(folder: Path, kind: str, names: tuple[str, ...], **settings: Any) -> dict[str, int]:
+def _sentencepiece(
+    folder: Path, kind: str, names: tuple[str, ...], symbols: tuple[str, ...] = (), prefix: bool = True, **settings: Any
+) -> dict[str, int]:
     """tokenizer.model with byte fallback, as InternLM2, Phi-3 and Yi have it."""
-    model, size = _sentencepiece_model()
+    model, size = _sentencepiece_model(symbols, prefix)
     (folder / "tokenizer.model").write_bytes(model)
     own = {"<unk>": 0, "<s>": 1, "</s>": 2}
     added = {token: size + n for n, token in enumerate(names)}
@@ -245,7 +247,30 @@ def _yi(folder: Path) -> dict[str, int]:
     return _sentencepiece(folder, "LlamaTokenizer", names, add_bos_token=False, add_eos_token=False, legacy=True)
 
 
-TOKENIZERS = {"qwen2": _qwen2, "llama3": _llama3, "internlm2": _internlm2, "phi3": _phi3, "yi": _yi}
+SYMBOLS = ("<|im_start|>", "<fim_prefix>", "[UNUSED_TOKEN_3]", "Ｅ")
+
+
+def _yi_symbols(folder: Path, prefix: bool = False) -> dict[str, int]:
+    """Yi as released: `<|im_start|>` is a user-defined symbol of sentencepiece, and no added token."""
+    names = ("<|im_end|>", *VISUAL)
+    flags = {"add_bos_token": False, "add_eos_token": False, "legacy": True}
+    return _sentencepiece(folder, "LlamaTokenizer", names, SYMBOLS, prefix, **flags)
+
+
+def _yi_prefix(folder: Path) -> dict[str, int]:
+    """The same where sentencepiece puts a blank before a text."""
+    return _yi_symbols(folder, prefix=True)
+
+
+TOKENIZERS = {
+    "qwen2": _qwen2,
+    "llama3": _llama3,
+    "internlm2": _internlm2,
+    "phi3": _phi3,
+    "yi": _yi,
+    "yi-symbols": _yi_symbols,
+    "yi-prefix": _yi_prefix,
+}
 """Shapes of tokenizer files that releases have"""
 
 
@@ -302,7 +327,7 @@ def _byte_level_bpe() -> str:
 
 
 @lru_cache
-def _sentencepiece_model() -> tuple[bytes, int]:
+def _sentencepiece_model(symbols: tuple[str, ...] = (), prefix: bool = True) -> tuple[bytes, int]:
     """The bytes of a tokenizer.model, and how many pieces it has."""
     import sentencepiece
 
@@ -315,7 +340,8 @@ def _sentencepiece_model() -> tuple[bytes, int]:
         byte_fallback=True,
         character_coverage=0.98,
         split_digits=True,
-        add_dummy_prefix=True,
+        add_dummy_prefix=prefix,
+        user_defined_symbols=list(symbols),
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,

@@ -1,13 +1,22 @@
-"""Where what is worked out once is kept, and how a file comes there."""
+"""The cache: where it is, and going on without it where it cannot be written."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import threading
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import BinaryIO
+
+from ivl.files import disk_fault, whole_file
+
+_PROBE = bytes(4096)
+"""Written for a test: a full disk still takes an empty file"""
+_noted: list[str] = []
 
 
 def default_cache() -> Path:
@@ -15,14 +24,58 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl"
 
 
+def go_without(place: Path, error: BaseException) -> None:
+    """Say, once a run, that the cache cannot be written. Raises `error` where it is no fault of a disk."""
+    fault = disk_fault(error) or (str(error) if isinstance(error, OSError) else None)
+    if fault is None:
+        raise error
+    if not _noted and os.environ.get("LOCAL_RANK", "0") == "0":
+        fault = fault if str(place) in fault else f"{place}: {fault}"
+        with contextlib.suppress(OSError):  # a log on the same disk
+            print(f"note: the cache cannot be written ({fault}); going on without it", file=sys.stderr, flush=True)
+    _noted.append(str(place))
+
+
+def writable(place: Path) -> Path:
+    """`place`, a file of the cache, where it is there or can be written; else one of its name in a temporary folder.
+
+    The temporary folder is shared with processes forked later, and removed when this one ends.
+    """
+    if os.path.isfile(place) or _can_write(place.parent):
+        return place
+    return temporary(place)
+
+
+def temporary(place: Path) -> Path:
+    """A file of the same name in the temporary folder that stands for a cache that cannot be written."""
+    folder = _temporary_folder() / place.parent.name
+    folder.mkdir(exist_ok=True)
+    return folder / place.name
+
+
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written, which is at `path` once it is whole: not after an error, and not half while others read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+def optional(place: Path) -> Iterator[None]:
+    """Around writing `place`, a file of the cache that only saves time."""
     try:
-        with part.open("wb") as out:
-            yield out
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        go_without(place, error)
+
+
+@functools.cache
+def _can_write(folder: Path) -> bool:
+    try:
+        with whole_file(folder / f".writable-{os.getpid()}") as out:
+            out.write(_PROBE)
+        os.unlink(folder / f".writable-{os.getpid()}")
+    except OSError as error:
+        go_without(folder, error)
+        return False
+    return True
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="ivl-cache-")
+    Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)
+    return Path(folder)

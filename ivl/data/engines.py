@@ -6,6 +6,7 @@ An engine knows a vocabulary and nothing of added tokens. Its tokens stand for b
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,15 @@ QWEN2_WORDS = (
 """How Qwen2 and Qwen3 cut a text before byte-pair encoding; their `vocab.json` and `merges.txt` do not say it"""
 
 
+CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z0-9_]+\]")
+"""What a control token looks like: `<|im_start|>`, `[UNUSED_TOKEN_7]`"""
+
+
 class SentencePieceEngine:
     """`tokenizer.model`: byte-pair encoding over characters, with bytes for what the vocabulary lacks.
 
-    `size`: ids below it are the engine's. `prefix`: bytes that `encode` puts before a text.
+    `size`: ids below it are the engine's. `prefix`: bytes that `encode` puts before a text. `symbols`: pieces that are
+    recognised before anything else (user-defined symbols), wherever they stand in a text, and their ids.
     """
 
     def __init__(self, model: bytes, where: str = "tokenizer.model", dummy_prefix: bool = True) -> None:
@@ -50,6 +56,8 @@ class SentencePieceEngine:
         self.prefix = int(rules.add_dummy_prefix)
         self.size = len(self.sp)
         self._guard = len(self.sp.encode("<unk>")) if self.guarded else 0
+        user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+        self.symbols = {piece.piece: n for n, piece in enumerate(proto.pieces) if piece.type == user_defined}
 
     @staticmethod
     def normalize(text: str) -> str:
@@ -90,6 +98,11 @@ class TokenizersEngine:
         self.byte_level = byte_level
         self.size = tokenizer.get_vocab_size()
         self._byte_of = {char: byte for byte, char in _byte_characters().items()}
+        # As `ivl.data.fast_tokenizer` writes sentencepiece's: what a Split leaves whole and the vocabulary has
+        self.symbols: dict[str, int] = {}
+        if not byte_level and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Sequence | pre_tokenizers.Split):
+            vocabulary = {t: n for t, n in tokenizer.get_vocab().items() if CONTROL.fullmatch(t)}
+            self.symbols = {text: n for text, n in vocabulary.items() if self.encode(f"a{text}a")[1:-1] == [n]}
         self.prefix = sum(len(self.token_bytes(token)) for token in self.encode("a")) - 1
 
     def normalize(self, text: str) -> str:
@@ -141,15 +154,13 @@ def qwen2_engine(folder: Path) -> TokenizersEngine:
     return TokenizersEngine(tokenizer, nfc=True)
 
 
-def json_engine(path: Path) -> tuple[TokenizersEngine, list[dict[str, Any]], bool]:
-    """Engine of a `tokenizer.json`, its added tokens, and whether it begins a text with bos."""
+def json_engine(path: Path) -> tuple[TokenizersEngine, list[dict[str, Any]], bool, bool]:
+    """Engine of a `tokenizer.json`, its added tokens, whether it begins a text with bos, and whether with a blank."""
     raw = read_json(path)
     added = raw.get("added_tokens") or []
-    if '"first"' in json.dumps(raw.get("pre_tokenizer")):
-        raise UserError(
-            f"{path}: it puts a blank before the first word of a text only (prepend_scheme first); "
-            f"expected tokenizer.model beside it"
-        )
+    first = '"prepend_scheme": "first"' in json.dumps(raw.get("pre_tokenizer"))
+    if first:  # the blank is put by the caller, who sees the whole text
+        raw |= {"pre_tokenizer": json.loads(json.dumps(raw["pre_tokenizer"]).replace('"first"', '"never"'))}
     normalizer = raw.get("normalizer")
     nfc = isinstance(normalizer, dict) and normalizer.get("type") == "NFC"
     bos = bool(_bos_of(raw.get("post_processor")))
@@ -161,7 +172,7 @@ def json_engine(path: Path) -> tuple[TokenizersEngine, list[dict[str, Any]], boo
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: not a tokenizer file ({error})") from error
     byte_level = "ByteLevel" in json.dumps(raw.get("pre_tokenizer"))
-    return TokenizersEngine(tokenizer, nfc, byte_level), added, bos
+    return TokenizersEngine(tokenizer, nfc, byte_level), added, bos, first
 
 
 def _bos_of(post_processor: Any) -> str | None:

@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import ivl
-from ivl.data.cache import default_cache, whole_file
+from ivl.data.cache import default_cache, optional
 from ivl.data.dataset import Rows
 from ivl.data.grounding import parse_boxes
+from ivl.files import whole_file
 from ivl.types import Conversation
 
 FACTS = np.dtype([("turns", "<i4"), ("media", "<i4"), ("boxes", "<i4"), ("same", "<u8")])
@@ -100,5 +101,5 @@ def _load(path: Path, count: int) -> np.ndarray | None:
 
 
 def _save(path: Path, found: np.ndarray) -> None:
-    with whole_file(path) as out:
+    with optional(path), whole_file(path) as out:
         np.save(out, found)

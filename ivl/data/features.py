@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ivl.config import Config
+from ivl.data.cache import go_without
+from ivl.files import whole_path
 
 _SUFFIX = ".safetensors"
 SETTLED = 2.0
@@ -50,6 +52,7 @@ class FeatureStore:
         self.folder, self.model, self.limit = Path(folder), model, limit
         self._used: int | None = None
         self._unseen = 0
+        self._writable = True
 
     def path(self, key: str) -> Path:
         return self.folder / self.model / key[:2] / f"{key}{_SUFFIX}"
@@ -79,7 +82,7 @@ class FeatureStore:
     def get(self, key: str, tiles: int) -> Tensor | None:
         """(tiles, P, C), or None where they are not there or not whole; a damaged file is removed."""
         path = self.path(key)
-        if not path.is_file():
+        if not os.path.isfile(path):
             return None
         try:
             with safe_open(path, "pt") as file:
@@ -88,27 +91,28 @@ class FeatureStore:
                 return found
         except (SafetensorError, OSError, ValueError):
             pass
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return None
 
     def put(self, key: str, features: Tensor) -> bool:
         """Keep (tiles, P, C) where there is room. Returns whether they are there now."""
         path = self.path(key)
-        if path.is_file():
+        if os.path.isfile(path):
             return True
+        if not self._writable:
+            return False
         features = features.detach().cpu().contiguous()
         size = features.nbytes
-        if not self._room(size):
-            return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = path.with_name(f".{key}-{os.getpid()}.tmp")
         try:
-            save_file({"features": features}, made, {"crc": _crc(features)})
-            made.replace(path)
-        except OSError:  # a full disk is no reason to stop a run
+            if not self._room(size):
+                return False
+            with whole_path(path) as made:
+                save_file({"features": features}, made, {"crc": _crc(features)})
+        except (OSError, SafetensorError) as error:  # a full disk is no reason to stop a run
+            go_without(self.folder, error)
+            self._writable = False
             return False
-        finally:
-            made.unlink(missing_ok=True)
         self._used = (self._used or 0) + size
         self._unseen += size
         return True
@@ -130,7 +134,7 @@ class FeatureStore:
 
     def _drop_others(self, wanted: int) -> int:
         """Remove features of other models, longest unused first, and what crashes left. Returns the bytes gained."""
-        for path in self.folder.glob("*/*/.*.tmp"):
+        for path in self.folder.glob("*/*/.*.part"):
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink(missing_ok=True)
         others = [

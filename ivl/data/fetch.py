@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import http.client
 import ipaddress
+import os
 import socket
 import ssl
 import string
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from ivl.data.cache import default_cache, whole_file
+from ivl.data.cache import default_cache, go_without, temporary, writable
+from ivl.files import whole_file
 from ivl.types import UserError
 
 Socket = TypeVar("Socket", bound=socket.socket)
@@ -61,6 +63,14 @@ class _Passing(Exception):
         self.after = after
 
 
+class _DiskFault(Exception):
+    """The cache cannot be written; no fault of the connection."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def cached_path(url: str, policy: FetchPolicy | None = None) -> Path:
     """Where the file of `url` is, or will be, in the cache."""
     chosen = policy and policy.cache_dir
@@ -77,15 +87,30 @@ def fetch(url: str, policy: FetchPolicy | None = None, check: Callable[[Path], N
     """
     policy = policy or FetchPolicy()
     path = cached_path(url, policy)
-    if path.is_file():
-        return path
+    place = writable(path)
+    try:
+        return _download(url, policy, check, place)
+    except _DiskFault as fault:
+        if place != path:
+            raise fault.error from None
+        go_without(path, fault.error)
+        return _download(url, policy, check, temporary(path))
+
+
+def _download(url: str, policy: FetchPolicy, check: Callable[[Path], None] | None, place: Path) -> Path:
+    """`place`, once the file is there. Raises _DiskFault where it cannot be written."""
+    if os.path.isfile(place):
+        return place
     _check_url(url, url)
-    with whole_file(path) as out:
-        _with_retries(url, policy, out)
-        out.flush()
-        if check is not None:
-            check(Path(out.name))
-    return path
+    try:
+        with whole_file(place) as out:
+            _with_retries(url, policy, out)
+            out.flush()
+            if check is not None:
+                check(Path(out.name))
+    except OSError as error:
+        raise _DiskFault(error) from None
+    return place
 
 
 def _with_retries(url: str, policy: FetchPolicy, out: BinaryIO) -> None:
@@ -156,7 +181,10 @@ def _copy(
         count += len(chunk)
         if count > policy.max_bytes:
             raise UserError(f"{url}: more bytes than the limit of {policy.max_bytes} (max_bytes)")
-        out.write(chunk)
+        try:
+            out.write(chunk)
+        except OSError as error:
+            raise _DiskFault(error) from None
     if deadline.passed:
         raise _Passing(f"not complete after {policy.total_timeout:g} seconds")
     if expected is not None and count != expected:

@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 import ivl
 from ivl.data import unread
-from ivl.data.cache import default_cache, whole_file
+from ivl.data.cache import default_cache, optional
 from ivl.data.dataset import Rows
 from ivl.data.formats import is_url
 from ivl.data.limits import CHANGES, changes
 from ivl.data.processor import TooLong
+from ivl.files import whole_file, write_text
 from ivl.types import UserError
 
 _FORMAT = 3
@@ -236,8 +237,7 @@ def write_report(path: str | Path, index: Index) -> None:
         lines.append(f"# {name}: {len(texts)} of {len(index)} rows")
         lines += [f"# {count:8} {reason}" for reason, count in reasons(texts.values()).most_common()]
         lines += [text.replace("\n", " ") for _, text in sorted(texts.items())]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def reasons(problems: Iterable[str]) -> Counter[str]:
@@ -312,11 +312,12 @@ def _probed(
 
 def _save(path: Path, index: Index) -> None:
     """Texts first: records are what says that an index is complete."""
-    with whole_file(path.with_suffix(".json")) as out:
-        texts = {"problems": index.problems, "dropped": index.dropped, "unread": index.unread}
-        out.write(json.dumps(texts).encode())
-    with whole_file(path.with_suffix(".npy")) as out:
-        np.save(out, index.records)
+    with optional(path):
+        with whole_file(path.with_suffix(".json")) as out:
+            texts = {"problems": index.problems, "dropped": index.dropped, "unread": index.unread}
+            out.write(json.dumps(texts).encode())
+        with whole_file(path.with_suffix(".npy")) as out:
+            np.save(out, index.records)
 
 
 def _load(path: Path, count: int) -> Index | None:

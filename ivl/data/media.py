@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,27 +21,23 @@ from PIL import Image, UnidentifiedImageError
 from ivl.data.fetch import FetchPolicy, cached_path
 from ivl.data.formats import is_url
 from ivl.data.frames import Backend, Sample, Sampling, VideoFile, VideoInfo, sample_indices
-from ivl.data.jpeg import check_jpeg
 from ivl.data.orientation import orientation_of, upright, upright_size
 from ivl.data.pixels import Transparency, deep_png, to_rgb
 from ivl.data.source import HEAD, content, describe, kind_of, open_source
+from ivl.picture_file import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE, check_jpeg, check_size, open_picture
 from ivl.types import UserError
 
-Image.init()
-FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if f in Image.OPEN)
-"""What is opened; Pillow's other plugins are not (EPS, for one, starts Ghostscript)"""
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
-_PILLOW = threading.Lock()
 
 
 @dataclass(frozen=True)
 class MediaPolicy:
     """Limits of what is opened."""
 
-    max_pixels: int = 89_478_485
+    max_pixels: int = MAX_PIXELS
     """Width times height of an image or a frame; more is refused before anything is decoded"""
-    max_side: int = 65_500
+    max_side: int = MAX_SIDE
     """Longest side of an image in pixels; resizing one of 1 x 80,000,000 would need 100 times its own memory"""
     max_video_pixels: int = 1_000_000_000
     """Pixels of all frames taken from one video; each needs 4 bytes of memory"""
@@ -210,39 +205,19 @@ def _opened_image(
     """A file's image, its pixels not yet decoded. `whole`: they will be, so look first for what Pillow passes over."""
 
     def check(opened: BinaryIO) -> None:
-        with _decoding(where, opened), _open_image(opened, policy) as image:
+        with _decoding(where, opened), open_picture(opened, policy.max_pixels) as image:
             _check_size(image.size, where, policy)
 
     with open_source(source, policy.fetch, check) as opened, _decoding(where, opened):
         if whole and kind_of(head := opened.read(HEAD)) == "JPEG":
-            check_jpeg(head + opened.read())
+            check_jpeg(head + opened.read(MAX_BYTES))
         opened.seek(0)
-        with _open_image(opened, policy) as image:
+        with open_picture(opened, policy.max_pixels) as image:
             yield image, opened
 
 
-def _open_image(opened: BinaryIO, policy: MediaPolicy, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """As Pillow opens it, with its own limit raised where `max_pixels` is higher."""
-    if policy.max_pixels <= (Image.MAX_IMAGE_PIXELS or policy.max_pixels):
-        return Image.open(opened, formats=formats)
-    with _PILLOW:  # the limit is the whole process's, and is looked at while the header is read
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, policy.max_pixels
-        try:
-            return Image.open(opened, formats=formats)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
 def _check_size(size: tuple[int, int], where: str, policy: MediaPolicy) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise UserError(f"{where}: an image of {width} x {height} pixels; expected at least 1 x 1")
-    if width * height > policy.max_pixels:
-        raise UserError(
-            f"{where}: {width} x {height} pixels, above the limit of {policy.max_pixels} (max_pixels); scale it down"
-        )
-    if max(size) > policy.max_side:
-        raise UserError(f"{where}: {width} x {height} pixels, a side above {policy.max_side} (max_side); cut it")
+    check_size(size, where, policy.max_pixels, policy.max_side)
 
 
 def _size(image: Image.Image, exif: bool, where: str, policy: MediaPolicy) -> tuple[int, int]:
@@ -267,7 +242,7 @@ class _Animation:
     def __init__(self, opened: BinaryIO, where: str, policy: MediaPolicy) -> None:
         self._opened, self._where, self._policy = opened, where, policy
         with _decoding(where, opened):
-            self._image = _open_image(opened, policy, _ANIMATED)
+            self._image = open_picture(opened, policy.max_pixels, _ANIMATED)
             _check_size(self._image.size, where, policy)
             self._image.load()  # WebP has its durations only now
             milliseconds = float(self._image.info.get("duration") or 100)

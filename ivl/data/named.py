@@ -23,7 +23,7 @@ from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
 import ivl
-from ivl.data.cache import default_cache
+from ivl.data.cache import default_cache, writable
 from ivl.data.fetch import FetchPolicy, fetch
 from ivl.data.rows import load_rows
 from ivl.data.source import HEAD, kind_of
@@ -127,9 +127,10 @@ def fetch_rows(name: str, cache_dir: str | Path | None = None, policy: FetchPoli
     chosen = SETS[name]
     key = hashlib.blake2b(repr((ivl.__version__, chosen)).encode(), digest_size=6).hexdigest()
     folder = Path(cache_dir or default_cache()) / "named" / f"{name}-{key}"
+    if os.path.isfile(folder / "rows.jsonl"):
+        return folder / "rows.jsonl"
+    folder = writable(folder)
     rows = folder / "rows.jsonl"
-    if rows.is_file():
-        return rows
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # of several processes that start together one makes it
         if rows.is_file():

@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ivl.data.cache import default_cache, whole_file
+from ivl.data.cache import default_cache, go_without, temporary, writable
 from ivl.data.formats import loads
+from ivl.files import whole_file
 from ivl.types import UserError
 
 _CHUNK = 1 << 24
@@ -198,16 +199,26 @@ def _decompressed(path: Path, cache: Path) -> Path:
         while chunk := opened.read(_CHUNK):
             digest.update(chunk)
     plain = cache / "rows" / f"{digest.hexdigest()}.jsonl"
-    if plain.is_file():
-        return plain
+    if os.path.isfile(place := writable(plain)):
+        return place
+    try:
+        return _decompress(path, place)
+    except OSError as error:
+        if place != plain:
+            raise
+        go_without(plain, error)
+        return _decompress(path, temporary(plain))
+
+
+def _decompress(path: Path, place: Path) -> Path:
     source, faults = _opener(path)
     try:
-        with whole_file(plain) as out, source:
+        with whole_file(place) as out, source:
             while chunk := source.read(_CHUNK):
                 out.write(chunk)
     except faults as error:
         raise UserError(f"{path}: its compression is damaged ({error}); copy the file again") from None
-    return plain
+    return place
 
 
 def _opener(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:

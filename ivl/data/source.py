@@ -10,7 +10,6 @@ import binascii
 import io
 import os
 import re
-import stat
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from ivl.data.fetch import FetchPolicy, fetch
+from ivl.picture_file import open_regular
 from ivl.types import UserError
 
 HEAD = 512
@@ -113,27 +113,12 @@ def open_source(source: Any, policy: FetchPolicy, check: Callable[[BinaryIO], No
         return open(fetch(text, policy, lambda path: _checked(path, check)), "rb")
     if scheme:
         raise UserError(f"{where}: {scheme[1]}:// is not opened; expected a local path, http(s):// or data:")
-    return _local(text, where)
+    return open_regular(text, where)
 
 
 def _checked(path: Path, check: Callable[[BinaryIO], None]) -> None:
     with open(path, "rb") as opened:
         check(opened)
-
-
-def _local(path: str, where: str) -> BinaryIO:
-    try:
-        found = os.stat(path)
-        if stat.S_ISREG(found.st_mode) and found.st_size:
-            return open(path, "rb")
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{where}: no such file; expected an absolute path or one seen from {os.getcwd()}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be opened ({getattr(error, 'strerror', None) or error})") from None
-    if stat.S_ISREG(found.st_mode):
-        raise UserError(f"{where}: the file is empty (0 bytes); copy it again or remove the row")
-    kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device or a pipe"
-    raise UserError(f"{where}: expected a file, found {kind}")
 
 
 def _memory(data: bytes, where: str) -> BinaryIO:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ivl.data.cache import whole_file
 from ivl.data.dataset import MakesExamples, Rows, digests
+from ivl.files import whole_file
 from ivl.types import UserError
 
 NAME = "validation-split"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.config import read_json
-from ivl.data.engines import Engine, SentencePieceEngine, json_engine, qwen2_engine
+from ivl.data.engines import CONTROL, Engine, SentencePieceEngine, json_engine, qwen2_engine
 from ivl.types import UserError
 
 IMAGE_TOKENS = frozenset(("<img>", "</img>", "<IMG_CONTEXT>"))
@@ -38,6 +38,8 @@ class AddedToken:
     id: int
     lstrip: bool = False
     rstrip: bool = False
+    inside: bool = False
+    """The engine itself recognises it inside a text, which it does not cut (sentencepiece's user-defined symbols)"""
 
 
 class Tokenizer:
@@ -57,6 +59,10 @@ class Tokenizer:
         whose decoding `decode_as_reference` follows; `leading_space`: a text starts with a blank of its own."""
         self.engine = engine
         self.added = {token.text: token for token in added}
+        known = {token.id for token in self.added.values()}
+        for symbol, number in engine.symbols.items():
+            if CONTROL.fullmatch(symbol) and symbol not in self.added and number not in known:
+                self.added[symbol] = AddedToken(symbol, number, inside=True)
         self.special = frozenset(special)
         self.style = style
         self.add_bos = add_bos
@@ -64,7 +70,7 @@ class Tokenizer:
         self._named = dict(named or {})
         self._text_of = {token.id: token.text for token in self.added.values()}
         self._strips = any(token.lstrip or token.rstrip for token in self.added.values())
-        self._aliases = engine.literals(self._text_of)
+        self._aliases = engine.literals(self._text_of) | {t.text: t.text for t in self.added.values() if t.inside}
         self._cutters: dict[frozenset[str], re.Pattern[str] | None] = {}
         self._bytes: dict[int, bytes] = {}
 
@@ -169,7 +175,7 @@ class Tokenizer:
                 if part:
                     pieces.append(part)
             elif (token := self._aliases.get(part, part)) in names:
-                pieces.append([self.added[token].id])
+                pieces.append(part if self.added[token].inside else [self.added[token].id])
             else:
                 pieces += [part[0], None, part[1:]]
         return pieces
@@ -252,7 +258,7 @@ class Tokenizer:
         apart = {
             t.id
             for t in self.added.values()
-            if t.text not in self.special or (t.text not in named and t.id >= self.engine.size)
+            if not t.inside and (t.text not in self.special or (t.text not in named and t.id >= self.engine.size))
         }
         parts: list[str] = []
         run: list[int] = []
@@ -313,7 +319,8 @@ def _read_files(folder: Path) -> dict[str, Any]:
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and kind == "Qwen2Tokenizer":
         engine = qwen2_engine(folder)
     elif (folder / "tokenizer.json").is_file():
-        engine, tokens, add_bos = json_engine(folder / "tokenizer.json")
+        engine, tokens, add_bos, leading_space = json_engine(folder / "tokenizer.json")
+        special = special | {token["content"] for token in tokens if token.get("special")}
     else:
         raise UserError(
             f"{folder}: no tokenizer; expected tokenizer.model, or vocab.json with merges.txt (Qwen2Tokenizer), or "

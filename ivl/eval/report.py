@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from ivl.eval.rules import Scored
+from ivl.files import write_text
+from ivl.picture_file import check_jpeg, check_size, open_picture, open_regular
 
 Row = dict[str, Any]
 SIDE = 192
@@ -60,7 +62,7 @@ def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Sc
         "PICTURES": _script(shown),
     }
     page = re.sub("@(TITLE|FACTS|ROWS|PICTURES)@", lambda match: parts[match[1]], _PAGE)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _script(value: Any) -> str:
@@ -69,13 +71,19 @@ def _script(value: Any) -> str:
 
 
 def thumbnail(source: str) -> str | None:
-    """A small JPEG of a picture, upright, as a data: URI. None for one that is not here or cannot be read."""
+    """A small JPEG of a picture, upright, as a data: URI. None where it is not here, too large, or damaged."""
     try:
-        data = base64.b64decode(source.split(",", 1)[1]) if source.startswith("data:") else Path(source).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        uri = source.startswith("data:")
+        opened = io.BytesIO(base64.b64decode(source.split(",", 1)[1])) if uri else open_regular(source, source)
+        with opened, open_picture(opened) as image:
+            check_size(image.size, source[:80])
+            if image.format == "JPEG":
+                opened.seek(0)
+                check_jpeg(opened.read())
+                opened.seek(0)
             image.draft("RGB", (2 * SIDE, 2 * SIDE))
             small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError):
+    except Exception:  # noqa: BLE001  (decoders raise every kind there is)
         return None
     small.thumbnail((SIDE, SIDE))
     out = io.BytesIO()

@@ -13,6 +13,7 @@ from typing import Any
 from ivl.eval import predictions, report, stats
 from ivl.eval.rules import RULES, Scored
 from ivl.eval.tasks import DECODING, TASKS, Task, fingerprint, task
+from ivl.files import write_text
 from ivl.types import UserError
 
 _PUBLISHED = (
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     scored = [RULES[chosen.rule].run(found, args.mode) for found in rows]
     found = record(args.task, args.mode, files, rows, scored, args.resamples, args.seed)
     out = Path(args.out) if args.out else files[0].with_suffix(".scores.json")
-    out.write_text(json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(out, json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
     print(table(found))
     print(f"\n{out}")
     if args.html:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from ivl.data.cache import default_cache
+from ivl.data.cache import default_cache, writable
 from ivl.eval.tasks import Task, task
 from ivl.types import Conversation
 
@@ -21,17 +21,15 @@ def rows_file(name: str, root: str, cache_dir: str | Path | None = None) -> Path
 
     Kept in the cache under its content. Raises UserError where a file is missing or broken.
     """
-    folder = Path(cache_dir or default_cache()) / "tasks"
-    folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    made = folder / f".{name}-{os.getpid()}.tmp"
+    made = writable(Path(cache_dir or default_cache()) / "tasks" / f".{name}-{os.getpid()}.tmp")
     try:
         with made.open("wb") as file:
             for row in task(name, "--data.task").rows(Path(root).absolute()):
                 line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                 digest.update(line)
                 file.write(line)
-        path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
+        path = made.with_name(f"{name}-{digest.hexdigest()[:16]}.jsonl")
         made.replace(path)
     finally:
         made.unlink(missing_ok=True)

@@ -16,7 +16,6 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +24,13 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from ivl.lit import zero
 from ivl.lit.types import own
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
-from ivl.model.ckpt_file import damage, read_ckpt
+from ivl.model.ckpt_file import read_ckpt
 from ivl.types import WEIGHTS, UserError
 
 PARTIAL = ".part"
@@ -45,11 +44,15 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}{PARTIAL}")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:  # such as a full disk
+            partial.unlink(missing_ok=True)
+            raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the name, too, is on the disk
@@ -64,16 +67,6 @@ class WholeFiles(TorchCheckpointIO):
         if Path(path).is_dir():
             raise UserError(f"{path}: a folder of DeepSpeed's, for its `fit` alone; take {zero.weights_beside(path)}")
         return read_ckpt(path, map_location, needed=("pytorch-lightning_version", "state_dict", "global_step"))
-
-
-def newest_whole(folders: Iterable[Path]) -> Path | None:
-    """The newest whole checkpoint in runs' `checkpoints` folders; says which broken ones it passes over."""
-    found = [(path.stat().st_mtime_ns, path) for folder in folders for path in folder.glob("*.ckpt")]
-    for _, path in sorted(found, reverse=True):
-        if (problem := damage(path)) is None:
-            return path
-        rank_zero_warn(f"{path}: {problem}; passed over")
-    return None
 
 
 class Stopped(SystemExit):
@@ -102,6 +95,8 @@ class Checkpoints(ModelCheckpoint):
 
     _signal: int = 0
     _saves: bool = True
+    _goes_on: bool = False
+    """Whether a run goes on in its own folder"""
     _random: list[dict[str, Any]] | None = None
     """Of each process, from a checkpoint, until the first step"""
 
@@ -111,12 +106,14 @@ class Checkpoints(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._saves:  # the other commands keep no checkpoints, and Lightning would warn of their other folder
-            super().load_state_dict(state_dict)
+            super().load_state_dict(of_folder(state_dict, str(self.dirpath)) if self._goes_on else state_dict)
 
     # -- signals -------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
+        if self._goes_on and (last := self._last()).exists():
+            self.last_model_path = str(last)  # written again, in place of a second one beside it
         if trainer.is_global_zero and self.dirpath:
             for partial in Path(self.dirpath).glob(f".*.ckpt{PARTIAL}"):
                 partial.unlink()
@@ -145,14 +142,17 @@ class Checkpoints(ModelCheckpoint):
         if not trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
             return
         number = self._signal or signal.SIGTERM
-        assert self.dirpath is not None, "set before the first step"
-        path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        path = self._last()
         trainer.save_checkpoint(path)
         rank_zero_info(f"stopped at step {trainer.global_step}; go on with the same command and --ckpt_path {path}")
         # Lightning kills the first process where one that it started ends with another status than 0.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         own = trainer.is_global_zero or environment is None or environment.creates_processes_externally
         raise Stopped(128 + number if own else 0)
+
+    def _last(self) -> Path:
+        assert self.dirpath is not None, "set before the first step"
+        return Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
 
     # -- when ----------------------------------------------------------------------------------------------------
 
@@ -222,6 +222,9 @@ class Checkpoints(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random = checkpoint.get("random")
+        self._goes_on = (
+            bool(self.dirpath) and self._last().parent.resolve() == Path(str(trainer.ckpt_path)).resolve().parent
+        )
         loops = checkpoint["loops"]["fit_loop"]
         loader = loops["state_dict"].get("combined_loader")
         counts = loops["epoch_loop.batch_progress"]["current"]
@@ -230,6 +233,14 @@ class Checkpoints(ModelCheckpoint):
             more = own(module).trainer.datamodule.batches_of_epoch() - counts["ready"]
             for name in counts:
                 counts[name] += more
+
+
+def of_folder(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The callback's state with its files in the folder that a run goes on in, which may have been moved since."""
+    names = ("best_model_path", "kth_best_model_path")
+    moved = {name: str(Path(folder) / Path(state[name]).name) if state.get(name) else "" for name in names}
+    best = {str(Path(folder) / Path(path).name): value for path, value in (state.get("best_k_models") or {}).items()}
+    return state | moved | {"dirpath": folder, "best_k_models": {p: v for p, v in best.items() if Path(p).exists()}}
 
 
 def unfinished(trainer: Trainer) -> int:

@@ -21,13 +21,16 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from ivl.files import whole_path, write_text
 from ivl.lit import benchmark
 from ivl.lit.callbacks import Pictures
-from ivl.lit.checkpoints import Checkpoints, WholeFiles, newest_whole
+from ivl.lit.checkpoints import Checkpoints, WholeFiles
 from ivl.lit.datamodule import IvlData
+from ivl.lit.experiment import Experiment, experiment_of
 from ivl.lit.module import LitInternVL
 from ivl.lit.precision import choose_precision, device_has_bf16
 from ivl.lit.prediction import PredictionWriter
+from ivl.lit.resume import check_checkpoint, keep_others_files, newest_whole, resolve_last
 from ivl.lit.scoring import scores_table
 from ivl.lit.types import IvlTrainer, own
 from ivl.lit.watch import Progress, Watch
@@ -45,9 +48,10 @@ class SaveConfig(SaveConfigCallback):
         Path(folder).mkdir(parents=True, exist_ok=True)
         endings = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
         ending = next(ending for ending in endings if not (Path(folder) / f"config{ending}.yaml").exists())
-        self.parser.save(self.config, Path(folder) / f"config{ending}.yaml", skip_none=False)
+        with whole_path(Path(folder) / f"config{ending}.yaml") as path:
+            self.parser.save(self.config, path, skip_none=False)
         made = {"versions": versions(), "data": own(module).trainer.datamodule.fingerprints()}
-        (Path(folder) / f"versions{ending}.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(folder) / f"versions{ending}.json", json.dumps(made, indent=2) + "\n")
         self.already_saved = True
 
 
@@ -80,6 +84,10 @@ class IvlCLI(LightningCLI):
     trainer: IvlTrainer
     datamodule: IvlData
     prepare_demo: Callable[[Path], None]
+    experiment: Experiment | None = None
+    """Of a fit"""
+    taken_as_typed: tuple[str, ...] = ()
+    """Options of a resumed fit that differ from those of its checkpoint's run"""
     only: str
     """The command whose options are read: those of all four take seconds more"""
 
@@ -104,8 +112,12 @@ class IvlCLI(LightningCLI):
         config = self.config[self.subcommand]
         config.weights_only = True  # a checkpoint is never unpickled
         check_installed(config.trainer.strategy)
-        if config.get("ckpt_path") == "last":
-            resolve_last(config, resume=self.subcommand == "fit")
+        if config.demo:
+            self.prepare_demo(Path(config.demo))
+        if self.subcommand == "fit":
+            self._place_run(config)
+        elif config.get("ckpt_path") == "last":
+            resolve_last(config, resume=False)
         if config.data.split == "run-validation":
             config.data.split = str(run_of(config.get("ckpt_path")))
         if self.subcommand == "predict" and config.data.task:
@@ -116,9 +128,18 @@ class IvlCLI(LightningCLI):
                 config.data.max_prompt_length = config.data.max_length  # a config's is of training
             config.return_predictions = False  # they are written as they come
         self._choose_precision(config)
-        folder = config.demo
-        if folder:
-            self.prepare_demo(Path(folder))
+
+    def _place_run(self, config: Namespace) -> None:
+        """Where a fit goes on, or begins; beside other experiments' runs, never over them."""
+        self.experiment = experiment_of(config)
+        if config.ckpt_path == "last":
+            resolve_last(config, resume=True, experiment=self.experiment)
+        elif config.ckpt_path:
+            self.taken_as_typed = tuple(check_checkpoint(config.ckpt_path, self.experiment))
+        keep_others_files(config)
+
+    def after_instantiate_classes(self) -> None:
+        self.model.experiment, self.model.taken_as_typed = self.experiment, self.taken_as_typed
 
     def _parse_ckpt_path(self) -> None:
         """Lightning reads the whole file here, in every process, for hyperparameters that ours do not hold."""
@@ -202,30 +223,6 @@ def run_of(checkpoint: str | None) -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     raise UserError("--data.split run-validation: expected --ckpt_path with a checkpoint in the folder of its run")
-
-
-def resolve_last(config: Namespace, resume: bool) -> None:
-    """Put the newest whole checkpoint in the place of `--ckpt_path last`; where there is none yet, a fit begins anew.
-
-    A run that is resumed goes on in its own folder. Raises UserError where all checkpoints are broken, or none is
-    there to be used.
-    """
-    logger = config.trainer.logger[0] if isinstance(config.trainer.logger, list) else config.trainer.logger
-    settings = logger.init_args if isinstance(logger, Namespace) and "init_args" in logger else Namespace()
-    runs = Path(settings.get("save_dir") or config.trainer.default_root_dir or ".") / (settings.get("name") or "")
-    version = settings.get("version")
-    run = "*" if version is None else version if isinstance(version, str) else f"version_{version}"
-    folders = (
-        [Path(config.checkpoint.dirpath)] if config.checkpoint.dirpath else sorted(runs.glob(f"{run}/checkpoints"))
-    )
-    where = config.checkpoint.dirpath or f"{runs}/{run}/checkpoints"
-    found = newest_whole(folders)
-    if found is None and (not resume or any(any(folder.glob("*.ckpt")) for folder in folders)):
-        raise UserError(f"--ckpt_path last: no whole checkpoint in {where}; give the file of one")
-    rank_zero_info(f"--ckpt_path last: {found or f'nothing in {where} yet, the run begins'}")
-    config.ckpt_path = None if found is None else str(found)
-    if resume and found and "version" in settings and not config.checkpoint.dirpath:
-        settings.version = found.parent.parent.name
 
 
 def run_config(argv: list[str]) -> list[str]:

@@ -25,10 +25,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ivl.lit import zero
 from ivl.lit.answering import Answering, Generation, answers, rows_named
+from ivl.lit.experiment import Experiment
 from ivl.lit.feature_cache import with_features
 from ivl.lit.health import FiniteLoss, clip, out_of_memory, scale, total_norm, what_to_lower
+from ivl.lit.optimizer_settings import rate_settings, take_typed
 from ivl.lit.prediction import Row
 from ivl.lit.prompts import Prompt
+from ivl.lit.resume import check_tensors
 from ivl.lit.schedule import Warmup
 from ivl.lit.scoring import Metric, Scores, check_metrics
 from ivl.lit.split import LayerSplit
@@ -44,7 +47,7 @@ from ivl.model.rates import Rates, param_groups, scale_rates, vectors
 from ivl.model.serve import Batching
 from ivl.model.tune import Tune
 from ivl.reasoning import split_reasoning
-from ivl.types import Batch, UserError
+from ivl.types import Batch, UserError, some
 
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 
@@ -140,6 +143,10 @@ class LitInternVL(LightningModule):
         self.source_losses = SourceLosses()
         self.shown: dict[str, float] = {}
         """What the progress bar shows, as of the last log step"""
+        self.experiment: Experiment | None = None
+        """Kept in checkpoints; set by the command line"""
+        self.taken_as_typed: tuple[str, ...] = ()
+        """Options that differ from those of the run that is resumed, for the message"""
         self._batch: Batch | None = None
         """What is at work, for messages"""
 
@@ -207,6 +214,7 @@ class LitInternVL(LightningModule):
             )
         self.total_steps = self.trainer.datamodule.total_steps()
         schedule = self.make_schedule(optimizer, self.total_steps)
+        self.rate_settings = rate_settings(optimizer, schedule, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- fit -----------------------------------------------------------------------------------------------------
@@ -303,18 +311,20 @@ class LitInternVL(LightningModule):
         kept = {f"model.{n}" for n in tuning.trainable_state(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint["pretrained"] = str(self.pretrained)
+        checkpoint["experiment"], checkpoint["rate_settings"] = self.experiment, self.rate_settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint:
-            return  # DeepSpeed and classic FSDP have read it by then
-        kept = {f"model.{n}" for n in tuning.trainable_state(self.model)}
-        found = set(checkpoint["state_dict"])
-        if kept != found:
-            odd = sorted(kept ^ found)
-            raise UserError(
-                f"--ckpt_path: the checkpoint does not hold what model.tune trains: {len(kept - found)} tensors are "
-                f"missing and {len(found - kept)} unexpected, {odd[0]} among them; use the run's own config.yaml"
-            )
+        if "state_dict" in checkpoint:  # DeepSpeed and classic FSDP have read it by then
+            check_tensors(self.model, checkpoint["state_dict"])
+        if not self.trainer.training:
+            return
+        made: Any = self.configure_optimizers()
+        changes = take_typed(checkpoint, self.rate_settings, made["lr_scheduler"]["scheduler"])
+        changes += self.taken_as_typed
+        rank_zero_info(
+            f"resumed at step {checkpoint['global_step']}: weights, optimizer states, place among the rows and random "
+            f"numbers are the checkpoint's; as given now: {some(changes, 6) or 'nothing that differs from it'}"
+        )
 
     # -- validate and test ---------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ivl.data.grounding import parse_boxes
 from ivl.data.index import fingerprint
 from ivl.data.processor import Processor
+from ivl.files import whole_file, write_text
 from ivl.lit.benchmark import scored_by
 from ivl.lit.types import own
 from ivl.reasoning import split_reasoning
@@ -106,7 +107,7 @@ class Parts:
         if not self.settings.exists():
             if parts:
                 raise UserError(f"{parts[0]}: exists, but {self.settings.name} beside it does not; remove it")
-            _write(self.settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            write_text(self.settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
             return
         other = _differences(json.loads(self.settings.read_text(encoding="utf-8")), settings)
         if other:
@@ -173,9 +174,8 @@ class Parts:
                 f"{self.path}: {len(found)} of {count} rows are answered; the same command goes on with the others"
             )
         kinds: Counter[str] = Counter()
-        temporary = self.path.with_name(self.path.name + ".tmp")
         files = {part: part.open("rb") for part in self.existing()}
-        with temporary.open("wb") as out:
+        with whole_file(self.path) as out:
             for index in sorted(found):
                 part, at = found[index]
                 files[part].seek(at)
@@ -186,18 +186,11 @@ class Parts:
                 out.write(json.dumps(row | {"of": count}, ensure_ascii=False).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())
-        temporary.replace(self.path)
         for part, file in files.items():
             file.close()
             part.unlink()
         self.settings.unlink()
         return kinds
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

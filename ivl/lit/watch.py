@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from ivl.devices import find_device
+from ivl.files import write_text
 from ivl.flops import NOTHING, Work, training_flops
 from ivl.lit.types import own
 from ivl.model.rates import groups_table
@@ -137,7 +138,7 @@ class Watch(Callback):
         while path.exists() and path.read_text(encoding="utf-8") != text:  # a resumed run, changed
             number += 1
             path = path.with_name(f"trained-{number}.txt")
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
 
 def added(work: Work, batch: Batch) -> Work:

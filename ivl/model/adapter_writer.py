@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ivl.families import llm_family
+from ivl.files import whole_path
 from ivl.model.layouts import Group, groups
 from ivl.model.tune import (
     ADAPTER,
@@ -109,7 +110,8 @@ def save_adapter(
             tensors[f"{name}.lora_magnitude_vector"] = update.magnitude
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", DIGEST: digest(tensors)})
+    with whole_path(folder / WEIGHTS) as path:
+        save_file(tensors, path, metadata={"format": "pt", DIGEST: digest(tensors)})
     config.save_pretrained(str(folder))
 
 

@@ -1,4 +1,6 @@
-"""config.json of transformers' InternVLForConditionalGeneration ("-hf" folders), written; `ivl.hf_config` reads it.
+"""config.json and weights of transformers' InternVLForConditionalGeneration ("-hf" folders), to be written.
+
+`ivl.hf_config` reads the config, `ivl.model.layouts` has the names of the weights.
 
 Only pixel shuffle v2 can be said there, and no template.
 """
@@ -8,11 +10,16 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from ivl.config import Config
 from ivl.config_fields import LLM as LLM_FIELDS
 from ivl.families import llm_family
 from ivl.hf_config import ARCHITECTURE, VISION, refuse
 from ivl.model.rotary import rope_parameters
+from ivl.model.tune import EMBEDDINGS, HEAD
+from ivl.model.vision import Embeddings
 
 _QK_NORM_EPS = 1e-6
 """What transformers' class uses for q and k, whatever the config says"""
@@ -68,3 +75,23 @@ def hf_config(config: Config, image_token_id: int) -> dict[str, Any]:
         "vision_config": vision_config,
         "text_config": {k: v for k, v in text.to_dict().items() if not k.startswith("_")},
     }
+
+
+VOCABULARY = (EMBEDDINGS + ".weight", HEAD + ".weight")
+"""Weights that have a row for each token"""
+
+
+def hf_tensor(name: str, tensor: Tensor, config: Config, image_token_id: int, vocab_size: int) -> Tensor:
+    """A weight of the model as transformers' class needs it; most are unchanged. `name`: the module's.
+
+    Its processor adds the token `<video>`: tokens without a row get that of the image token, which a model never
+    answers with; on a tie the first wins. The tower has positions for tiles of its own size only.
+    """
+    if name in VOCABULARY and len(tensor) < vocab_size:
+        return torch.cat([tensor, tensor[image_token_id].expand(vocab_size - len(tensor), -1)])
+    if name == "vision_model.embeddings.position_embedding" and config.image_size != config.vision.image_size:
+        embeddings = Embeddings(config.vision)
+        embeddings.position_embedding = nn.Parameter(tensor, requires_grad=False)
+        side = config.image_size // config.vision.patch_size
+        return embeddings.positions(side, side)
+    return tensor

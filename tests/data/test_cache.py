@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ivl.data.cache import default_cache, whole_file
+from ivl.data.cache import default_cache
+from ivl.files import whole_file
 
 
 def test_the_folder_follows_the_xdg_rules(monkeypatch, tmp_path):

@@ -219,9 +219,6 @@ def test_files_that_do_not_fit(tmp_path):
     path.write_text(json.dumps(raw | {"model": {"type": "?"}}))
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer file"):
         Tokenizer.load(tmp_path / "json")
-    path.write_text(json.dumps(raw | {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}}))
-    with pytest.raises(UserError, match="prepend_scheme first"):
-        Tokenizer.load(tmp_path / "json")
     path.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         Tokenizer.load(tmp_path / "json")
@@ -237,3 +234,46 @@ def test_ids_and_names(every):
         assert tokenizer.decode(ids, skip=[tokenizer.token_id("<img>")]).strip() == "a<ref>b"
         special = "<img>" in tokenizer.special  # in the releases of 3 and 3.5 they are not
         assert tokenizer.decode(ids, skip_special=True).strip() == ("ab" if special else "<img>a<ref>b")
+
+
+@pytest.mark.parametrize("style", ["yi-symbols", "yi-prefix"])
+def test_symbols_of_the_vocabulary_are_control_tokens_where_they_may_be(tmp_path, style):
+    """Yi's `<|im_start|>` is a user-defined symbol of sentencepiece, which recognises it wherever it stands."""
+    write_tokenizer(tmp_path, style)
+    tokenizer = Tokenizer.load(tmp_path)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("<|im_start|>user\nhi", " a<fim_prefix>b", "The Ｅ [UNUSED_TOKEN_3]"):
+        assert tokenizer.encode(text) == sp.encode(text)
+    for symbol in ("<|im_start|>", "<fim_prefix>", "[UNUSED_TOKEN_3]"):
+        assert tokenizer.token_id(symbol) == sp.piece_to_id(symbol)
+        for text in (symbol, f"read {symbol} and {symbol}{symbol}"):
+            ids = tokenizer.encode(text, special=False)
+            assert sp.piece_to_id(symbol) not in ids
+            assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+    assert sp.piece_to_id("Ｅ") in tokenizer.encode("Ｅ", special=False)  # a letter
+
+
+TRIALS = (
+    "Describe the image. How many sheep are there? 4, or 12?",
+    "<|im_start|>system\nYou are<|im_end|><|im_start|>user\n hi <ref>cat</ref> <fim_prefix>x [UNUSED_TOKEN_3] ＥＥ",
+    "请描述这张图片。 Größe  naïve 🐑\n\n",
+    "<|user|>\n a <|end|>  b<|assistant|>",
+    "<s> a</s> b",
+)
+
+
+@pytest.mark.parametrize("style", ["yi", "yi-symbols", "yi-prefix", "phi3", "internlm2"])
+def test_the_tokenizers_library_gives_the_ids_of_sentencepiece(tmp_path, style):
+    from ivl.data.fast_tokenizer import fast_tokenizer
+
+    write_tokenizer(tmp_path, style)
+    tokenizer = Tokenizer.load(tmp_path)
+    fast = fast_tokenizer(tokenizer)
+    for text in TRIALS:
+        assert fast.encode(text, add_special_tokens=False).ids == tokenizer.encode(text), text
+    (tmp_path / "json").mkdir()
+    fast.save(str(tmp_path / "json/tokenizer.json"))
+    again = Tokenizer.load(tmp_path / "json")
+    for text in (*TRIALS, " a", "  a"):
+        assert again.encode(text) == tokenizer.encode(text), text
+        assert again.encode(text, special=False) == tokenizer.encode(text, special=False), text

@@ -1,6 +1,7 @@
 """The page of answers: what is in it, and how it behaves in a browser."""
 
 import json
+import os
 import time
 
 import pytest
@@ -50,6 +51,22 @@ def test_pictures_are_small_upright_and_may_be_missing(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     assert thumbnail(str(tmp_path / "broken.jpg")) is None
     assert thumbnail(str(tmp_path / "missing.jpg")) is None
+
+
+def test_a_row_may_name_anything(tmp_path):
+    """Devices, pipes, folders, other formats and pictures that are too large are no pictures, at once."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    Image.new("1", (40_000, 40_000)).save(tmp_path / "large.png")
+    Image.new("1", (70_000, 10)).save(tmp_path / "wide.png")
+    (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.write(b"\xff\xd8\xff\xe0")
+        file.truncate(1 << 40)
+    begun = time.monotonic()
+    for name in ("/dev/zero", "/dev/stdin", "pipe.jpg", "large.png", "wide.png", "a.eps", "sparse.jpg", ".", "a\0b"):
+        assert thumbnail(str(tmp_path / name)) is None
+    assert thumbnail("data:image/png;base64,@@") is None
+    assert time.monotonic() - begun < 5
 
 
 def _bytes(uri):

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from ivl.__main__ import main
-from ivl.lit.checkpoints import Checkpoints, newest_whole, random_state, set_random_state
+from ivl.lit.checkpoints import Checkpoints, random_state, set_random_state
 from ivl.lit.loaders import Pace
+from ivl.lit.resume import newest_whole
 from ivl.model.ckpt_file import damage
 from tests.lit import test_runs
 from tests.lit.processes import started, wait

@@ -1,0 +1,108 @@
+"""Folders in transformers' own layout, opened by transformers: processor, tokenizer and model, for every family."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ivl.data.processor import Processor
+from ivl.export import export
+from ivl.hf_config import read_config
+from ivl.model.internvl import InternVL
+from ivl.types import UserError
+from tests.tiny import FAMILIES, write_checkpoint
+
+CASES = [(name, None, {}) for name in FAMILIES]
+CASES += [("LlamaForCausalLM", "yi-symbols", {}), ("LlamaForCausalLM", "yi-prefix", {})]
+CASES += [
+    ("Qwen2ForCausalLM", None, {"force_image_size": 28}),
+    ("InternLM2ForCausalLM", None, {"force_image_size": 84}),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("architecture", "tokenizer", "overrides"), CASES)
+def test_processor_and_model_of_transformers_answer_as_ours(tmp_path, architecture, tokenizer, overrides):
+    """Also where sentencepiece has symbols of its own (Yi), and where tiles have another size than the tower's."""
+    base = write_checkpoint(tmp_path / "base", architecture, tokenizer=tokenizer, overrides=overrides)
+    out = export(str(tmp_path / "out"), base=str(base), layout="hf")
+    theirs, ours = AutoProcessor.from_pretrained(out), Processor.from_pretrained(base)
+    size = ours.config.image_size
+    image = Image.linear_gradient("L").resize((2 * size, size)).convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": " What is it?\n"}]
+    made = theirs.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    example = ours({"query": "<image>\n What is it?\n", "images": [image]})
+    assert made["input_ids"][0].tolist() == example.input_ids.tolist()
+    assert made["pixel_values"].shape == example.tiles.shape
+    twin, report = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    model = InternVL.from_pretrained(base)
+    mine = model(example.input_ids[None], tiles=made["pixel_values"]).logits
+    found = twin.eval()(**made).logits
+    torch.testing.assert_close(found[..., : mine.shape[-1]], mine, atol=2e-5, rtol=0)
+    again = Processor.from_pretrained(out)
+    assert (again.config.image_size, again.config.tokens_per_tile) == (size, ours.config.tokens_per_tile)
+    assert (
+        again({"query": "<image>\n What is it?\n", "images": [image]}).input_ids.tolist() == example.input_ids.tolist()
+    )
+    text = "Is <|im_start|> a tag?"  # plain characters, as in the folder it was made from
+    assert again({"query": text}).input_ids.tolist() == ours({"query": text}).input_ids.tolist()
+    start = ours.tokenizer.added.get("<|im_start|>")
+    if start is not None:
+        assert ours({"query": text}).input_ids.tolist().count(start.id) == ours(
+            {"query": "Is it a tag?"}
+        ).input_ids.tolist().count(start.id)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_token_of_the_processor_has_a_row_of_embeddings(tmp_path, tied):
+    """`<video>` in a text, which no release has a token for."""
+    base = write_checkpoint(tmp_path / "base", llm={"tie_word_embeddings": tied})
+    out = export(str(tmp_path / "out"), base=str(base), layout="hf")
+    tokenizer = AutoProcessor.from_pretrained(out).tokenizer
+    twin = AutoModelForImageTextToText.from_pretrained(out)
+    rows = twin.get_input_embeddings().weight
+    assert max(tokenizer.get_vocab().values()) < len(rows) == twin.config.text_config.vocab_size
+    logits = twin(**tokenizer("what is <video> in HTML", return_tensors="pt")).logits
+    assert logits.isfinite().all()
+    assert logits.argmax(-1).max() < len(InternVL.from_pretrained(base).language_model.lm_head.weight)
+    again = export(str(tmp_path / "again"), base=str(out), layout="hf")
+    assert json.loads((again / "config.json").read_text()) == json.loads((out / "config.json").read_text())
+
+
+def test_spare_rows_are_used(tmp_path):
+    base = write_checkpoint(tmp_path / "base", llm={"vocab_size": 512})
+    out = export(str(tmp_path / "out"), base=str(base), layout="hf")
+    assert read_config(out).llm["vocab_size"] == 512
+
+
+def test_a_tokenizer_without_a_form_there_is_refused(tmp_path, monkeypatch):
+    import ivl.data.fast_tokenizer as fast
+
+    def none(tokenizer):
+        raise UserError("the tokenizers library gives other ids to <img>")
+
+    base = write_checkpoint(tmp_path / "base")
+    monkeypatch.setattr(fast, "fast_tokenizer", none)
+    with pytest.raises(UserError, match="its tokenizer has no form in the hf layout: the tokenizers library"):
+        export(str(tmp_path / "out"), base=str(base), layout="hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_no_command_is_printed_that_the_folder_does_not_serve(tmp_path, capsys):
+    """The engines run a release's own .py files."""
+    base = write_checkpoint(tmp_path / "base")
+    export(str(tmp_path / "plain"), base=str(base))
+    assert "trust" not in capsys.readouterr().out
+    (base / "modeling_internvl_chat.py").write_text("")
+    export(str(tmp_path / "whole"), base=str(base))
+    assert "vllm serve" in capsys.readouterr().out
