@@ -32,6 +32,7 @@ commands:
 options of every command:
   --hub HUB  where models are looked up by name: huggingface (default) or modelscope
   --token T  login of that hub; default: HF_TOKEN or MODELSCOPE_API_TOKEN. It is written nowhere
+  --revision R  branch, tag or commit of a model that is looked up by name; NAME@R is the same
   --debug    show where an error came from
 
 FILE of --config: a path, or the name of a config that comes with the program, such as demo, internvl2-2b, tune/lora or
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
-    argv, chosen = _taken(argv, ("--hub", "--token"))
+    argv, chosen = _taken(argv, ("--hub", "--token", "--revision"))
     if not argv or argv[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
         print(USAGE.format(commands=commands, folder=FOLDER), end="")
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if chosen:
             from ivl.hub import choose
 
-            choose(chosen.get("--hub"), chosen.get("--token"))
+            choose(chosen.get("--hub"), chosen.get("--token"), chosen.get("--revision"))
         module = importlib.import_module(COMMANDS[command][0])
         if module.__name__ == "ivl.lit.cli":
             return module.main(argv, prepare_demo=_prepare_demo)

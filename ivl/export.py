@@ -321,6 +321,8 @@ def _last(run: Path) -> Path:
         raise UserError(f"{run}: no such folder; expected a run, such as runs/version_0, or one of its .ckpt files")
     folder = run / "checkpoints"
     found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found and (run / "adapter_config.json").is_file():
+        raise UserError(f"{run}: is an adapter, not a run; give it with --adapter")
     if not found:
         raise UserError(f"{run}: no checkpoints/*.ckpt in it; expected the folder of a run that saved one")
     return folder / "last.ckpt" if folder / "last.ckpt" in found else found[-1]

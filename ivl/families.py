@@ -372,13 +372,15 @@ MODELS: tuple[ReleasedModel, ...] = (
 def find_model(name: str) -> ReleasedModel | None:
     """The row of a name people use, whatever its case: `internvl2-2b`, `InternVL2.5-2B`, `OpenGVLab/InternVL2-2B`.
 
+    A revision (`NAME@REVISION`) is left out.
+
     None for everything else, such as another owner's copy or a variant with a name of its own.
     """
     return _BY_NAME.get(_key(name))
 
 
 def _key(name: str) -> str:
-    owner, _, stem = name.lower().rpartition("/")
+    owner, _, stem = name.lower().partition("@")[0].rpartition("/")
     stem = stem.replace("_", "-").replace(".", "-")
     return stem if owner in ("", "opengvlab", "ai-modelscope") else f"{owner}/{stem}"
 

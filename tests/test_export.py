@@ -281,7 +281,7 @@ def test_an_export_that_fails_its_checks_is_not_kept(base, tmp_path, monkeypatch
         ({"run": "a", "adapter": "b"}, "--run and --adapter: expected one of them"),
         ({"run": "nowhere"}, "nowhere: no such folder; expected a run"),
         ({"run": "nowhere/x.ckpt"}, "nowhere/x.ckpt: no such file"),
-        ({"adapter": "nowhere"}, "nowhere/adapter_config.json: no such file"),
+        ({"adapter": "nowhere"}, "nowhere: no such folder; expected a PEFT adapter"),
         ({"base": "x", "max_shard_size": "five"}, "expected a size such as .*, found 'five'"),
         ({"base": "x", "adapter_only": True}, "--adapter_only: expected --run"),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from ivl import hub
 from ivl.families import find_model
 from ivl.hub import huggingface, modelscope, resolve
 from ivl.hub.files import UNFINISHED, missing_files
@@ -118,6 +119,57 @@ def test_a_copy_that_other_programs_left_is_used(server, caches, place):
     (folder / SHARDS[1]).unlink()
     assert resolve("internvl2-2b", hub="modelscope") != folder
     assert len(server.log) > 0
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["name", "argument", "choice"])
+def test_a_revision_is_asked_for(server, place, how, monkeypatch):
+    monkeypatch.setattr(hub, "_choice", hub._Choice())
+    revision = COMMIT if place == "huggingface" else "master"
+    if how == "choice":
+        hub.choose(revision=revision)
+        assert hub.with_revision("internvl2-2b") == f"internvl2-2b@{revision}"
+        assert hub.with_revision("internvl2-2b@v1") == "internvl2-2b@v1"
+    name = f"internvl2-2b@{revision}" if how == "name" else "internvl2-2b"
+    folder = resolve(name, hub=place, revision=revision if how == "argument" else None)
+    assert contents(folder) == KEPT
+    assert revision in folder.name and any(revision in path for _, path, _ in server.log)
+
+
+@pytest.mark.parametrize("revision", ["../x", "a b", "", "x?y"])
+def test_a_revision_that_is_none_is_refused(server, revision):
+    if revision:
+        with pytest.raises(UserError, match="revision: expected the name of a branch or a tag"):
+            resolve(f"internvl2-2b@{revision}")
+    assert server.log == []
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    with pytest.raises(UserError, match="is a folder here, which has no revision 'v1'"):
+        resolve(tmp_path, revision="v1")
+
+
+@BOTH
+def test_a_cache_that_cannot_be_written(server, caches, place):
+    """A file in the cache's place; a folder without permission is written by root all the same."""
+    (caches / ("hf" if place == "huggingface" else "ms")).write_text("")
+    with pytest.raises(
+        UserError, match=r"cannot be downloaded to .*; name a folder .* by (HF_HUB_CACHE|MODELSCOPE_CACHE)"
+    ):
+        resolve("internvl2-2b", hub=place)
+
+
+def test_an_endpoint_that_is_no_address(caches, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
+    with pytest.raises(UserError, match=r"HF_ENDPOINT: expected an address .* found 'hf-mirror.com'"):
+        resolve("internvl2-2b")
+
+
+@pytest.mark.parametrize("name", ["a/b c", "a/b?c", "a/../b", "--x/y", "a/b/c", "a/"])
+def test_names_that_no_hub_has(server, name):
+    with pytest.raises(UserError, match="neither a folder nor a known model"):
+        resolve(name)
+    assert server.log == []
 
 
 def test_offline_is_honoured(server, monkeypatch):

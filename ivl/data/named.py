@@ -27,7 +27,7 @@ from ivl.data.cache import default_cache, writable
 from ivl.data.fetch import FetchPolicy, fetch
 from ivl.data.rows import load_rows
 from ivl.data.source import HEAD, kind_of
-from ivl.hub import modelscope
+from ivl.hub import huggingface, modelscope
 from ivl.parquet import parquet_rows
 from ivl.types import UserError
 
@@ -181,7 +181,7 @@ def _make(chosen: NamedSet, folder: Path, policy: FetchPolicy) -> None:
 def _base(chosen: NamedSet) -> str:
     if chosen.hub == "modelscope":
         return f"{modelscope.endpoint()}/api/v1/datasets/{chosen.repo}/repo"
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    return (huggingface.own_endpoint() or "https://huggingface.co").rstrip("/")
 
 
 def _url(chosen: NamedSet, path: str) -> str:

@@ -6,6 +6,7 @@ Weights are safetensors only; a release's `.py` files are copied so that an expo
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 from ivl.families import MODELS, find_model
 from ivl.hub import huggingface, modelscope
 from ivl.hub.files import Hub, missing_files
+from ivl.hub.hints import check_model_folder
 from ivl.types import UserError
 
 HUBS: tuple[Hub, ...] = ("huggingface", "modelscope")
@@ -24,6 +26,7 @@ class _Place(Protocol):
     def cached(self, repo_id: str, revision: str | None) -> list[Path]: ...
     def download(self, repo_id: str, revision: str | None, token: str | None) -> Path: ...
     def lock(self, repo_id: str) -> Path: ...
+    def cache(self) -> Path: ...
 
 
 _PLACES: dict[Hub, _Place] = {"huggingface": huggingface, "modelscope": modelscope}
@@ -33,18 +36,27 @@ _PLACES: dict[Hub, _Place] = {"huggingface": huggingface, "modelscope": modelsco
 class _Choice:
     hub: Hub = "huggingface"
     token: str | None = None
+    revision: str | None = None
 
 
 _choice = _Choice()
 
 
-def choose(hub: str | None = None, token: str | None = None) -> None:
-    """Where names are looked up by this process, and with which login; None: as before. Neither is written anywhere.
+def choose(hub: str | None = None, token: str | None = None, revision: str | None = None) -> None:
+    """Where names are looked up by this process, with which login and in which revision; None: as before.
 
-    Raises UserError for an unknown hub.
+    None of them is written anywhere. Raises UserError for an unknown hub.
     """
     _choice.hub = _checked(hub) or _choice.hub
     _choice.token = token or _choice.token
+    _choice.revision = revision or _choice.revision
+
+
+def with_revision(name_or_path: str) -> str:
+    """A model's name with the revision that `choose` was told, so that a run records it; a folder as it is."""
+    if not _choice.revision or "@" in name_or_path or Path(name_or_path).expanduser().is_dir():
+        return name_or_path
+    return f"{name_or_path}@{_choice.revision}"
 
 
 def _checked(hub: str | None) -> Hub | None:
@@ -62,7 +74,8 @@ def resolve(
 ) -> Path:
     """The local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
 
-    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`).
+    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`); a name
+    may end with a revision, `NAME@REVISION` (a branch, a tag or a commit).
     `hub` and `token`: None takes what `choose` was told, else Hugging Face, and HF_TOKEN or the stored login, or
     MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
     A copy either hub left on this machine serves both, unless a `revision` is asked for. Downloads go to the hub's own
@@ -76,9 +89,17 @@ def resolve(
 
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        if revision:
+            raise UserError(f"{name_or_path}: is a folder here, which has no revision {revision!r}; leave it out")
+        check_model_folder(path)
         return path
-    hub, token = _checked(hub) or _choice.hub, token or _choice.token
-    ids = _ids(str(name_or_path))
+    name, _, ending = str(name_or_path).partition("@")
+    hub, token, revision = _checked(hub) or _choice.hub, token or _choice.token, revision or ending or _choice.revision
+    if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise UserError(
+            f"{name_or_path}: revision: expected the name of a branch or a tag, or a commit, found {revision!r}"
+        )
+    ids = _ids(name)
     places = [hub] if revision else [hub, *(h for h in HUBS if h != hub)]
     if folder := _on_this_machine(places, ids, revision):
         return folder
@@ -88,9 +109,19 @@ def resolve(
             f"and {modelscope.cache()}; give the path of a local folder, or go online once (HF_HUB_OFFLINE=0)"
         )
     lock = _PLACES[hub].lock(ids[hub])
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):  # of several processes that start together one downloads
-        return _on_this_machine(places, ids, revision) or _PLACES[hub].download(ids[hub], revision, token)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):  # of several processes that start together one downloads
+            return _on_this_machine(places, ids, revision) or _PLACES[hub].download(ids[hub], revision, token)
+    except OSError as error:
+        variable = {"huggingface": "HF_HUB_CACHE", "modelscope": "MODELSCOPE_CACHE"}[hub]
+        raise UserError(
+            f"{name_or_path}: cannot be downloaded to {_PLACES[hub].cache()} ({error.strerror or error}); name a "
+            f"folder that can be written by {variable}, or give the path of a local folder"
+        ) from error
+
+
+_REVISION = re.compile(r"[\w./-]+")
 
 
 def _on_this_machine(places: list[Hub], ids: dict[Hub, str], revision: str | None) -> Path | None:
@@ -103,7 +134,7 @@ def _ids(name: str) -> dict[Hub, str]:
     if row is not None:
         return {place: row.id_on(place) for place in HUBS}
     parts = name.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+    if len(parts) != 2 or not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts) or ".." in name:
         close = difflib.get_close_matches(name.lower(), [row.name for row in MODELS], n=3, cutoff=0.5)
         raise UserError(
             f"{name}: neither a folder nor a known model{f' (did you mean {chr(32).join(close)}?)' if close else ''}; "

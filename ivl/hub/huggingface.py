@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ def cache() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
+
+
+def own_endpoint() -> str | None:
+    """Address of the server that HF_ENDPOINT names; None: the hub's own. Raises UserError where it is no address."""
+    address = os.environ.get("HF_ENDPOINT") or None
+    if address and not re.match(r"https?://[^/\s]", address):
+        raise UserError(f"HF_ENDPOINT: expected an address that begins with https:// or http://, found {address!r}")
+    return address
 
 
 def _storage(repo_id: str) -> Path:
@@ -49,7 +58,7 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    endpoint = os.environ.get("HF_ENDPOINT")
+    endpoint = own_endpoint()
     storage = _storage(repo_id)
     storage.mkdir(parents=True, exist_ok=True)
     (storage / UNFINISHED).touch()

@@ -22,6 +22,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ivl.files import whole_path, write_text
+from ivl.hub import with_revision
+from ivl.hub.hints import is_run
 from ivl.lit import benchmark
 from ivl.lit.callbacks import Pictures
 from ivl.lit.checkpoints import Checkpoints, WholeFiles
@@ -111,6 +113,9 @@ class IvlCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.weights_only = True  # a checkpoint is never unpickled
+        if (name := with_revision(str(config.model.pretrained))) != config.model.pretrained:
+            config.model.pretrained = config.data.pretrained = name
+            sys.argv += ["--model.pretrained", name]  # for the processes that Lightning starts
         check_installed(config.trainer.strategy)
         if config.demo:
             self.prepare_demo(Path(config.demo))
@@ -238,6 +243,15 @@ def run_config(argv: list[str]) -> list[str]:
         rest += ["--ckpt_path", str(checkpoint)]
     else:
         checkpoint = Path(path)
+    if is_run(checkpoint):
+        raise UserError(
+            f"--ckpt_path {checkpoint}: is a run's folder; give a checkpoint in it, such as "
+            f"{checkpoint / 'checkpoints' / 'last.ckpt'}"
+        )
+    if (checkpoint / "adapter_config.json").is_file():
+        raise UserError(
+            f"--ckpt_path {checkpoint}: is an adapter; give it with --model.adapter, and its model's --config"
+        )
     if not checkpoint.exists():
         raise UserError(
             f"--ckpt_path {checkpoint}: no such file; expected a checkpoint of a run, such as RUN/checkpoints/last.ckpt"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.config import read_json
+from ivl.hub.hints import check_adapter_folder
 from ivl.types import UserError, some
 
 FILE = "adapter_config.json"
@@ -90,6 +91,7 @@ class AdapterConfig:
 
         Raises UserError, which names the key, for a wrong value and for a feature that is not computed here.
         """
+        check_adapter_folder(folder)
         return cls.from_dict(read_json(folder / FILE), str(folder / FILE))
 
     @classmethod

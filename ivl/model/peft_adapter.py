@@ -196,12 +196,12 @@ def other_base(folder: str | Path, base: str) -> str | None:
     return f"{folder}: the adapter says that it was made for {named}, and is put on {base}"
 
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def _stem(name: str) -> str:
     """A model's name without its place: the last part of a path or an id, of a hub's cache the name in it."""
-    row, path = find_model(name), Path(name)
+    row, path = find_model(name), Path(name.partition("@")[0])
     kept = [part for part in path.parts if part.startswith("models--")]
     stem = kept[-1].rpartition("--")[2] if kept else (path.resolve() if path.is_dir() else path).name
     return row.name if row else re.sub(r"[^a-z0-9]+", "-", stem.lower())
