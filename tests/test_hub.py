@@ -5,14 +5,18 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import constants
 
 from ivl import hub
+from ivl.__main__ import main
 from ivl.families import find_model
 from ivl.hub import huggingface, modelscope, resolve
 from ivl.hub.files import UNFINISHED, missing_files
+from ivl.model.adapter_config import AdapterConfig
 from ivl.types import UserError
 from tests.hub_server import COMMIT, Hub, serve
+from tests.tiny import write_checkpoint
 
 REPO = "OpenGVLab/InternVL2-2B"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -370,3 +374,22 @@ def test_the_ids_differ_where_the_hubs_do(server):
 
 def test_no_network_setting_of_this_machine_leaks_in(caches):
     assert os.environ["MODELSCOPE_CACHE"] == str(caches / "ms")
+
+
+def test_a_run_records_the_revision(caches, monkeypatch):
+    """What reads the run later takes the same base; the adapter names it in peft's two keys."""
+    monkeypatch.setattr(hub, "_choice", hub._Choice())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(caches)
+    repo = caches / "hf/models--me--tiny"
+    write_checkpoint(repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs/v1").write_text(COMMIT)
+    (caches / "a.jsonl").write_text('{"query": "Hi", "response": "x"}\n' * 2)
+    options = {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": "false", "num_sanity_val_steps": 0}
+    argv = [f"--trainer.{name}={value}" for name, value in options.items()]
+    assert main(["fit", "--model.pretrained", "me/tiny", "--revision", "v1", "--data.train", "a.jsonl", *argv]) == 0
+    assert yaml.safe_load((caches / "runs/version_0/config.yaml").read_text())["model"]["pretrained"] == "me/tiny@v1"
+    settings = json.loads((caches / "runs/version_0/adapter/adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("me/tiny", "v1")
+    assert AdapterConfig.load(caches / "runs/version_0/adapter").base == "me/tiny@v1"

@@ -27,7 +27,7 @@ PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Values of init_lora_weights that leave the weight as it is"""
 
 NO_EFFECT = {
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("task_type", "auto_mapping", "peft_version", "inference_mode"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "r"),  # seen in the tensors
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),  # of init_lora_weights
     *("megatron_core", "qalora_group_size"),  # of keys that are refused
@@ -59,7 +59,7 @@ REFUSED = {
 
 READ = {
     *("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
-    *("init_lora_weights", "bias", "target_modules", "modules_to_save"),
+    *("init_lora_weights", "bias", "target_modules", "modules_to_save", "base_model_name_or_path", "revision"),
 }
 """Keys that are read"""
 
@@ -107,7 +107,7 @@ class AdapterConfig:
                 )
         config = cls(
             where,
-            base=reader.text("base_model_name_or_path"),
+            base=_base(reader),
             alpha=reader.number("lora_alpha", 8),
             alphas=reader.numbers("alpha_pattern"),
             rslora=reader.flag("use_rslora"),
@@ -135,6 +135,13 @@ class AdapterConfig:
         """What the product of a layer's two matrices is multiplied by. `layer`: its name in the file."""
         matches = (a for key, a in self.alphas.items() if re.match(rf"(.*\.)?({key})$", layer))
         return next(matches, self.alpha) / (rank**0.5 if self.rslora else rank)
+
+
+def _base(reader: _Reader) -> str | None:
+    """The checkpoint that an adapter names, with its revision."""
+    name, revision = reader.text("base_model_name_or_path"), reader.text("revision")
+    there = name is None or "@" in name or Path(name).is_dir()
+    return name if there or revision in (None, "main") else f"{name}@{revision}"
 
 
 def _is_on(value: Any) -> bool:

@@ -101,7 +101,8 @@ def save_adapter(
     config.alpha_pattern = {n: update.scale * len(update.A) for n, update in layers.items()}
     config.lora_dropout = max(lora.dropout for lora in loras.values())
     config.modules_to_save = list(_modules(_stored_names(model, layout), full.keys())) or None
-    config.base_model_name_or_path = base
+    name, _, revision = base.partition("@") if not Path(base).is_dir() else (base, "", "")
+    config.base_model_name_or_path, config.revision = name, revision or None
     config.inference_mode = True
     tensors = dict(full)
     for name, update in layers.items():
