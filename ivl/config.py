@@ -47,6 +47,8 @@ class Config:
     template: str
     system_message: str | None = None
     """The checkpoint's own; None: the one of the template"""
+    answer_prefill: str = ""
+    """What a prompt has after the template's own opening of an answer, such as `<think>` and a new line"""
     select_layer: int = -1
     ps_version: Literal["v1", "v2"] = "v2"
     downsample_ratio: float = 0.5

@@ -65,6 +65,8 @@ TOP: dict[str, Field] = {
     "llm_config": Field(dict, needed=True),
     "template": Field(str, needed=True),
     "system_message": Field(str, null=True),
+    "answer_prefill": Field(str),
+    "release": Field(str, null=True),
     "select_layer": Field(int, -LAYERS, LAYERS),
     "ps_version": Field(str, choices=("v1", "v2")),
     "downsample_ratio": Field(float, 1 / 16, 1),

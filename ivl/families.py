@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ivl.config import VisionConfig
+from ivl.config import Config, VisionConfig
 from ivl.types import UserError
 
 
@@ -377,6 +377,26 @@ def find_model(name: str) -> ReleasedModel | None:
     None for everything else, such as another owner's copy or a variant with a name of its own.
     """
     return _BY_NAME.get(_key(name))
+
+
+def line_of(config: Config, own_message: str | None = None) -> ReleasedModel | None:
+    """The row of the V1.5 line that a checkpoint's files tell, whatever its folder is called: it shares templates with
+    InternVL2 and takes less. None: another line, or nothing tells.
+
+    `own_message`: the system message of its conversation.py, which decides where it is there. Else that of its config
+    does, or what only the line's configs have: `transformers_version` null beside the template.
+    """
+    rows = [row for row in MODELS if not row.video and not row.int8 and row.template == config.template]
+    if not rows:
+        return None
+    if isinstance(name := config.raw.get("release"), str):
+        return find_model(name)
+    messages = {row.system_message for row in rows}
+    version = config.raw.get("transformers_version", "?") is None and "pad2square" in config.raw
+    if own_message not in messages if own_message is not None else not (config.system_message in messages or version):
+        return None
+    width = config.llm.get("hidden_size", 0)
+    return min(rows, key=lambda row: abs(row.backbone.hidden_size - width))
 
 
 def _key(name: str) -> str:

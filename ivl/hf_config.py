@@ -102,7 +102,7 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.json"
     raw = read_json(path)
     if is_hf(raw):
-        released = released_config(raw) | _tile_limits(Path(folder))
+        released = released_config(raw) | _tile_limits(Path(folder)) | {k: raw[k] for k in ("release",) if k in raw}
         return replace(Config.from_dict(released, where=str(path)), layout="hf")
     return Config.from_dict(raw, where=str(path))
 

@@ -119,9 +119,20 @@ def released_json(settings: Settings) -> dict[str, Any]:
     own = raw.get("system_message")
     if own is None:
         own = own_system_message(settings.base, template)
+    raw |= _told(settings)
     if processor.system_message != (template.system_message if own is None else own):
         raw["system_message"] = processor.system_message
     return raw
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    """What config.json says for this program: of what else it could not know the checkpoint by."""
+    processor, told = settings.processor, {}
+    if processor.template.prefill:
+        told["answer_prefill"] = processor.template.prefill
+    if (row := processor.abilities) is not None and not row.video:
+        told["release"] = row.name
+    return told
 
 
 def _generation(settings: Settings) -> dict[str, Any]:
@@ -157,7 +168,7 @@ def write_hf(settings: Settings, folder: Path) -> list[str]:
         raw["text_config"]["vocab_size"] = hf_rows(settings)
     except UserError as error:
         raise UserError(f"{settings.base}: its tokenizer has no form in the hf layout: {error}") from error
-    dump(folder / "config.json", raw)
+    dump(folder / "config.json", raw | _told(settings))
     dump(folder / "generation_config.json", _generation(settings))
     if processor.tokenizer.leading_space:
         return ["a text that begins with a blank has one token fewer in transformers; no prompt of this template does"]

@@ -55,8 +55,8 @@ class Session:
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.several_lines = False
-        released = chat.processor.released
-        self.asks_for_media = released is not None and not released.multi_turn_images
+        abilities = chat.processor.abilities
+        self.asks_for_media = abilities is not None and not abilities.multi_turn_images
         """Where images stand in one turn only, nobody writes marks: they are asked for with the first question"""
 
     def run(self) -> None:

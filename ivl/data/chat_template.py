@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from ivl.config import Config, read_json
@@ -47,7 +48,7 @@ _JINJA = """\
 {%- else -%}{%- set seen.user = true -%}{{ USER ~ (words(message['content']) STRIP) ~ AFTER_USER }}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ ANSWER }}{%- endif -%}
+{%- if add_generation_prompt -%}{{ ANSWER ~ PREFILL }}{%- endif -%}
 """
 
 
@@ -66,6 +67,7 @@ def chat_template(
         "SYSTEM": template.system,
         "USER": template.user,
         "ANSWER": template.answer,
+        "PREFILL": template.prefill,
         "LEAD": template.lead,
         "END": template.end,
         "GAP": template.gap,
@@ -104,16 +106,17 @@ USUAL = {"Qwen2ForCausalLM": "internvl2_5", "Qwen3ForCausalLM": "internvl2_5"}
 """Language model → template, where a -hf folder has no chat template: InternVL3 and 3.5 are the released ones"""
 
 
-def recognised(folder: Path, config: Config) -> tuple[str, str | None]:
-    """(name of the template, default system message) that the chat template of a -hf folder renders.
+def recognised(folder: Path, config: Config) -> Config:
+    """The config of a -hf folder with what its chat template renders: the template's name, the default system message,
+    and what a prompt opens the answer with.
 
-    None: it renders no system message by itself, as the released -hf folders; the template's own stands then, since
-    the models were trained with it. Raises UserError where no known template renders the same.
+    System message None: it renders no system message by itself, as the released -hf folders; the template's own stands
+    then, since the models were trained with it. Raises UserError where no known template renders the same.
     """
     text, where = _own_text(folder)
     if text is None:
         if config.llm_architecture in USUAL:
-            return USUAL[config.llm_architecture], None
+            return replace(config, template=USUAL[config.llm_architecture])
         raise UserError(
             f"{folder}: no chat_template.jinja, and its language model ({config.llm_architecture}) does not tell the "
             f"template; add the file from the model's page"
@@ -128,9 +131,11 @@ def recognised(folder: Path, config: Config) -> tuple[str, str | None]:
     row = TEMPLATES[name]
     opening_text = whole.removesuffix(written(_PROBE, (), row, 0))
     before = _rendered(text, messages, where).split(row.user)[0].removeprefix(opening_text)
-    if not before.startswith(row.system) or not before.endswith(row.after_user):
-        return name, None
-    return name, before.removeprefix(row.system).removesuffix(row.after_user) or None
+    system = None
+    if before.startswith(row.system) and before.endswith(row.after_user):
+        system = before.removeprefix(row.system).removesuffix(row.after_user) or None
+    _, opened, prefill = _rendered(text, messages[:1], where, prompt=True).rpartition(row.answer)
+    return replace(config, template=name, system_message=system, answer_prefill=prefill if opened else "")
 
 
 def _own_text(folder: Path) -> tuple[str | None, Path]:
@@ -145,12 +150,12 @@ def _own_text(folder: Path) -> tuple[str | None, Path]:
     return None, folder
 
 
-def _rendered(text: str, messages: list[dict], where: Path) -> str:
+def _rendered(text: str, messages: list[dict], where: Path, prompt: bool = False) -> str:
     """In transformers' sandbox: a template can reach nothing but its messages."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        return render_jinja_template([messages], chat_template=text)[0][0]
+        return render_jinja_template([messages], chat_template=text, add_generation_prompt=prompt)[0][0]
     except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{where}: cannot be rendered ({error}); restore it from the model's page") from error

@@ -20,7 +20,7 @@ from ivl.data.cutter import Cutter, Opened, Resize, VideoOptions
 from ivl.data.features import FeatureStore
 from ivl.data.limits import Plan, Shape
 from ivl.data.tokenizer import Tokenizer
-from ivl.families import ReleasedModel, find_model
+from ivl.families import ReleasedModel, find_model, line_of
 from ivl.hf_config import read_config
 from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Batch, Conversation, Example, Stored, UserError
 
@@ -70,7 +70,7 @@ class Processor:
             raise UserError(f"on_too_long: expected one of {', '.join(get_args(OnTooLong))}, found {on_too_long!r}")
         self.config = config
         self.tokenizer = tokenizer
-        self.template = template.find_template(config.template)
+        self.template = replace(template.find_template(config.template), prefill=config.answer_prefill)
         self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
         self.share_tiles = share_tiles
         self.max_length = max_length
@@ -78,6 +78,7 @@ class Processor:
         self.cutter = Cutter(config, video, exif, policy, resize)
         self.compact_boxes = compact_boxes
         self.released = released
+        self.line = line_of(config)
         known = (system_message, config.system_message, released.system_message if released else None)
         self.system_message = next((text for text in known if text is not None), self.template.system_message)
         self.answer_room = 0
@@ -124,11 +125,11 @@ class Processor:
         folder = resolve(name_or_path)
         config = read_config(folder)
         if not config.template:
-            name, own = recognised(folder, config)
-            config = replace(config, template=name, system_message=own)
+            config = recognised(folder, config)
+        own_message = template.own_system_message(folder, template.find_template(config.template))
         if system_message is None and config.system_message is None:
-            system_message = template.own_system_message(folder, template.find_template(config.template))
-        return cls(
+            system_message = own_message
+        processor = cls(
             config,
             Tokenizer.load(folder),
             max_tiles,
@@ -143,6 +144,13 @@ class Processor:
             resize,
             find_model(str(name_or_path)),
         )
+        processor.line = line_of(config, own_message)
+        return processor
+
+    @property
+    def abilities(self) -> ReleasedModel | None:
+        """The released model that tells what this checkpoint takes: by its name, else by its files."""
+        return self.released or self.line
 
     # Rows
 
@@ -280,16 +288,17 @@ class Processor:
         return plan
 
     def _check_abilities(self, conversation: Conversation) -> None:
-        if self.released is None:
+        if self.abilities is None:
             return
+        name = self.released.name if self.released else "a checkpoint of the V1.5 line (its config.json tells)"
         turns = sum(any(not isinstance(p, str) for p in message.parts) for message in conversation.messages)
-        if not self.released.multi_turn_images and turns > 1:
+        if not self.abilities.multi_turn_images and turns > 1:
             raise UserError(
-                f"{self.released.name} takes images in one turn only, found them in {turns}; "
+                f"{name} takes images in one turn only, found them in {turns}; "
                 f"InternVL2 models such as internvl2-2b take them in any"
             )
-        if not self.released.video and any(medium.kind == "video" for medium in conversation.media):
-            raise UserError(f"{self.released.name} takes no video; InternVL2 models such as internvl2-2b do")
+        if not self.abilities.video and any(medium.kind == "video" for medium in conversation.media):
+            raise UserError(f"{name} takes no video; InternVL2 models such as internvl2-2b do")
 
     def _encode(self, conversation: Conversation, shapes: Sequence[Shape], most: Sequence[int]) -> Plan:
         counts = [[self.cutter.count(shape, limit)] * shape.frames for shape, limit in zip(shapes, most, strict=True)]

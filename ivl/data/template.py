@@ -51,6 +51,8 @@ class Template:
     """Blanks around a message are dropped in training. A prompt keeps them: the reference's chat drops none"""
     every_turn: bool = False
     """An answer before the first question is kept, and in training the end of an empty answer; both are learnt from"""
+    prefill: str = ""
+    """Follows `answer` at the end of a prompt, and in no answer that is given: thinking models begin with `<think>`"""
 
     @property
     def after_user(self) -> str:
@@ -144,7 +146,7 @@ def spans(
             yield "template", template.end, message.trained
             yield "template", template.gap, False
     if conversation.messages[-1].role == "user":
-        yield "template", template.answer, False
+        yield "template", template.answer + template.prefill, False
 
 
 def _user_spans(

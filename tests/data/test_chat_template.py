@@ -65,7 +65,8 @@ def test_each_template_is_told_from_the_others(tmp_path, name):
     from ivl.data.chat_template import chat_template, recognised
 
     (base / "chat_template.jinja").write_text(chat_template(processor.template, processor.tokenizer, "Hello."))
-    assert recognised(base, processor.config) == (name, "Hello.")
+    found = recognised(base, processor.config)
+    assert (found.template, found.system_message, found.answer_prefill) == (name, "Hello.", "")
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,28 @@ def test_no_template_at_all(tmp_path):
     with pytest.raises(UserError, match=r"no chat_template.jinja, and its language model \(LlamaForCausalLM\)"):
         Processor.from_pretrained(hf)
     shutil.rmtree(base)
+
+
+THINKING = PUBLISHED.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+
+@pytest.mark.parametrize("layout", ["hf", "released"])
+def test_a_template_that_opens_the_answer_with_a_thought(tmp_path, layout):
+    """A prompt is transformers' own; an answer that a row brings is written as it stands; exports keep it."""
+    from transformers import AutoProcessor
+
+    _, hf = as_hf(tmp_path, "Qwen3ForCausalLM")
+    (hf / "chat_template.jinja").write_text(THINKING)
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "How many?"}]
+    theirs = AutoProcessor.from_pretrained(hf).apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=True
+    )
+    folder = export(str(tmp_path / "again"), base=str(hf), layout=layout)
+    for place in (hf, folder):
+        processor = Processor.from_pretrained(place)
+        assert processor({"messages": messages}).input_ids.tolist() == theirs["input_ids"][0]
+        answered = [*messages, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nTwo."}]
+        text = processor.tokenizer.decode(processor({"messages": answered}).input_ids)
+        assert text.count("<think>") == 1 and text.endswith("</think>\n\nTwo.<|im_end|>\n")
+    path = folder / "chat_template.jinja"
+    assert "<think>" in (path if path.is_file() else folder / "tokenizer_config.json").read_text()
