@@ -44,6 +44,7 @@ FILE of --config: a path, or the name of a config that comes with the program, s
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, or 2 for a mistake the message explains."""
+    _replace_what_cannot_be_written()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
@@ -78,6 +79,14 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(message) if message is not None else 1
 
 
+def _replace_what_cannot_be_written() -> None:
+    """Let a terminal or pipe that is not UTF-8 show `?` for a character that it lacks, and not end the program."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None and getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            reconfigure(errors="replace")
+
+
 def _taken(argv: list[str], options: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
     """The arguments without these options (`--option value` or `--option=value`), and their values."""
     rest, found = [], {}
@@ -104,8 +113,7 @@ def _explain(error: Exception) -> str | None:
 
     text = str(error).strip()
     if isinstance(error, UserError):
-        # A loader worker's error arrives with the worker's traceback as its text; its last line is the message.
-        return text.rpartition("UserError: ")[2] if "Original Traceback" in text else text
+        return text
     kind = type(error).__name__
     if kind == "ArgumentError":  # jsonargparse
         return " ".join(text.removeprefix("error:").split())
@@ -115,7 +123,9 @@ def _explain(error: Exception) -> str | None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    from ivl.types import printable
+
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 
 

@@ -22,7 +22,7 @@ from ivl.data.media import MediaPolicy
 from ivl.data.processor import Processor
 from ivl.data.sources import Source, open_sources
 from ivl.files import whole_path
-from ivl.types import IGNORE, Example, UserError, many
+from ivl.types import IGNORE, Example, UserError, many, printable
 
 SPLITS = ("train", "val", "test", "predict")
 TRAINED, NOT_TRAINED, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
@@ -234,9 +234,13 @@ def _checked(name: str, parts: list[Part], args: Namespace) -> Checked:
 # The report
 
 
+def _print(text: str) -> None:
+    print(printable(text))
+
+
 def _say(text: str, report: TextIO) -> None:
-    print(text)
-    report.write(text + "\n")
+    _print(text)
+    report.write(printable(text) + "\n")
 
 
 def _report(one: Checked, show: int, report: TextIO) -> None:
@@ -249,18 +253,18 @@ def _report(one: Checked, show: int, report: TextIO) -> None:
             continue
         _say(f"\n{title}:", report)
         lines = [text.replace("\n", " ") for _, text in sorted(texts.items())]
-        print("\n".join(lines[:show]))
+        _print("\n".join(lines[:show]))
         report.write("\n".join(lines) + "\n")
         if len(lines) > show:
-            print(f"… and {len(lines) - show} more in the report")
+            _print(f"… and {len(lines) - show} more in the report")
             for reason, times in reasons(texts.values()).most_common(show):
                 _say(f"{times:8} {reason}", report)
     if changed := one.index.describe_changes():
         _say(f"\nrows that max_length changes: {changed} (of {count})", report)
     if found := one.index.unread_keys():
         _say("\nkeys that are not read:", report)
-        lines = [f"{count:8} {name} ({one.where(row)})" for name, count, row in found]
-        print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
+        lines = [f"{count:8} {printable(name, ' ')} ({one.where(row)})" for name, count, row in found]
+        _print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
         report.write("\n".join(lines) + "\n")
     if unsure := int((~one.index.records["exact"] & one.usable).sum()):
         _say(
@@ -307,7 +311,7 @@ def _repeated(one: Checked, report: TextIO) -> None:
         return
     _say(f"\nrows that repeat an earlier one (same media, same text): {len(again)}", report)
     lines = [f"{one.where(kept[n])}: as {one.where(kept[first[back[n]]])}" for n in again]
-    print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
+    _print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
     report.write("\n".join(lines) + "\n")
 
 
@@ -329,7 +333,7 @@ def _overlap(checked: list[Checked], show: int, report: TextIO) -> int:
             f"{one.where(int(n))}: trained on as {train.where(int(row))}; take it out of one of them"
             for n, row in zip(held, same)
         ]
-        print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
+        _print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
         report.write("\n".join(lines) + "\n")
         count += len(held)
     return count
@@ -377,7 +381,8 @@ def rendered(example: Example, processor: Processor, colour: bool | None = None)
         end = start
         while end < len(ids) and (trained[end], ids[end] == context) == (trained[start], ids[start] == context):
             end += 1
-        text = f"<IMG_CONTEXT>×{end - start}" if ids[start] == context else processor.tokenizer.decode(ids[start:end])
+        image = ids[start] == context
+        text = f"<IMG_CONTEXT>×{end - start}" if image else printable(processor.tokenizer.decode(ids[start:end]))
         if colour:
             out += f"{TRAINED if trained[start] else NOT_TRAINED}{text}{RESET}"
         else:

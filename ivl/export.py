@@ -35,7 +35,7 @@ from ivl.model.quant import Quantize
 from ivl.model.tune import PARTS, How, LoRA, Tune
 from ivl.model.weights import save_weights
 from ivl.release import Settings, dump, hf_rows, write_hf, write_released
-from ivl.types import WEIGHTS, UserError
+from ivl.types import WEIGHTS, UserError, printable
 from ivl.verify import Check, Probe, stored_dtype, verify, verify_adapter
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -151,7 +151,7 @@ def export(
         else:
             report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
         dump(temporary / REPORT, report)
-    print(_summary(target, report))
+    print(printable(_summary(target, report)))
     return target
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +28,7 @@ from ivl.families import find_model
 from ivl.hub import resolve
 from ivl.model import peft_adapter as adapting
 from ivl.model.internvl import InternVL
-from ivl.types import UserError
+from ivl.types import UserError, printable
 
 WORDS = """Type a question; <image> or <video> in it asks for a path or URL, <img>PATH</img> names one.
 clear: a new conversation   reset-system: another system message   multi-line, single-line: how questions end
@@ -122,7 +121,7 @@ class Session:
             print(" [stopped]", end="")
         print(f"\n{LINE}")
         for note in self.chat.notes:
-            print(f"note: {printable(note)}")
+            print(f"note: {printable(note, ' ')}")
         if (reason := self.chat.finish_reason) in CUT:
             print(f"note: {CUT[reason].format(self.chat.settings.max_new_tokens)}")
 
@@ -134,11 +133,6 @@ class Session:
         if not line and needed:
             raise UserError(f"no path given, and {needed}; ask again")
         return str(Path(line).expanduser()) if line.startswith("~") else line
-
-
-def printable(text: str) -> str:
-    """Without control characters: a model's words do not steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def _line(error: Exception) -> str:
@@ -267,7 +261,7 @@ def _trained(model: str | None, adapter: str | None, ckpt_path: str | None) -> T
     if adapter is not None:
         base = adapting.base_of(adapter, model, "--model")
         if note := adapting.other_base(adapter, base):
-            print(f"note: {note}")
+            print(f"note: {printable(note, ' ')}")
         return Trained(base, adapter=Path(adapter), where=adapter)
     if model is None:
         raise UserError("chat: expected --model NAME or a folder, --adapter DIR, or --ckpt_path RUN")

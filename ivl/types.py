@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, N tiles of the whole batch, S pixels a side of a tile.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -26,11 +27,38 @@ TRUTH = ("answers", "options", "category", "group", "box", "size")
 """Fields of a row that a benchmark's rule scores by, beside the expected answer"""
 
 
+def printable(text: str, newline: str = "\n") -> str:
+    """A text that cannot steer a terminal: rows, paths and answers may hold anything.
+
+    Control characters, marks that turn the direction of writing, and broken characters are written as escapes such as
+    `\\x1b`. `newline`: what stands for the end of a line.
+    """
+    return _STEERING.sub(lambda found: newline if found[0] in _LINE_ENDS else _escaped(found[0]), text)
+
+
+_LINE_ENDS = ("\n", "\r\n", "\u2028", "\u2029")
+_STEERING = re.compile(r"\r\n|[\x00-\x08\n-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _escaped(character: str) -> str:
+    return ascii(character)[1:-1]
+
+
 class UserError(ValueError):
     """Something only the user can mend. The message says where, what was expected, what was found and what to do.
 
-    The command line prints it as one line and exits with 2.
+    The command line prints it as one line, `lines` below it, and exits with 2. What a message quotes of rows and paths
+    cannot steer a terminal: it is printable, and has no line ends of its own.
     """
+
+    def __init__(self, message: str, *lines: str) -> None:
+        # A loader worker's error arrives with the worker's traceback as its text; its last line is the message.
+        if "Original Traceback" in message:
+            message = message.rpartition("Error: ")[2].strip()
+        super().__init__(*(printable(line, " ") for line in (message, *lines)))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 def some(names: Sequence[str], most: int = 8) -> str:

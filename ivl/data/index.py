@@ -32,7 +32,7 @@ from ivl.data.formats import is_url
 from ivl.data.limits import CHANGES, changes
 from ivl.data.processor import TooLong
 from ivl.files import whole_file, write_text
-from ivl.types import UserError
+from ivl.types import UserError, printable
 
 _FORMAT = 3
 _CHUNK = 256
@@ -206,12 +206,12 @@ def usable(
             raise UserError(first + where)
         limit = "on_error is error" if rows.on_error == "error" else f"more than max_bad = {max_bad:.1%}"
         counts = [f"{count:8} {reason}" for reason, count in reasons(bad.values()).most_common(_SHOWN)]
-        more = f"{first}\n{len(bad)} of {len(rows)} rows cannot be used ({limit}){where}; by reason:"
-        raise UserError("\n".join([more, *counts, "the next of them:", *others]))
+        more = f"{len(bad)} of {len(rows)} rows cannot be used ({limit}){where}; by reason:"
+        raise UserError(first, more, *counts, "the next of them:", *others)
     good = np.flatnonzero(index.records["usable"])
     if not len(good):
         first = next(iter([*index.dropped.values(), *bad.values()]))
-        raise UserError(f"{first}\nnone of the {len(rows)} rows can be used{where}")
+        raise UserError(first, f"none of the {len(rows)} rows can be used{where}")
     kept, part = rows.select(good), index.select(good)
     kept.lengths = np.stack([part.tokens, part.tiles], 1)
     kept.lengths[~part.records["exact"]] = -1
@@ -336,7 +336,7 @@ def _load(path: Path, count: int) -> Index | None:
 @contextlib.contextmanager
 def progress_bar(text: str, rows: Rows) -> Iterator[Callable[[int], None]]:
     """A bar on the terminal for work on rows; to be called with how many are done."""
-    with tqdm(total=len(rows), desc=text, unit="row", disable=None, leave=False) as bar:
+    with tqdm(total=len(rows), desc=printable(text, " "), unit="row", disable=None, leave=False) as bar:
 
         def advance(done: int) -> None:
             bar.update(done - bar.n)

@@ -20,7 +20,7 @@ import numpy as np
 from ivl.data.cache import default_cache, go_without, temporary, writable
 from ivl.data.formats import loads
 from ivl.files import whole_file
-from ivl.types import UserError
+from ivl.types import UserError, printable
 
 _CHUNK = 1 << 24
 _BLANK = 16
@@ -57,7 +57,7 @@ class RowFile:
 
     def where(self, i: int) -> str:
         """`file:line` of row `i`, for messages."""
-        return f"{self.path}:{self._line(i)}"
+        return f"{printable(str(self.path), ' ')}:{self._line(i)}"
 
     def raw(self, i: int) -> bytes:
         """Row `i` as it stands in the file."""

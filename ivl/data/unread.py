@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ivl.types import printable
+
 Names = tuple[str, ...]
 _MOST = 4096
 _OTHERS: Names = ("keys that differ from row to row",)
@@ -45,6 +47,6 @@ def counts(numbers: np.ndarray, sets: Sequence[Names]) -> list[tuple[str, int, i
 
 def describe(found: Sequence[tuple[str, int, int]], where: Callable[[int], str], most: int = 10) -> str:
     """`counts` in one line: name, rows, `file:line` of the first."""
-    texts = [f"{name} {count} ({where(row)})" for name, count, row in found[:most]]
+    texts = [f"{printable(name, ' ')} {count} ({where(row)})" for name, count, row in found[:most]]
     rest = len(found) - most
     return ", ".join(texts) + (f" and {rest} more" if rest > 0 else "")

@@ -14,7 +14,7 @@ from ivl.eval import predictions, report, stats
 from ivl.eval.rules import RULES, Scored
 from ivl.eval.tasks import DECODING, TASKS, Task, fingerprint, task
 from ivl.files import write_text
-from ivl.types import UserError
+from ivl.types import UserError, printable
 
 _PUBLISHED = (
     "prompt", "open_prompt", "max_tiles", "max_new_tokens", "min_new_tokens", "frames", "frame_prefix",
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     found = record(args.task, args.mode, files, rows, scored, args.resamples, args.seed)
     out = Path(args.out) if args.out else files[0].with_suffix(".scores.json")
     write_text(out, json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-    print(table(found))
+    print(printable(table(found)))
     print(f"\n{out}")
     if args.html:
         report.write(Path(args.html), found, rows[0], scored[0])
@@ -161,7 +161,9 @@ def table(found: dict[str, Any]) -> str:
         lines += ["", f"  {'':{width}}  " + "  ".join(f"{file['file'][-column:]:>{column}}" for file in files)]
     for kind, name in parts:
         values = (file[kind].get(name, float("nan")) for file in files)
-        lines.append(f"  {name:{width}}  " + "  ".join(f"{value:>{column}.{digits}f}" for value in values))
+        lines.append(
+            f"  {printable(name, ' '):{width}}  " + "  ".join(f"{value:>{column}.{digits}f}" for value in values)
+        )
     for gap in found["comparison"]:
         text = f"  {gap['file']} less {gap['less']}: {gap['value']:+.{digits}f}  {_span(gap, digits)}  p {gap['p']:.3g}"
         lines.append(text + ("" if gap["mcnemar"] is None else f"  McNemar p {gap['mcnemar']:.3g}"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ivl.types import Batch, Conversation, UserError, some
+from ivl.types import Batch, Conversation, UserError, printable, some
 
 log = logging.getLogger(__name__)
 """Of every process: the one that has a row names it"""
@@ -26,7 +26,7 @@ FLAG = "found_inf"
 def named(rows: Sequence[Conversation]) -> str:
     """Rows as people find them again: where they stand, and their own id."""
     names = [f"{row.where} ({row.id})" if row.id and row.where else row.where or row.id or "?" for row in rows]
-    return some(names)
+    return printable(some(names), " ")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from ivl.data.grounding import parse_boxes
 from ivl.eval.metrics import anls, exact_match, iou, relaxed_accuracy, vqa_accuracy
 from ivl.model.generate import NotFinite
 from ivl.reasoning import without_reasoning
-from ivl.types import Conversation, UserError
+from ivl.types import Conversation, UserError, printable
 
 Metric = Literal["exact", "vqa", "anls", "relaxed", "iou", "iou50", "cider", "bleu4", "rouge"]
 """By the rules of `ivl.eval.metrics` and `ivl.eval.captions`; the last three are of all rows together"""
@@ -163,7 +163,9 @@ def scores_table(scores: dict[str, dict[str, float]]) -> str:
     lines = [f"{'held-out rows':<16}{'rows':>6}" + "".join(f"{heads.get(name, name):>10}" for name in names)]
     for kind, values in sorted(scores.items(), key=lambda item: (item[0] == "", item[0])):
         cells = [_cell(name, values.get(name)) for name in names]
-        lines.append(f"{kind or 'all':<16}{int(values['rows']):>6}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(
+            f"{printable(kind, ' ') or 'all':<16}{int(values['rows']):>6}" + "".join(f"{cell:>10}" for cell in cells)
+        )
     return "\n".join(lines)
 
 
