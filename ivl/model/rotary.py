@@ -19,7 +19,8 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     Phi-3's `su` and `yarn` are both longrope; its yarn differs in the factor on cos and sin
     (microsoft/Phi-3-mini-128k-instruct, modeling_phi3.py).
     """
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    parameters = {key: value for key, value in scaling.items() if value is not None}
     kind = parameters.pop("type", None) or "default"
     kind = parameters.setdefault("rope_type", kind)
     if "rope_theta" in raw:
