@@ -124,7 +124,7 @@ LLM: dict[str, Field] = {
     "rope_theta": Field(float, 1, 1e15),
     "rope_scaling": Field(dict, null=True),
     "rope_parameters": Field(dict, null=True),
-    "original_max_position_embeddings": _size(1 << 31, null=True),
+    "original_max_position_embeddings": Field(int, 2, 1 << 31, null=True),
     "bos_token_id": _ID,
     "eos_token_id": replace(_ID, several=True),
     "pad_token_id": _ID,
@@ -137,7 +137,7 @@ ROPE: dict[str, Field] = {
     "factor": Field(float, 1, 1e6),
     "attention_factor": Field(float, 1e-3, 1e3, null=True),
     "partial_rotary_factor": Field(float, 1, 1),
-    "original_max_position_embeddings": _size(1 << 31, null=True),
+    "original_max_position_embeddings": Field(int, 2, 1 << 31, null=True),
     "short_factor": Field(float, 1e-6, 1e6, several=True),
     "long_factor": Field(float, 1e-6, 1e6, several=True),
 }
@@ -227,7 +227,7 @@ def _of_rope(llm: Mapping[str, Any]) -> Iterator[str]:
         if kind in ("su", "longrope", "yarn") or factors != [None, None]:
             if [len(f) if isinstance(f, list) else None for f in factors] != [half, half]:
                 yield f"{where}: {kind}: expected short_factor and long_factor of {half} numbers, half a head's width"
-            if not original or original < 2:
+            if not original:
                 yield f"{where}: {kind}: expected original_max_position_embeddings, found {original}"
         elif kind != "default" and "factor" not in rope:
             yield f"{where}: {kind}: expected a factor, found none"
