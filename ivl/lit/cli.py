@@ -10,11 +10,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, dict_to_namespace, set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -28,7 +29,7 @@ from ivl.lit import benchmark
 from ivl.lit.callbacks import Pictures
 from ivl.lit.checkpoints import Checkpoints, WholeFiles
 from ivl.lit.datamodule import IvlData
-from ivl.lit.experiment import Experiment, experiment_of
+from ivl.lit.experiment import Experiment, experiment_of, tune_settings
 from ivl.lit.module import LitInternVL
 from ivl.lit.precision import choose_precision, device_has_bf16
 from ivl.lit.prediction import PredictionWriter
@@ -37,6 +38,7 @@ from ivl.lit.scoring import scores_table
 from ivl.lit.types import IvlTrainer, own
 from ivl.lit.watch import Progress, Watch
 from ivl.lit.zero import check_installed, weights_beside
+from ivl.model.tune import Tune
 from ivl.types import UserError
 
 
@@ -44,8 +46,17 @@ class SaveConfig(SaveConfigCallback):
     """Config, versions and digests of the data beside each fit; under new names where a run goes on in its folder."""
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not own(module).adapter:
+            self._save(trainer, module)
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if own(module).adapter:  # what trains is known once it has been read
+            self.config.model.tune = dict_to_namespace(tune_settings(own(module).tune))
+            self._save(trainer, module)
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
         folder = trainer.log_dir  # asks all ranks
-        if stage != "fit" or folder is None or not trainer.is_global_zero or self.already_saved:
+        if folder is None or not trainer.is_global_zero or self.already_saved:
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         endings = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
@@ -116,9 +127,15 @@ class IvlCLI(LightningCLI):
         if (name := with_revision(str(config.model.pretrained))) != config.model.pretrained:
             config.model.pretrained = config.data.pretrained = name
             sys.argv += ["--model.pretrained", name]  # for the processes that Lightning starts
+        if config.model.tune is None:
+            config.model.tune = dict_to_namespace(asdict(Tune()))
         check_installed(config.trainer.strategy)
         if config.demo:
             self.prepare_demo(Path(config.demo))
+        if self.subcommand != "fit" and config.get("ckpt_path") and config.model.adapter:
+            if _value(sys.argv, "--model.adapter"):
+                raise UserError("--ckpt_path and --model.adapter: expected one of them, found both")
+            config.model.adapter = None  # the one that the run began with; its checkpoint holds what became of it
         if self.subcommand == "fit":
             self._place_run(config)
         elif config.get("ckpt_path") == "last":

@@ -39,6 +39,7 @@ from ivl.lit.types import IvlTrainer
 from ivl.lit.watch import SourceLosses
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
+from ivl.model.adapter_training import continue_adapter
 from ivl.model.compiled import compile_layers
 from ivl.model.devices import Placement
 from ivl.model.internvl import InternVL
@@ -72,7 +73,7 @@ class LitInternVL(LightningModule):
     Args:
         pretrained: Checkpoint: a folder in the released layout, or a model's name.
         tune: What trains, per part.
-        adapter: PEFT adapter folder to put on the model first (validate and predict).
+        adapter: PEFT adapter folder to put on the model first. A fit goes on training it: `tune` follows from it.
         dtype: What frozen weights are kept in; `auto` follows trainer.precision. What trains is float32.
         quantize: Keep the linear layers of the language model's blocks in 8 or 4 bits (needs bitsandbytes): for
             inference, and as the frozen base of a LoRA (QLoRA). The vision encoder, projector and head stay whole.
@@ -186,7 +187,9 @@ class LitInternVL(LightningModule):
         where: dict[str, Any] = {"device": strategy.root_device if whole else "cpu"}
         where = strategy.reading(self) if isinstance(strategy, LayerSplit) else where
         model = InternVL.from_pretrained(self.pretrained, dtype, attention=attention, quantize=self.quantize, **where)
-        if self.adapter:
+        if self.adapter and self.trainer.training:
+            self.tune = continue_adapter(model, self.adapter, self.pretrained, self.tune)
+        elif self.adapter:
             adapting.load_adapter(model, self.adapter)
             if note := adapting.other_base(self.adapter, self.pretrained):
                 rank_zero_info(note)

@@ -43,14 +43,8 @@ def load_adapter(model: InternVL, folder: str | Path) -> Adapter:
     """
     from peft import LoraConfig
 
-    check_at_hand(model)
-    folder = Path(folder)
-    config = AdapterConfig.load(folder)
-    path = folder / WEIGHTS
-    try:
-        adapter = adapters.translated(model, read_tensors(folder), config)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}{_made_for(config)}") from error
+    adapter = read_adapter(model, folder)
+    config = adapter.config
     if adapter.ranks:
         settings = LoraConfig(
             target_modules=list(adapter.ranks),
@@ -61,6 +55,23 @@ def load_adapter(model: InternVL, folder: str | Path) -> Adapter:
         )
         inject(model, settings)
     model.requires_grad_(False)
+    put_adapter(model, adapter, str(folder))
+    return adapter
+
+
+def read_adapter(model: InternVL, folder: str | Path) -> Adapter:
+    """An adapter folder in this model's names. Raises UserError as `load_adapter`."""
+    check_at_hand(model)
+    folder = Path(folder)
+    config = AdapterConfig.load(folder)
+    try:
+        return adapters.translated(model, read_tensors(folder), config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}{_made_for(config)}") from error
+
+
+def put_adapter(model: InternVL, adapter: Adapter, where: str) -> None:
+    """Copy an adapter's tensors into a model whose layers are in place. Raises UserError where they do not fit."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # peft makes it in the dtype of the layer; a merge adds it before rounding
             parameter.data = parameter.data.float()
@@ -74,13 +85,12 @@ def load_adapter(model: InternVL, folder: str | Path) -> Adapter:
     ]
     if problems:
         raise UserError(
-            f"{path}: the adapter does not fit this model ({len(problems)} tensors): {'; '.join(problems[:5])}"
-            f"{_made_for(config)}"
+            f"{where}: the adapter does not fit this model ({len(problems)} tensors): {'; '.join(problems[:5])}"
+            f"{_made_for(adapter.config)}"
         )
     with torch.no_grad():
         for key, tensor in adapter.state.items():
             parameters[key].copy_(tensor)
-    return adapter
 
 
 def _made_for(config: AdapterConfig) -> str:

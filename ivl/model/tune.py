@@ -167,7 +167,7 @@ def apply(model: InternVL, tune: Tune) -> None:
             inject(model, lora_config(mode, names))
             if mode.init == "pissa":
                 model.lora_start |= {n: _matrices(model.get_submodule(n)) for n in names}
-    trained = {id(p) for part, mode in chosen.items() for p in _trained(model, part, mode)}
+    trained = {id(p) for part, mode in chosen.items() for p in parameters_of(model, part, mode)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
         if id(parameter) in trained and parameter.dtype != torch.float32:
@@ -177,7 +177,8 @@ def apply(model: InternVL, tune: Tune) -> None:
     _set_modes(model, chosen)
 
 
-def _trained(model: InternVL, part: str, mode: How) -> list[nn.Parameter]:
+def parameters_of(model: InternVL, part: str, mode: How) -> list[nn.Parameter]:
+    """The parameters of a part that train in a mode."""
     place = {"embeddings": EMBEDDINGS, "head": HEAD}.get(part, part)
     named = [(f"{place}.{n}", p) for n, p in model.get_submodule(place).named_parameters()]
     named = [(n, p) for n, p in named if part_of(n) == part]
