@@ -127,15 +127,10 @@ class IvlCLI(LightningCLI):
         if (name := with_revision(str(config.model.pretrained))) != config.model.pretrained:
             config.model.pretrained = config.data.pretrained = name
             sys.argv += ["--model.pretrained", name]  # for the processes that Lightning starts
-        if config.model.tune is None:
-            config.model.tune = dict_to_namespace(asdict(Tune()))
+        self._settle_tune(config)
         check_installed(config.trainer.strategy)
         if config.demo:
             self.prepare_demo(Path(config.demo))
-        if self.subcommand != "fit" and config.get("ckpt_path") and config.model.adapter:
-            if _value(sys.argv, "--model.adapter"):
-                raise UserError("--ckpt_path and --model.adapter: expected one of them, found both")
-            config.model.adapter = None  # the one that the run began with; its checkpoint holds what became of it
         if self.subcommand == "fit":
             self._place_run(config)
         elif config.get("ckpt_path") == "last":
@@ -150,6 +145,15 @@ class IvlCLI(LightningCLI):
                 config.data.max_prompt_length = config.data.max_length  # a config's is of training
             config.return_predictions = False  # they are written as they come
         self._choose_precision(config)
+
+    def _settle_tune(self, config: Namespace) -> None:
+        """What trained or trains: the defaults where it is null; a checkpoint, not the adapter that its run began with."""
+        if config.model.tune is None:
+            config.model.tune = dict_to_namespace(asdict(Tune()))
+        if self.subcommand != "fit" and config.get("ckpt_path") and config.model.adapter:
+            if _value(sys.argv, "--model.adapter"):
+                raise UserError("--ckpt_path and --model.adapter: expected one of them, found both")
+            config.model.adapter = None
 
     def _place_run(self, config: Namespace) -> None:
         """Where a fit goes on, or begins; beside other experiments' runs, never over them."""
