@@ -11,6 +11,7 @@ mark is written anywhere they come first in the last user's turn (`conversations
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -289,6 +290,7 @@ def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool, reade
     images = [p for turn in draft.turns for p in turn.content if isinstance(p, Media) and p.kind == "image"]
     listed = draft.media["image"] or images
 
+    @functools.cache  # a header is read once, however many boxes lie on the image
     def size_of(index: int) -> tuple[int, int]:
         if not 0 <= index < len(listed):
             raise UserError(f"objects: image index is {index}, the row has {len(listed)} (counted from 0)")

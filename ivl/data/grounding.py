@@ -192,8 +192,8 @@ def parse_boxes(text: str) -> list[tuple[str | None, list[Box]]]:
         boxes = [box for one in _ONE.findall(match[0]) if (box := _parsed(one)) is not None]
         if not boxes:
             continue
-        refs = re.findall(r"<ref>(.*?)</ref>", before, flags=re.DOTALL)
-        named = refs[-1] if refs else _TAG.sub("", before).strip(" \t\r\n,;:.")
+        ref = next((part for part in reversed(before.split("</ref>")[:-1]) if "<ref>" in part), None)
+        named = _TAG.sub("", before).strip(" \t\r\n,;:.") if ref is None else ref.partition("<ref>")[2]
         groups.append((named.strip() or None, boxes))
     return groups
 
