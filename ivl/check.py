@@ -20,6 +20,7 @@ from ivl.data.fetch import FetchPolicy
 from ivl.data.index import Index, answers_needed, build_index, joined, progress_bar, reasons
 from ivl.data.media import MediaPolicy
 from ivl.data.processor import Processor
+from ivl.data.rows import FileLimits
 from ivl.data.sources import Source, open_sources
 from ivl.files import whole_path
 from ivl.types import IGNORE, Example, UserError, many, printable
@@ -57,6 +58,8 @@ class Data:
     """Turn pictures upright as their EXIF block says."""
     media: MediaPolicy = field(default_factory=MediaPolicy)
     """Limits of what is opened and fetched."""
+    file_limits: FileLimits = field(default_factory=FileLimits)
+    """Limits of files of rows: bytes of a row, and what a compressed file may become."""
     resize: Literal["exact", "fast"] = "exact"
     """How pictures are resized to tiles."""
     compact_boxes: bool = False
@@ -210,6 +213,7 @@ def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tupl
                 as_prompt=name == "predict",
                 seed=args.data.seed,
                 cache_dir=args.cache_dir,
+                limits=FileLimits(**vars(args.data.file_limits)),
             )
         except UserError as error:
             problems.append(f"data.{name}: {error}")

@@ -133,6 +133,13 @@ def test_held_out_rows_that_are_trained_on_and_prompts(base, tmp_path, capsys):
     assert check(base, tmp_path, "--data.train", train, "--data.val", write(tmp_path / "v.jsonl", GOOD[3:4])) == 0
 
 
+def test_limits_of_files_are_options(base, tmp_path, capsys):
+    path = write(tmp_path / "train.jsonl", [*GOOD, {"query": "q" * 500, "response": "r"}])
+    assert check(base, tmp_path, "--data.train", path, "--data.file_limits.max_row_bytes", "400") == 2
+    assert re.search(rf"{path}:6: a row of \d+ bytes, but the limit is 400", capsys.readouterr().out)
+    assert check(base, tmp_path, "--data.train", path) == 0
+
+
 def test_keys_that_are_not_read_are_listed(base, tmp_path, capsys):
     path = write(tmp_path / "train.jsonl", [GOOD[0], GOOD[1] | {"score": 1}, GOOD[2] | {"score": 2, "width": 3}])
     assert check(base, tmp_path, "--data.train", path) == 0

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ivl.data.rows import RowFile
+from ivl.data.rows import FileLimits, RowFile
 from ivl.types import Conversation, Example, UserError
 
 Key = int | tuple[int, int]
@@ -61,6 +61,7 @@ class Rows(Dataset[Example]):
         max_tiles: int | None = None,
         seed: int = 0,
         cache_dir: str | Path | None = None,
+        limits: FileLimits | None = None,
     ) -> None:
         """
         Args:
@@ -72,12 +73,12 @@ class Rows(Dataset[Example]):
             source: name of this data set in scores and losses per source; a row's own is kept.
             max_tiles: most tiles of an image of these rows; None: the processor's limit.
             seed: of random choices inside rows, together with epoch and number.
-            cache_dir: see `RowFile`.
+            cache_dir, limits: see `RowFile`.
         """
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise UserError("rows: no files; expected one or more (jsonl or json)")
-        self.files = [RowFile(path, cache_dir) for path in paths]
+        self.files = [RowFile(path, cache_dir, limits) for path in paths]
         self.processor = processor
         self.root, self.as_prompt, self.source = root, as_prompt, source
         self.on_error, self.max_tiles, self.seed = on_error, max_tiles, seed

@@ -11,7 +11,9 @@ import mmap
 import os
 import re
 import zlib
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +24,31 @@ from ivl.data.formats import loads
 from ivl.files import whole_file
 from ivl.types import UserError, printable
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 _BLANK = 16
 """Bytes of the shortest line that is not looked at for being blank; a row is longer"""
-_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+_SOLID = ~np.isin(np.arange(256), np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8))
+"""Of each byte, whether it is no blank"""
+_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+_ALWAYS = 256 << 20
+"""Bytes that any compressed file may become"""
+
+
+@dataclass(frozen=True)
+class FileLimits:
+    """Limits of files of rows: how much one may ask of memory and disk."""
+
+    max_row_bytes: int = 64 << 20
+    """Bytes of the longest row; a longer one is a problem."""
+    max_expansion: float = 200.0
+    """Times its own size that a compressed file may become; 256 MiB are always allowed."""
+
+    def __post_init__(self) -> None:
+        if self.max_row_bytes < 1 or not self.max_expansion >= 1:
+            raise UserError(
+                f"data.file_limits: expected numbers of at least 1, found max_row_bytes {self.max_row_bytes} and "
+                f"max_expansion {self.max_expansion}"
+            )
 
 
 class RowFile:
@@ -35,10 +58,11 @@ class RowFile:
     Raises UserError where there is no file, no row, or the file as a whole cannot be read.
     """
 
-    def __init__(self, path: str | Path, cache_dir: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, cache_dir: str | Path | None = None, limits: FileLimits | None = None) -> None:
         self.path = Path(path)
+        self.limits = limits or FileLimits()
         try:
-            self._plain = _decompressed(self.path, Path(cache_dir or default_cache()))
+            self._plain = _decompressed(self.path, Path(cache_dir or default_cache()), self.limits.max_expansion)
             with open(self._plain, "rb") as opened:
                 listed = _is_list(opened, self.path)
                 scan = _scan_list if listed else _scan_lines
@@ -60,10 +84,15 @@ class RowFile:
         return f"{printable(str(self.path), ' ')}:{self._line(i)}"
 
     def raw(self, i: int) -> bytes:
-        """Row `i` as it stands in the file."""
+        """Row `i` as it stands in the file. Raises UserError with `file:line` where it is longer than the limit."""
+        start, end = int(self._starts[i]), int(self._ends[i])
+        if end - start > self.limits.max_row_bytes:
+            raise UserError(
+                f"{self.where(i)}: a row of {end - start:,} bytes, but the limit is {self.limits.max_row_bytes:,}; "
+                f"name media by their paths, or raise data.file_limits.max_row_bytes"
+            )
         if self._descriptor is None:
             self._descriptor = os.open(self._plain, os.O_RDONLY)
-        start, end = int(self._starts[i]), int(self._ends[i])
         return os.pread(self._descriptor, end - start, start)
 
     def __getitem__(self, i: int) -> Any:
@@ -126,29 +155,46 @@ def _is_list(opened: BinaryIO, path: Path) -> bool:
 def _scan_lines(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, str]:
     """Start and end of each line that is not blank, its number where some are, and the digest of the content."""
     digest = hashlib.blake2b(digest_size=16)
-    ends, size = [], 0
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    begin, line, size = 0, 1, 0  # of the line that is open, and what is read
     while chunk := opened.read(_CHUNK):
         digest.update(chunk)
-        ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + size)
+        data = np.frombuffer(chunk, np.uint8)
+        stops = np.flatnonzero(data == 10)
+        if len(stops):
+            starts = np.concatenate([[begin - size], stops[:-1] + 1])
+            kept = _not_blank(opened, data, starts, stops, size)
+            parts.append((starts[kept] + size, stops[kept] + size, np.flatnonzero(kept) + line))
+            begin, line = size + int(stops[-1]) + 1, line + len(stops)
         size += len(chunk)
-    end = np.concatenate([*ends, [size]]).astype(np.int64)
-    start = np.concatenate([[0], end[:-1] + 1]).astype(np.int64)
-    blank = [i for i in np.flatnonzero(end - start < _BLANK) if not _read(opened, start[i], end[i]).strip()]
-    if not len(blank):
-        return start, end, None, digest.hexdigest()
-    kept = np.delete(np.arange(len(start)), blank)
-    numbers = kept + 1 if len(kept) and kept[-1] != len(kept) - 1 else None
-    return start[kept], end[kept], numbers, digest.hexdigest()
+    if size - begin >= _BLANK or _read(opened, begin, size).strip():
+        parts.append((np.array([begin]), np.array([size]), np.array([line])))
+    if not parts:
+        return np.empty(0, np.int64), np.empty(0, np.int64), None, digest.hexdigest()
+    start, end, numbers = (np.concatenate(columns) for columns in zip(*parts))
+    counted = bool(len(numbers)) and numbers[-1] == len(numbers)
+    return start, end, None if counted else numbers, digest.hexdigest()
+
+
+def _not_blank(opened: BinaryIO, data: np.ndarray, starts: np.ndarray, stops: np.ndarray, size: int) -> np.ndarray:
+    """(lines,) bool: whether each line of a chunk holds a row. The first may begin before the chunk, at `size`."""
+    kept = stops - starts >= _BLANK
+    if kept.all():
+        return kept
+    solid = np.concatenate([[0], np.cumsum(_SOLID[data], dtype=np.int32)])
+    kept |= solid[stops] > solid[np.maximum(starts, 0)]
+    if starts[0] < 0 and not kept[0]:
+        kept[0] = bool(_read(opened, size + int(starts[0]), size + int(stops[0])).strip())
+    return kept
 
 
 def _read(opened: BinaryIO, start: int, end: int) -> bytes:
-    return os.pread(opened.fileno(), max(0, int(end) - int(start)), int(start))
+    return os.pread(opened.fileno(), end - start, start)
 
 
 def _scan_list(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     """Start, end and line of each element of a JSON list, without parsing them."""
-    starts: list[int] = []
-    ends: list[int] = []
+    starts, ends, lines = array("q"), array("q"), array("q")  # lists of numbers take five times the memory
     with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         depth, closed, previous = 0, False, data.find(b"[")
@@ -176,12 +222,12 @@ def _scan_list(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np
                 raise _not_a_list(data, found.start(), path)
         if not closed:
             raise UserError(f"{path}: the JSON list has no end; is the file complete?")
-        lines, line, at = [], 1, 0
+        line, at = 1, 0
         for start in starts:
             line += data[at:start].count(b"\n")
             at = start
             lines.append(line)
-    return np.array(starts, np.int64), np.array(ends, np.int64), np.array(lines, np.int64), digest
+    return np.array(starts), np.array(ends), np.array(lines), digest
 
 
 def _not_a_list(data: mmap.mmap, at: int, path: Path) -> UserError:
@@ -190,32 +236,40 @@ def _not_a_list(data: mmap.mmap, at: int, path: Path) -> UserError:
     return UserError(f"{path}:{line}: expected a list of JSON objects, such as [{_EXAMPLE}], found {found!r}")
 
 
-def _decompressed(path: Path, cache: Path) -> Path:
+def _decompressed(path: Path, cache: Path, max_expansion: float) -> Path:
     """The plain file of a compressed one, kept under the digest of the compressed bytes."""
     if path.suffix not in (".gz", ".zst"):
         return path
-    digest = hashlib.blake2b(digest_size=16)
+    digest, size = hashlib.blake2b(digest_size=16), 0
     with open(path, "rb") as opened:
         while chunk := opened.read(_CHUNK):
             digest.update(chunk)
+            size += len(chunk)
     plain = cache / "rows" / f"{digest.hexdigest()}.jsonl"
-    if os.path.isfile(place := writable(plain)):
+    most = max(_ALWAYS, int(max_expansion * size))
+    place = writable(plain)
+    if os.path.isfile(place) and os.path.getsize(place) <= most:
         return place
     try:
-        return _decompress(path, place)
+        return _decompress(path, place, most)
     except OSError as error:
         if place != plain:
             raise
         go_without(plain, error)
-        return _decompress(path, temporary(plain))
+        return _decompress(path, temporary(plain), most)
 
 
-def _decompress(path: Path, place: Path) -> Path:
+def _decompress(path: Path, place: Path, most: int) -> Path:
     source, faults = _opener(path)
     try:
         with whole_file(place) as out, source:
             while chunk := source.read(_CHUNK):
                 out.write(chunk)
+                if out.tell() > most:
+                    raise UserError(
+                        f"{path}: {path.stat().st_size:,} bytes that become more than {most:,}; raise "
+                        f"data.file_limits.max_expansion where that is meant, or decompress the file"
+                    )
     except faults as error:
         raise UserError(f"{path}: its compression is damaged ({error}); copy the file again") from None
     return place

@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from ivl.data.dataset import MakesExamples, Rows, digests
+from ivl.data.rows import FileLimits
 from ivl.files import whole_file
 from ivl.types import UserError
 
@@ -50,26 +51,30 @@ def save_split(path: str | Path, held: Rows, seed: int = 0) -> None:
         out.write(json.dumps(kept, indent=0).encode())
 
 
-def open_split(path: str | Path, processor: MakesExamples, root: str | Path | None = None) -> Rows:
-    """The held-out rows that were remembered, from the files they were in. `root`: as in `Rows`, where the run that
-    wrote them had none of its own. Raises UserError as `load_split`."""
+def open_split(
+    path: str | Path, processor: MakesExamples, root: str | Path | None = None, limits: FileLimits | None = None
+) -> Rows:
+    """The held-out rows that were remembered, from the files they were in. `root`, `limits`: as in `Rows`; the root
+    where the run that wrote them had none of its own. Raises UserError as `load_split`."""
     found = _read(path)
     root, source, max_tiles = found.get("root") or root, found.get("source") or "", found.get("max_tiles")
-    rows = Rows(found["files"], processor, root=root, source=source, max_tiles=max_tiles)
+    rows = Rows(found["files"], processor, root=root, source=source, max_tiles=max_tiles, limits=limits)
     return load_split(path, rows)[1]
 
 
-def held_out(run: str | Path, processor: MakesExamples, root: str | Path | None = None) -> Rows:
+def held_out(
+    run: str | Path, processor: MakesExamples, root: str | Path | None = None, limits: FileLimits | None = None
+) -> Rows:
     """The rows that a run held out: those it remembered, or its files of `data.val`. Raises UserError where none."""
     if (found := remembered(run)) is not None:
-        return open_split(found, processor, root)
+        return open_split(found, processor, root, limits)
     settings = Path(run) / "config.yaml"
     if not settings.is_file():
         raise UserError(f"--data.split {run}: no config.yaml in it; expected run-validation, or the folder of a run")
     files = (yaml.safe_load(settings.read_text(encoding="utf-8")).get("data") or {}).get("val")
     if not files:
         raise UserError(f"--data.split: {run} held out no rows by data.val or data.val_fraction; give --data.predict")
-    return Rows(files, processor, root=root)
+    return Rows(files, processor, root=root, limits=limits)
 
 
 def load_split(path: str | Path, rows: Rows) -> tuple[Rows, Rows]:

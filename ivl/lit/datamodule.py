@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from ivl.data.cutter import VideoOptions
 from ivl.data.dataset import Mixture, Rows, split
 from ivl.data.features import FeatureStore, bytes_needed
-from ivl.data.index import Index, answers_needed, build_index, joined, progress_bar, usable, write_report
+from ivl.data.index import Index, answers_needed, joined, usable, write_report
 from ivl.data.media import MediaPolicy
 from ivl.data.pack import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor
+from ivl.data.rows import FileLimits
 from ivl.data.sources import Source, open_sources
 from ivl.data.split import held_out, remember
 from ivl.lit.benchmark import rows_file
@@ -32,7 +33,7 @@ from ivl.lit.checkpoints import unfinished
 from ivl.lit.feature_cache import open_store
 from ivl.lit.loaders import Asked, Pace, PacedLoader, RankRows, ResumableLoader, validation_batch
 from ivl.lit.prompts import LAST, Prompt, Prompts, processor_of_prompts, report_prompts
-from ivl.lit.row_report import say_changed, say_left_out, say_unread
+from ivl.lit.row_report import looked_through, say_changed, say_left_out, say_unread
 from ivl.lit.types import own
 from ivl.types import UserError
 
@@ -73,6 +74,7 @@ class IvlData(LightningDataModule):
         report: File that lists the training rows that were left out, and why.
         video: How videos become frames.
         media: Limits of what is opened and fetched: pixels, frames, times, sizes, addresses.
+        file_limits: Limits of files of rows: bytes of a row, and what a compressed file may become.
         probe_urls: Fetch media behind URLs before training, so that their sizes are known; otherwise they count with
             the most tiles they can have, and are fetched when their turn comes.
         resize: exact makes the reference's pixels; fast takes about half the time, and a pixel in some hundreds is a
@@ -118,6 +120,7 @@ class IvlData(LightningDataModule):
         report: str | None = None,
         video: VideoOptions = VideoOptions(),
         media: MediaPolicy = MediaPolicy(),
+        file_limits: FileLimits = FileLimits(),
         probe_urls: bool = False,
         resize: Literal["exact", "fast"] = "exact",
         exif: bool = True,
@@ -133,7 +136,7 @@ class IvlData(LightningDataModule):
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.mixture, self.val_fraction = mixture, val_fraction
         self.split, self.task, self.task_root = split, task, task_root
-        self.media_root, self.max_prompt_length = media_root, max_prompt_length
+        self.media_root, self.max_prompt_length, self.file_limits = media_root, max_prompt_length, file_limits
         self.packing = is_packed(packing, batch_size, group_by_length)
         self.batch_size = batch_size or 8
         self.eval_batch_size = eval_batch_size or self.batch_size
@@ -192,11 +195,12 @@ class IvlData(LightningDataModule):
                     raise UserError(f"{' and '.join(found)}: expected one of them, found both; set the other to null")
                 files = str(rows_file(self.task, self.task_root)) if self.task else files
             if name == "predict" and self.split:
-                self._rows[name] = held_out(self.split, processor, self.media_root)
+                self._rows[name] = held_out(self.split, processor, self.media_root, self.file_limits)
                 return self._rows[name]
             if not files:
                 raise UserError(f"--data.{name}: not given; expected one or more files of rows (jsonl or json)")
-            self._rows[name] = Rows(files, processor, root=self.media_root, seed=self.seed)
+            limits = self.file_limits
+            self._rows[name] = Rows(files, processor, root=self.media_root, seed=self.seed, limits=limits)
         return self._rows[name]
 
     def _set_up_training(self) -> None:
@@ -206,7 +210,7 @@ class IvlData(LightningDataModule):
         if len(given) != 1:
             found = "both" if given else "neither"
             raise UserError(f"--data.train: expected files of rows here or sources in --data.mixture, found {found}")
-        options = {"on_error": self.on_error, "seed": self.seed}
+        options = {"on_error": self.on_error, "seed": self.seed, "limits": self.file_limits}
         parts = open_sources(given[0], self.processor, self.media_root, **options)
         if self.val_fraction and not self.files["val"]:
             if len(parts) > 1:
@@ -215,7 +219,7 @@ class IvlData(LightningDataModule):
             parts = [replace(parts[0], rows=kept)]
         elif self.files["val"]:
             self.rows("val")
-        read = [_looked_through(part.rows, part.name, self.probe_urls) for part in parts]
+        read = [looked_through(part.rows, part.name, self.probe_urls) for part in parts]
         before, indexes = [answers_needed(part.rows, index) for part, index in zip(parts, read)], []
         whole = joined(before)
         if self.report and self.trainer.is_global_zero:
@@ -236,7 +240,7 @@ class IvlData(LightningDataModule):
         rows = self.rows("predict")
         rows = self._rows["predict"] = rows.select(np.arange(len(rows)))
         rows.as_prompt = True
-        index = _looked_through(rows, "questions")
+        index = looked_through(rows, "questions")
         report_prompts(index, keep_errors=self.on_error == "skip")
         say_unread(index, rows.where)
         # Long rows first: rows of like length are answered together, and none is left over at the end.
@@ -391,8 +395,3 @@ class IvlData(LightningDataModule):
 def is_packed(packing: bool | None, batch_size: int | None, group_by_length: bool) -> bool:
     """Whether rows are packed, by the options of that name: unless they say how rows are padded."""
     return packing if packing is not None else batch_size is None and not group_by_length
-
-
-def _looked_through(rows: Rows, name: str, probe_urls: bool = False) -> Index:
-    with progress_bar(f"index {name}", rows) as progress:
-        return build_index(rows, probe_urls=probe_urls, progress=progress)

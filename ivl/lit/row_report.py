@@ -6,8 +6,15 @@ from collections.abc import Callable
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from ivl.data.index import Index, reasons
+from ivl.data.dataset import Rows
+from ivl.data.index import Index, build_index, progress_bar, reasons
 from ivl.data.unread import describe
+
+
+def looked_through(rows: Rows, name: str, probe_urls: bool = False) -> Index:
+    """The index of rows, with a bar on the terminal where it is made."""
+    with progress_bar(f"index {name}", rows) as progress:
+        return build_index(rows, probe_urls=probe_urls, progress=progress)
 
 
 def say_left_out(index: Index, report: str | None) -> None:

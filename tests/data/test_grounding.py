@@ -1,11 +1,13 @@
 """Boxes into texts and back."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ivl.data.formats import parse
 from ivl.data.grounding import fill, parse_boxes, to_pixels, write_boxes
 from ivl.types import UserError
 
@@ -164,3 +166,82 @@ def test_both_spellings_with_and_without_tags_read_the_same(boxes, name):
 
 def boxes_alone(boxes):
     return str([list(box) for box in boxes])
+
+
+def seconds(work, size):
+    """Processor time of work of a size; the least of three tries."""
+    found = []
+    for _ in range(3):
+        start = time.process_time()
+        work(size)
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def test_time_grows_with_the_number_of_boxes():
+    def filled(size):
+        objects = [{"caption": "c", "bbox": [1, 2, 3, 4]}] * size
+        fill(["x"] * size + ["<ref-object><bbox>" * size], objects, lambda _: (10, 10))
+
+    def parsed(size):
+        parse_boxes("<ref>" * size + "[[1, 2, 3, 4]]")
+
+    for work in (filled, parsed):
+        assert seconds(work, 8_000) < 10 * seconds(work, 2_000) + 0.05
+
+
+def test_a_header_is_read_once_for_all_boxes_of_an_image():
+    read = []
+    row = {"query": "<image>" + "<bbox>" * 50, "response": "r", "images": ["a.jpg"]}
+    row["objects"] = {"ref": [], "bbox": [[1, 2, 3, 4]] * 50}
+    parse(row, size=lambda source: read.append(source) or (10, 10))
+    assert read == ["a.jpg"]
+
+
+LISTS = [
+    (
+        {"ref": ["a", "b"], "bbox": [[10, 20, 30, 40], [50, 60, 70, 80]]},
+        "<ref>a</ref> <box> [[100, 200, 300, 400]] </box>",
+    ),
+    ({"bbox": [[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], "ref": ["a", "b"], "bbox_type": "norm1"}, "[[100, 200, 300, 400]]"),
+    ({"ref": ["a", "b"], "bbox": [[1, 2], [30, 40, 50, 60]]}, "<box> [[10, 20]] </box>"),
+    ({"ref": ["a", "b"], "bbox": [[1, 2, 3, 4], [5, 6, 7, 8]], "image_id": [1, 0]}, "[[5, 10, 15, 20]]"),
+    ({"ref": ["a", "b"], "bbox": [[1, 2, 3, 4]] * 2, "bbox_type": "norm1000", "image_id": [9, 9]}, "[[1, 2, 3, 4]]"),
+]
+
+
+@pytest.mark.parametrize(("objects", "expected"), LISTS)
+def test_lists_of_ms_swift_3(objects, expected):
+    def size(image):
+        return [(100, 100), (200, 200)][image]
+
+    texts = ["<ref-object> <bbox>", "<ref-object> <bbox>"]
+    for written in (objects, json.dumps(objects)):
+        first, second = fill(texts, written, size)
+        assert first.startswith("<ref>a</ref> ") and expected in first and second.startswith("<ref>b</ref> <box> [[")
+
+
+@pytest.mark.parametrize(
+    ("objects", "words"),
+    [
+        ({"ref": ["a"], "bbox": [[1, 2, 3, 4]] * 2}, "2 <ref-object> marks but 1 in objects.ref"),
+        ({"ref": ["a", "b"], "bbox": [[1, 2, 3, 4]]}, "2 <bbox> marks but 1 in objects.bbox"),
+        ({"ref": ["a", 2], "bbox": [[1, 2, 3, 4]] * 2}, r"objects.ref\[1\]: expected a text"),
+        ({"ref": "a", "bbox": [[1, 2, 3, 4]] * 2}, "objects.ref: expected a list"),
+        ({"ref": ["a", "b"], "bbox": [[1, 2, 3], [1, 2, 3, 4]]}, r"objects.bbox\[0\]: .*, or a point x, y, found"),
+        ({"ref": ["a", "b"], "bbox": [[1, 2, 3, 4]] * 2, "image_id": [0]}, "image_id: .* each of 2 boxes, found 1"),
+        ({"ref": ["a", "b"], "bbox": [[1, 2, 3, 4]] * 2, "image_id": [0, "x"]}, r"objects.image_id\[1\]: expected the"),
+        ({"ref": ["a", "b"], "bbox": [[1, 2, 3, 4]] * 2, "bbox_type": "pixel"}, "objects.bbox_type: expected one of"),
+        ({"ref": ["a", "b"], "bbox": [[300, 400], [1, 2, 3, 4]]}, "reaches outside of 100 x 100"),
+    ],
+)
+def test_lists_with_mistakes(objects, words):
+    with pytest.raises(UserError, match=words):
+        fill(["<ref-object> <bbox>"] * 2, objects, lambda _: (100, 100))
+
+
+def test_image_id_of_an_object():
+    objects = [{"caption": "c", "bbox": [10, 10, 20, 20], "image_id": 1}]
+    assert fill(["<bbox>"], objects, lambda image: [(100, 100), (200, 200)][image]) == [
+        "<box> [[50, 50, 100, 100]] </box>"
+    ]

@@ -5,10 +5,12 @@ import json
 import pickle
 import random
 import sys
+import time
+import tracemalloc
 
 import pytest
 
-from ivl.data.rows import RowFile, load_rows
+from ivl.data.rows import FileLimits, RowFile, load_rows
 from ivl.types import UserError
 
 ROWS = [{"query": f'q{n} «é», }} ]{{ \\ "', "response": "n\nm" * n, "history": [["a", "b"]]} for n in range(20)]
@@ -136,3 +138,69 @@ def test_mutated_files(tmp_path):
             except UserError as error:
                 assert str(error).startswith(f"{tmp_path}/a.json:")
     assert read > 500
+
+
+def test_a_row_above_the_limit_is_a_problem_of_its_own(tmp_path):
+    rows = [{"query": "q" * n, "response": "r"} for n in (10, 3000, 10)]
+    for name, text in (("a.jsonl", lines(rows)), ("a.json", json.dumps(rows, indent=1))):
+        file = RowFile(written(tmp_path, name, text), limits=FileLimits(max_row_bytes=1000))
+        assert [file[0], file[2]] == [rows[0], rows[2]]
+        with pytest.raises(UserError, match=r"a\.jsonl?:\d+: a row of 3,\d+ bytes, but the limit is 1,000; .*raise "):
+            file[1]
+        assert RowFile(file.path)[1] == rows[1]
+    with pytest.raises(UserError, match=r"data\.file_limits: expected numbers of at least 1"):
+        FileLimits(max_row_bytes=0)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_compressed_file_that_becomes_too_much(tmp_path, monkeypatch, kind):
+    pack = gzip.compress if kind == "gz" else pytest.importorskip("zstandard").compress
+    monkeypatch.setattr("ivl.data.rows._ALWAYS", 1 << 20)
+    monkeypatch.setattr("ivl.data.rows._CHUNK", 1 << 16)
+    path = written(tmp_path, f"bomb.jsonl.{kind}", pack((lines() + " " * (8 << 20)).encode()))
+    with pytest.raises(
+        UserError, match=rf"bomb\.jsonl\.{kind}: .* become more than .*data\.file_limits\.max_expansion"
+    ):
+        RowFile(path, tmp_path / "cache", FileLimits(max_expansion=2))
+    assert not [found for found in (tmp_path / "cache").rglob("*") if found.is_file()], "nothing is left in the cache"
+    whole = RowFile(path, tmp_path / "cache", FileLimits(max_expansion=1e6))
+    assert len(whole) == 21 and whole[19] == ROWS[19]
+    with pytest.raises(UserError, match="max_expansion"):
+        RowFile(path, tmp_path / "cache", FileLimits(max_expansion=2))
+
+
+def test_blank_lines_cost_no_memory(tmp_path, monkeypatch):
+    """Rows with blanks of all kinds between them, cut anywhere into what is read at a time."""
+    monkeypatch.setattr("ivl.data.rows._CHUNK", 64)
+    draw = random.Random(0)
+    for _ in range(200):
+        parts = [
+            draw.choice(["", " ", "\r", "\t\x0b", "{}", json.dumps(ROWS[1])]) for _ in range(draw.randrange(1, 60))
+        ]
+        text = "{}\n" + "\n".join(parts) + draw.choice(["", "\n"])
+        file = RowFile(written(tmp_path, "a.jsonl", text))
+        expected = [(n, row) for n, row in enumerate(text.split("\n"), start=1) if row.strip()]
+        assert [(int(where.rsplit(":")[-1]), row) for where, row in load_rows(file.path)] == [
+            (n, json.loads(row)) for n, row in expected
+        ]
+    monkeypatch.undo()
+    path = written(tmp_path, "b.jsonl", lines(ROWS[:1]) + "\n" * 10_000_000 + lines(ROWS[1:2]))
+    tracemalloc.start()
+    file = RowFile(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(file) == 2 and file.where(1) == f"{path}:10000002"
+    assert peak < 80e6, "of what is read at a time; the places of all newlines are 80 MB, and were kept several times"
+
+
+def test_a_string_without_an_end_is_scanned_once(tmp_path):
+    """Each of its quotes was tried as the beginning of another string."""
+
+    def seconds(count):
+        path = written(tmp_path, "a.json", '[{"query": "' + '\\"' * count)
+        start = time.process_time()
+        with pytest.raises(UserError, match="no end"):
+            RowFile(path)
+        return time.process_time() - start
+
+    assert min(seconds(40_000) for _ in range(2)) < 8 * min(seconds(10_000) for _ in range(3)) + 0.05

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from ivl.data.cutter import VideoOptions
+from ivl.data.rows import FileLimits
 from ivl.lit.datamodule import IvlData
+from ivl.types import UserError
 from tests.lit.rows import write_rows
 from tests.tiny import write_checkpoint
 
@@ -124,3 +126,12 @@ def test_rows_are_packed_unless_it_is_said_how_to_pad(base, options, packed, bat
     assert packed or len(first) == options.get("batch_size", 8)
     data = IvlData(str(base / "model"), **options)
     assert data.eval_batch_size == batch
+
+
+def test_limits_of_files_reach_all_rows(base, tmp_path):
+    path = str(base / "data/train.jsonl")
+    data = IvlData(str(base / "model"), train=path, val=path, num_workers=0, file_limits=FileLimits(max_row_bytes=20))
+    assert data.rows("val").files[0].limits.max_row_bytes == 20
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, log_dir=None, is_global_zero=True)
+    with pytest.raises(UserError, match=r"train\.jsonl:1: a row of \d+ bytes, but the limit is 20"):
+        data.setup("fit")
