@@ -109,7 +109,7 @@ def _parse(row: Any, where: str, root: str | Path | None, size: Size | None, com
     messages = tuple(Message(turn.role, _joined(turn.content), turn.trained) for turn in draft.turns)
     truth = {key: row[key] for key in TRUTH if row.get(key) is not None}
     name, source = optional_name(row, "id"), optional_name(row, "source") or ""
-    unread = tuple(reader.keys.unread)
+    unread = tuple(sorted(reader.keys.unread))
     return Conversation(messages, draft.system, id=name, where=where, source=source, truth=truth, unread=unread)
 
 

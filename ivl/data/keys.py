@@ -69,7 +69,7 @@ class Keys:
     """Keys of a row as its format reads it."""
 
     unread: dict[str, None] = field(default_factory=dict)
-    """Names of keys that are not read, `messages[].name`; also marks of other programs. Each once, in order"""
+    """Names of keys that are not read, `messages[].name`; also marks of other programs"""
 
     def look(self, level: str, entry: Mapping[str, Any], name: str = "") -> None:
         """Gather the keys of an entry that its level does not read; `name` is the entry's own, `messages[3]`.
@@ -77,8 +77,9 @@ class Keys:
         Raises UserError for a key that would change the meaning. A key without a value says nothing.
         """
         refused = REFUSED.get(level, {})
-        for key in entry.keys() - READ[level]:
-            value = entry[key]
+        for key, value in entry.items():
+            if key in READ[level]:
+                continue
             path = f"{name}.{key}" if name else str(key)
             if key in refused:
                 if not says_nothing(value):

@@ -14,24 +14,24 @@ _OTHERS: Names = ("keys that differ from row to row",)
 
 
 def number_of(names: Names, sets: list[Names]) -> int:
-    """The number of a set of names in `sets`, which it is added to; 0 is the empty one, which `sets` begins with.
-
-    Beyond some thousands of sets one stands for all others, as where keys are made of names or dates.
-    """
-    try:
-        return sets.index(names)
-    except ValueError:
-        if len(sets) > _MOST:
-            names = _OTHERS
-            if names in sets:
-                return sets.index(names)
-        sets.append(names)
-        return len(sets) - 1
+    """The number of a set of names in `sets`, which it is added to; 0 is the empty one, which `sets` begins with."""
+    return int(merged(sets, [names])[0])
 
 
 def merged(sets: list[Names], others: Sequence[Names]) -> np.ndarray:
-    """(others,) uint16: the numbers of other sets in `sets`, which they are added to."""
-    return np.array([number_of(tuple(names), sets) for names in others], np.uint16)
+    """(others,) uint16: the numbers of other sets in `sets`, which they are added to.
+
+    Beyond some thousands of sets one stands for all others, as where keys are made of names or dates.
+    """
+    known = {names: number for number, names in enumerate(sets)}
+    numbers = np.empty(len(others), np.uint16)
+    for at, names in enumerate(others):
+        names = names if names in known or len(sets) < _MOST else _OTHERS
+        if names not in known:
+            known[names] = len(sets)
+            sets.append(names)
+        numbers[at] = known[names]
+    return numbers
 
 
 def counts(numbers: np.ndarray, sets: Sequence[Names]) -> list[tuple[str, int, int]]:
