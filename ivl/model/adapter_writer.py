@@ -29,6 +29,7 @@ from ivl.model.layouts import Group, groups
 from ivl.model.tune import (
     ADAPTER,
     EMBEDDINGS,
+    FSDP_PREFIX,
     HEAD,
     PARTS,
     LoRA,
@@ -87,7 +88,7 @@ def save_adapter(
     loras = {part: mode for part in PARTS if isinstance(mode := tune.mode(part), LoRA)}
     scales = {
         n: scale_alpha(lora) / (lora.rank**0.5 if lora.rslora else lora.rank)
-        for n in adapted(model)
+        for n in (name.replace(FSDP_PREFIX, "") for name in adapted(model))
         for lora in [loras[part_of(n)]]
     }
     layout = layout or model.config.layout

@@ -179,3 +179,21 @@ def test_embeddings_that_are_the_output_layer(tmp_path):
     save_file(state, path)
     with pytest.raises(UserError, match="output layer differs from its embeddings"):
         peft_adapter.load_adapter(InternVL.from_pretrained(theirs), tmp_path / "adapter")
+
+
+def test_the_wrappers_of_classic_fsdp_are_not_in_the_names(tmp_path):
+    base = write_checkpoint(tmp_path / "base", "InternLM2ForCausalLM")
+    how = Tune(language_model=LoRA(rank=4))
+    model = InternVL.from_pretrained(base)
+    tune.apply(model, how)
+    state = dict(tune.trainable_state(model))
+    save_adapter(model, how, tmp_path / "plain", str(base))
+    layers = model.language_model.model.layers
+    for n, layer in enumerate(layers):
+        wrapper = nn.Module()
+        wrapper.add_module("_fsdp_wrapped_module", layer)
+        layers[n] = wrapper
+    save_adapter(model, how, tmp_path / "wrapped", str(base), state=state)
+    plain, wrapped = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "wrapped"))
+    assert plain.keys() == wrapped.keys()
+    assert all(torch.equal(plain[name], wrapped[name]) for name in plain)
