@@ -370,9 +370,7 @@ MODELS: tuple[ReleasedModel, ...] = (
 
 
 def find_model(name: str) -> ReleasedModel | None:
-    """The row of a name people use, whatever its case: `internvl2-2b`, `InternVL2.5-2B`, `OpenGVLab/InternVL2-2B`.
-
-    A revision (`NAME@REVISION`) is left out.
+    """The row of a name people use, whatever its case: `internvl2-2b`, `OpenGVLab/InternVL2-2B@main`.
 
     None for everything else, such as another owner's copy or a variant with a name of its own.
     """
