@@ -147,7 +147,7 @@ class IvlCLI(LightningCLI):
         self._choose_precision(config)
 
     def _settle_tune(self, config: Namespace) -> None:
-        """What trained or trains: the defaults where it is null; a checkpoint, not the adapter that its run began with."""
+        """What trained or trains: the defaults where it is null; a checkpoint, not the adapter its run began with."""
         if config.model.tune is None:
             config.model.tune = dict_to_namespace(asdict(Tune()))
         if self.subcommand != "fit" and config.get("ckpt_path") and config.model.adapter:
