@@ -137,6 +137,8 @@ class Conversation:
     """The row's fields among TRUTH: kept for scoring like `reference`, and never shown to the model"""
     unread: tuple[str, ...] = ()
     """Names of the row's keys that are not read, and marks in its texts that have no effect"""
+    turned_boxes: int = 0
+    """Boxes of `objects` that were turned with their pictures, as EXIF blocks say"""
 
     @property
     def media(self) -> tuple[Media, ...]:

@@ -27,6 +27,7 @@ from ivl.types import shortened as short
 
 Role = Literal["user", "assistant"]
 Size = Callable[[Any], tuple[int, int]]
+Reorient = Callable[[Any, grounding.Box, bool], grounding.Box]
 
 _MARK = re.compile(r"(<image>|<video>)")
 _TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|,(?=\s*[}\]])', re.DOTALL)
@@ -76,20 +77,24 @@ def parse(
     root: str | Path | None = None,
     size: Size | None = None,
     compact_boxes: bool = False,
+    reorient: Reorient | None = None,
 ) -> Conversation:
     """Understand a row. Raises UserError that begins with `where` and names the field.
 
     `root`: folder that relative paths of media start from. `size`: a medium's source → (width, height) of the image,
-    asked where `objects` give boxes in pixels; by default its header is read. A row without response (or null) is a
-    prompt; with no media at all, it keeps a literal `<image>` as text.
+    asked where `objects` give boxes in pixels; by default its header is read. `reorient`: a medium's source, a box in
+    thousandths, whether it was given in pixels → the box in the image as it is shown. A row without response (or null)
+    is a prompt; with no media at all, it keeps a literal `<image>` as text.
     """
     try:
-        return _parse(row, where, root, size, compact_boxes)
+        return _parse(row, where, root, size, compact_boxes, reorient)
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
 
 
-def _parse(row: Any, where: str, root: str | Path | None, size: Size | None, compact: bool) -> Conversation:
+def _parse(
+    row: Any, where: str, root: str | Path | None, size: Size | None, compact: bool, reorient: Reorient | None
+) -> Conversation:
     if not isinstance(row, dict):
         raise UserError(f"expected an object such as {{'query': ..., 'response': ...}}, found {type(row).__name__}")
     kinds = [key for key in _FORMATS if row.get(key) is not None]
@@ -104,7 +109,7 @@ def _parse(row: Any, where: str, root: str | Path | None, size: Size | None, com
     if not draft.media["video"]:
         reader.keys.look("row without video", {key: row.get(key) for key in ("start", "end")})
     _place(draft, reader)
-    _ground(draft, row.get("objects"), size, compact, reader)
+    _ground(draft, row.get("objects"), size, compact, reader, reorient)
     _check_turns(draft)
     messages = tuple(Message(turn.role, _joined(turn.content), turn.trained) for turn in draft.turns)
     truth = {key: row[key] for key in TRUTH if row.get(key) is not None}
@@ -275,7 +280,9 @@ def _mismatch(kind: str, marks: int, media: int) -> str:
     return f"{many(marks, f'<{kind}> mark')} but {many(media, kind)}; {what}"
 
 
-def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool, reader: RowReader) -> None:
+def _ground(
+    draft: _Draft, objects: Any, size: Size | None, compact: bool, reader: RowReader, reorient: Reorient | None
+) -> None:
     """Replace grounding marks in all turns, in reading order."""
     objects = grounding.read(objects)
     for n, entry in enumerate(objects if isinstance(objects, list) else ()):
@@ -296,7 +303,11 @@ def _ground(draft: _Draft, objects: Any, size: Size | None, compact: bool, reade
             raise UserError(f"objects: image index is {index}, the row has {len(listed)} (counted from 0)")
         return (size or _header_size)(listed[index].source)
 
-    for (turn, i, _), text in zip(places, grounding.fill(texts, objects, size_of, compact)):
+    def reoriented(index: int, box: grounding.Box, pixels: bool) -> grounding.Box:
+        known = reorient is not None and 0 <= index < len(listed)  # else a frame of a video, or another image
+        return reorient(listed[index].source, box, pixels) if reorient and known else box
+
+    for (turn, i, _), text in zip(places, grounding.fill(texts, objects, size_of, compact, reoriented)):
         turn.content[i] = text
 
 

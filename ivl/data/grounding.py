@@ -18,13 +18,18 @@ from ivl.types import shortened as _short
 Box = tuple[float, float, float, float]
 Points = tuple[float, ...]
 """A box, or a point x, y"""
+Reorient = Callable[[int, Box, bool], Box]
 MARK = re.compile(r"<ref-object>|<bbox>")
 _TYPES = ("real", "norm_1000", "norm_1")
 _SPELLED = {"norm1000": "norm_1000", "norm1": "norm_1"}
 
 
 def fill(
-    texts: Sequence[str], objects: Any, size: Callable[[int], tuple[int, int]], compact: bool = False
+    texts: Sequence[str],
+    objects: Any,
+    size: Callable[[int], tuple[int, int]],
+    compact: bool = False,
+    reorient: Reorient | None = None,
 ) -> list[str]:
     """The texts of a conversation in reading order, with their marks replaced.
 
@@ -35,13 +40,16 @@ def fill(
       k-th of `bbox`, a box or a point; one `bbox_type` for all, and `image_id` for each box.
     `bbox_type` is real (pixels), norm_1000 or norm_1 (norm1000, norm1). `size`: index of an image → (width, height);
     asked only for `real` boxes. `compact`: `<box>[[…]]</box>` as the releases write it, not the document's
-    `<box> [[…]] </box>`.
+    `<box> [[…]] </box>`. `reorient`: index of an image, box in thousandths, whether it was given in pixels → the box in
+    the image as it is shown; None: as it is given.
     Raises UserError where counts differ or a box is not one.
     """
     objects = read(objects)
     counts = {mark: sum(text.count(mark) for text in texts) for mark in ("<ref-object>", "<bbox>")}
     captions, boxes = (
-        _entries(objects, size, bool(counts["<ref-object>"])) if isinstance(objects, list) else _columns(objects, size)
+        _entries(objects, size, bool(counts["<ref-object>"]), reorient)
+        if isinstance(objects, list)
+        else _columns(objects, size, reorient)
     )
     for mark, key, there in (("<ref-object>", "ref", len(captions)), ("<bbox>", "bbox", len(boxes))):
         if counts[mark] not in (0, there):
@@ -85,7 +93,7 @@ def _is_columns(objects: dict[str, Any]) -> bool:
 
 
 def _entries(
-    objects: list[dict[str, Any]], size: Callable[[int], tuple[int, int]], named: bool
+    objects: list[dict[str, Any]], size: Callable[[int], tuple[int, int]], named: bool, reorient: Reorient | None
 ) -> tuple[list[str], list[list[Points]]]:
     """Captions and boxes of a list of objects."""
     captions, boxes = [], []
@@ -101,13 +109,17 @@ def _entries(
             )
         kind = _kind(entry.get("bbox_type"), f"{where}.bbox_type")
         key = "image" if entry.get("image") is not None else "image_id"
-        extent = _extent(kind, entry.get(key), f"{where}.{key}", size)
+        image = _index(entry.get(key), f"{where}.{key}")
+        extent = _extent(kind, image, size)
         group = bbox if isinstance(bbox[0], (list, tuple)) else [bbox]
-        boxes.append([_scaled(box, *extent, f"{where}.bbox", kind) for box in group])
+        scaled = [_scaled(box, *extent, f"{where}.bbox", kind) for box in group]
+        boxes.append([_shown(box, image, kind, reorient) for box in scaled])
     return captions, boxes
 
 
-def _columns(objects: dict[str, Any], size: Callable[[int], tuple[int, int]]) -> tuple[list[str], list[list[Points]]]:
+def _columns(
+    objects: dict[str, Any], size: Callable[[int], tuple[int, int]], reorient: Reorient | None
+) -> tuple[list[str], list[list[Points]]]:
     """Captions and boxes of lists in an object."""
     columns = {key: objects.get(key) or [] for key in ("ref", "bbox", "image_id")}
     for key, value in columns.items():
@@ -123,8 +135,9 @@ def _columns(objects: dict[str, Any], size: Callable[[int], tuple[int, int]]) ->
         )
     kind, boxes = _kind(objects.get("bbox_type"), "objects.bbox_type"), []
     for n, box in enumerate(bbox):
-        extent = _extent(kind, images[n] if images else None, f"objects.image_id[{n}]", size)
-        boxes.append([_scaled(box, *extent, f"objects.bbox[{n}]", kind, points=True)])
+        image = _index(images[n] if images else None, f"objects.image_id[{n}]")
+        scaled = _scaled(box, *_extent(kind, image, size), f"objects.bbox[{n}]", kind, points=True)
+        boxes.append([_shown(scaled, image, kind, reorient)])
     return captions, boxes
 
 
@@ -137,11 +150,24 @@ def _kind(value: Any, where: str) -> str:
     return kind
 
 
-def _extent(kind: str, image: Any, where: str, size: Callable[[int], tuple[int, int]]) -> tuple[int, int]:
-    """Width and height that a box's numbers are relative to."""
+def _index(image: Any, where: str) -> int:
+    """The image that a box belongs to."""
     image = 0 if image is None else image
     if not isinstance(image, int) or isinstance(image, bool):
         raise UserError(f"{where}: expected the index of an image, from 0, found {_short(image)}")
+    return image
+
+
+def _shown(points: Points, image: int, kind: str, reorient: Reorient | None) -> Points:
+    """A box or point in the image as it is shown."""
+    if reorient is None:
+        return points
+    x1, y1, x2, y2 = points if len(points) == 4 else (*points, *points)
+    return reorient(image, (x1, y1, x2, y2), kind == "real")[: len(points)]
+
+
+def _extent(kind: str, image: int, size: Callable[[int], tuple[int, int]]) -> tuple[int, int]:
+    """Width and height that a box's numbers are relative to."""
     if kind == "real":
         return size(image)
     return (1000, 1000) if kind == "norm_1000" else (1, 1)

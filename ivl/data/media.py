@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from ivl.data.fetch import FetchPolicy, cached_path
 from ivl.data.formats import is_url
 from ivl.data.frames import Backend, Sample, Sampling, VideoFile, VideoInfo, sample_indices
-from ivl.data.orientation import orientation_of, upright, upright_size
+from ivl.data.orientation import Stored, orientation_of, stored_of, upright, upright_size
 from ivl.data.pixels import Transparency, deep_png, to_rgb
 from ivl.data.source import HEAD, content, describe, kind_of, open_source
 from ivl.picture_file import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE, check_jpeg, check_size, open_picture
@@ -51,6 +51,8 @@ class MediaPolicy:
     transparency: Transparency = "drop"
     """What becomes of transparent ground: drop leaves the colour below it, as the reference does (print on
     transparent ground may be black on black); white puts the picture on white"""
+    boxes: Literal["stored", "upright"] = "stored"
+    """Which picture the boxes of `objects` belong to, where its EXIF block turns it: as it is stored, or upright"""
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     """Limits of downloads"""
 
@@ -87,6 +89,17 @@ def image_size(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -
             return _size(source, exif, where, policy)
     with _opened_image(source, where, policy, whole=False) as (image, _):
         return _size(image, exif, where, policy)
+
+
+def stored_picture(source: Any, policy: MediaPolicy = _DEFAULT) -> Stored:
+    """Size of an image as it is stored, and its orientation, from the header alone. Raises as `image_size` does."""
+    where = describe(source)
+    if isinstance(source, Image.Image):
+        with _decoding(where):
+            return stored_of(source)
+    with _opened_image(source, where, policy, whole=False) as (image, _):
+        _check_size(image.size, where, policy)
+        return stored_of(image)
 
 
 def image_bytes(source: Any, policy: MediaPolicy = _DEFAULT) -> bytes | None:

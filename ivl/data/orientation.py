@@ -1,8 +1,12 @@
-"""EXIF orientation 1..8: how a stored picture is turned upright."""
+"""EXIF orientation 1..8: how a stored picture is turned upright, and boxes with it."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from PIL import Image
+
+from ivl.data.grounding import Box
 
 _TAG = 0x0112
 _TURNS = {
@@ -14,6 +18,27 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_INVERSE = {6: 8, 8: 6}
+"""The other orientations undo themselves"""
+
+
+class Stored(NamedTuple):
+    """An image as it stands in its file."""
+
+    size: tuple[int, int]
+    """(width, height)"""
+    orientation: int
+    turned: bool = False
+    """Whether the decoder turns it in any case"""
+
+
+def stored_of(image: Image.Image) -> Stored:
+    """What a header says of the image in its file. A TIFF's is turned by Pillow, which gives the turned size."""
+    if image.format != "TIFF":
+        return Stored(image.size, orientation_of(image))
+    value = image.getexif().get(_TAG, 1)
+    orientation = value if value in range(1, 9) else 1
+    return Stored(upright_size(image.size, orientation), orientation, turned=True)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -36,3 +61,20 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
 def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     """(width, height) of a stored picture once it is upright."""
     return (size[1], size[0]) if orientation >= 5 else size
+
+
+def upright_box(box: Box, orientation: int) -> Box:
+    """A box of the stored picture, in thousandths → the same box of the upright one."""
+    x1, y1, x2, y2 = box
+    if orientation >= 5:  # rows become columns
+        x1, y1, x2, y2 = y1, x1, y2, x2
+    if orientation in (2, 3, 6, 7):
+        x1, x2 = 1000 - x2, 1000 - x1
+    if orientation in (3, 4, 7, 8):
+        y1, y2 = 1000 - y2, 1000 - y1
+    return x1, y1, x2, y2
+
+
+def stored_box(box: Box, orientation: int) -> Box:
+    """A box of the upright picture, in thousandths → the same box of the stored one."""
+    return upright_box(box, _INVERSE.get(orientation, orientation))

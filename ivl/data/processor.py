@@ -15,6 +15,7 @@ from torch import Tensor
 from ivl.config import Config
 from ivl.data import collate as collating
 from ivl.data import formats, limits, media, template
+from ivl.data.box_frames import BoxFrames
 from ivl.data.chat_template import recognised
 from ivl.data.cutter import Cutter, Opened, Resize, VideoOptions
 from ivl.data.features import FeatureStore
@@ -158,8 +159,9 @@ class Processor:
         """A row of any format, understood. A Conversation is returned as it is."""
         if isinstance(row, Conversation):
             return row
-        size = partial(media.image_size, exif=self.cutter.exif, policy=self.cutter.policy)
-        return formats.parse(row, where, root, size, self.compact_boxes)
+        frames = BoxFrames(self.cutter.exif, self.cutter.policy)
+        conversation = formats.parse(row, where, root, frames.size, self.compact_boxes, frames.reorient)
+        return replace(conversation, turned_boxes=frames.turned) if frames.turned else conversation
 
     def __call__(
         self,
