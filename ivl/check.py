@@ -226,12 +226,13 @@ def _checked(name: str, parts: list[Part], args: Namespace) -> Checked:
         with progress_bar(f"{name}: lengths of {part.name}", part.rows) as progress:
             media: Literal["header", "decode"] = "decode" if args.media else "header"
             index = build_index(part.rows, args.workers, media, args.probe_urls, args.cache_dir, progress)
+        seen = index.media.stamps.tobytes()
         if name != "predict":
             index = answers_needed(part.rows, index)
         indexes.append(index)
         with progress_bar(f"{name}: texts of {part.name}", part.rows) as progress:
             workers = os.cpu_count() or 1 if args.workers is None else args.workers
-            facts.append(read_facts(part.rows, index.records["usable"], workers, args.cache_dir, progress))
+            facts.append(read_facts(part.rows, index.records["usable"], workers, args.cache_dir, progress, seen))
     return Checked(name, Mixture(parts), joined(indexes), np.concatenate(facts))
 
 
@@ -270,6 +271,9 @@ def _report(one: Checked, show: int, report: TextIO) -> None:
         lines = [f"{count:8} {printable(name, ' ')} ({one.where(row)})" for name, count, row in found]
         _print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
         report.write("\n".join(lines) + "\n")
+    plain = one.index.records["plain"]
+    _list_rows("rows whose boxes turn with their pictures, as EXIF says", one, one.index.records["turned"], report)
+    _list_rows(f"rows with pictures or frames of one colour ({plain.sum(dtype=int)} of them)", one, plain > 0, report)
     if unsure := int((~one.index.records["exact"] & one.usable).sum()):
         _say(
             f"\nrows with media behind URLs, counted with the most tiles there can be: {unsure} (--probe_urls)", report
@@ -280,6 +284,15 @@ def _report(one: Checked, show: int, report: TextIO) -> None:
         lengths = [f"{_lengths(one.index, int(n)):>24}  {one.where(int(n))}" for n in longest]
         _say("\nlongest rows:\n" + "\n".join(lengths), report)
     _repeated(one, report)
+
+
+def _list_rows(title: str, one: Checked, chosen: np.ndarray, report: TextIO) -> None:
+    """File and line of the rows where `chosen` (rows,) is True."""
+    lines = [one.where(int(n)) for n in np.flatnonzero(chosen)]
+    if lines:
+        _say(f"\n{title}: {len(lines)}", report)
+        print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
+        report.write("\n".join(lines) + "\n")
 
 
 def _lengths(index: Index, number: int) -> str:

@@ -221,3 +221,31 @@ def test_the_mask_is_shown_as_it_is(base, monkeypatch):
     coloured = rendered(example, processor, colour=True)
     assert "\x1b[32mfour<|im_end|>\x1b[0m" in coloured and coloured.count("\x1b[32m") == 1
     assert re.sub(r"\x1b\[\d+m", "", coloured) == plain.replace("[+", "").replace("+]", "")
+
+
+def test_turned_boxes_and_pictures_of_one_colour_are_listed(base, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (120, 60), (9, 9, 9)).save(tmp_path / "turned.png", exif=exif)
+    path = write(tmp_path / "train.jsonl", [found(), found(image=str(tmp_path / "turned.png"))])
+    assert check(base, tmp_path, "--data.train", path) == 0
+    out = capsys.readouterr().out
+    assert f"rows whose boxes turn with their pictures, as EXIF says: 1\n{path}:2\n" in out
+    assert "one colour" not in out
+    assert check(base, tmp_path, "--data.train", path, "--media") == 0
+    assert f"rows with pictures or frames of one colour (2 of them): 2\n{path}:1\n{path}:2\n" in capsys.readouterr().out
+    assert check(base, tmp_path, "--data.train", path, "--data.media.boxes", "upright") == 2
+    assert "reaches outside of 60 x 120" in capsys.readouterr().out
+
+
+def test_a_picture_that_was_cut_after_a_check_is_found(base, tmp_path, capsys):
+    Image.effect_noise((100, 80), 90).save(tmp_path / "a.png")
+    path = write(tmp_path / "train.jsonl", [{"query": "q", "response": "x", "images": [str(tmp_path / "a.png")]}])
+    for argv in ((), ("--media",)):
+        assert check(base, tmp_path, "--data.train", path, *argv) == 0
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:4000])
+    assert check(base, tmp_path, "--data.train", path) == 0, "its header is whole"
+    assert check(base, tmp_path, "--data.train", path, "--media") == 2
+    (tmp_path / "a.png").unlink()
+    assert check(base, tmp_path, "--data.train", path) == 2
+    assert "no such file" in capsys.readouterr().out

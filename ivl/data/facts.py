@@ -30,9 +30,13 @@ def read_facts(
     workers: int = 0,
     cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
+    media: bytes = b"",
 ) -> np.ndarray:
-    """(rows,) of FACTS; zeros where `usable` (rows,) is False. `progress`: called with rows done."""
-    path = _place(rows, usable, Path(cache_dir or default_cache()) / "facts")
+    """(rows,) of FACTS; zeros where `usable` (rows,) is False. `progress`: called with rows done.
+
+    `media`: sizes and times of the rows' media, which decide their boxes.
+    """
+    path = _place(rows, usable, media, Path(cache_dir or default_cache()) / "facts")
     found = _load(path, len(rows))
     if found is not None:
         return found
@@ -85,10 +89,10 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _place(rows: Rows, usable: np.ndarray, folder: Path) -> Path:
+def _place(rows: Rows, usable: np.ndarray, media: bytes, folder: Path) -> Path:
     files = [(file.digest, str(Path(rows.root or file.path.parent).absolute())) for file in rows.files]
     settings = repr((ivl.__version__, files, rows.as_prompt, FACTS.descr)).encode()
-    chosen = np.ascontiguousarray(rows.numbers).tobytes() + np.packbits(usable).tobytes()
+    chosen = np.ascontiguousarray(rows.numbers).tobytes() + np.packbits(usable).tobytes() + media
     return folder / f"{hashlib.blake2b(settings + chosen, digest_size=16).hexdigest()}.npy"
 
 

@@ -1,9 +1,9 @@
 """Lengths of every row, found in one parallel pass over text and image headers, and kept on disk.
 
 Packing, checking and planning read it. The key under which a file's index is kept holds the file's whole content and
-everything that decides lengths, so an index is never older than its file. Pictures are not in the key: where one
-changed, making the row says so. Rows with a problem are looked at again at each start, since a missing picture may
-have come back.
+everything that decides lengths, so an index is never older than its file. Sizes and times of pictures and videos are
+kept with it: rows of which one changed are looked at again, and those with a problem at each start, since a missing
+picture may have come back. What decoding finds is not kept.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -30,11 +31,13 @@ from ivl.data.cache import default_cache, optional
 from ivl.data.dataset import Rows
 from ivl.data.formats import is_url
 from ivl.data.limits import CHANGES, changes
+from ivl.data.media_stamps import MediaStamps
 from ivl.data.processor import TooLong
+from ivl.data.tiles import plain_pictures
 from ivl.files import whole_file, write_text
 from ivl.types import UserError, printable
 
-_FORMAT = 3
+_FORMAT = 4
 _CHUNK = 256
 _SHOWN = 10
 RECORD = np.dtype(
@@ -45,12 +48,16 @@ RECORD = np.dtype(
         ("changes", "u1"),
         ("exact", "?"),
         ("usable", "?"),
+        ("plain", "u1"),
+        ("turned", "?"),
         ("unread", "<u2"),
     ]
 )
 """One row: tokens (text and image together), tiles, supervised labels; changes: what `on_too_long` did to it, as
 `ivl.data.limits.changes` has it; exact: False where media behind URLs were not
-looked at; usable: False where the row is left out, all else then 0; unread: which of `Index.unread` the row holds"""
+looked at; usable: False where the row is left out, all else then 0; plain: pictures and frames of one colour (at most
+255), counted where they are decoded; turned: True where EXIF turned boxes; unread: which of `Index.unread` the row
+holds"""
 
 MediaCheck = Literal["header", "decode"]
 
@@ -67,6 +74,8 @@ class Index:
     """Row → why the limits leave it out, as `on_too_long: drop` asks for"""
     unread: list[tuple[str, ...]] = field(default_factory=lambda: [()])
     """Sets of names of keys that are not read, the empty one first"""
+    media: MediaStamps = field(default_factory=MediaStamps)
+    """Files of the rows' media, of all rows of whole files"""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -118,6 +127,7 @@ def joined(indexes: Sequence[Index]) -> Index:
         numbers = unread.merged(whole.unread, index.unread)
         whole.records["unread"][first : first + len(index)] = numbers[index.records["unread"]]
         first += len(index)
+    whole.media = MediaStamps.joined([index.media for index in indexes], [len(index) for index in indexes])
     return whole
 
 
@@ -154,21 +164,16 @@ def build_index(
     for part in rows.per_file():
         digest, root = part.files[0].digest, part.root or part.files[0].path.parent
         parts = [_FORMAT, ivl.__version__, digest, settings, str(Path(root).absolute()), part.as_prompt, part.max_tiles]
-        key = _digest(json.dumps([*parts, media, probe_urls]).encode())
+        key = _digest(json.dumps([*parts, probe_urls]).encode())
         probe = _Probe(part, media, probe_urls)
-        index = _load(folder / key, len(part))
+        index = _load(folder / key, len(part)) if media == "header" else None
         if index is None:
             shown = None if progress is None else (lambda n, done=done: progress(done + n))
             index = _probed(probe, _spread(np.arange(len(part))), workers, shown)
-            _save(folder / key, index)
-        elif index.problems:
-            again = np.array(sorted(index.problems))
-            found = _probed(probe, _spread(again), workers, None)
-            index.records = index.records.copy()
-            found.records["unread"] = unread.merged(index.unread, found.unread)[found.records["unread"]]
-            index.records[again] = found.records
-            index.problems = {int(again[n]): text for n, text in found.problems.items()}
-            index.dropped |= {int(again[n]): text for n, text in found.dropped.items()}
+            if media == "header":  # what decoding finds is not kept
+                _save(folder / key, index)
+        elif len(again := np.union1d(sorted(index.problems), index.media.changed()).astype(np.int64)):
+            _renew(index, again, _probed(probe, _spread(again), workers, None))
             _save(folder / key, index)
         for texts in (index.problems, index.dropped):
             texts.update({n: f"{part.where(n)}: {text}" for n, text in texts.items()})
@@ -180,6 +185,18 @@ def build_index(
         if len(rows) == len(whole) and (rows.numbers == np.arange(len(whole))).all()
         else whole.select(rows.numbers)
     )
+
+
+def _renew(index: Index, again: np.ndarray, found: Index) -> None:
+    """Put what was `found` for the rows `again` into an index."""
+    index.records = index.records.copy()
+    found.records["unread"] = unread.merged(index.unread, found.unread)[found.records["unread"]]
+    index.records[again] = found.records
+    index.problems = {int(again[n]): text for n, text in found.problems.items()}
+    index.dropped = {n: text for n, text in index.dropped.items() if n not in set(again.tolist())}
+    index.dropped |= {int(again[n]): text for n, text in found.dropped.items()}
+    found.media.rows = again[found.media.rows]
+    index.media = MediaStamps.joined([index.media.without(again), found.media])
 
 
 def usable(
@@ -256,9 +273,11 @@ class _Probe(Dataset):
 
     def __init__(self, rows: Rows, media: MediaCheck, probe_urls: bool) -> None:
         self.rows, self.media, self.probe_urls = rows, media, probe_urls
+        self._seen: list[MediaStamps] = []
 
     def __getitem__(self, numbers: np.ndarray) -> Index:
         index = Index(np.zeros(len(numbers), RECORD))
+        self._seen = []
         for at, number in enumerate(numbers):
             try:
                 *record, names = self._record(int(number))
@@ -267,22 +286,27 @@ class _Probe(Dataset):
                 index.dropped[at] = self._reason(number, error)
             except UserError as error:
                 index.problems[at] = self._reason(number, error)
+        index.media = MediaStamps.joined(self._seen)
+        index.media.rows = np.searchsorted(numbers, index.media.rows)
         return index
 
     def _reason(self, number: int, error: UserError) -> str:
         return str(error).removeprefix(f"{self.rows.where(int(number))}: ")  # the file may be kept elsewhere tomorrow
 
-    def _record(self, number: int) -> tuple[int, int, int, int, bool, bool, unread.Names]:
+    def _record(self, number: int) -> tuple[Any, ...]:
         """A record, but for the names of keys that are not read, which stand last."""
         rows = self.rows
         conversation = rows.conversation(number)
+        turned = conversation.turned_boxes > 0
+        self._seen.append(MediaStamps.of(number, conversation.media))  # before they are looked at
         urls = any(isinstance(m.source, str) and is_url(m.source) for m in conversation.media)
         if self.media == "decode" and (self.probe_urls or not urls):
             example = rows.processor(conversation, max_tiles=rows.max_tiles)
             numbers = (len(example.input_ids), len(example.tiles), example.num_supervised)
-            return *numbers, changes(example.notes), True, True, conversation.unread
+            plain = min(255, plain_pictures(example.tiles, example.tiles_per_image))
+            return *numbers, changes(example.notes), True, True, plain, turned, conversation.unread
         found = rows.processor.lengths(conversation, max_tiles=rows.max_tiles, probe_urls=self.probe_urls)
-        return *found, self.probe_urls or not urls, True, conversation.unread
+        return *found, self.probe_urls or not urls, True, 0, turned, conversation.unread
 
 
 def cores() -> int:
@@ -313,6 +337,7 @@ def _probed(
 def _save(path: Path, index: Index) -> None:
     """Texts first: records are what says that an index is complete."""
     with optional(path):
+        index.media.save(path.with_suffix(".npz"))
         with whole_file(path.with_suffix(".json")) as out:
             texts = {"problems": index.problems, "dropped": index.dropped, "unread": index.unread}
             out.write(json.dumps(texts).encode())
@@ -325,12 +350,13 @@ def _load(path: Path, count: int) -> Index | None:
     try:
         records = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
         texts = json.loads(path.with_suffix(".json").read_bytes())
-    except (OSError, ValueError, EOFError):
+        media = MediaStamps.load(path.with_suffix(".npz"))
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile):
         return None
     if records.dtype != RECORD or len(records) != count:
         return None
     problems, dropped = ({int(n): text for n, text in texts[name].items()} for name in ("problems", "dropped"))
-    return Index(records, problems, dropped, [tuple(names) for names in texts["unread"]])
+    return Index(records, problems, dropped, [tuple(names) for names in texts["unread"]], media)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,10 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
+_NOISE = 4
+"""Levels by which the pixels of a picture of one colour may differ, as a JPEG's do"""
+
+
 @lru_cache(maxsize=65536)
 def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, image_size: int) -> tuple[int, int]:
     """(columns, rows) of the grid whose aspect ratio is nearest to the image's, in pixels `width` and `height`.
@@ -135,3 +139,11 @@ def _pad_to_square(image: Image.Image) -> Image.Image:
     square = Image.new("RGB", (side, side), tuple(int(c * 255) for c in IMAGENET_MEAN))
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def plain_pictures(tiles: Tensor, tiles_per_image: list[int]) -> int:
+    """Pictures and frames of one colour among (N, 3, S, S) tiles: black or empty ones, for example."""
+    colours = tiles.flatten(2)
+    spread = (colours.amax(2).int(), colours.amin(2).int())
+    ranges = zip(*(part.split(tiles_per_image) for part in spread), strict=True)
+    return sum(int((high.amax(0) - low.amin(0)).max()) <= _NOISE for high, low in ranges if len(high))

@@ -183,11 +183,13 @@ def test_a_picture_that_came_back_and_one_that_changed(small, tmp_path):
     mended = build_index(small("a.jsonl"), **options)
     assert not mended.problems and mended.tokens.min() > 0
     assert not build_index(small("a.jsonl"), **options).problems
-    Image.new("RGB", (500, 100)).save(tmp_path / "1.png")
     rows, _ = usable(small("a.jsonl"), build_index(small("a.jsonl"), **options))
+    Image.new("RGB", (500, 100)).save(tmp_path / "1.png")
     assert len(rows[0].tiles) == mended.tiles[0]
-    with pytest.raises(UserError, match=r"a\.jsonl:2: .* its index says .* delete the index"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: .* its index says .* start again"):
         rows[1]
+    rows, _ = usable(small("a.jsonl"), build_index(small("a.jsonl"), **options))
+    assert len(rows[1].tiles) > mended.tiles[1]
 
 
 def test_workers_and_the_generator_of_the_run(small, tmp_path):
@@ -304,3 +306,72 @@ def test_problems_are_counted_by_reason():
         ]
     )
     assert found.most_common() == [("… no such file", 2), ("N <image> marks but N image", 2)]
+
+
+def test_a_picture_that_changed_is_looked_at_again(small, tmp_path, monkeypatch):
+    """Replaced (with its time of change kept), cut, deleted and back: the rows of that picture, and no others."""
+    probed = []
+    real = indexing._Probe._record
+
+    def record(self, number):
+        probed.append(number)
+        return real(self, number)
+
+    monkeypatch.setattr(indexing._Probe, "_record", record)
+
+    def build(media="header"):
+        probed.clear()
+        index = build_index(small("a.jsonl"), workers=0, media=media, cache_dir=tmp_path / "cache")
+        return index, len(probed)
+
+    first, count = build()
+    assert count == 6 and build()[1] == 0
+    path = tmp_path / "1.png"
+    before, data = os.stat(path), path.read_bytes()
+    Image.new("RGB", (500, 100)).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    index, count = build()
+    assert count == 2 and not index.problems
+    changed = np.flatnonzero(index.tiles != first.tiles).tolist()
+    assert changed == [1, 4] and build()[1] == 0
+    path.write_bytes(data[:20])
+    assert sorted(build()[0].problems) == [1, 4]
+    path.unlink()
+    assert "no such file" in build()[0].problems[4]
+    path.write_bytes(data)
+    index, _ = build()
+    assert not index.problems and (index.records == first.records).all() and build()[1] == 0
+    path.write_bytes(data[: len(data) // 2])  # its header is whole
+    assert not build()[0].problems
+    for _ in range(2):
+        assert sorted(build("decode")[0].problems) == [1, 4] and len(probed) == 6, "decoded each time"
+
+
+def test_frames_in_a_folder_and_in_a_list(checkpoint, tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for n in range(2):
+        Image.new("RGB", (60, 60)).save(folder / f"{n}.png")
+    lines = [
+        {"query": "a", "response": "b", "videos": ["frames"]},
+        {"query": "a", "response": "b", "videos": [["frames/0.png", "frames/1.png"]]},
+    ]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = Rows(tmp_path / "v.jsonl", Processor.from_pretrained(checkpoint))
+    index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
+    assert not len(index.media.changed()) and index.media.rows.tolist() == [0, 1, 1]
+    (folder / "1.png").write_bytes(b"")
+    assert index.media.changed().tolist() == [0, 1]
+    index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
+    assert not len(index.media.changed())
+
+
+def test_pictures_of_one_colour_are_counted_where_they_are_decoded(checkpoint, tmp_path):
+    Image.new("RGB", (300, 100)).save(tmp_path / "black.jpg")
+    Image.effect_noise((100, 100), 90).save(tmp_path / "noise.png")
+    row = {"query": "a", "response": "b", "images": ["black.jpg", "noise.png", "black.jpg"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    rows = Rows(tmp_path / "a.jsonl", Processor.from_pretrained(checkpoint))
+    for media, count in (("decode", 2), ("header", 0)):
+        index = build_index(rows, workers=0, media=media, cache_dir=tmp_path / "cache")
+        assert index.records["plain"].tolist() == [count]
