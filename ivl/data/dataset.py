@@ -158,7 +158,7 @@ class Rows(Dataset[Example]):
             if tokens >= 0 and (tokens, tiles) != (len(example.input_ids), example.num_tiles):
                 raise UserError(
                     f"{self.where(i)}: {len(example.input_ids)} tokens and {example.num_tiles} tiles, but its index "
-                    f"says {tokens} and {tiles}; a picture changed after the index was made; start again, which makes it anew"
+                    f"says {tokens} and {tiles}; a picture changed since then; start again"
                 )
         return example
 
