@@ -271,9 +271,10 @@ def _report(one: Checked, show: int, report: TextIO) -> None:
         lines = [f"{count:8} {printable(name, ' ')} ({one.where(row)})" for name, count, row in found]
         _print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
         report.write("\n".join(lines) + "\n")
-    plain = one.index.records["plain"]
-    _list_rows("rows whose boxes turn with their pictures, as EXIF says", one, one.index.records["turned"], report)
-    _list_rows(f"rows with pictures or frames of one colour ({plain.sum(dtype=int)} of them)", one, plain > 0, report)
+    turned, plain = (one.index.records[name] for name in ("turned", "plain"))
+    lists = [[one.where(int(n)) for n in np.flatnonzero(chosen)] for chosen in (turned, plain)]
+    _list("rows whose boxes turn with their pictures, as EXIF says", lists[0], report)
+    _list(f"rows with pictures or frames of one colour ({plain.sum(dtype=int)} of them)", lists[1], report)
     if unsure := int((~one.index.records["exact"] & one.usable).sum()):
         _say(
             f"\nrows with media behind URLs, counted with the most tiles there can be: {unsure} (--probe_urls)", report
@@ -286,12 +287,11 @@ def _report(one: Checked, show: int, report: TextIO) -> None:
     _repeated(one, report)
 
 
-def _list_rows(title: str, one: Checked, chosen: np.ndarray, report: TextIO) -> None:
-    """File and line of the rows where `chosen` (rows,) is True."""
-    lines = [one.where(int(n)) for n in np.flatnonzero(chosen)]
+def _list(title: str, lines: list[str], report: TextIO) -> None:
+    """Rows of one kind: how many, the first of them, and all in the report."""
     if lines:
         _say(f"\n{title}: {len(lines)}", report)
-        print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
+        _print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
         report.write("\n".join(lines) + "\n")
 
 
@@ -324,12 +324,8 @@ def _repeated(one: Checked, report: TextIO) -> None:
     kept = np.flatnonzero(one.usable)
     _, first, back = np.unique(one.facts["same"][kept], return_index=True, return_inverse=True)
     again = np.flatnonzero(first[back] != np.arange(len(kept)))
-    if not len(again):
-        return
-    _say(f"\nrows that repeat an earlier one (same media, same text): {len(again)}", report)
     lines = [f"{one.where(kept[n])}: as {one.where(kept[first[back[n]]])}" for n in again]
-    _print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
-    report.write("\n".join(lines) + "\n")
+    _list("rows that repeat an earlier one (same media, same text)", lines, report)
 
 
 def _overlap(checked: list[Checked], show: int, report: TextIO) -> int:
