@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace, dict_to_namespace, set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
@@ -200,6 +201,15 @@ class IvlCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, WholeFiles()]
         return super().instantiate_trainer(**kwargs)
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, ImportError) as error:
+            if isinstance(error, UserError) or "class_path" not in str(error):
+                raise
+            named = str(error).partition("class_path '")[2].partition("'")[0]
+            raise UserError(f"{named}: {_cause(error)}; install what it needs, or choose another class") from error
+
     def after_fit(self) -> None:
         self._report()
         run = self.trainer.log_dir
@@ -293,6 +303,33 @@ def _value(argv: list[str], option: str) -> str | None:
     return None
 
 
+def _cause(error: BaseException) -> str:
+    """The innermost of errors that were raised from one another, in one line."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return " ".join(str(error).split())[:300]
+
+
+LISTS = ("--data.train", "--data.val", "--data.test", "--data.predict", "--model.metrics")
+
+
+def with_lists(argv: list[str]) -> list[str]:
+    """The arguments with an option that takes several values and is given several times made one list of them all."""
+    found: dict[str, list[str]] = {}
+    places: dict[str, list[int]] = {}
+    spread = [part for word in argv for part in (word.split("=", 1) if word.partition("=")[0] in LISTS else [word])]
+    for i, word in enumerate(spread[:-1]):
+        if word in LISTS:
+            value = spread[i + 1]
+            listed = yaml.safe_load(value) if value.startswith("[") else [value]
+            found.setdefault(word, []).extend(map(str, listed))
+            places.setdefault(word, []).append(i)
+    repeated = {option for option, at in places.items() if len(at) > 1}
+    drop = {i + n for option in repeated for i in places[option] for n in (0, 1)}
+    rest = [word for i, word in enumerate(spread) if i not in drop]
+    return rest + [word for option in sorted(repeated) for word in (option, json.dumps(found[option]))]
+
+
 PURPOSES = {
     "fit": "Fine-tune a model.",
     "validate": "Loss and scores on held-out rows (data.val).",
@@ -337,7 +374,7 @@ def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
 
 def _cli(kind: type[IvlCLI], argv: list[str]) -> IvlCLI:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    sys.argv = ["ivl", *run_config(argv)]  # Lightning reads it again when it starts further processes
+    sys.argv = ["ivl", *run_config(with_lists(argv))]  # Lightning reads it again when it starts further processes
     kind.only = name = argv[0]
     usage = f"python -m ivl {name} --config FILE [--config FILE ...] [--OPTION VALUE ...]"
     common = {"exit_on_error": False}

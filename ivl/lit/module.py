@@ -28,7 +28,7 @@ from ivl.lit.answering import Answering, Generation, answers, rows_named
 from ivl.lit.experiment import Experiment
 from ivl.lit.feature_cache import with_features
 from ivl.lit.health import FiniteLoss, clip, out_of_memory, scale, total_norm, what_to_lower
-from ivl.lit.optimizer_settings import rate_settings, take_typed
+from ivl.lit.optimizer_settings import check_schedule, fitting, rate_settings, take_typed
 from ivl.lit.prediction import Row
 from ivl.lit.prompts import Prompt
 from ivl.lit.resume import check_tensors
@@ -208,7 +208,7 @@ class LitInternVL(LightningModule):
         return "bfloat16" if "bf16" in precision else "float16" if precision.startswith("16") else "float32"
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer(param_groups(self.model, self.rates, self._vectors))
+        optimizer = fitting("model.optimizer", self.make_optimizer, param_groups(self.model, self.rates, self._vectors))
         scale_rates(optimizer)
         if optimizer.defaults.get("fused") and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError(
@@ -216,7 +216,8 @@ class LitInternVL(LightningModule):
                 "gradients too late for the loss's denominator); leave fused out, or train in bf16-mixed"
             )
         self.total_steps = self.trainer.datamodule.total_steps()
-        schedule = self.make_schedule(optimizer, self.total_steps)
+        schedule = fitting("model.schedule", self.make_schedule, optimizer, self.total_steps)
+        check_schedule(schedule)
         self.rate_settings = rate_settings(optimizer, schedule, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -7,10 +7,11 @@ is touched, and the run goes on bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ivl.types import UserError, some
 
@@ -20,6 +21,33 @@ _COUNTERS = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_ste
 _STATEFUL = ("amsgrad",)
 """Settings of a group that decide which states it has"""
 SAMPLES = 32
+_REMEDY = {
+    "model.optimizer": "correct its init_args, or take one that takes parameter groups, such as torch.optim.AdamW",
+    "model.schedule": "take one that is made with (optimizer, number of steps), such as ivl.lit.schedule.Warmup",
+}
+
+
+def fitting(option: str, make: Callable[..., Any], *given: Any) -> Any:
+    """What an option's class makes. Raises UserError where its arguments do not fit, or it needs what is not there."""
+    try:
+        made = make(*given)
+        if isinstance(made, LambdaLR):
+            made.lr_lambdas[0](0)
+        return made
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{option}: its class cannot be used as given: {line}; {_REMEDY[option]}") from error
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raise UserError for a schedule that cannot be stepped once per optimizer step by the step's number alone."""
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise UserError(
+            "model.schedule: ReduceLROnPlateau follows a number that is measured, and schedules here follow the step; "
+            "take ivl.lit.schedule.Warmup or another class that is made with (optimizer, number of steps)"
+        )
 
 
 def rate_settings(optimizer: Optimizer, schedule: Any, total_steps: int) -> Settings:

@@ -100,7 +100,9 @@ def groups_table(optimizer: Optimizer) -> str:
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         lr = group.get("initial_lr", group["lr"])
-        rows.append((group["name"], str(len(group["params"])), f"{count:,}", f"{lr:g}", f"{group['weight_decay']:g}"))
+        rows.append(
+            (group["name"], str(len(group["params"])), f"{count:,}", f"{lr:g}", f"{group.get('weight_decay', 0):g}")
+        )
     return text_table(rows)
 
 

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from ivl.__main__ import main
+from ivl.lit.cli import with_lists
 from ivl.lit.resume import newest_whole, peek
 from tests.lit import test_runs
 from tests.lit.rows import write_rows
@@ -188,3 +189,34 @@ def test_last_goes_by_step_not_by_file_time(begun):
         os.utime(path, (1e9 - age, 1e9 - age))  # the furthest is the oldest
     found = newest_whole([folder])
     assert found is not None and peek(found).step == 3
+
+
+# -- options that do not fit ---------------------------------------------------------------------------------------
+
+
+def test_an_option_of_several_values_given_twice_keeps_both():
+    argv = ["fit", "--data.train", "a", "--seed_everything", "1", "--data.train=b", "--data.val", "c"]
+    assert with_lists(argv) == ["fit", "--seed_everything", "1", "--data.val", "c", "--data.train", '["a", "b"]']
+    assert with_lists(["--data.train", "[a, b]", "--data.train", "c"]) == ["--data.train", '["a", "b", "c"]']
+    assert with_lists(["--data.train", "a"]) == ["--data.train", "a"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__schedule": {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "model.schedule: "),
+        ({"model__schedule": {"class_path": "torch.optim.lr_scheduler.OneCycleLR"}}, "model.schedule: "),
+        (
+            {"model__optimizer": {"class_path": "torch.optim.LBFGS"}, "model__tune": LORA | {"mlp1": "full"}},
+            "model.optimizer: ",
+        ),
+        ({"model__optimizer": ADAM | {"init_args": {"lr": -1}}}, "model.optimizer: "),
+        ({"trainer__logger": {"class_path": "WandbLogger"}}, "lightning.pytorch.loggers.WandbLogger: Requirement"),
+    ],
+    ids=["plateau", "arguments", "no groups", "rate", "logger"],
+)
+def test_classes_that_do_not_fit_are_told_in_one_line(base, tmp_path, capsys, changes, words):
+    assert run(base, tmp_path, **changes) == 2
+    text = capsys.readouterr().err
+    (line,) = [x for x in text.splitlines() if x.startswith("error:")]
+    assert line.startswith(f"error: {words}") and "Traceback" not in text
