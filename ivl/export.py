@@ -27,7 +27,7 @@ from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.adapter_writer import Layout
 from ivl.model.checkpoint import Checkpoint
-from ivl.model.ckpt_file import trained_state
+from ivl.model.ckpt_file import best_beside, trained_state
 from ivl.model.devices import check_at_hand, parse_size
 from ivl.model.hf import hf_tensor
 from ivl.model.internvl import InternVL
@@ -152,6 +152,8 @@ def export(
             report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
         dump(temporary / REPORT, report)
     print(printable(_summary(target, report)))
+    if run and (best := best_beside(trained.where)):
+        print(printable(f"  {trained.where}: {best}"))
     return target
 
 

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     from ivl.data.video_reader import VideoReader
 
+from ivl.data.workers import signals_held
+
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ivl.data.decoder import serve; serve()"
 
 
@@ -83,13 +85,14 @@ class Decoder:
             return
         # A forked loader worker inherits the helper of its parent and needs one of its own
         self._owner, self._opened = os.getpid(), None
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # ffmpeg's remarks, thousands for one bad file
-            pipesize=1 << 20,
-        )
+        with signals_held():  # Ctrl-C is for this process to handle
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # ffmpeg's remarks, thousands for one bad file
+                pipesize=1 << 20,
+            )
 
     def _ask(self, request: bytes, deadline: float) -> tuple[dict[str, Any], memoryview]:
         assert self._process is not None and self._process.stdin is not None
@@ -127,7 +130,6 @@ def serve() -> None:
 
     from ivl.data.video_reader import open_reader
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not be taken for an answer
     reader: VideoReader | None = None

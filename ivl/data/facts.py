@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import ivl
 from ivl.data.cache import default_cache, optional
 from ivl.data.dataset import Rows
 from ivl.data.grounding import parse_boxes
+from ivl.data.loading import WorkerLoader
 from ivl.files import whole_file
 from ivl.types import Conversation
 
@@ -42,7 +43,7 @@ def read_facts(
         return found
     found, numbers, done = np.zeros(len(rows), FACTS), np.flatnonzero(usable), 0
     chunks = [numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK)]
-    loader = DataLoader(
+    loader = WorkerLoader(
         _Facts(rows),
         batch_size=None,
         sampler=chunks,

@@ -22,7 +22,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import ivl
@@ -31,6 +31,7 @@ from ivl.data.cache import default_cache, optional
 from ivl.data.dataset import Rows
 from ivl.data.formats import is_url
 from ivl.data.limits import CHANGES, changes
+from ivl.data.loading import WorkerLoader
 from ivl.data.media_stamps import MediaStamps
 from ivl.data.processor import TooLong
 from ivl.data.tiles import plain_pictures
@@ -321,12 +322,10 @@ def _spread(numbers: np.ndarray) -> list[np.ndarray]:
 def _probed(
     probe: _Probe, chunks: list[np.ndarray], workers: int | None, progress: Callable[[int], None] | None
 ) -> Index:
-    if workers is None:
-        workers = cores()
-    workers = min(workers, len(chunks) // 8)  # processes take longer to start than a few chunks take
+    workers = min(cores() if workers is None else workers, len(chunks) // 8)  # a process starts slowly
     found, done = [], 0
     draw = torch.Generator()  # a loader draws a seed, which must not come from the run's own generator
-    for index in DataLoader(probe, batch_size=None, sampler=chunks, num_workers=workers, generator=draw):
+    for index in WorkerLoader(probe, batch_size=None, sampler=chunks, num_workers=workers, generator=draw):
         found.append(index)
         done += len(index)
         if progress is not None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -32,10 +33,13 @@ from ivl.lit.checkpoints import Checkpoints, WholeFiles
 from ivl.lit.datamodule import IvlData
 from ivl.lit.experiment import Experiment, experiment_of, tune_settings
 from ivl.lit.module import LitInternVL
+from ivl.lit.peers import Peers
 from ivl.lit.precision import choose_precision, device_has_bf16
 from ivl.lit.prediction import PredictionWriter
 from ivl.lit.resume import check_checkpoint, keep_others_files, newest_whole, resolve_last
+from ivl.lit.run_lock import run_lock
 from ivl.lit.scoring import scores_table
+from ivl.lit.signals import STOP
 from ivl.lit.types import IvlTrainer, own
 from ivl.lit.watch import Progress, Watch
 from ivl.lit.zero import check_installed, weights_beside
@@ -97,6 +101,7 @@ class IvlCLI(LightningCLI):
     model: LitInternVL
     trainer: IvlTrainer
     datamodule: IvlData
+    peers: Peers
     prepare_demo: Callable[[Path], None]
     experiment: Experiment | None = None
     """Of a fit"""
@@ -195,6 +200,8 @@ class IvlCLI(LightningCLI):
             isinstance(c, ProgressBar) for c in given.callbacks or []
         ):
             kwargs["callbacks"] = [*(given.callbacks or []), Progress()]
+        self.peers = Peers()
+        kwargs["callbacks"] = [*kwargs.get("callbacks", given.callbacks or []), self.peers]
         plugins = given.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -210,16 +217,31 @@ class IvlCLI(LightningCLI):
             named = str(error).partition("class_path '")[2].partition("'")[0]
             raise UserError(f"{named}: {_cause(error)}; install what it needs, or choose another class") from error
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        folder = self.trainer.log_dir
+        alone = subcommand == "fit" and folder is not None and self.trainer.is_global_zero
+        lock = (
+            run_lock(Path(self._checkpoints().dirpath or Path(str(folder)) / "checkpoints")) if alone else nullcontext()
+        )
+        with lock:
+            try:
+                super()._run_subcommand(subcommand)
+            except Exception as error:
+                if (explained := self.peers.explained(error)) is error:
+                    raise
+                raise explained from error
+
+    def _checkpoints(self) -> Checkpoints:
+        return next(c for c in self.trainer.callbacks if isinstance(c, Checkpoints))
+
     def after_fit(self) -> None:
         self._report()
-        run = self.trainer.log_dir
-        kept = next(c for c in self.trainer.callbacks if isinstance(c, Checkpoints))
-        checkpoint = weights_beside(kept.best_model_path or kept.last_model_path)
-        self._say(
-            "\nNext:\n"
-            f"  tensorboard --logdir {run}\n"
-            f"  python -m ivl predict --ckpt_path {checkpoint} --data.predict FILE.jsonl"
-        )
+        kept = self._checkpoints()
+        lines = [f"  tensorboard --logdir {self.trainer.log_dir}"]
+        for path, which in kept.offered(self.trainer):
+            command = f"python -m ivl predict --ckpt_path {weights_beside(path)} --data.predict FILE.jsonl"
+            lines.append(f"  {command}  # {which}")
+        self._say("\n".join(["\nNext:", *lines]))
 
     def after_validate(self) -> None:
         self._report()
@@ -232,8 +254,14 @@ class IvlCLI(LightningCLI):
 
     @rank_zero_only
     def _report(self) -> None:
+        step, data, last = self.model.scored_at, self.datamodule, self.trainer.global_step
         if self.model.scores:
-            print("\n" + scores_table(self.model.scores))
+            when = f" (after step {step} of {last})" if self.subcommand == "fit" and step != last else ""
+            print(f"\n{scores_table(self.model.scores)}{when}")
+        elif self.subcommand == "fit" and (data.files["val"] or data.val_fraction):
+            print(
+                f"\nheld-out rows: no validation fell into the run's {last} steps; `python -m ivl validate` scores them"
+            )
 
     @rank_zero_only
     def _say(self, text: str) -> None:
@@ -368,7 +396,8 @@ def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
             lambda record: not any(words in record.getMessage() for words in unwanted)
         )
     IvlCLI.prepare_demo = staticmethod(prepare_demo)
-    _cli(IvlCLI, argv)
+    with STOP:
+        _cli(IvlCLI, argv)
     return 0
 
 

@@ -31,7 +31,7 @@ from ivl.data.split import held_out, remember
 from ivl.lit.benchmark import rows_file
 from ivl.lit.checkpoints import unfinished
 from ivl.lit.feature_cache import open_store
-from ivl.lit.loaders import Asked, Pace, PacedLoader, RankRows, ResumableLoader, validation_batch
+from ivl.lit.loaders import Asked, Pace, PacedLoader, RankRows, ResumableLoader, WorkerLoader, validation_batch
 from ivl.lit.prompts import LAST, Prompt, Prompts, processor_of_prompts, report_prompts
 from ivl.lit.row_report import looked_through, say_changed, say_left_out, say_unread
 from ivl.lit.types import own
@@ -355,7 +355,7 @@ class IvlData(LightningDataModule):
         todo = [int(n) for n in self._order if n not in self.answered]
         mine = [*todo[self.trainer.global_rank :: self.trainer.world_size], LAST]
         prompts = Prompts(self.rows("predict"), keep_errors=self.on_error == "skip")
-        return DataLoader(prompts, batch_size=None, sampler=mine, num_workers=self._pace().workers)
+        return WorkerLoader(prompts, batch_size=None, sampler=mine, num_workers=self._pace().workers)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if isinstance(batch, Prompt):

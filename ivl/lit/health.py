@@ -158,10 +158,10 @@ def what_to_lower(data: Any, checkpointing: Mapping[str, bool]) -> str:
 
 @contextmanager
 def out_of_memory(batch: Batch | None, advice: str, doing: str) -> Iterator[None]:
-    """Turn a device's lack of memory into a UserError that names the rows, and what to lower."""
+    """Turn a lack of memory, the device's or the host's, into a UserError that names the rows, and what to lower."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         size = "before any batch"
         if batch is not None:
             longest = batch.input_ids.shape[1] if batch.lengths is None else int(batch.lengths.max())
@@ -169,5 +169,5 @@ def out_of_memory(batch: Batch | None, advice: str, doing: str) -> Iterator[None
                 f"with {len(batch)} rows of {batch.num_tokens} tokens (the longest {longest}) and {len(batch.tiles)} "
                 f"tiles: {named(batch.rows)}"
             )
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "torch.OutOfMemoryError"
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"out of memory in {doing}, {size}; {advice} ({first})") from error

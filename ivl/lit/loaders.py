@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ivl.data.dataset import Rows
 from ivl.data.index import cores
+from ivl.data.loading import WorkerLoader
 from ivl.data.processor import Processor
 from ivl.types import IGNORE, Batch, Example
 
@@ -36,7 +37,7 @@ class RankRows:
         return iter(self.batches)
 
 
-class ResumableLoader(DataLoader):
+class ResumableLoader(WorkerLoader):
     """A DataLoader whose position is saved with the run and found again without reading what was used."""
 
     batch_sampler: Any
@@ -124,12 +125,12 @@ class PacedLoader(ResumableLoader):
         self._loader: DataLoader | None = None
         self._given = given | {"batch_sampler": self._turn}
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # DataLoader promises a class of its own
+    def __iter__(self) -> Any:
         pace, turn = self._pace, self._turn
         turn.begin(iter(self.batch_sampler))
         while not turn.over:
             if self._loader is None or self._loader.num_workers != pace.workers:
-                self._loader, turn.stopped = DataLoader(self.dataset, num_workers=pace.workers, **self._given), False
+                self._loader, turn.stopped = WorkerLoader(self.dataset, num_workers=pace.workers, **self._given), False
             asked = time.perf_counter()
             for batch in self._loader:
                 came = time.perf_counter()

@@ -136,6 +136,7 @@ class LitInternVL(LightningModule):
         self.strict_loading = False
         self._vectors: set[str] | None = None
         self.scores: dict[str, dict[str, float]] = {}
+        self.scored_at = 0  # the optimizer step that the scores belong to
         self.answers: list[dict[str, Any]] = []
         check_metrics(metrics)
         self.metrics = metrics
@@ -148,8 +149,8 @@ class LitInternVL(LightningModule):
         """Kept in checkpoints; set by the command line"""
         self.taken_as_typed: tuple[str, ...] = ()
         """Options that differ from those of the run that is resumed, for the message"""
-        self._batch: Batch | None = None
-        """What is at work, for messages"""
+        self._batch: Batch | None = None  # what is at work, for messages
+        self.updating = False  # whether the optimizer is changing the weights
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -299,10 +300,12 @@ class LitInternVL(LightningModule):
         elif gradient_clip_val and self._norm is not None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             clip(gradients, float(gradient_clip_val), self._norm)
+        self.updating = True  # the optimizer follows
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         with self._memory("the optimizer's step"):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.updating = False
         FiniteLoss.release(getattr(optimizer, "optimizer", optimizer))
 
     def on_fit_end(self) -> None:
@@ -359,9 +362,11 @@ class LitInternVL(LightningModule):
             self.answers.append({"index": index, "row": row, "answer": said, "reasoning": reasoning, **scores})
 
     def on_validation_epoch_end(self) -> None:
-        self.scores = self._scores.means(self.trainer.world_size)
+        scores = self._scores.means(self.trainer.world_size)
+        if not self.trainer.sanity_checking:  # of a few rows, before anything is trained
+            self.scores, self.scored_at = scores, self.trainer.global_step
         stage = "test" if self.trainer.testing else "val"
-        for kind, values in self.scores.items():
+        for kind, values in scores.items():
             for name in ("loss", *self.metrics):
                 if name in values:
                     place = f"{stage}/{kind}/{name}" if kind else f"{stage}/{name}"

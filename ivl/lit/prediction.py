@@ -26,6 +26,7 @@ from ivl.data.index import fingerprint
 from ivl.data.processor import Processor
 from ivl.files import whole_file, write_text
 from ivl.lit.benchmark import scored_by
+from ivl.lit.signals import STOP, Stopped
 from ivl.lit.types import own
 from ivl.reasoning import split_reasoning
 from ivl.types import Conversation, UserError
@@ -315,6 +316,7 @@ class PredictionWriter(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         for rows in own(module).remaining_answers():
             self._write(rows)
+            STOP.check()
 
     def _write(self, rows: list[Row]) -> None:
         if rows and self._bar is not None:
@@ -340,6 +342,9 @@ class PredictionWriter(Callback):
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._close()
+        if isinstance(exception, Stopped) and self._parts is not None and trainer.is_global_zero:
+            done, count = len(self._parts.answered()), len(own(module).trainer.datamodule.predict_indices())
+            rank_zero_info(f"{done} of {count} rows are in {self.path}.part*; the same command goes on with the others")
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -52,6 +52,22 @@ def trained_state(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in read_ckpt(path)["state_dict"].items()}
 
 
+def best_beside(path: str | Path) -> str | None:
+    """The step of a run's checkpoint, and the best one beside it where a number chose it, for people to choose; None
+    where there is no other.
+    """
+    content = read_ckpt(path)
+    for state in (content.get("callbacks") or {}).values():
+        if not isinstance(state, dict) or state.get("monitor") in (None, "step", "epoch"):
+            continue
+        best = Path(path).parent / Path(str(state.get("best_model_path"))).name
+        if best.is_file() and best.name != Path(path).name:
+            step, other = content.get("global_step"), read_ckpt(best).get("global_step")
+            if step != other:
+                return f"step {step}; the best by {state['monitor']} is that of step {other}: {best}"
+    return None
+
+
 def damage(path: str | Path) -> str | None:
     """What is wrong with a checkpoint file, by the checksums in it; None where it is whole.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -74,3 +76,52 @@ def wait(process: BaseProcess, condition: Callable[[], object], limit: float = 3
     while process.is_alive() and not condition():
         assert time.monotonic() < end, "the run does not get on"
         time.sleep(0.001)
+
+
+def in_own_group() -> None:
+    """For `prepare`: the process and its children are a process group, as a shell starts a program."""
+    os.setsid()
+
+
+def on_terminal(name: str) -> None:
+    """For `prepare`: the process has this terminal, and prints there."""
+    os.setsid()
+    descriptor = os.open(name, os.O_RDWR)  # the first terminal that a session opens becomes its own
+    for stream in (0, 1, 2):
+        os.dup2(descriptor, stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
+
+
+class Terminal:
+    """A terminal as a person sits before; what the program prints is read all the time."""
+
+    def __init__(self) -> None:
+        self._master, self._slave = os.openpty()
+        self.name = os.ttyname(self._slave)
+        self._printed: list[bytes] = []
+        self._closed = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while not self._closed:
+            ready, _, _ = select.select([self._master], [], [], 0.05)
+            if ready:
+                self._printed.append(os.read(self._master, 65536))
+
+    def type(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def close(self) -> None:
+        """The window is closed, or the connection lost."""
+        self._closed = True
+        self._reader.join()  # a terminal that is being read from is not gone
+        os.close(self._slave)
+        os.close(self._master)
+
+    @property
+    def text(self) -> str:
+        return b"".join(self._printed).decode(errors="replace")
+
+
+CTRL_C = "\x03"

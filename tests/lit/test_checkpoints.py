@@ -127,7 +127,7 @@ def test_saved_before_the_first_step_a_resumed_run_keeps_the_random_state(base, 
     path = max(ends, key=lambda p: torch.load(p, weights_only=True)["global_step"])
     torch.manual_seed(99)
     kept = Checkpoints()
-    progress = SimpleNamespace(is_last_batch=True, current=SimpleNamespace(ready=0))
+    progress = SimpleNamespace(is_last_batch=True, current=SimpleNamespace(ready=0, processed=0, completed=0))
     trainer = SimpleNamespace(
         world_size=1,
         global_rank=0,

@@ -1,0 +1,48 @@
+"""Position of a run at the end of an optimizer step, kept to be saved later: in a validation, or after an error."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+VALIDATION_DUE = "validation_due"
+"""Key of a checkpoint: it was written after the step and before the validation that follows it"""
+
+
+@dataclass
+class Position:
+    """Counters and random numbers at the end of an optimizer step. Weights stay as they are until the next one."""
+
+    step: int
+    epoch: int
+    loops: dict[str, Any]
+    random: dict[str, Any]
+    validation_due: bool
+
+    @classmethod
+    def of(cls, trainer: Trainer, random: dict[str, Any]) -> Position:
+        loops = deepcopy(trainer.fit_loop.state_dict())
+        return cls(trainer.global_step, trainer.current_epoch, loops, random, validation_due(trainer))
+
+    def put(self, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint one of this position."""
+        checkpoint["global_step"], checkpoint["epoch"] = self.step, self.epoch
+        checkpoint["loops"]["fit_loop"] = self.loops
+
+
+def validation_due(trainer: Trainer) -> bool:
+    """Whether a validation follows the batch that has just ended."""
+    loop: Any = trainer.fit_loop
+    counts = loop.epoch_loop.batch_progress.current
+    return counts.processed > counts.completed and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def begin_with_validation(loops: dict[str, Any]) -> None:
+    """Change a checkpoint's counters so that Lightning, which would pass over the validation, begins with it."""
+    for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
+        counts["completed"] = counts["processed"]
+    for counts in (loops["epoch_loop.val_loop.batch_progress"][name] for name in ("total", "current")):
+        counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
