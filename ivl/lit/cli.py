@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace, dict_to_namespace, set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
@@ -26,8 +25,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ivl.files import whole_path, write_text
 from ivl.hub import with_revision
-from ivl.hub.hints import is_run
 from ivl.lit import benchmark
+from ivl.lit.arguments import run_config, value_of, with_lists
 from ivl.lit.callbacks import Pictures
 from ivl.lit.checkpoints import Checkpoints, WholeFiles
 from ivl.lit.datamodule import IvlData
@@ -36,7 +35,7 @@ from ivl.lit.module import LitInternVL
 from ivl.lit.peers import Peers
 from ivl.lit.precision import choose_precision, device_has_bf16
 from ivl.lit.prediction import PredictionWriter
-from ivl.lit.resume import check_checkpoint, keep_others_files, newest_whole, resolve_last
+from ivl.lit.resume import check_checkpoint, keep_others_files, resolve_last
 from ivl.lit.run_lock import run_lock
 from ivl.lit.scoring import scores_table
 from ivl.lit.signals import STOP
@@ -147,7 +146,7 @@ class IvlCLI(LightningCLI):
             for line in benchmark.apply(config, sys.argv):
                 self._say(f"{config.data.task}: {line}")
         if self.subcommand == "predict":
-            if _value(sys.argv, "--data.max_length") and config.data.max_prompt_length is None:
+            if value_of(sys.argv, "--data.max_length") and config.data.max_prompt_length is None:
                 config.data.max_prompt_length = config.data.max_length  # a config's is of training
             config.return_predictions = False  # they are written as they come
         self._choose_precision(config)
@@ -157,7 +156,7 @@ class IvlCLI(LightningCLI):
         if config.model.tune is None:
             config.model.tune = dict_to_namespace(asdict(Tune()))
         if self.subcommand != "fit" and config.get("ckpt_path") and config.model.adapter:
-            if _value(sys.argv, "--model.adapter"):
+            if value_of(sys.argv, "--model.adapter"):
                 raise UserError("--ckpt_path and --model.adapter: expected one of them, found both")
             config.model.adapter = None
 
@@ -289,73 +288,11 @@ def run_of(checkpoint: str | None) -> Path:
     raise UserError("--data.split run-validation: expected --ckpt_path with a checkpoint in the folder of its run")
 
 
-def run_config(argv: list[str]) -> list[str]:
-    """The run's own config in front, where only a fitted run's checkpoint is given (`--ckpt_path`)."""
-    command, *rest = argv
-    path = _value(rest, "--ckpt_path")
-    if command == "fit" or path is None or _value(rest, "--config") or _value(rest, "-c"):
-        return argv
-    if path == "last":
-        checkpoint = newest_whole(sorted(Path("runs").glob("*/checkpoints")))
-        if checkpoint is None:
-            raise UserError("--ckpt_path last: no whole checkpoint in runs/; give the file of one, or a --config")
-        rest += ["--ckpt_path", str(checkpoint)]
-    else:
-        checkpoint = Path(path)
-    if is_run(checkpoint):
-        raise UserError(
-            f"--ckpt_path {checkpoint}: is a run's folder; give a checkpoint in it, such as "
-            f"{checkpoint / 'checkpoints' / 'last.ckpt'}"
-        )
-    if (checkpoint / "adapter_config.json").is_file():
-        raise UserError(
-            f"--ckpt_path {checkpoint}: is an adapter; give it with --model.adapter, and its model's --config"
-        )
-    if not checkpoint.exists():
-        raise UserError(
-            f"--ckpt_path {checkpoint}: no such file; expected a checkpoint of a run, such as RUN/checkpoints/last.ckpt"
-        )
-    for folder in checkpoint.parents[:3]:
-        if (folder / "config.yaml").is_file():
-            return [command, "--config", str(folder / "config.yaml"), *rest]
-    raise UserError(f"{checkpoint}: no config.yaml of its run beside it; give the run's config with --config")
-
-
-def _value(argv: list[str], option: str) -> str | None:
-    """The value of an option as typed, `--option value` or `--option=value`."""
-    for i, arg in enumerate(argv):
-        if arg == option:
-            return argv[i + 1] if i + 1 < len(argv) else None
-        if arg.startswith(option + "="):
-            return arg.partition("=")[2]
-    return None
-
-
 def _cause(error: BaseException) -> str:
     """The innermost of errors that were raised from one another, in one line."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     return " ".join(str(error).split())[:300]
-
-
-LISTS = ("--data.train", "--data.val", "--data.test", "--data.predict", "--model.metrics")
-
-
-def with_lists(argv: list[str]) -> list[str]:
-    """The arguments with an option that takes several values and is given several times made one list of them all."""
-    found: dict[str, list[str]] = {}
-    places: dict[str, list[int]] = {}
-    spread = [part for word in argv for part in (word.split("=", 1) if word.partition("=")[0] in LISTS else [word])]
-    for i, word in enumerate(spread[:-1]):
-        if word in LISTS:
-            value = spread[i + 1]
-            listed = yaml.safe_load(value) if value.startswith("[") else [value]
-            found.setdefault(word, []).extend(map(str, listed))
-            places.setdefault(word, []).append(i)
-    repeated = {option for option, at in places.items() if len(at) > 1}
-    drop = {i + n for option in repeated for i in places[option] for n in (0, 1)}
-    rest = [word for i, word in enumerate(spread) if i not in drop]
-    return rest + [word for option in sorted(repeated) for word in (option, json.dumps(found[option]))]
 
 
 PURPOSES = {

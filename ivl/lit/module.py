@@ -145,8 +145,7 @@ class LitInternVL(LightningModule):
         self.source_losses = SourceLosses()
         self.shown: dict[str, float] = {}
         """What the progress bar shows, as of the last log step"""
-        self.experiment: Experiment | None = None
-        """Kept in checkpoints; set by the command line"""
+        self.experiment: Experiment | None = None  # kept in checkpoints; set by the command line
         self.taken_as_typed: tuple[str, ...] = ()
         """Options that differ from those of the run that is resumed, for the message"""
         self._batch: Batch | None = None  # what is at work, for messages
@@ -363,7 +362,7 @@ class LitInternVL(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         scores = self._scores.means(self.trainer.world_size)
-        if not self.trainer.sanity_checking:  # of a few rows, before anything is trained
+        if not self.trainer.sanity_checking:
             self.scores, self.scored_at = scores, self.trainer.global_step
         stage = "test" if self.trainer.testing else "val"
         for kind, values in scores.items():

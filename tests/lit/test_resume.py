@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from ivl.__main__ import main
-from ivl.lit.cli import with_lists
+from ivl.lit.arguments import with_lists
 from ivl.lit.resume import newest_whole, peek
 from tests.lit import test_runs
 from tests.lit.rows import write_rows
