@@ -55,7 +55,7 @@ def measure(model: InternVL, processor: Processor, name: str, images: list[str],
         fresh = Chat(model, processor)
         answered = [list(pair) for pair in chat.history]
         found = [first_token(chat, questions[1], second)]
-        length, new = len(chat.turns._keys), chat.turns.tokens_read
+        length, new = len(chat.prefix_cache._keys), chat.prefix_cache.tokens_read
         row = {"query": questions[1], "history": answered, "images": images[: sum(counts)]}
         wall, cpu = time.perf_counter(), time.process_time()
         messages = processor.parse(row).messages

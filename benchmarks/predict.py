@@ -27,11 +27,12 @@ from pathlib import Path
 import torch
 import transformers
 from models import write, write_twin
-from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForImageTextToText, StoppingCriteriaList
+from transformers import StoppingCriteria as TransformersCriteria
 
-from ivl.model.generate import Ends
+from ivl.inference.engine import Batching, Engine, Request
+from ivl.inference.sampling import StoppingCriteria
 from ivl.model.internvl import InternVL, normalize
-from ivl.model.serve import Batching, Engine, Request
 
 Answers = list[list[int]]
 
@@ -61,7 +62,7 @@ def make_rows(model: InternVL, count: int, longest: int, seed: int = 0) -> list[
 
 
 def ours(model: InternVL, rows: list[Row], batch: int) -> Answers:
-    engine = Engine(model, Ends(), batching=Batching(rows=batch))
+    engine = Engine(model, StoppingCriteria(), batching=Batching(rows=batch))
     # As `predict` has it: longest prompts first.
     for n in sorted(range(len(rows)), key=lambda n: -len(rows[n].input_ids)):
         engine.submit(Request(n, rows[n].input_ids, rows[n].tiles, rows[n].limit))
@@ -69,7 +70,7 @@ def ours(model: InternVL, rows: list[Row], batch: int) -> Answers:
     return [found[n] for n in range(len(rows))]
 
 
-class Limits(StoppingCriteria):
+class Limits(TransformersCriteria):
     """Ends each row at its own length."""
 
     def __init__(self, prompt: int, limits: list[int]) -> None:

@@ -1,7 +1,7 @@
 """A conversation with a model, turn by turn: `Chat`, and the reference document's `inference` and `inference_stream`.
 
 The whole conversation is written down by the template at every turn, and what begins as before is not read again
-(`ivl.model.turns`): an answer is that of a fresh prompt, at the price of the new tokens.
+(`ivl.inference.prefix_cache`): an answer is that of a fresh prompt, at the price of the new tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any
 
 from ivl.data.cutter import Opened
 from ivl.data.processor import Processor
-from ivl.model.generate import Choice, FinishReason
+from ivl.inference.engine import Engine, Request
+from ivl.inference.generate import stream_request
+from ivl.inference.graphs import StepRunner
+from ivl.inference.prefix_cache import PrefixCache
+from ivl.inference.sampling import FinishReason, SamplingParams, StoppingCriteria
 from ivl.model.internvl import InternVL
-from ivl.model.turns import Turns
 from ivl.types import Conversation, Message, UserError
 
 
@@ -40,10 +43,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
-        self.choice()
+        self.sampling_params()
 
-    def choice(self) -> Choice:
-        return Choice(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
+    def sampling_params(self) -> SamplingParams:
+        return SamplingParams(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
 
 
 class Chat:
@@ -77,8 +80,9 @@ class Chat:
         stopped from outside"""
         self.notes: Sequence[str] = ()
         """Marks in the last question that have no effect"""
-        self.turns = Turns(model)
-        """What the model has read"""
+        self.prefix_cache = PrefixCache()
+        """Keys of what the model has read"""
+        self._runner = StepRunner(model.language_model, model.device)
         self._messages: tuple[Message, ...] = ()
         self._opened = Opened()
 
@@ -92,7 +96,7 @@ class Chat:
         """Start anew, with the same system message."""
         self._messages = ()
         self._opened = Opened()
-        self.turns.forget()
+        self.prefix_cache.forget()
 
     def ask(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:
         """The answer to a question about these media and what came before.
@@ -121,20 +125,33 @@ class Chat:
         conversation = Conversation((*self._messages, message), self.system)
         example = self.processor(conversation, opened=self._opened)
         self._check_room(len(example))
-        end_ids = {*self.processor.stop_ids, *self.model.eos_ids}
-        most, choice, seed = self.settings.max_new_tokens, self.settings.choice(), self.settings.seed
+        engine = self._engine()
+        request = Request(0, example.input_ids, example.tiles, seed=self.settings.seed)
         words, self.finish_reason = Words(self.processor), None
         try:
-            for token in self.turns.answer(example.input_ids.tolist(), example.tiles, most, end_ids, choice, seed):
-                if piece := words.add(token):
+            for token in stream_request(engine, request):
+                if token not in engine.criteria.eos_ids and (piece := words.add(token)):
                     yield piece
             if piece := words.rest():
                 yield piece
         except (GeneratorExit, KeyboardInterrupt):
             self._keep(message, words.text)
             raise
-        self.finish_reason = self.turns.finish_reason
+        self.finish_reason = request.answer.finish_reason
         self._keep(message, words.text, empty=True)
+
+    def _engine(self) -> Engine:
+        """Return an engine for one answer, on the conversation's cache."""
+        settings = self.settings
+        criteria = StoppingCriteria([*self.processor.stop_ids, *self.model.eos_ids])
+        return Engine(
+            self.model,
+            criteria,
+            settings.sampling_params(),
+            settings.max_new_tokens,
+            prefix_cache=self.prefix_cache,
+            runner=self._runner,
+        )
 
     def _check_room(self, length: int) -> None:
         """Raise UserError where a conversation of that many tokens is too long to be answered."""

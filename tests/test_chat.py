@@ -59,8 +59,8 @@ def test_every_turn_answers_as_a_fresh_prompt_does(tmp_path, architecture, templ
         assert answer == fresh(model, processor, row), question
         whole = processor(row)
         # New are the question, its images, the template's words, and at most the last answer again.
-        assert chat.turns.tokens_read <= len(whole) - tokens
-        assert chat.turns.tiles_read == len(whole.tiles) - tiles
+        assert chat.prefix_cache.tokens_read <= len(whole) - tokens
+        assert chat.prefix_cache.tiles_read == len(whole.tiles) - tiles
         tokens, tiles = len(whole), len(whole.tiles)
         history.append([question, answer])
     assert chat.history == history
@@ -70,10 +70,10 @@ def test_a_second_turn_reads_only_its_own_tokens(parts):
     model, processor = parts
     chat = Chat(model, processor, settings=SHORT)
     chat.ask("<image>What is it?", [picture(1)])
-    first = chat.turns.tokens_read
+    first = chat.prefix_cache.tokens_read
     chat.ask("Really?")
-    assert chat.turns.tokens_read < first / 2
-    assert chat.turns.tiles_read == 0
+    assert chat.prefix_cache.tokens_read < first / 2
+    assert chat.prefix_cache.tiles_read == 0
 
 
 def test_a_mark_without_effect_is_told(parts):
@@ -99,7 +99,7 @@ def test_what_changed_is_read_again(parts):
         chat._messages, chat.system = (), system
         assert chat.ask("<image>What is it?", [picture(image)]) == answer
         # The tower does not see a picture twice.
-        assert chat.turns.tiles_read == (image != 1)
+        assert chat.prefix_cache.tiles_read == (image != 1)
 
 
 def test_frequencies_that_follow_from_the_length(tmp_path):
@@ -112,7 +112,7 @@ def test_frequencies_that_follow_from_the_length(tmp_path):
         question = f"Question {number}: " + "how many are there? " * (5 if number < 2 else 1)
         assert chat.ask(question) == fresh(model, processor, {"query": question, "history": history})
         history.append([question, chat.history[-1][1]])
-        read.append((len(processor({"query": question, "history": history[:-1]})), chat.turns.tokens_read))
+        read.append((len(processor({"query": question, "history": history[:-1]})), chat.prefix_cache.tokens_read))
     first_beyond = next(n for n, (total, _) in enumerate(read) if total > 256)
     assert 0 < first_beyond < 4
     for n, (total, new) in enumerate(read):
@@ -250,7 +250,7 @@ def test_a_processors_limit_leaves_nothing_out(parts):
     for one in (processor, limited):
         chat = Chat(model, one, "", settings=SHORT)
         said.append([chat.ask("My number is 4711. " * 4), chat.ask("What is my number?"), chat.ask("Sure? " * 9)])
-        assert chat.turns.tokens_read < 120 and len(chat.turns._keys) > 120
+        assert chat.prefix_cache.tokens_read < 120 and len(chat.prefix_cache._keys) > 120
     assert said[0] == said[1] and limited.max_length == 120
 
 

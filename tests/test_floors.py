@@ -40,7 +40,9 @@ ALLOWED = {
     "ivl.devices": set(),
     "ivl.parquet": {"ivl.types"},
     "ivl.reasoning": set(),
+    "ivl.model.internvl": {*FLOOR_0, "ivl.model", "ivl.inference"},  # `InternVL.generate`
     "ivl.model": {*FLOOR_0, "ivl.model"},
+    "ivl.inference": {*FLOOR_0, "ivl.model", "ivl.inference"},
     "ivl.data": {*FLOOR_0, "ivl.data"},
     "ivl.eval": {
         "ivl.types",
@@ -51,7 +53,7 @@ ALLOWED = {
         "ivl.reasoning",
         "ivl.eval",
     },
-    "ivl.lit": {*FLOOR_0, "ivl.model", "ivl.data", "ivl.eval", "ivl.lit"},
+    "ivl.lit": {*FLOOR_0, "ivl.model", "ivl.inference", "ivl.data", "ivl.eval", "ivl.lit"},
     "ivl": {"ivl"},  # commands, and the package's own front door
 }
 LIGHTNING = "ivl.lit"

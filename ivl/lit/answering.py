@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ivl.data.processor import Processor
+from ivl.inference.engine import Batching, Engine, Request, row_seed
+from ivl.inference.sampling import NotFinite, SamplingParams, StoppingCriteria
 from ivl.lit.prediction import Row, answered, failed
 from ivl.lit.prompts import LAST, Prompt
 from ivl.model.compiled import uncompiled
 from ivl.model.fingerprint import fingerprint
-from ivl.model.generate import Choice, Ends, NotFinite
 from ivl.model.internvl import InternVL
-from ivl.model.serve import Batching, Engine, Request, row_seed
 from ivl.types import Batch, Conversation, UserError
 
 
@@ -42,11 +42,11 @@ class Generation:
     """Of the sampling; each row has a generator of its own, so answers do not depend on batching."""
 
     @property
-    def choice(self) -> Choice:
-        """How a token is chosen. Raises UserError for values out of range."""
-        choice = Choice(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
-        choice.check_beams(self.num_beams)
-        return choice
+    def sampling_params(self) -> SamplingParams:
+        """Settings of the engine. Raises UserError for values out of range."""
+        params = SamplingParams(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
+        params.check_beams(self.num_beams)
+        return params
 
 
 class Answering:
@@ -63,9 +63,9 @@ class Answering:
     ) -> None:
         """`name`: what the model is called in the record of a score. `keep_errors`: a row that the model cannot take
         is answered with its error; else it is raised."""
-        chosen, ends = generation, ends_of(model, processor, generation)
+        chosen, criteria = generation, stopping_criteria(model, processor, generation)
         self.model, self.name = model, name
-        self.engine = Engine(model, ends, chosen.choice, chosen.max_new_tokens, chosen.num_beams, batching)
+        self.engine = Engine(model, criteria, chosen.sampling_params, chosen.max_new_tokens, chosen.num_beams, batching)
         self.processor, self.generation, self.keep_errors = processor, generation, keep_errors
 
     @cached_property
@@ -93,7 +93,7 @@ class Answering:
         except UserError as error:
             return [self._failed(prompt, str(error))]
         rows: list[Row] = []
-        while not self.engine.hungry:
+        while not self.engine.wants_requests:
             rows += self.step()
         return rows
 
@@ -129,21 +129,21 @@ def rows_named(rows: Sequence[Conversation]) -> Iterator[None]:
         raise UserError(f"{rows[error.row].where}: {error}") from error
 
 
-def ends_of(model: InternVL, processor: Processor, chosen: Generation) -> Ends:
-    """When an answer is over: the checkpoint's end tokens, the template's, and the texts chosen."""
+def stopping_criteria(model: InternVL, processor: Processor, chosen: Generation) -> StoppingCriteria:
+    """Return what ends an answer: the checkpoint's end tokens, the template's, and the texts chosen."""
     eos_ids = [*processor.stop_ids, *model.eos_ids]
-    return Ends(eos_ids, stopped=processor.stopped_by(chosen.stop), min_new_tokens=chosen.min_new_tokens)
+    return StoppingCriteria(eos_ids, stopped=processor.stopped_by(chosen.stop), min_new_tokens=chosen.min_new_tokens)
 
 
 def answers(
     model: InternVL, processor: Processor, chosen: Generation, prompts: Batch, all_done: Callable[[bool], bool]
 ) -> list[str]:
-    """The answers of a batch of prompts. `all_done`: as in `ivl.model.generate.generate`, asked where every process
+    """The answers of a batch of prompts. `all_done`: as in `ivl.inference.generate.generate`, asked where every process
     must compute every token, since the model is shared out."""
-    ends = ends_of(model, processor, chosen)
+    criteria = stopping_criteria(model, processor, chosen)
     settings = {k: v for k, v in vars(chosen).items() if k != "stop"}
     if model.always_run_vision:
         settings["all_done"] = all_done
     with uncompiled():
-        found = model.generate(prompts, eos_ids=ends.eos_ids, stopped=ends.stopped, **settings)
+        found = model.generate(prompts, eos_ids=criteria.eos_ids, stopped=criteria.stopped, **settings)
     return [processor.decode(ids, chosen.stop) for ids in found]

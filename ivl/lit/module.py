@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ivl.inference.engine import Batching
 from ivl.lit import zero
 from ivl.lit.answering import Answering, Generation, answers, rows_named
 from ivl.lit.experiment import Experiment
@@ -45,7 +46,6 @@ from ivl.model.devices import Placement
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
 from ivl.model.rates import Rates, param_groups, scale_rates, vectors
-from ivl.model.serve import Batching
 from ivl.model.tune import Tune
 from ivl.reasoning import split_reasoning
 from ivl.types import Batch, UserError, some
@@ -154,7 +154,7 @@ class LitInternVL(LightningModule):
     # -- building ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        _ = self.generation.choice  # a mistake is told before the model is read
+        _ = self.generation.sampling_params  # a mistake is told before the model is read
         # Those of DeepSpeed and of classic FSDP go through all that a batch holds, its rows too, and stumble over them.
         plugin: Any = self.trainer.precision_plugin
         plugin.convert_input = lambda batch: batch
@@ -394,7 +394,7 @@ class LitInternVL(LightningModule):
 
     def remaining_answers(self) -> Iterator[list[Row]]:
         """The rows that are still being answered once there are no more prompts."""
-        while self._answering.engine.busy:
+        while self._answering.engine.is_busy:
             with self.trainer.precision_plugin.predict_step_context():
                 rows = self._answering.step()
             yield rows

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ivl.data.grounding import parse_boxes
 from ivl.eval.metrics import anls, exact_match, iou, relaxed_accuracy, vqa_accuracy
-from ivl.model.generate import NotFinite
+from ivl.inference.sampling import NotFinite
 from ivl.reasoning import without_reasoning
 from ivl.types import Conversation, UserError, printable
 

@@ -9,9 +9,10 @@ D width of the language model, V vocabulary, M supervised tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from ivl.config import Config
 from ivl.families import llm_family
 from ivl.model import devices as splitting
-from ivl.model import generate as decoding
 from ivl.model import quant
 from ivl.model.attention import AttentionKernel, choose_kernel
 from ivl.model.checkpoint import Checkpoint
@@ -30,7 +30,10 @@ from ivl.model.quant import Quantize
 from ivl.model.sequence_layout import layout_of
 from ivl.model.vision import InternViT
 from ivl.model.weights import load_weights
-from ivl.types import IMAGENET_MEAN, IMAGENET_STD, SequenceLayout, UserError, places
+from ivl.types import IMAGENET_MEAN, IMAGENET_STD, Batch, SequenceLayout, UserError, places
+
+if TYPE_CHECKING:
+    from ivl.inference.sampling import Answer, FinishReason
 
 
 @dataclass
@@ -287,8 +290,17 @@ class InternVL(nn.Module):
             grid_NGGC = hidden_NLC[:, 1:].unflatten(1, (tiles_N3SS.shape[-2] // self.config.vision.patch_size, -1))
             return pixel_shuffle(grid_NGGC, self.config.downsample_ratio, self.config.ps_version)
 
-    generate = decoding.generate
-    stream = decoding.stream
+    def generate(self, batch: Batch, **settings: Any) -> list[Answer]:
+        """Answer a padded batch of prompts; the settings of `ivl.inference.generate.generate`."""
+        from ivl.inference.generate import generate
+
+        return generate(self, batch, **settings)
+
+    def stream(self, batch: Batch, **settings: Any) -> Generator[int, None, FinishReason]:
+        """Answer one prompt, token by token; the settings of `ivl.inference.generate.stream`."""
+        from ivl.inference.generate import stream
+
+        return stream(self, batch, **settings)
 
     def _must_run_vision(self) -> bool:
         if self.always_run_vision:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from ivl.__main__ import main
 from ivl.data.processor import Processor
+from ivl.inference.engine import row_seed
 from ivl.lit.prediction import Parts, answered
 from ivl.model.internvl import InternVL
-from ivl.model.serve import row_seed
 from ivl.types import UserError
 from tests.data.videos import write_long_video
 from tests.tiny import write_checkpoint

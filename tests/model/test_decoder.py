@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ivl.config_fields import ACTIVATIONS
+from ivl.inference.kv_cache import Append, KVCache, Prefill
 from ivl.model.attention import visible
 from ivl.model.decoder import MLPS, DecoderConfig, LanguageModel
 from ivl.model.hf import llm_config
-from ivl.model.kv_cache import GrowingCache
 from tests.model.test_llm import LONG, tiny
 from tests.tiny import FAMILIES
 
@@ -119,14 +119,17 @@ def test_a_decode_step_of_static_shapes_compiles_whole(variant):
         for n in range(12):
             found = step(ids[:, n : n + 1], torch.full((2, 1), n))
     for row, length in enumerate(lengths.tolist()):  # go back, each row to a length of its own
-        memory = GrowingCache()
+        memory = KVCache()
+        memory.reserve(1, length + 1)
         positions = torch.arange(length)[None]
-        ours.model(ours.model.embed_tokens(ids[row : row + 1, :length]), positions, None, memory)
+        ours.model(
+            ours.model.embed_tokens(ids[row : row + 1, :length]), positions, None, Prefill(memory, [0], [length])
+        )
         expected = ours.model(
             ours.model.embed_tokens(ids[row : row + 1, length : length + 1]),
             torch.tensor([[length]]),
             visible(torch.tensor([[length]]), torch.arange(length + 1)[None], None, window),
-            memory,
+            Append(memory, 0, length),
         )
         found = step(torch.stack([ids[0, lengths[0]], ids[1, lengths[1]]])[:, None], lengths[:, None])
         torch.testing.assert_close(found[row], ours.lm_head(expected)[0], atol=1e-5, rtol=1e-5)

@@ -8,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ivl.config import Config
 from ivl.families import MODELS, config_for
+from ivl.inference import decoding
+from ivl.inference.kv_cache import KVCache
 from ivl.model import decoder, devices, quant, vision
 from ivl.model.devices import LAYERS, MAIN, Placement, Sizes, choose, dispatch, from_map, parse_size, plan, sizes
-from ivl.model.generate import Memory, read
 from ivl.model.internvl import InternVL
 from ivl.model.weights import Files
 from ivl.types import UserError
@@ -244,17 +245,21 @@ def test_tensors_are_carried_to_the_device_of_each_layer(tiny_folder):
             owner, _, leaf = name.rpartition(".")
             made = torch.nn.Parameter(torch.zeros(parameter.shape, device=placement(name)), requires_grad=False)
             setattr(model.get_submodule(owner), leaf, made)
-        embeds, mask = torch.zeros(2, 1, 64, device="cuda:0"), torch.ones(2, 1, dtype=torch.bool, device="cuda:0")
+        embeds, cache = torch.zeros(1, 5, 64, device="cuda:0"), KVCache(2)
+        cache.reserve(2, 10)
         with pytest.raises(RuntimeError, match="device"):
-            read(model.language_model, embeds, mask, Memory())
+            decoding.prefill(model.language_model, embeds, [3, 2], cache, [0, 1])
+        cache = KVCache(2)
+        cache.reserve(2, 10)
         dispatch(model, placement)
-        memory = Memory()
-        for _ in range(3):
-            logits = read(model.language_model, embeds, mask, memory)
+        decoding.prefill(model.language_model, embeds, [3, 2], cache, [0, 1])
+        ids, positions = torch.zeros(2, dtype=torch.long, device="cuda:0"), torch.tensor([3, 2], device="cuda:0")
+        for step in range(2):
+            logits = decoding.next_logits(model.language_model, cache, ids, positions + step, 10)
         tiles = torch.zeros(1, 3, 56, 56, dtype=torch.uint8, device="cuda:0")
         features = model.tile_features(tiles)
     assert logits.device == features.device == torch.device("cuda:0")
-    devices_of_cache = [str(keys.device) for keys in memory.cache.keys]
+    devices_of_cache = [str(keys.device) for keys in cache.keys]
     assert devices_of_cache == [placement.devices[f"{LAYERS}.{n}"] for n in range(4)]
     assert set(devices_of_cache) == {"cuda:0", "cuda:1"}
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from ivl.model.generate import Choice, Ends, Memory, read
+from ivl.inference import decoding
+from ivl.inference.engine import Batching, Engine, Request
+from ivl.inference.kv_cache import KVCache
+from ivl.inference.sampling import SamplingParams, StoppingCriteria, penalise_repetition, sample, uniform
 from ivl.model.internvl import InternVL
-from ivl.model.serve import Batching, Engine, Request
 from ivl.types import UserError
 from tests.model.rows import packed, padded, rows
 from tests.tiny import FAMILIES, write_checkpoint
@@ -47,20 +49,20 @@ def test_answers_equal_the_reference(recorded, attention):
         if len(tiles):
             batch.tiles = pixels[f"{case['name']}.pixel_values"]
         assert model.generate(batch, max_new_tokens=24, eos_ids=[]) == case["new_tokens"], case["name"]
-        assert served(model, batch, Ends()) == case["new_tokens"], case["name"]
+        assert served(model, batch, StoppingCriteria()) == case["new_tokens"], case["name"]
         if "stop" in case:
             stop = case["stop"]
             expected = [cut_after(row, stop["eos_token_id"]) for row in stop["new_tokens"]]
             found = model.generate(batch, max_new_tokens=24, eos_ids=[stop["eos_token_id"]])
             assert found == expected, case["name"]
-            assert served(model, batch, Ends([stop["eos_token_id"]])) == expected, case["name"]
+            assert served(model, batch, StoppingCriteria([stop["eos_token_id"]])) == expected, case["name"]
             stopped += len(found[0]) < 24
     assert stopped
 
 
-def served(model: InternVL, batch, ends: Ends) -> list[list[int]]:
+def served(model: InternVL, batch, criteria: StoppingCriteria) -> list[list[int]]:
     """The answers of a batch by continuous batching, two rows at a time."""
-    engine, first = Engine(model, ends, max_new_tokens=24, batching=Batching(rows=2)), 0
+    engine, first = Engine(model, criteria, max_new_tokens=24, batching=Batching(rows=2)), 0
     for row, (ids, mask, count) in enumerate(zip(batch.input_ids, batch.attention_mask, batch.tiles_per_row.tolist())):
         engine.submit(Request(row, ids[mask], batch.tiles[first : first + count]))
         first += count
@@ -177,7 +179,7 @@ def test_every_answer_says_why_it_ended(short):
         ended = end in beams
         assert beams.finish_reason == ("stop" if ended else "length" if len(beams) == 16 else "context")
     requests = [Request(n, row["input_ids"], row["tiles"]) for n, row in enumerate(made)]
-    engine = Engine(short, Ends([end]), max_new_tokens=16)
+    engine = Engine(short, StoppingCriteria([end]), max_new_tokens=16)
     for request in requests:
         engine.submit(request)
     assert len(list(engine.run())) == 4
@@ -205,7 +207,7 @@ def test_logits_that_are_not_finite_are_an_error(broken, settings):
     made[1]["input_ids"][3] = 1
     with pytest.raises(UserError, match=r"logits are not finite in float32: its weights hold NaN") as caught:
         broken.generate(padded(made), max_new_tokens=4, eos_ids=[], **settings)
-    assert getattr(caught.value, "row", 0) == (0 if "num_beams" in settings else 1)
+    assert caught.value.row == 1
 
 
 def test_a_row_whose_logits_are_not_finite_does_not_stop_the_others(broken):
@@ -215,7 +217,7 @@ def test_a_row_whose_logits_are_not_finite_does_not_stop_the_others(broken):
     made[1]["input_ids"][3] = 1
     for beams in (1, 2):
         requests = [Request(n, row["input_ids"], row["tiles"]) for n, row in enumerate(made)]
-        engine = Engine(broken, Ends(), max_new_tokens=5, num_beams=beams)
+        engine = Engine(broken, StoppingCriteria(), max_new_tokens=5, num_beams=beams)
         for request in requests:
             engine.submit(request)
         assert len(list(engine.run())) == 3
@@ -248,36 +250,56 @@ def test_sampled_answers_do_not_depend_on_neighbours(model):
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
 
-def shares(choose: Choice, logits: torch.Tensor = LOGITS, said=(), draws: int = 2000) -> list[float]:
-    generator = [torch.Generator().manual_seed(0)]
-    counts = torch.zeros(logits.shape[1])
-    for _ in range(draws):
-        counts[choose(logits, [list(said)], generator)] += 1
-    return (counts / draws).tolist()
+def shares(params: SamplingParams, logits: torch.Tensor = LOGITS, draws: int = 2000) -> list[float]:
+    """How often each token is chosen by rows of different seeds."""
+
+    def column(value, dtype=torch.float32) -> torch.Tensor:
+        return torch.full((draws,), value, dtype=dtype)
+
+    numbers = uniform(torch.arange(draws), torch.zeros(draws, dtype=torch.long))
+    settings = column(params.temperature), column(params.top_k, torch.long), column(params.top_p)
+    ids = sample(logits.expand(draws, -1), *settings, numbers)
+    return (ids.bincount(minlength=logits.shape[1]) / draws).tolist()
 
 
 def test_sampling_follows_the_probabilities():
-    assert shares(Choice(temperature=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
+    assert shares(SamplingParams(temperature=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
     sharp = (LOGITS / 0.5).softmax(-1)[0].tolist()
-    assert shares(Choice(temperature=0.5)) == pytest.approx(sharp, abs=0.04)
-    assert shares(Choice(), draws=10) == [1.0, 0.0, 0.0, 0.0]
+    assert shares(SamplingParams(temperature=0.5)) == pytest.approx(sharp, abs=0.04)
+    assert shares(SamplingParams(), draws=10) == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_top_k_and_top_p_keep_the_most_likely():
-    assert shares(Choice(temperature=1.0, top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
-    assert shares(Choice(temperature=1.0, top_p=0.6)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
-    assert shares(Choice(temperature=1.0, top_p=0.4)) == [1.0, 0, 0, 0]
-    assert shares(Choice(temperature=1.0, top_k=3, top_p=0.9))[3] == 0
+    assert shares(SamplingParams(temperature=1.0, top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    assert shares(SamplingParams(temperature=1.0, top_p=0.6)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    assert shares(SamplingParams(temperature=1.0, top_p=0.4)) == [1.0, 0, 0, 0]
+    assert shares(SamplingParams(temperature=1.0, top_k=3, top_p=0.9))[3] == 0
+
+
+def test_random_numbers_are_uniform_and_differ_by_seed_and_step():
+    seeds, steps = torch.arange(400)[:, None], torch.arange(50)
+    numbers = uniform(*torch.broadcast_tensors(seeds, steps))
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert len(numbers.unique()) > 0.99 * numbers.numel()
+    assert numbers.flatten().histc(20, 0, 1).tolist() == pytest.approx([1000] * 20, rel=0.15)
+    for table in (numbers, numbers.T):  # neither neighbouring seeds nor neighbouring steps go together
+        pairs = torch.stack([table[:-1].flatten(), table[1:].flatten()])
+        assert abs(float(torch.corrcoef(pairs)[0, 1])) < 0.03
+    high = uniform(torch.tensor([7, 7 + (1 << 40)]), torch.zeros(2, dtype=torch.long))
+    assert high[0] != high[1], "all 56 bits of a seed count"
 
 
 def test_repetition_penalty_equals_that_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    logits, said = torch.randn(2, 20), [[3, 3, 7], [0]]
+    logits, answers = torch.randn(2, 20), [[3, 3, 7], [0]]
     expected = [
-        RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None])[0] for ids, row in zip(said, logits)
+        RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None])[0] for ids, row in zip(answers, logits)
     ]
-    assert torch.equal(Choice(repetition_penalty=1.3)._penalised(logits, said), torch.stack(expected))
+    seen = torch.zeros(2, 20, dtype=torch.bool)
+    for row, ids in enumerate(answers):
+        seen[row, ids] = True
+    assert torch.equal(penalise_repetition(logits, seen, torch.full((2,), 1.3)), torch.stack(expected))
 
 
 def test_repetition_penalty_acts_on_the_answer(model):
@@ -289,22 +311,19 @@ def test_repetition_penalty_acts_on_the_answer(model):
 # -- the core, as a chat or a scheduler uses it ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", [((5, 9), (6, 3)), ((5,), (6,)), ((4, 4), (5, 3))])
+@pytest.mark.parametrize("lengths", [(5, 6), (9, 3), (4, 1)])
 @torch.no_grad()
 def test_a_second_turn_is_appended_to_the_cache(any_model, lengths):
-    """Rows read in two parts, of one length or several, give the logits of the whole read at once."""
+    """A row read in two parts gives the logits of the whole read at once."""
     language_model = any_model.language_model
     embed = language_model.get_input_embeddings()
-    firsts, seconds = ([torch.randint(0, 200, (n,)) for n in part] for part in lengths)
-    memory = Memory()
-    for part in (firsts, seconds):
-        made = [{"input_ids": ids, "labels": ids, "tiles": torch.zeros(0, 3, 1, 1)} for ids in part]
-        batch = padded(made)
-        logits = read(language_model, embed(batch.input_ids), batch.attention_mask, memory)
-    for row, (first, second) in enumerate(zip(firsts, seconds)):
-        whole = any_model(torch.cat([first, second])[None]).logits[0, -1]
-        torch.testing.assert_close(logits[row], whole, atol=1e-5, rtol=0)
-    assert memory.lengths_B.tolist() == [len(a) + len(b) for a, b in zip(firsts, seconds)]
+    first, second = (torch.randint(0, 200, (1, n)) for n in lengths)
+    cache = KVCache()
+    cache.reserve(1, sum(lengths))
+    decoding.prefill(language_model, embed(first), [lengths[0]], cache, [0])
+    logits = decoding.append(language_model, embed(second), cache, 0, lengths[0])
+    whole = any_model(torch.cat([first, second], dim=1)).logits[:, -1]
+    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=0)
 
 
 def test_all_done_keeps_this_process_going(model):
@@ -344,6 +363,6 @@ def test_misuse_is_refused(folder):
 
 def test_settings_out_of_range_are_listed():
     with pytest.raises(UserError) as caught:
-        Choice(temperature=-1, top_p=0, top_k=-2, repetition_penalty=0)
+        SamplingParams(temperature=-1, top_p=0, top_k=-2, repetition_penalty=0)
     for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
         assert f"{name}: expected" in str(caught.value)
