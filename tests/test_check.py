@@ -11,9 +11,10 @@ import yaml
 from PIL import Image
 
 from ivl.__main__ import main
-from ivl.check import _lengths, rendered
+from ivl.check import _lengths
 from ivl.data.index import RECORD, Index
 from ivl.data.processor import Processor
+from ivl.rendered import rendered
 from tests.tiny import write_checkpoint
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from ivl.backbones import BACKBONES, Backbone
 from ivl.config import Config
 from ivl.data.template import TEMPLATES
-from ivl.families import BACKBONES, LLMS, MODELS, TOWERS, Backbone, config_for, find_model
+from ivl.families import LLMS, MODELS, TOWERS, config_for, find_model
 from ivl.model.internvl import InternVL
 
 REPORT_2_5 = "InternVL 2.5 report, arXiv 2412.05271, table 2"
