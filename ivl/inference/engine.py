@@ -122,7 +122,8 @@ class Engine:
         self.params, self.max_new_tokens, self.num_beams = params, max_new_tokens, num_beams
         self.batching = replace(batching, rows=1) if prefix_cache else batching
         self.logprobs = logprobs
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[list[Request]] = deque()
+        """Requests of the same prompt together"""
         self.running: list[Request] = []
         self.prefix_cache = prefix_cache
         self.cache = prefix_cache.cache if prefix_cache else KVCache(self.batching.rows)
@@ -140,12 +141,17 @@ class Engine:
         self._launched: tuple[list[Request], Callable[[], Tensor]] | None = None
         """Rows and result of a step that was started and not yet read"""
 
-    def submit(self, request: Request) -> None:
-        """Put a request in the queue. Raises UserError where its prompt fills the model's context."""
-        request.room = answer_room(self.model.language_model, len(request), self._limit(request))
-        if self.logprobs:
-            request.answer.logprobs = []
-        self.waiting.append(request)
+    def submit(self, *requests: Request) -> None:
+        """Put a request in the queue, or several of the same prompt, which is then read once for them all.
+
+        Raises UserError where the prompt fills the model's context.
+        """
+        for request in requests:
+            request.room = answer_room(self.model.language_model, len(request), self._limit(request))
+            if self.logprobs:
+                request.answer.logprobs = []
+        most = self.batching.rows
+        self.waiting.extend(list(requests[n : n + most]) for n in range(0, len(requests), most))
 
     def _limit(self, request: Request) -> int:
         """Return the most tokens of its answer, where the context has room for them."""
@@ -178,7 +184,7 @@ class Engine:
         Returns the requests whose answers have ended.
         """
         if self.num_beams > 1:
-            return [self._search(self.waiting.popleft())] if self.waiting else []
+            return [self._search(request) for request in self.waiting.popleft()] if self.waiting else []
         try:
             finished = []
             if group := self._next_group():
@@ -217,43 +223,57 @@ class Engine:
 
     # -- reading prompts -----------------------------------------------------------------------------------------
 
-    def _next_group(self) -> list[Request]:
-        """Return the next waiting requests that fit together and beside those that are running."""
+    def _next_group(self) -> list[list[Request]]:
+        """Return the next waiting prompts that fit together and beside the rows that are running."""
         limits, running = self.batching, len(self.running)
         if running and limits.rows - running < self._least_free:
             return []
         widest = max((len(r) + r.room for r in self.running), default=0)
-        group: list[Request] = []
-        tokens = 0
+        group: list[list[Request]] = []
+        tokens, together = 0, running
         while self.waiting:
-            request, count = self.waiting[0], len(group) + 1
-            widest = max(widest, len(request) + request.room)
-            tokens += len(request)
-            together = running + count
-            if together > limits.rows or (together > 1 and together * widest > limits.tokens):
+            same = self.waiting[0]
+            widest = max(widest, *(len(request) + request.room for request in same))
+            tokens += len(same[0])
+            together += len(same)
+            if together > limits.rows or (together > len(same) and together * widest > limits.tokens):
                 break
-            if count > 1 and tokens > limits.prefill_tokens:
+            if group and tokens > limits.prefill_tokens:
                 break
             group.append(self.waiting.popleft())
         return group
 
-    def _prefill(self, group: Sequence[Request]) -> list[Request]:
+    def _prefill(self, group: Sequence[list[Request]]) -> list[Request]:
         """Read prompts and choose their first tokens. Returns the requests that end with these."""
         if not group:
             return []
-        first, lengths = len(self.running), [len(request) for request in group]
-        self._reserve(first + len(group), max(lengths) + 1, [*self.running, *group])
+        first, prompts = len(self.running), [same[0] for same in group]
+        requests = [request for same in group for request in same]
+        self._reserve(first + len(requests), max(len(request) for request in prompts) + 1, [*self.running, *requests])
         if self.prefix_cache:
-            logits_BV = self.prefix_cache.read(self.model, group[0].input_ids, group[0].tiles)
+            logits_BV = self.prefix_cache.read(self.model, prompts[0].input_ids, prompts[0].tiles)
         else:
-            slots = range(first, first + len(group))
-            logits_BV = decoding.prefill(self.model.language_model, self._embed(group), lengths, self.cache, slots)
-        for request in group:
+            logits_BV = self._read(group, first)
+        for request in requests:
             request.tiles = request.tiles.new_empty(0, *request.tiles.shape[1:])  # no longer needed
-        self._state.admit(first, lengths, [self.params] * len(group), [request.seed for request in group])
-        self.running += group
+        lengths, seeds = [len(request) for request in requests], [request.seed for request in requests]
+        self._state.admit(first, lengths, [self.params] * len(requests), seeds)
+        self.running += requests
         result = decoding.choose_next(self._state, logits_BV, first, *self._kinds)
-        return self._collect(group, result.cpu())
+        return self._collect(requests, result.cpu())
+
+    def _read(self, group: Sequence[list[Request]], first: int) -> Tensor:
+        """Read prompts into the slots from `first` on. Returns the logits of every request of theirs."""
+        slots = [first + sum(map(len, group[:n])) for n in range(len(group))]
+        prompts = [same[0] for same in group]
+        lengths = [len(request) for request in prompts]
+        logits_BV = decoding.prefill(self.model.language_model, self._embed(prompts), lengths, self.cache, slots)
+        if len(group) == sum(map(len, group)):
+            return logits_BV
+        for slot, same in zip(slots, group):
+            for other in range(slot + 1, slot + len(same)):
+                self.cache.move(slot, other, len(same[0]))
+        return torch.cat([logits_V.expand(len(same), -1) for logits_V, same in zip(logits_BV, group)])
 
     def _embed(self, group: Sequence[Request]) -> Tensor:
         """Return the embeddings of prompts, one after another: (1, T, D)."""

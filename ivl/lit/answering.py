@@ -9,12 +9,13 @@ from functools import cached_property
 
 from ivl.data.processor import Processor
 from ivl.inference.engine import Batching, Engine, Request, row_seed
-from ivl.inference.sampling import NotFinite, SamplingParams, StoppingCriteria
+from ivl.inference.sampling import Answer, NotFinite, SamplingParams, StoppingCriteria
 from ivl.lit.prediction import Row, answered, failed
 from ivl.lit.prompts import LAST, Prompt
 from ivl.model.compiled import uncompiled
 from ivl.model.fingerprint import fingerprint
 from ivl.model.internvl import InternVL
+from ivl.reasoning import split_reasoning
 from ivl.types import Batch, Conversation, UserError
 
 
@@ -39,13 +40,24 @@ class Generation:
     stop: tuple[str, ...] = ()
     """Texts that end an answer, beside the checkpoint's own end tokens; they are not part of it."""
     seed: int = 0
-    """Of the sampling; each row has a generator of its own, so answers do not depend on batching."""
+    """Seed of the sampling; each row has random numbers of its own, so answers do not depend on batching."""
+    num_answers: int = 1
+    """Answers of each row in prediction, all in its `responses`; above 1 needs a temperature above 0."""
+    logprobs: bool = False
+    """Write the log-probability of each token of an answer into prediction's rows."""
 
     @property
     def sampling_params(self) -> SamplingParams:
         """Settings of the engine. Raises UserError for values out of range."""
         params = SamplingParams(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
         params.check_beams(self.num_beams)
+        if self.num_answers < 1 or (self.num_answers > 1 and self.temperature == 0):
+            raise UserError(
+                f"num_answers: expected 1, or more with a temperature above 0, found {self.num_answers} with "
+                f"temperature {self.temperature}: greedy answers would all be the same"
+            )
+        if self.logprobs and self.num_beams > 1:
+            raise UserError("logprobs: expected false with num_beams above 1, found true")
         return params
 
 
@@ -65,7 +77,10 @@ class Answering:
         is answered with its error; else it is raised."""
         chosen, criteria = generation, stopping_criteria(model, processor, generation)
         self.model, self.name = model, name
-        self.engine = Engine(model, criteria, chosen.sampling_params, chosen.max_new_tokens, chosen.num_beams, batching)
+        settings = chosen.sampling_params, chosen.max_new_tokens, chosen.num_beams, batching, chosen.logprobs
+        self.engine = Engine(model, criteria, *settings)
+        self._siblings: dict[int, list[Request]] = {}
+        """Requests of each row that is being answered"""
         self.processor, self.generation, self.keep_errors = processor, generation, keep_errors
 
     @cached_property
@@ -87,9 +102,12 @@ class Answering:
         if example is None:
             return [failed(prompt.index, prompt.conversation, prompt.where, prompt.error)]
         seed = row_seed(self.generation.seed, prompt.index)
+        seeds = [seed, *(row_seed(seed, n) for n in range(1, self.generation.num_answers))]
         try:
             key = replace(prompt, example=replace(example, tiles=example.tiles.new_empty(0)))  # pixels are large
-            self.engine.submit(Request(key, example.input_ids, example.tiles, seed=seed))
+            requests = [Request(key, example.input_ids, example.tiles, seed=seed) for seed in seeds]
+            self.engine.submit(*requests)
+            self._siblings[prompt.index] = requests
         except UserError as error:
             return [self._failed(prompt, str(error))]
         rows: list[Row] = []
@@ -101,16 +119,28 @@ class Answering:
         """The next token of every row that is being answered. Returns those that have come to an end."""
         rows = []
         for request in self.engine.step():
-            prompt: Prompt = request.key
-            if request.error:
-                rows.append(self._failed(prompt, request.error))
-                continue
-            example = prompt.example
-            assert example is not None, "it was submitted"
-            answer, reason = self.processor.decode(request.answer, self.generation.stop), request.answer.finish_reason
-            row = answered(prompt.index, example.conversation, answer, self.processor, reason, example.notes)
-            rows.append(row | self.made_by)
+            siblings = self._siblings.get(request.key.index, [])
+            if siblings and all(other.is_finished for other in siblings):
+                del self._siblings[request.key.index]
+                rows.append(self._row(siblings))
         return rows
+
+    def _row(self, requests: Sequence[Request]) -> Row:
+        """Return the line of a row whose answers have all come to an end."""
+        prompt: Prompt = requests[0].key
+        example = prompt.example
+        assert example is not None, "it was submitted"
+        for request in requests:
+            if request.error:
+                return self._failed(prompt, request.error)
+        texts = [self.processor.decode(request.answer, self.generation.stop) for request in requests]
+        first = requests[0].answer
+        row = answered(prompt.index, example.conversation, texts[0], self.processor, first.finish_reason, example.notes)
+        if first.logprobs is not None:
+            row["logprobs"] = first.logprobs
+        if len(requests) > 1:
+            row["responses"] = [_response(text, request.answer) for text, request in zip(texts, requests)]
+        return row | self.made_by
 
     def _failed(self, prompt: Prompt, error: str) -> Row:
         """The line of a row that has no answer. Raises UserError where errors are not kept."""
@@ -118,6 +148,13 @@ class Answering:
         if not self.keep_errors:
             raise UserError(text)
         return failed(prompt.index, prompt.conversation, prompt.where, text)
+
+
+def _response(text: str, answer: Answer) -> Row:
+    """Return one of several answers of a row."""
+    reasoning, response = split_reasoning(text)
+    line: Row = {"response": response, "reasoning": reasoning, "finish_reason": answer.finish_reason}
+    return line if answer.logprobs is None else line | {"logprobs": answer.logprobs}
 
 
 @contextmanager
@@ -141,7 +178,7 @@ def answers(
     """The answers of a batch of prompts. `all_done`: as in `ivl.inference.generate.generate`, asked where every process
     must compute every token, since the model is shared out."""
     criteria = stopping_criteria(model, processor, chosen)
-    settings = {k: v for k, v in vars(chosen).items() if k != "stop"}
+    settings = {k: v for k, v in vars(chosen).items() if k not in ("stop", "num_answers", "logprobs")}
     if model.always_run_vision:
         settings["all_done"] = all_done
     with uncompiled():

@@ -228,6 +228,30 @@ def test_log_probabilities_of_the_tokens_are_the_models(model):
     assert answered(Engine(model, StoppingCriteria(), max_new_tokens=2), requests(made))[0].logprobs is None
 
 
+def test_several_answers_of_a_prompt_are_those_it_gives_alone_and_it_is_read_once(model):
+    made = rows(model, LENGTHS[:5], TILES[:5])
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+
+    def several(n: int, row) -> list[Request]:
+        return [Request((n, k), row["input_ids"], row["tiles"], ANSWERS[n], seed=100 * n + k) for k in range(3)]
+
+    alone = {}
+    for n, row in enumerate(made):
+        for request in several(n, row):
+            engine = Engine(model, StoppingCriteria(), params)
+            engine.submit(request)
+            alone |= {request.key: request.answer for request in engine.run()}
+    for batching in (Batching(), Batching(rows=7), Batching(rows=2)):
+        engine, (seen, hooks) = Engine(model, StoppingCriteria(), params, batching=batching), watched(model)
+        for n, row in enumerate(made):
+            engine.submit(*several(n, row))
+        assert {request.key: request.answer for request in engine.run()} == alone
+        for hook in hooks:
+            hook.remove()
+        times = 1 if batching.rows > 2 else 2  # three answers are then a pair and one
+        assert sum(tokens for _, tokens in seen["rows"] if tokens > 1) == times * sum(LENGTHS[:5])
+
+
 @pytest.mark.slow
 def test_the_decoding_step_compiles_whole(model):
     """One graph without a break, for any number of rows and columns, and the answers are the same."""

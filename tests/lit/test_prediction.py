@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ivl.__main__ import main
 from ivl.data.processor import Processor
 from ivl.inference.engine import row_seed
+from ivl.lit.answering import Generation
 from ivl.lit.prediction import Parts, answered
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
@@ -127,6 +128,27 @@ def crash(argv: list[str], parts: Parts, lines: int) -> None:
 def test_batches_of_generate_answer_as_rows_alone_do(api, alone_ids, size):
     found = [ids for n in range(0, COUNT, size) for ids in api.generated(api.prompts[n : n + size])]
     assert found == alone_ids
+
+
+def test_several_answers_and_log_probabilities_of_each_row(base, api, tmp_path):
+    rows, lines = tmp_path / "few.jsonl", (base / "data/questions.jsonl").read_text().splitlines()[:3]
+    rows.write_text("\n".join(lines))
+    out = tmp_path / "answers.jsonl"
+    generation = {"temperature": 1.0, "num_answers": 3, "logprobs": "true", "seed": 5}
+    options = [f"--model.generation.{name}={value}" for name, value in generation.items()]
+    words = command(base, out, "--data.media_root", str(base / "data"), *options)
+    words[words.index(str(base / "data/questions.jsonl"))] = str(rows)
+    assert main(words) in (0, None)
+    for n, line in enumerate(read(out)):
+        seed = row_seed(5, n)
+        seeds = [seed, row_seed(seed, 1), row_seed(seed, 2)]
+        alone = [api.streamed(n, temperature=1.0, seed=each) for each in seeds]
+        assert [one["response"] for one in line["responses"]] == [api.processor.decode(ids) for ids in alone]
+        assert line["response"] == line["responses"][0]["response"]
+        assert [len(one["logprobs"]) for one in line["responses"]] == [len(ids) for ids in alone]
+        assert line["logprobs"] == line["responses"][0]["logprobs"] and max(line["logprobs"]) < 0
+    with pytest.raises(UserError, match=r"num_answers: expected 1, or more with a temperature above 0, found 2"):
+        _ = Generation(num_answers=2).sampling_params
 
 
 def test_answers_are_those_of_each_row_alone(base, alone, tmp_path):
