@@ -42,7 +42,7 @@ from ivl.families import config_for, find_model
 from ivl.lit.health import scale, total_norm
 from ivl.lit.module import LOSS_UNIT
 from ivl.model import tune as tuning
-from ivl.model.compiled import compile_layers
+from ivl.model.efficient.compile import compile_layers
 from ivl.model.internvl import InternVL
 from ivl.model.tune import LoRA, Tune
 from ivl.types import IGNORE, Batch, Conversation, Example

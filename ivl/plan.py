@@ -149,6 +149,7 @@ def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> Setup:
         vision_checkpointing=model.checkpointing.vision_model,
         language_checkpointing=model.checkpointing.language_model,
         attention="eager" if model.attention == "eager" else "sdpa",
+        efficient=model.efficient,
         optimizer=optimizer,
         accumulate=trainer.accumulate_grad_batches,
         strategy=strategy_of(trainer.strategy, count),
@@ -285,7 +286,7 @@ def recomputed(setup: Setup, micro: Micro) -> flops.Recomputed:
         vision_model=setup.vision_checkpointing,
         language_model=setup.language_checkpointing,
         scores=setup.attention != "eager",
-        last_mlp=setup.attention != "sdpa",
+        last_mlp=setup.attention == "eager" or not setup.efficient,
     )
 
 

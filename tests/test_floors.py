@@ -42,9 +42,11 @@ ALLOWED = {
     "ivl.devices": set(),
     "ivl.parquet": {"ivl.types"},
     "ivl.reasoning": set(),
-    "ivl.model.internvl": {*FLOOR_0, "ivl.model", "ivl.inference"},  # `InternVL.generate`
+    # What they share with the two above them: `InternVL.generate` and `InternVL.from_pretrained`
+    "ivl.model.internvl": {*FLOOR_0, "ivl.model", "ivl.inference", "ivl.checkpoint"},
     "ivl.model": {*FLOOR_0, "ivl.model"},
     "ivl.inference": {*FLOOR_0, "ivl.model", "ivl.inference"},
+    "ivl.checkpoint": {*FLOOR_0, "ivl.model", "ivl.checkpoint"},
     "ivl.data": {*FLOOR_0, "ivl.data"},
     "ivl.eval": {
         "ivl.types",
@@ -55,7 +57,7 @@ ALLOWED = {
         "ivl.reasoning",
         "ivl.eval",
     },
-    "ivl.lit": {*FLOOR_0, "ivl.model", "ivl.inference", "ivl.data", "ivl.eval", "ivl.lit"},
+    "ivl.lit": {*FLOOR_0, "ivl.model", "ivl.inference", "ivl.checkpoint", "ivl.data", "ivl.eval", "ivl.lit"},
     "ivl": {"ivl"},  # commands, and the package's own front door
 }
 LIGHTNING = "ivl.lit"

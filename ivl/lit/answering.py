@@ -12,7 +12,7 @@ from ivl.inference.engine import Batching, Engine, Request, row_seed
 from ivl.inference.sampling import Answer, NotFinite, SamplingParams, StoppingCriteria
 from ivl.lit.prediction import Row, answered, failed
 from ivl.lit.prompts import LAST, Prompt
-from ivl.model.compiled import uncompiled
+from ivl.model.efficient.compile import uncompiled
 from ivl.model.fingerprint import fingerprint
 from ivl.model.internvl import InternVL
 from ivl.reasoning import split_reasoning

@@ -41,8 +41,8 @@ from ivl.lit.watch import SourceLosses
 from ivl.model import peft_adapter as adapting
 from ivl.model import tune as tuning
 from ivl.model.adapter_training import continue_adapter
-from ivl.model.compiled import compile_layers
 from ivl.model.devices import Placement
+from ivl.model.efficient.compile import compile_layers
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
 from ivl.model.rates import Rates, param_groups, scale_rates, vectors
@@ -79,10 +79,10 @@ class LitInternVL(LightningModule):
             inference, and as the frozen base of a LoRA (QLoRA). The vision encoder, projector and head stay whole.
         attention: Attention kernel; `auto` takes the fastest that is installed and runs here.
         checkpointing: Activation checkpointing per part.
+        efficient: Train in less memory and time (`ivl.model.efficient`); false: the same by plain layers.
         compile: Train with the layers of vision encoder and language model compiled by torch.compile: the first steps
             take minutes, the others less time, most of all on a GPU. Needs a C++ compiler.
-        loss_reduction: How much a row counts in a step: by its supervised tokens, alike, or by their square root
-            (token, sample, square).
+        loss_reduction: Rows count in a step by their supervised tokens, alike, or by the root (token, sample, square).
         label_smoothing: Share of each target that is spread evenly over the vocabulary, in training.
         neftune: Noise on the embeddings of text in training, alpha of NEFTune (5 is usual); 0: none.
         optimizer: Made with the parameter groups of what trains.
@@ -90,11 +90,9 @@ class LitInternVL(LightningModule):
         schedule: Made with the optimizer and the number of optimizer steps; stepped once per optimizer step.
         generation: How answers are generated in validation and prediction.
         batching: How many rows are answered at the same time in prediction; answers do not depend on it.
-        metrics: Scores of the answers in validation: val/NAME is logged (of `test`: test/NAME), over all rows and per
-            source, to choose checkpoints and to stop by.
+        metrics: Scores of the answers in validation, val/NAME (of `test`: test/NAME), over all rows and per source.
         answer_rows: At most this many rows per validation are answered in words; the loss is of all. Unset: all.
-        stop_after_bad: Stop after this many optimizer steps in a row whose loss or gradients are not finite; each is
-            skipped.
+        stop_after_bad: Stop after this many optimizer steps in a row with no finite loss or gradients; each is skipped.
     """
 
     trainer: IvlTrainer  # type: ignore[override]  # Lightning sets no other
@@ -110,6 +108,7 @@ class LitInternVL(LightningModule):
         quantize: Literal["int8", "nf4"] | None = None,
         attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto",
         checkpointing: Checkpointing = Checkpointing(),
+        efficient: bool = True,
         compile: bool = False,  # noqa: A002  (the option's name)
         loss_reduction: Reduction = "token",
         label_smoothing: float = 0.0,
@@ -127,7 +126,7 @@ class LitInternVL(LightningModule):
         self.pretrained = pretrained
         self.tune, self.adapter = tune, adapter
         self.dtype_name, self.quantize, self.attention = dtype, quantize, attention
-        self.checkpointing, self.compiled = checkpointing, compile
+        self.checkpointing, self.compiled, self.efficient = checkpointing, compile, efficient
         self.loss_reduction, self.label_smoothing, self.neftune = loss_reduction, label_smoothing, neftune
         self.make_optimizer, self.make_schedule, self.rates = optimizer, schedule, rates
         self.generation, self.batching = generation, batching
@@ -181,10 +180,11 @@ class LitInternVL(LightningModule):
         if mesh is not None:
             from ivl.model.parallel import build_sharded, parallelize  # peft takes seconds to import
         if mesh is not None and not self.adapter and not self.quantize:
-            return build_sharded(self.pretrained, self.tune, mesh, strategy.root_device, dtype, attention)
+            how = strategy.root_device, dtype, attention, self.efficient
+            return build_sharded(self.pretrained, self.tune, mesh, *how)
         # Where each process holds the whole model it is read straight onto its device; otherwise onto the host first.
         whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not zero.is_zero(strategy, 3)
-        where: dict[str, Any] = {"device": strategy.root_device if whole else "cpu"}
+        where: dict[str, Any] = {"efficient": self.efficient, "device": strategy.root_device if whole else "cpu"}
         where = strategy.reading(self) if isinstance(strategy, LayerSplit) else where
         model = InternVL.from_pretrained(self.pretrained, dtype, attention=attention, quantize=self.quantize, **where)
         if self.adapter and self.trainer.training:

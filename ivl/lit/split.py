@@ -66,7 +66,8 @@ class LayerSplit(SingleDeviceStrategy):
     def reading(self, module: LitInternVL) -> dict[str, Any]:
         """How `InternVL.from_pretrained` is to read the model. What trains is not left with the host."""
         planned = module.trainer.training and self.options["device_map"] is None
-        return self.options | {"needs": training_sizes(module) if planned else None, "offload": False}
+        needs = training_sizes(module) if planned else None
+        return self.options | {"needs": needs, "offload": False, "efficient": module.efficient}
 
     def model_to_device(self) -> None:
         """Each layer was read onto its device; what remains is where the batches go."""
@@ -98,6 +99,7 @@ def training_sizes(module: LitInternVL) -> Sizes:
         vision_checkpointing=module.checkpointing.vision_model,
         language_checkpointing=module.checkpointing.language_model,
         attention="eager" if module.attention == "eager" else "sdpa",
+        efficient=module.efficient,
         optimizer=type(module.make_optimizer([nn.Parameter(torch.zeros(1))])).__name__,
         accumulate=trainer.accumulate_grad_batches,
         strategy="layer_split",

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ivl.model.again import again, autocast_dtype
+from ivl.model.efficient.recompute import recompute
+from ivl.model.layers import autocast_dtype
 from ivl.types import SequenceLayout, UserError
 
 AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -235,7 +236,7 @@ def by_row(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
             )
         )
-    return again(_joined, *rows)
+    return recompute(_joined, *rows)  # plain outside of a region
 
 
 def _joined(*rows_1HTK: Tensor) -> Tensor:

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ivl.families import LLMFamily
-from ivl.model.again import again, normed, small
 from ivl.model.attention import Layout, attend, visible
-from ivl.model.layers import ACTIVATIONS, RMSNorm
+from ivl.model.layers import ACTIVATIONS, Gated, RMSNorm
 from ivl.model.rotary import Rope, RotaryEmbedding, rotate
 from ivl.types import SequenceLayout, UserError
 
@@ -148,7 +147,7 @@ class GatedMLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.act, self.fused = ACTIVATIONS[config.hidden_act](), config.fused
+        self.act, self.fused = Gated(ACTIVATIONS[config.hidden_act]()), config.fused
         if config.fused:
             self.gate_up_proj = nn.Linear(width, 2 * inner, bias=bias)
         else:
@@ -158,10 +157,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x_BTD).chunk(2, -1) if self.fused else (self.gate_proj(x_BTD), self.up_proj(x_BTD))
-        return self.down_proj(again(self._gated, gate, up))
-
-    def _gated(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
-        return again(self.act, gate_BTF) * up_BTF
+        return self.down_proj(self.act(gate, up))
 
 
 MLPS: dict[str, Callable[[DecoderConfig], nn.Module]] = {"gated": GatedMLP}
@@ -188,10 +184,10 @@ class DecoderLayer(nn.Module):
         outputs_M: Tensor | None = None,
     ) -> Tensor:
         """`outputs_M`: positions in the one sequence; only theirs are computed behind attention, (1, M, D)."""
-        x_BTD = x_BTD + self.dropout(self.self_attn(normed(self.input_layernorm, x_BTD), rotary, layout, cache))
+        x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), rotary, layout, cache))
         if outputs_M is not None:
             x_BTD = x_BTD.index_select(1, outputs_M)
-        return x_BTD + self.dropout(self.mlp(normed(self.post_attention_layernorm, x_BTD)))
+        return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))
 
 
 class Decoder(nn.Module):
@@ -205,6 +201,10 @@ class Decoder(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
         self.checkpointing = False
         """Keep only the input of each layer in training, and compute the rest again in backward"""
+        self.around_layer: Callable[[], AbstractContextManager[None]] = nullcontext
+        """In which each layer's forward runs in training (`ivl.model.efficient.recompute`)"""
+        self.last_layer_selects = False
+        """The last layer computes `outputs_M` alone (`ivl.model.efficient.last_block`)"""
 
     def forward(
         self,
@@ -222,13 +222,14 @@ class Decoder(nn.Module):
         x_BTD, rotary = embeds_BTD, self.rotary_emb(embeds_BTD, positions_BT)
         training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         for n, layer in enumerate(self.layers):
-            only = outputs_M if n == len(self.layers) - 1 else None
+            only = outputs_M if self.last_layer_selects and n == len(self.layers) - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(layer, x_BTD, rotary, layout, cache, only, use_reentrant=False)
                 continue
-            keeping: AbstractContextManager[None] = small() if training else nullcontext()
-            with keeping:
+            with self.around_layer() if training else nullcontext():
                 x_BTD = layer(x_BTD, rotary, layout, cache, only)
+        if outputs_M is not None and not self.last_layer_selects:
+            x_BTD = x_BTD.index_select(1, outputs_M)
         return self.norm(x_BTD)
 
 

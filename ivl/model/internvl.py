@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from ivl.config import Config
 from ivl.families import llm_family
 from ivl.model import devices as splitting
-from ivl.model import quant
 from ivl.model.attention import AttentionKernel, choose_kernel
-from ivl.model.checkpoint import Checkpoint
 from ivl.model.decoder import DecoderConfig, LanguageModel
+from ivl.model.efficient import install
+from ivl.model.image_tokens import check_image_tokens
 from ivl.model.loss import Losses, losses, supervised_places
 from ivl.model.neftune import add_noise
 from ivl.model.quant import Quantize
 from ivl.model.sequence_layout import layout_of
 from ivl.model.vision import InternViT
-from ivl.model.weights import load_weights
 from ivl.types import IMAGENET_MEAN, IMAGENET_STD, Batch, SequenceLayout, UserError, places
 
 if TYPE_CHECKING:
@@ -69,7 +68,12 @@ class InternVL(nn.Module):
     """A chat model of the released layout; module names are those of the released checkpoints."""
 
     def __init__(
-        self, config: Config, kernel: str = "sdpa", image_token_id: int = -1, dtype: torch.dtype = torch.float32
+        self,
+        config: Config,
+        kernel: str = "sdpa",
+        image_token_id: int = -1,
+        dtype: torch.dtype = torch.float32,
+        efficient: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -87,6 +91,8 @@ class InternVL(nn.Module):
         """Whether layers are quantised (`ivl.model.quant`); peft asks by these names"""
         self.features_projected = False
         """Whether features that a batch brings are those behind `mlp1`"""
+        self.efficient = efficient
+        """Layers train in less memory and time, by `ivl.model.efficient`"""
         self.vision_model = InternViT(config.vision, kernel)
         self.language_model = LanguageModel(
             DecoderConfig.from_llm(config.llm, llm_family(config.llm_architecture), kernel)
@@ -95,6 +101,8 @@ class InternVL(nn.Module):
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)
         )
+        if efficient:
+            install(self)
         self.to(dtype)
 
     @classmethod
@@ -105,6 +113,7 @@ class InternVL(nn.Module):
         device: str | torch.device = "cpu",
         attention: AttentionKernel = "auto",
         image_token_id: int = -1,
+        efficient: bool = True,
     ) -> InternVL:
         """The model in eval mode with random weights, or, on the device `meta`, with none.
 
@@ -112,7 +121,7 @@ class InternVL(nn.Module):
         """
         dtype = splitting.as_dtype(dtype)
         with torch.device(device):
-            return cls(config, choose_kernel(attention, device, dtype), image_token_id, dtype).eval()
+            return cls(config, choose_kernel(attention, device, dtype), image_token_id, dtype, efficient).eval()
 
     @classmethod
     def from_pretrained(
@@ -127,38 +136,20 @@ class InternVL(nn.Module):
         device_map: str | Path | Mapping[str, str | int] | None = None,
         needs: splitting.Sizes | None = None,
         offload: bool = True,
+        efficient: bool = True,
     ) -> InternVL:
         """A released checkpoint, in eval mode: a folder, or a name that `ivl.hub` finds.
 
         `quantize`: 8 or 4 bits for the linear layers of the language model's blocks. A checkpoint that is stored in 8
         bits stays so, and computes in bfloat16. float32 is taken, with a warning, where the device has no `dtype`.
         `devices`, `device_max_memory`, `device_map`: the model is split over several devices, and `device` does not
-        count; see `ivl.model.devices.choose`, also for `needs` and `offload`.
+        count; see `ivl.model.devices.choose`, also for `needs` and `offload`. `efficient`: see `ivl.model.efficient`.
         Raises UserError where files are missing or broken, or a tensor is missing, unexpected or of another shape.
         """
-        from ivl.hub import resolve
+        from ivl.checkpoint.load import load_model
 
-        checkpoint = Checkpoint.open(resolve(name_or_path))
-        config, files = checkpoint.config, checkpoint.files
-        dtype = quant.compute_dtype(files, splitting.as_dtype(dtype), quantize)
-        placement = None
-        if any(option is not None for option in (devices, device_max_memory, device_map)):
-            sized = cls.from_config(config, dtype, "meta")
-            bits = quant.bits(sized, files, quantize)
-            placement = splitting.choose(sized, devices, device_max_memory, device_map, bits, needs, offload)
-        if placement:
-            device = placement.main
-        dtype = splitting.supported_dtype(dtype, device)
-        kernel = choose_kernel(attention, device, dtype)
-        model = cls.from_config(config, dtype, "meta", kernel, checkpoint.image_token_id)
-        model.eos_ids = checkpoint.eos_ids
-        if quantize or quant.is_int8(files):
-            quant.load_quantized(model, files, placement or device, quantize)
-        else:
-            load_weights(model, files, placement or device)
-        if placement:
-            splitting.dispatch(model, placement)
-        return model
+        places = devices, device_max_memory, device_map, needs, offload
+        return load_model(cls, name_or_path, dtype, device, attention, quantize, *places, efficient)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -256,7 +247,9 @@ class InternVL(nn.Module):
             tiles_N3SS = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
         count = len(tiles_N3SS) if features_NPC is None else len(features_NPC)
         if image_at is None:
-            self._check_counts(image_BT, count, tiles_N3SS.shape[-1], tiles_per_row, row_ids_BT)
+            patches = (tiles_N3SS.shape[-1] // self.config.vision.patch_size) ** 2
+            per_tile = int(patches * self.config.downsample_ratio**2)
+            check_image_tokens(image_BT, count, per_tile, tiles_per_row, row_ids_BT)
         embeds_BTD = self.language_model.get_input_embeddings()(input_ids_BT)
         if self.neftune_alpha and self.training:
             # Image tokens' embeddings are written over below, so only text gets noise (as in transformers' trainer).
@@ -307,33 +300,3 @@ class InternVL(nn.Module):
             return True
         parameters = (*self.vision_model.parameters(), *self.mlp1.parameters())
         return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-
-    def _check_counts(
-        self, image_BT: Tensor, count: int, side: int, tiles_per_row: Tensor | None, row_ids_BT: Tensor | None
-    ) -> None:
-        """Raise UserError where the image tokens of a row are not those of its tiles.
-
-        On the CPU only: elsewhere each step would wait for the answer, and a Processor's rows are right.
-        """
-        if not image_BT.is_cpu:
-            return
-        patches = (side // self.config.vision.patch_size) ** 2
-        per_tile = int(patches * self.config.downsample_ratio**2)
-        if tiles_per_row is None:
-            tiles, tokens = [count], [int(image_BT.sum())]
-        else:
-            tiles = tiles_per_row.tolist()
-            if row_ids_BT is None:
-                tokens = image_BT.sum(1).tolist()
-            else:
-                of_row = torch.zeros(len(tiles), dtype=torch.long, device=image_BT.device)
-                tokens = of_row.index_add(0, row_ids_BT.clamp(min=0).flatten(), image_BT.flatten().long()).tolist()
-        if sum(tiles) != count:
-            raise UserError(f"batch: tiles_per_row adds up to {sum(tiles)} tiles, but there are {count}")
-        for row, (have, need) in enumerate(zip(tokens, tiles, strict=True)):
-            if have != need * per_tile:
-                where = "batch" if tiles_per_row is None else f"row {row} of the batch"
-                raise UserError(
-                    f"{where}: {have} image tokens (<IMG_CONTEXT>) but {need} tiles of {per_tile} tokens each, which "
-                    f"need {need * per_tile}; give every tile its tokens, and do not cut a row inside an image"
-                )

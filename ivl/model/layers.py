@@ -1,4 +1,4 @@
-"""Layers that the vision encoder and the language model share: RMSNorm and activations by name."""
+"""Layers that the vision encoder and the language model share, and two questions about weights and types."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-from ivl.model.again import again
+from torch.distributed.tensor import DTensor
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -29,6 +28,17 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+class Gated(nn.Module):
+    """The activation of a gated MLP: act(gate) · up."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        return self.act(gate_BTF) * up_BTF
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm, in float32 up to the weights whatever these are kept in.
 
@@ -41,8 +51,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.weight * again(self._unit, x_BTD)
+        wide_BTD = x_BTD.float()
+        unit_BTD = wide_BTD * torch.rsqrt(wide_BTD.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * unit_BTD.to(x_BTD.dtype)
 
-    def _unit(self, x_BTD: Tensor) -> Tensor:
-        wide_BTD = again(Tensor.float, x_BTD)
-        return (wide_BTD * torch.rsqrt(wide_BTD.pow(2).mean(-1, keepdim=True) + self.eps)).to(x_BTD.dtype)
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a weight is not whole here: split over devices, or at hand in its layer's own forward and backward alone,
+    by hooks of the layer (DeepSpeed's third stage)."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Of a type of device; None where autocast is off."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def adopted(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A new module of a subclass, with another's parameters, children and settings."""
+    new = kind.__new__(kind)
+    new.__dict__.update(module.__dict__)
+    return new

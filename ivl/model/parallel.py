@@ -37,6 +37,7 @@ def build_sharded(
     device: torch.device,
     dtype: str | torch.dtype = "float32",
     attention: AttentionKernel = "auto",
+    efficient: bool = True,
 ) -> InternVL:
     """A model of which this process has read only its shards, with what trains in place.
 
@@ -48,14 +49,14 @@ def build_sharded(
 
     loras = [mode for part in tuning.PARTS if isinstance(mode := tune.mode(part), LoRA)]
     if any(lora.dora or lora.init == "pissa" for lora in loras):
-        model = InternVL.from_pretrained(name_or_path, dtype, "cpu", attention)
+        model = InternVL.from_pretrained(name_or_path, dtype, "cpu", attention, efficient=efficient)
         tuning.apply(model, tune)
         parallelize(model, mesh)
         return model
     checkpoint = Checkpoint.open(resolve(name_or_path))
     dtype = as_dtype(dtype)
     kernel = choose_kernel(attention, device, dtype)
-    model = InternVL.from_config(checkpoint.config, dtype, "meta", kernel, checkpoint.image_token_id)
+    model = InternVL.from_config(checkpoint.config, dtype, "meta", kernel, checkpoint.image_token_id, efficient)
     model.eos_ids = checkpoint.eos_ids
     tie(model)
     groups = check(model, checkpoint.files)

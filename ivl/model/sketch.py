@@ -62,6 +62,8 @@ class Setup:
     vision_checkpointing: bool = False
     language_checkpointing: bool = False
     attention: AttentionKernel = "sdpa"
+    efficient: bool = True
+    """By `ivl.model.efficient`"""
     optimizer: str = "AdamW"
     accumulate: int = 1
     strategy: Strategy = "single"
@@ -154,7 +156,9 @@ class Sketch:
                 raise UserError(f"model.tune.vision_model.last: expected 1 to {self.used} blocks, found {last.last}")
             tune = replace(tune, vision_model=tuning.Blocks(min(last.last, shallow[0])))
         self.tune = tune
-        self.model = InternVL.from_config(small, _dtype(setup.precision), "meta", setup.attention)
+        self.model = InternVL.from_config(
+            small, _dtype(setup.precision), "meta", setup.attention, efficient=setup.efficient
+        )
         with torch.device("meta"):
             tuning.apply(self.model, _without_pissa(tune))
         self.model.set_checkpointing(setup.vision_checkpointing, setup.language_checkpointing)

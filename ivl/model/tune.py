@@ -277,11 +277,12 @@ def inject(model: InternVL, config: LoraConfig) -> None:
     """Put peft's layers in place."""
     from peft import inject_adapter_in_model
 
-    from ivl.model.lora import use  # peft takes a second to import
+    from ivl.model.efficient import lora_linear  # peft takes a second to import
 
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     del model.peft_config  # parts are injected one after the other; peft would take the next for a second adapter
-    use(model)
+    if model.efficient:
+        lora_linear.install(model)
 
 
 def _matrices(layer: LoraLayer) -> tuple[Tensor, Tensor]:

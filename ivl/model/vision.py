@@ -9,14 +9,15 @@ D width, H heads, K width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ivl.config import VisionConfig
-from ivl.model.again import again, normed, small
-from ivl.model.layer_scale import scaled
 from ivl.model.layers import ACTIVATIONS, RMSNorm
 
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
@@ -60,14 +61,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width, config.layer_norm_eps) if normalise else nn.Identity()
         self.k_norm = RMSNorm(width, config.layer_norm_eps) if normalise else nn.Identity()
 
-    def forward(self, x_NLD: Tensor, scale_D: Tensor) -> Tensor:
-        """Times `scale_D`."""
+    def forward(self, x_NLD: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(self.mixed(x_NLD)))
+
+    def mixed(self, x_NLD: Tensor) -> Tensor:
+        """What the heads bring together: (N, L, D)."""
         q_NLD, k_NLD, v_NLD = self.qkv(x_NLD).chunk(3, dim=-1)
         q_NLD, k_NLD = self.q_norm(q_NLD), self.k_norm(k_NLD)
         q_NHLK, k_NHLK, v_NHLK = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q_NLD, k_NLD, v_NLD))
         dropout = self.attention_dropout if self.training else 0.0
         out_NHLK = self.kernel(q_NHLK, k_NHLK, v_NHLK, dropout)
-        return self.proj_drop(scaled(self.proj, out_NHLK.transpose(1, 2).flatten(2), scale_D))
+        return out_NHLK.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -79,9 +83,8 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_NLD: Tensor, scale_D: Tensor) -> Tensor:
-        """Times `scale_D`."""
-        return scaled(self.fc2, again(self.act, self.fc1(x_NLD)), scale_D)
+    def forward(self, x_NLD: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x_NLD)))
 
 
 class DropPath(nn.Module):
@@ -114,8 +117,8 @@ class Layer(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x_NLD: Tensor) -> Tensor:
-        x_NLD = x_NLD + self.drop_path1(self.attn(normed(self.norm1, x_NLD), self.ls1))
-        return x_NLD + self.drop_path2(self.mlp(normed(self.norm2, x_NLD), self.ls2))
+        x_NLD = x_NLD + self.drop_path1(self.attn(self.norm1(x_NLD)) * self.ls1)
+        return x_NLD + self.drop_path2(self.mlp(self.norm2(x_NLD)) * self.ls2)
 
 
 class Embeddings(nn.Module):
@@ -155,13 +158,16 @@ class Encoder(nn.Module):
         rates = [config.drop_path_rate * n / max(count - 1, 1) for n in range(count)]
         self.layers = nn.ModuleList(Layer(config, kernel, rate) for rate in rates)
         self.checkpointing = False
+        """Keep only the input of each layer in training, and compute the rest again in backward"""
+        self.around_layer: Callable[[], AbstractContextManager[None]] = nullcontext
+        """In which each layer's forward runs in training (`ivl.model.efficient.recompute`)"""
 
     def forward(self, x_NLD: Tensor, count: int) -> Tensor:
         for layer in self.layers[:count]:
             if self.checkpointing and torch.is_grad_enabled():
                 x_NLD = checkpoint(layer, x_NLD, use_reentrant=False)
             else:
-                with small():
+                with self.around_layer() if torch.is_grad_enabled() else nullcontext():
                     x_NLD = layer(x_NLD)
         return x_NLD
 

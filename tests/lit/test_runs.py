@@ -304,3 +304,15 @@ def test_validation_reports_scores_and_pictures(base, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "test/exact" in printed and "val/" not in printed
     assert any(tag.startswith("lr/") for tag in tags["scalars"])
+
+
+def test_a_run_without_efficient_layers_is_the_same_run(base, tmp_path):
+    """`model.efficient: false`, with everything that the option leaves out in use."""
+    tune = {"vision_model": "full", "mlp1": "full", "language_model": {"rank": 4}}
+    weights = [
+        fit(base, tmp_path / name, model__tune=tune, model__efficient=efficient)
+        for name, efficient in (("efficient", True), ("plain", False))
+    ]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "efficient"), rel=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from ivl.data.collate import collate
-from ivl.model.compiled import compile_layers, uncompiled
+from ivl.model.efficient.compile import compile_layers, uncompiled
 from ivl.model.internvl import InternVL
 from ivl.model.tune import LoRA, Tune, apply
 from ivl.types import Batch, Conversation, Example, Message

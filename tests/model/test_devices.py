@@ -208,7 +208,7 @@ def test_a_split_model_answers_and_learns_as_the_whole_one(tiny_folder):
     for packed in (batch, rows.packed(rows.rows(whole))):
         found, expected = (model(**packed, return_logits=True).logits for model in (split, whole))
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert split.generate(batch, 5, eos_ids=[]) == whole.generate(batch, 5, eos_ids=[])
+    assert split.generate(batch, max_new_tokens=5, eos_ids=[]) == whole.generate(batch, max_new_tokens=5, eos_ids=[])
     grads = []
     for model in (whole, split):
         model(**batch).loss.backward()
@@ -274,7 +274,7 @@ def test_on_gpus(tiny_folder, limits):
     split = InternVL.from_pretrained(tiny_folder, devices=count, device_max_memory=limits)
     batch = rows.padded(rows.rows(whole)).to("cuda:0")
     torch.testing.assert_close(split(**batch, return_logits=True).logits, whole(**batch, return_logits=True).logits)
-    assert split.generate(batch, 5) == whole.generate(batch, 5)
+    assert split.generate(batch, max_new_tokens=5) == whole.generate(batch, max_new_tokens=5)
 
 
 # -- dtypes ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora as peft_lora
 from torch import nn
 
-from ivl.model import lora
-from ivl.model.lora import LoRALinear, LoRAProduct, kept
+from ivl.model.efficient import lora_linear as lora
+from ivl.model.efficient.lora_linear import LoRALinear, LoRAProduct, kept
 
 
 def pair(bias: bool = True, dropout: float = 0.0, **more) -> tuple[nn.Module, nn.Module]:
@@ -23,8 +23,9 @@ def pair(bias: bool = True, dropout: float = 0.0, **more) -> tuple[nn.Module, nn
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
-        made.append(model[0])
-    lora.use(nn.Sequential(made[1]))
+        made.append(model)
+    lora.install(made[1])
+    made = [model[0] for model in made]
     assert type(made[0]) is peft_lora.Linear and type(made[1]) is LoRALinear
     return made[0], made[1]
 

@@ -3,6 +3,10 @@
 peft's own forward keeps for backward, of each layer, the input after dropout and a mask as wide and as precise as the
 input; here layers share one input, and a mask is one byte a value. `tune.inject` puts it in peft's place.
 
+Saves: what peft keeps of each layer beside its input; peak memory and time of a step in `benchmarks/README.md`.
+Proof: equal to peft's own layer, gradients included, up to rounding (`tests/model/test_lora.py`).
+Off: `model.efficient: false`.
+
 Shapes: N tokens, I and O features in and out, R rank.
 """
 
@@ -16,7 +20,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ivl.model.again import autocast_dtype, is_split
+from ivl.model.layers import adopted, autocast_dtype, is_sharded
 from ivl.model.tune import ADAPTER
 
 
@@ -99,11 +103,12 @@ class LoRALinear(lora.Linear):
         base = self.base_layer
         frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
         weights = [*frozen, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
-        return not any(map(is_split, weights)) and not any(p.requires_grad for p in frozen)
+        return not any(map(is_sharded, weights)) and not any(p.requires_grad for p in frozen)
 
 
-def use(model: nn.Module) -> None:
-    """Let peft's LoRA layers on linear layers compute this way; those on other layers, quantised ones too, stay."""
-    for module in model.modules():
-        if type(module) is lora.Linear and type(module.base_layer) is nn.Linear:
-            module.__class__ = LoRALinear
+def install(model: nn.Module) -> None:
+    """Put this layer in the place of peft's on linear layers; those on other layers, quantised ones too, stay."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is lora.Linear and type(child.base_layer) is nn.Linear:
+                setattr(parent, name, adopted(child, LoRALinear))

@@ -1,0 +1,55 @@
+"""A checkpoint folder → a model: config and weights read, quantised or split over devices where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ivl.hub import resolve
+from ivl.model import devices as splitting
+from ivl.model import quant
+from ivl.model.attention import AttentionKernel, choose_kernel
+from ivl.model.checkpoint import Checkpoint
+from ivl.model.internvl import InternVL
+from ivl.model.quant import Quantize
+from ivl.model.weights import load_weights
+
+
+def load_model(
+    kind: type[InternVL],
+    name_or_path: str | Path,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    attention: AttentionKernel,
+    quantize: Quantize | None,
+    devices: int | Sequence[str] | None,
+    device_max_memory: Sequence[str] | None,
+    device_map: str | Path | Mapping[str, str | int] | None,
+    needs: splitting.Sizes | None,
+    offload: bool,
+    efficient: bool,
+) -> InternVL:
+    """`InternVL.from_pretrained`, whose options these are."""
+    checkpoint = Checkpoint.open(resolve(name_or_path))
+    config, files = checkpoint.config, checkpoint.files
+    dtype = quant.compute_dtype(files, splitting.as_dtype(dtype), quantize)
+    placement = None
+    if any(option is not None for option in (devices, device_max_memory, device_map)):
+        sized = kind.from_config(config, dtype, "meta")
+        bits = quant.bits(sized, files, quantize)
+        placement = splitting.choose(sized, devices, device_max_memory, device_map, bits, needs, offload)
+    if placement:
+        device = placement.main
+    dtype = splitting.supported_dtype(dtype, device)
+    kernel = choose_kernel(attention, device, dtype)
+    model = kind.from_config(config, dtype, "meta", kernel, checkpoint.image_token_id, efficient)
+    model.eos_ids = checkpoint.eos_ids
+    if quantize or quant.is_int8(files):
+        quant.load_quantized(model, files, placement or device, quantize)
+    else:
+        load_weights(model, files, placement or device)
+    if placement:
+        splitting.dispatch(model, placement)
+    return model

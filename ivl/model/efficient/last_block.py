@@ -1,0 +1,22 @@
+"""The last layer of the language model, behind attention, for the tokens alone that the loss reads.
+
+No other token's last hidden state is read by anything, and about one token in fifteen is supervised; so the last MLP is
+computed for those. `DecoderLayer.forward` takes their positions as `outputs_M`.
+
+Saves: most of one layer's MLP in forward and backward, 1 / (3 x layers) of the step or so, and what it would keep.
+Proof: losses and gradients equal those of the plain model up to rounding, since products have other shapes
+(`tests/model/test_attention.py`); `ivl.flops` counts it, against torch's own counter.
+Off: `model.efficient: false`, or leave the file's line out of `ivl.model.efficient.install`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
+
+
+def install(model: InternVL) -> None:
+    """Let the last layer select the positions, instead of the decoder behind it."""
+    model.language_model.model.last_layer_selects = True
