@@ -30,7 +30,8 @@ from models import write, write_twin
 from transformers import AutoModelForImageTextToText, StoppingCriteriaList
 from transformers import StoppingCriteria as TransformersCriteria
 
-from ivl.inference.engine import Batching, Engine, Request
+from ivl.inference.engine import Engine
+from ivl.inference.request import Batching, Request
 from ivl.inference.sampling import StoppingCriteria
 from ivl.model.internvl import InternVL, normalize
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from ivl.data.cutter import Opened
 from ivl.data.processor import Processor
-from ivl.inference.engine import Engine, Request
+from ivl.inference.engine import Engine
 from ivl.inference.generate import stream_request
 from ivl.inference.graphs import StepRunner
 from ivl.inference.prefix_cache import PrefixCache
+from ivl.inference.request import Request
 from ivl.inference.sampling import FinishReason, SamplingParams, StoppingCriteria
 from ivl.model.internvl import InternVL
 from ivl.types import Conversation, Message, UserError

@@ -14,12 +14,11 @@ Shapes: T tokens of a prompt, N tiles, S pixels a side of a tile, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ from ivl.inference.beam_search import beam_search
 from ivl.inference.graphs import StepRunner
 from ivl.inference.kv_cache import COLUMNS, KVCache
 from ivl.inference.prefix_cache import PrefixCache, TileModel
+from ivl.inference.request import Batching, Request, answer_room
 from ivl.inference.sampling import Answer, SamplingParams, StoppingCriteria, not_finite
-from ivl.model.decoder import LanguageModel
 from ivl.types import UserError
 
 
@@ -43,54 +42,6 @@ class VisionLanguageModel(TileModel, Protocol):
     def embed(
         self, input_ids_BT: Tensor, tiles_N3SS: Tensor | None, tiles_per_row: Tensor | None, row_ids_BT: Tensor | None
     ) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How many rows are worked on at the same time. Answers are the same for any values."""
-
-    rows: int = 32
-    """Most rows that are decoded together."""
-    tokens: int = 32768
-    """Most tokens in the key-value cache, room for the answers included; one row is always taken."""
-    prefill_tokens: int = 8192
-    """Most tokens of prompts that are read together; the vision encoder runs once over their tiles."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "tokens", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"batching: {name}: expected at least 1, found {getattr(self, name)}")
-
-
-@dataclass
-class Request:
-    """A prompt, and its answer as it grows."""
-
-    key: Any
-    """Name of the request, for the caller"""
-    input_ids: Tensor
-    """(T,) int64"""
-    tiles: Tensor
-    """(N, 3, S, S) uint8"""
-    max_new_tokens: int | None = None
-    """Most tokens of the answer; None: the engine's"""
-    seed: int = 0
-    """Seed of this row's sampling"""
-    answer: Answer = field(default_factory=Answer)
-    """Its token ids so far, with the one that ended it, and why it ended"""
-    error: str = ""
-    """Why there is no answer"""
-    is_finished: bool = False
-    room: int = 0
-    """Most tokens of its answer, set by `submit`: `max_new_tokens`, or what the model's context has left"""
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-def row_seed(seed: int, row: int) -> int:
-    """Return the seed of a row, the same however rows are batched and shared out."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {row}".encode(), digest_size=7).digest(), "big")
 
 
 class Engine:
@@ -390,17 +341,3 @@ class Engine:
         request.answer = Answer(ids)
         request.answer.finish_reason = self.criteria.reason(ids, request.room, self._limit(request)) or "stop"
         return request
-
-
-def answer_room(model: LanguageModel, prompt: int, max_new_tokens: int) -> int:
-    """Return the most tokens of an answer to a prompt of that many: `max_new_tokens`, or what the context has left.
-
-    Raises UserError where it has none.
-    """
-    limit = model.config.max_position_embeddings
-    if prompt >= limit:
-        raise UserError(
-            f"generate: a prompt of {prompt} tokens and its answer exceed the model's context of {limit}; use fewer "
-            "tiles or a shorter prompt"
-        )
-    return min(max_new_tokens, limit - prompt)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 
-from ivl.inference.engine import Engine, Request, VisionLanguageModel
+from ivl.inference.engine import Engine, VisionLanguageModel
+from ivl.inference.request import Request
 from ivl.inference.sampling import Answer, FinishReason, NotFinite, SamplingParams, StoppingCriteria
 from ivl.types import Batch, UserError
 

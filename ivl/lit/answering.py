@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ivl.data.processor import Processor
-from ivl.inference.engine import Batching, Engine, Request, row_seed
+from ivl.inference.engine import Engine
+from ivl.inference.request import Batching, Request, row_seed
 from ivl.inference.sampling import Answer, NotFinite, SamplingParams, StoppingCriteria
 from ivl.lit.prediction import Row, answered, failed
 from ivl.lit.prompts import LAST, Prompt

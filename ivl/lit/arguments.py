@@ -14,7 +14,7 @@ from ivl.types import UserError
 
 def run_config(argv: list[str]) -> list[str]:
     """The run's own config in front, where only a fitted run's checkpoint is given (`--ckpt_path`)."""
-    command, *rest = argv
+    command, *rest = argv = with_nulls(argv)
     path = value_of(rest, "--ckpt_path")
     if command == "fit" or path is None or value_of(rest, "--config") or value_of(rest, "-c"):
         return argv
@@ -55,6 +55,16 @@ def value_of(argv: list[str], option: str) -> str | None:
 
 
 LISTS = ("--data.train", "--data.val", "--data.test", "--data.predict", "--model.metrics")
+
+
+def with_nulls(argv: list[str]) -> list[str]:
+    """Write `--model.tune null` as a config, since the parser takes the word for a config file's name."""
+    for number, word in enumerate(argv):
+        if word == "--model.tune=null":
+            return [*argv[:number], "--config", "{model: {tune: null}}", *argv[number + 1 :]]
+        if word == "--model.tune" and argv[number + 1 : number + 2] == ["null"]:
+            return [*argv[:number], "--config", "{model: {tune: null}}", *argv[number + 2 :]]
+    return argv
 
 
 def with_lists(argv: list[str]) -> list[str]:

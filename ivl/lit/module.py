@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ivl.inference.engine import Batching
+from ivl.inference.request import Batching
 from ivl.lit import zero
 from ivl.lit.answering import Answering, Generation, answers, rows_named
 from ivl.lit.experiment import Experiment

@@ -283,17 +283,17 @@ class InternVL(nn.Module):
             grid_NGGC = hidden_NLC[:, 1:].unflatten(1, (tiles_N3SS.shape[-2] // self.config.vision.patch_size, -1))
             return pixel_shuffle(grid_NGGC, self.config.downsample_ratio, self.config.ps_version)
 
-    def generate(self, batch: Batch, **settings: Any) -> list[Answer]:
+    def generate(self, batch: Batch, max_new_tokens: int = 128, **settings: Any) -> list[Answer]:
         """Answer a padded batch of prompts; the settings of `ivl.inference.generate.generate`."""
         from ivl.inference.generate import generate
 
-        return generate(self, batch, **settings)
+        return generate(self, batch, max_new_tokens, **settings)
 
-    def stream(self, batch: Batch, **settings: Any) -> Generator[int, None, FinishReason]:
+    def stream(self, batch: Batch, max_new_tokens: int = 128, **settings: Any) -> Generator[int, None, FinishReason]:
         """Answer one prompt, token by token; the settings of `ivl.inference.generate.stream`."""
         from ivl.inference.generate import stream
 
-        return stream(self, batch, **settings)
+        return stream(self, batch, max_new_tokens, **settings)
 
     def _must_run_vision(self) -> bool:
         if self.always_run_vision:

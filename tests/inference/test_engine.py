@@ -6,8 +6,9 @@ import random
 import pytest
 import torch
 
-from ivl.inference.engine import Batching, Engine, Request, row_seed
+from ivl.inference.engine import Engine
 from ivl.inference.graphs import StepRunner
+from ivl.inference.request import Batching, Request, row_seed
 from ivl.inference.sampling import SamplingParams, StoppingCriteria
 from ivl.model.internvl import InternVL
 from ivl.types import UserError

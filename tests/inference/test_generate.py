@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ivl.inference import decoding
-from ivl.inference.engine import Batching, Engine, Request
+from ivl.inference.engine import Engine
 from ivl.inference.kv_cache import KVCache
+from ivl.inference.request import Batching, Request
 from ivl.inference.sampling import SamplingParams, StoppingCriteria, penalise_repetition, sample, uniform
 from ivl.model.internvl import InternVL
 from ivl.types import UserError

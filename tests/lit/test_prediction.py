@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ivl.__main__ import main
 from ivl.data.processor import Processor
-from ivl.inference.engine import row_seed
+from ivl.inference.request import row_seed
 from ivl.lit.answering import Generation
 from ivl.lit.prediction import Parts, answered
 from ivl.model.internvl import InternVL
