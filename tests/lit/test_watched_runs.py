@@ -35,7 +35,9 @@ def test_what_is_watched_and_that_what_trains_stays_float32_under_bf16_true(base
         model__checkpointing={"vision_model": True, "language_model": True},
         checkpoint__monitor="val/anls",
         checkpoint__mode="max",
-        trainer__callbacks=[{"class_path": "EarlyStopping", "init_args": {"monitor": "val/anls", "patience": 50}}],
+        trainer__callbacks=[
+            {"class_path": "EarlyStopping", "init_args": {"monitor": "val/anls", "mode": "max", "patience": 50}}
+        ],
         trainer__precision="bf16-true",
         trainer__gradient_clip_val=0.01,
         trainer__enable_progress_bar=True,

@@ -43,11 +43,11 @@ def test_every_layout_is_recognised_and_undoes_itself(architecture, vision, layo
 
 
 def test_internlm2_keeps_queries_of_a_key_together():
-    """4 query heads and 2 key heads of width 1: q0 q1 k0 v0, q2 q3 k1 v1."""
-    made = parsed("InternLM2ForCausalLM", hidden_size=4)
+    """4 query heads and 2 key heads of width 4: q0 q1 k0 v0, q2 q3 k1 v1."""
+    made = parsed("InternLM2ForCausalLM", hidden_size=16)
     group = next(g for g in groups(random_state(made, 0), "internlm2") if "wqkv" in g.stored[0])
-    fused = torch.arange(8.0)[:, None] + torch.zeros(8, 4)
-    q, k, v = (t[:, 0].tolist() for t in group.read([fused], made))
+    fused = torch.arange(8.0).repeat_interleave(4)[:, None] + torch.zeros(32, 16)
+    q, k, v = (t[::4, 0].tolist() for t in group.read([fused], made))
     assert (q, k, v) == ([0, 1, 4, 5], [2, 6], [3, 7])
 
 
