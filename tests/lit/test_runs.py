@@ -144,7 +144,7 @@ def test_an_hf_folder_trains_as_the_release_it_was_made_from(base, tmp_path):
     for name, tensor in fit(base, tmp_path / "hf", model__pretrained=str(hf)).items():
         # Not to the bit: the hf layout has a row of the output layer more, for `<video>`, which the softmax counts, and
         # Adam makes whole steps of the smallest gradients.
-        assert (tensor[: len(released[name])] - released[name]).abs().mean() < 1e-5, name
+        assert (tensor[: len(released[name])] - released[name]).abs().mean() < 5e-5, name
     out = tmp_path / "answers.jsonl"
     checkpoint = str(tmp_path / "hf/run/checkpoints/last.ckpt")
     rows = ["--data.predict", str(base / "data/val.jsonl"), "--predictions.file", str(out)]
