@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl.data import grounding
-from ivl.data.keys import check_row_weight, is_trained
+from ivl.data.keys import REFUSED, check_row_weight, is_trained
 from ivl.data.row_reader import Kind, Row, RowReader, nothing, optional_name, optional_text, text_of
 from ivl.types import TRUTH, Conversation, Media, Message, UserError, many
 from ivl.types import shortened as short
@@ -108,6 +108,8 @@ def _parse(
     draft.media = {"image": reader.media(row, "image"), "video": reader.media(row, "video")}
     if not draft.media["video"]:
         reader.keys.look("row without video", {key: row.get(key) for key in ("start", "end")})
+    if any(medium.kind == "video" for medium in _all_media(draft)):
+        reader.keys.look("row with video", {key: row[key] for key in REFUSED["row with video"] if key in row})
     _place(draft, reader)
     _ground(draft, row.get("objects"), size, compact, reader, reorient)
     _check_turns(draft)
@@ -116,6 +118,13 @@ def _parse(
     name, source = optional_name(row, "id"), optional_name(row, "source") or ""
     unread = tuple(sorted(reader.keys.unread))
     return Conversation(messages, draft.system, id=name, where=where, source=source, truth=truth, unread=unread)
+
+
+def _all_media(draft: _Draft) -> Iterator[Media]:
+    for media in draft.media.values():
+        yield from media
+    for turn in draft.turns:
+        yield from (part for part in turn.content if isinstance(part, Media))
 
 
 def _joined(content: list[str | Media]) -> tuple[str | Media, ...]:
@@ -169,7 +178,7 @@ def _from_conversations(row: Row, reader: RowReader) -> _Draft:
         if role == "system":
             if n:
                 raise UserError(f"{name}: a system message can only come first")
-            system = text
+            system = _one_system(system, text, name)
         else:
             turns.append(_Turn(role, reader.content(text, role, f"{name}.value"), trained))
     return _Draft(turns, system, media_first=True)
@@ -196,8 +205,15 @@ def _from_messages(row: Row, reader: RowReader) -> _Draft:
         elif n:
             raise UserError(f"{name}: a system message can only come first")
         else:
-            system = "".join(texts)
+            system = _one_system(system, "".join(texts), name)
     return _Draft(turns, system)
+
+
+def _one_system(of_row: str | None, of_turn: str, name: str) -> str:
+    """The system message of a turn. Raises UserError where the row's key `system` says something else."""
+    if of_row and of_row != of_turn:
+        raise UserError(f"system and {name}: two system messages, {short(of_row)} and {short(of_turn)}; keep one")
+    return of_turn
 
 
 _FORMATS: dict[str, Callable[[Row, RowReader], _Draft]] = {

@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 from ivl.types import TRUTH, UserError, shortened
 
-LOSS = ("loss", "train", "weight", "loss_scale", "loss_weight")
+LOSS = (
+    *("loss", "train", "weight", "loss_scale", "loss_weight"),
+    *("training", "trainable", "train_on_turn", "loss_mask"),
+)
 """Names under which programs say whether a turn is trained on"""
 
 _ROW = ("id", "source", "system", "image", "images", "video", "videos", "start", "end", "objects", *TRUTH)
@@ -33,6 +36,7 @@ READ: dict[str, frozenset[str]] = {
         "object": ("caption", "bbox", "bbox_type", "image", "image_id"),
         "objects": ("ref", "bbox", "bbox_type", "image_id"),
         "row without video": (),
+        "row with video": (),
     }.items()
 }
 
@@ -41,23 +45,30 @@ _TOOLS = "tools are not written into the prompt; write them into the system mess
 _SOUND = "sound is not read; remove the key"
 _FRAMES = "frames are chosen for all videos by data.video, a part of a video by start and end; remove the key"
 _NAMED_TWICE = "media of a turn are not read; name them in the row, or as parts of the content"
+_MASK = "write loss: 0 (not learnt) or 1 (learnt) beside the turn, and remove the key"
 _PART = "a part is not weighed by itself; write it beside the turn's role, or remove the key"
 
 _THINKING = dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thinking_content"), _THOUGHT)
 _CALLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS)
 _AUDIO = dict.fromkeys(("audio", "audios"), _SOUND)
 _SAMPLING = dict.fromkeys(
-    ("fps", "nframes", "num_frames", "max_frames", "min_frames", "video_fps", "video_start", "video_end"), _FRAMES
+    (
+        *("fps", "nframes", "num_frames", "max_frames", "min_frames", "video_fps", "sample_fps"),
+        *("video_start", "video_end", "start_time", "end_time", "start_frame", "end_frame"),
+    ),
+    _FRAMES,
 )
 _MEDIA = dict.fromkeys(("image", "images", "video", "videos", "objects"), _NAMED_TWICE)
+_MASKED = dict.fromkeys(("mask", "masked", "train_detail", "training_detail"), _MASK)
 _WEIGHED = dict.fromkeys(LOSS, _PART)
 REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys(("query", "conversations", "messages"), _THINKING | _CALLS | _AUDIO),
-    **dict.fromkeys(("conversations turn", "messages turn"), _THINKING | _CALLS | _AUDIO | _MEDIA),
+    **dict.fromkeys(("conversations turn", "messages turn"), _THINKING | _CALLS | _AUDIO | _MEDIA | _MASKED),
     "text part": _WEIGHED,
     "image part": _WEIGHED,
     "video part": _WEIGHED | _SAMPLING,
     "video": _SAMPLING,
+    "row with video": _SAMPLING,
 }
 """Level → key that changes the meaning → what to do"""
 

@@ -35,6 +35,7 @@ def content(*parts, **row):
 UNREAD = [
     (query(score=3, width=4), {"score", "width"}),
     (query(start=1), {"start"}),
+    (query(images=["a.jpg"], fps=1), {"fps"}),
     (conversations(model="x"), {"conversations[].model"}),
     (messages({"role": "user", "content": "q", "name": "Ann"}, ANSWER), {"messages[].name"}),
     (content({"type": "text", "text": "x", "cache_control": 1}), {"messages[].content[].cache_control"}),
@@ -74,6 +75,17 @@ REFUSED = [
     (content({"type": "text", "text": "x", "loss": 0}), r"content\[0\].loss: a part is not weighed"),
     (query(weight=0.5), "weight: a row is not weighed by itself, expected 1, found 0.5"),
     (query(loss=False), "loss: a row is not weighed"),
+    (query(videos=["a.mp4"], fps=2), "fps: frames are chosen"),
+    (content({"type": "video", "video": "a.mp4"}, num_frames=2), "num_frames: frames are chosen"),
+    (query(videos=[{"path": "a.mp4", "start_time": 1}]), r"videos\[0\].start_time: frames are chosen"),
+    (conversations(masked=True), r"conversations\[1\].masked: write loss"),
+    (messages(USER, ANSWER | {"mask": 0}), r"messages\[3\].mask: write loss"),
+    (messages(USER, ANSWER | {"train_detail": [{"begin_offset": 0}]}), r"messages\[3\].train_detail: write loss"),
+    ({"system": "one", "messages": [{"role": "system", "content": "two"}, USER, ANSWER]}, "two system messages"),
+    (
+        {"system": "one", "conversations": [{"from": "system", "value": "two"}, *conversations()["conversations"]]},
+        r"system and conversations\[0\]: two system messages",
+    ),
 ]
 
 
@@ -87,6 +99,11 @@ def test_a_key_that_changes_the_meaning_is_refused_by_name(row, words):
 def test_an_empty_value_says_nothing(empty):
     row = query(tools=empty, audios=empty, reasoning_content=empty)
     assert parse(row) == parse(query())
+
+
+def test_the_same_system_message_twice_is_one():
+    row = {"system": "one", "messages": [{"role": "system", "content": "one"}, USER, ANSWER]}
+    assert parse(row).system == "one"
 
 
 @pytest.mark.parametrize("key", LOSS)
