@@ -28,7 +28,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
 from ivl.lit import zero
-from ivl.lit.monitor import best_is, check_monitors
+from ivl.lit.monitor import best_is, check_monitors, check_open_monitors
 from ivl.lit.position import VALIDATION_DUE, Position, begin_with_validation, validation_due
 from ivl.lit.signals import STOP, Stopped
 from ivl.lit.types import own
@@ -147,6 +147,7 @@ class Checkpoints(ModelCheckpoint):
         STOP.check()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        check_open_monitors(trainer)
         super().on_train_start(trainer, module)
         if self._goes_on and (last := self._last()).exists():
             self.last_model_path = str(last)  # written again, in place of a second one beside it

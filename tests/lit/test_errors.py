@@ -130,8 +130,17 @@ def test_early_stopping_waits_for_a_number_that_is_logged_and_for_its_better_sid
     assert "EarlyStopping: monitor val/exact: expected mode max, found min" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("monitor", ["lr/x", "memory/x", "memory/device_gib", "speed/mfu", ""])
+def test_names_that_depend_on_the_optimizer_or_the_device_are_checked_before_the_first_step(
+    base, tmp_path, capsys, monitor
+):
+    assert main(["fit", "--config", str(config(base, tmp_path)), "--checkpoint.monitor", monitor]) == 2
+    assert f"checkpoint.monitor {monitor or repr('')}: no such number is logged" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_numbers_that_are_logged_may_be_monitored(base, tmp_path):
-    for n, monitor in enumerate(["val/loss", "val/exact", "val/grounding/iou", "train/loss"]):
+    for n, monitor in enumerate(["val/loss", "val/exact", "val/grounding/iou", "train/loss", "lr/language_model"]):
         argv = ["fit", "--config", str(config(base, tmp_path / str(n))), "--checkpoint.monitor", monitor]
         assert main(argv) == 0
         names = sorted(path.name for path in (tmp_path / f"{n}/run/checkpoints").iterdir())
