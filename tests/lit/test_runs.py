@@ -140,11 +140,13 @@ def test_an_hf_folder_trains_as_the_release_it_was_made_from(base, tmp_path):
     from ivl.export import export
 
     hf = export(str(tmp_path / "model-hf"), base=str(base / "model"), layout="hf")
+    start = InternVL.from_pretrained(base / "model").state_dict()
     released = fit(base, tmp_path / "released")
     for name, tensor in fit(base, tmp_path / "hf", model__pretrained=str(hf)).items():
-        # Not to the bit: the hf layout has a row of the output layer more, for `<video>`, which the softmax counts, and
-        # Adam makes whole steps of the smallest gradients.
-        assert (tensor[: len(released[name])] - released[name]).abs().mean() < 5e-5, name
+        # Not to the bit: the hf layout has a row of the output layer more, for `<video>`, which the softmax counts.
+        before = start[name.removeprefix("model.")]
+        step, difference = released[name] - before, tensor[: len(before)] - released[name]
+        assert difference.norm() < 0.2 * step.norm(), name
     out = tmp_path / "answers.jsonl"
     checkpoint = str(tmp_path / "hf/run/checkpoints/last.ckpt")
     rows = ["--data.predict", str(base / "data/val.jsonl"), "--predictions.file", str(out)]
