@@ -28,7 +28,7 @@ from ivl.inference.beam_search import beam_search
 from ivl.inference.graphs import StepRunner
 from ivl.inference.kv_cache import COLUMNS, KVCache
 from ivl.inference.prefix_cache import PrefixCache, TileModel
-from ivl.inference.request import Batching, Request, answer_room
+from ivl.inference.request import Batching, Request, answer_room, check_max_new_tokens
 from ivl.inference.sampling import Answer, SamplingParams, StoppingCriteria, not_finite
 from ivl.types import UserError
 
@@ -63,11 +63,12 @@ class Engine:
 
         `logprobs`: keep the log-probability of each token. `prefix_cache`: one request at a time, which reads only what
         does not begin as the one before. `runner`: how the decoding step is run; by default as the device allows.
-        Raises UserError for a model in training mode, and for beams that are sampled.
+        Raises UserError for a model in training mode, answers of no tokens, and beams that are sampled.
         """
         if model.training:
             raise UserError("generate: the model is in training mode; call model.eval() first")
         params.check_beams(num_beams)
+        check_max_new_tokens(max_new_tokens)
         self.model = model
         self.criteria = StoppingCriteria(model.eos_ids) if criteria is None else criteria
         self.params, self.max_new_tokens, self.num_beams = params, max_new_tokens, num_beams
@@ -95,7 +96,7 @@ class Engine:
     def submit(self, *requests: Request) -> None:
         """Put a request in the queue, or several of the same prompt, which is then read once for them all.
 
-        Raises UserError where the prompt fills the model's context.
+        Raises UserError where the prompt fills the model's context, and for an answer of no tokens.
         """
         for request in requests:
             request.room = answer_room(self.model.language_model, len(request), self._limit(request))
@@ -251,10 +252,15 @@ class Engine:
         """
         running = list(self.running)
         read = self._launch(len(running))
-        if not self.runner.overlaps:
-            return self._collect(running, read())
-        previous, self._launched = self._launched, (running, read)
-        return self._collect(previous[0], previous[1]()) if previous else []
+        launched: tuple[list[Request], Callable[[], Tensor]] | None = (running, read)
+        if self.runner.overlaps:
+            launched, self._launched = self._launched, launched
+        if launched is None:
+            return []
+        result_n3 = launched[1]()
+        if self.prefix_cache:  # the token of the step that was read: a later one's is not known yet
+            self.prefix_cache.extend([launched[0][0].answer[-1]])
+        return self._collect(launched[0], result_n3)
 
     def _launch(self, rows: int) -> Callable[[], Tensor]:
         """Start a step of the first rows. Returns the function that waits for its result."""
@@ -262,8 +268,6 @@ class Engine:
         longest = max((len(r) + len(r.answer) for r in self.running), default=0) + ahead
         self._reserve(rows, longest, self.running)
         columns = -(-longest // COLUMNS) * COLUMNS
-        if self.prefix_cache:
-            self.prefix_cache.extend([self.running[0].answer[-1]])
         model = self.model.language_model
         return self.runner.run(model, self.cache, self._state, rows, columns, *self._kinds)
 

@@ -64,11 +64,18 @@ def row_seed(seed: int, row: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {row}".encode(), digest_size=7).digest(), "big")
 
 
+def check_max_new_tokens(max_new_tokens: int) -> None:
+    """Raise UserError for an answer of no tokens."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
+
+
 def answer_room(model: LanguageModel, prompt: int, max_new_tokens: int) -> int:
     """Return the most tokens of an answer to a prompt of that many: `max_new_tokens`, or what the context has left.
 
-    Raises UserError where it has none.
+    Raises UserError where it has none, and for an answer of no tokens.
     """
+    check_max_new_tokens(max_new_tokens)
     limit = model.config.max_position_embeddings
     if prompt >= limit:
         raise UserError(

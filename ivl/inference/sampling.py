@@ -76,6 +76,10 @@ class StoppingCriteria:
     min_new_tokens: int = 0
     """Least length: nothing ends an answer before it, and end tokens are not chosen."""
 
+    def __post_init__(self) -> None:
+        if self.min_new_tokens < 0:
+            raise UserError(f"min_new_tokens: expected at least 0, found {self.min_new_tokens}")
+
     def reason(self, answer: list[int], room: int, max_new_tokens: int) -> FinishReason | None:
         """Return why the answer ends with its last token; None: it goes on. `room`: the most tokens it can have."""
         if answer and self.is_met(answer):
@@ -132,7 +136,8 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: T
     """
     greedy_R = logits_RV.argmax(-1)
     heat_R1 = torch.where(temperature_R > 0, temperature_R, 1.0)[:, None]
-    sorted_RV, ids_RV = (logits_RV / heat_R1).sort(dim=-1, descending=True, stable=True)
+    sorted_RV, ids_RV = logits_RV.sort(dim=-1, descending=True, stable=True)
+    sorted_RV = (sorted_RV - sorted_RV[:, :1]) / heat_R1  # the largest is 0: no temperature makes it infinite
     rank_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
     sorted_RV = sorted_RV.masked_fill((top_k_R[:, None] > 0) & (rank_V >= top_k_R[:, None]), -torch.inf)
     p_RV = sorted_RV.softmax(-1)

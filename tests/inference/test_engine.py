@@ -8,6 +8,7 @@ import torch
 
 from ivl.inference.engine import Engine
 from ivl.inference.graphs import StepRunner
+from ivl.inference.prefix_cache import PrefixCache
 from ivl.inference.request import Batching, Request, row_seed
 from ivl.inference.sampling import SamplingParams, StoppingCriteria
 from ivl.model.internvl import InternVL
@@ -216,6 +217,20 @@ def test_a_step_that_is_read_late_gives_the_same_answers(model):
     assert answered(engine, requests(made, ANSWERS)) == expected
 
 
+def test_the_prefix_cache_knows_its_tokens_also_where_steps_are_read_late(model):
+    (row,) = rows(model, [9], [1])
+    runner = StepRunner(model.language_model, model.device)
+    for runner.overlaps in (False, True):
+        prefix_cache = PrefixCache()
+        engine = Engine(model, StoppingCriteria(), max_new_tokens=6, prefix_cache=prefix_cache, runner=runner)
+        (answer,) = answered(engine, [Request(0, row["input_ids"], row["tiles"])])
+        longer = torch.cat([row["input_ids"], torch.tensor([*answer, 7])])
+        assert len(set(answer[:-1])) > 1, "an answer of one token again and again cannot tell"
+        with torch.no_grad():
+            prefix_cache.read(model, longer, row["tiles"])
+        assert prefix_cache.tokens_read == 2  # the answer's last token was not fed, and one is new
+
+
 def test_log_probabilities_of_the_tokens_are_the_models(model):
     made = rows(model, LENGTHS[:4], TILES[:4])
     params = SamplingParams(temperature=0.7, repetition_penalty=1.3)
@@ -278,6 +293,14 @@ def test_mistakes(model, folder):
         Engine(model).submit(long)
     with pytest.raises(UserError, match="num_beams: expected at least 1, and no more than 1 where tokens are sampled"):
         Engine(model, params=SamplingParams(temperature=1.0), num_beams=2)
+    for beams in (1, 2):
+        for limit in (0, -3):
+            with pytest.raises(UserError, match=f"max_new_tokens: expected at least 1, found {limit}"):
+                Engine(model, max_new_tokens=limit, num_beams=beams)
+    with pytest.raises(UserError, match="max_new_tokens: expected at least 1, found 0"):
+        Engine(model).submit(dataclasses.replace(requests(made)[0], max_new_tokens=0))
+    with pytest.raises(UserError, match="min_new_tokens: expected at least 0, found -9"):
+        StoppingCriteria(min_new_tokens=-9)
     with pytest.raises(UserError, match="batching: prefill_tokens: expected at least 1, found 0"):
         Batching(prefill_tokens=0)
     with pytest.raises(UserError, match="in training mode"):

@@ -270,6 +270,12 @@ def test_sampling_follows_the_probabilities():
     assert shares(SamplingParams(), draws=10) == [1.0, 0.0, 0.0, 0.0]
 
 
+def test_the_least_temperatures_are_greedy():
+    """Logits divided by them are beyond what float32 holds."""
+    for temperature in (1e-30, 1e-38, 1e-45, 1e-60):
+        assert shares(SamplingParams(temperature=temperature), 60 + LOGITS.flip(1), draws=10) == [0, 0, 0, 1.0]
+
+
 def test_top_k_and_top_p_keep_the_most_likely():
     assert shares(SamplingParams(temperature=1.0, top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
     assert shares(SamplingParams(temperature=1.0, top_p=0.6)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
