@@ -148,6 +148,12 @@ def test_a_revision_that_is_none_is_refused(server, revision):
     assert server.log == []
 
 
+def test_two_revisions_are_refused(monkeypatch):
+    monkeypatch.setattr(hub._choice, "revision", "v2")
+    with pytest.raises(UserError, match="internvl2-2b@v1: --revision is v2; expected one of them"):
+        resolve("internvl2-2b@v1", offline=True)
+
+
 def test_a_folder_has_no_revision(tmp_path):
     with pytest.raises(UserError, match="is a folder here, which has no revision 'v1'"):
         resolve(tmp_path, revision="v1")

@@ -94,6 +94,8 @@ def resolve(
         check_model_folder(path)
         return path
     name, _, ending = str(name_or_path).partition("@")
+    if ending and _choice.revision not in (None, ending):
+        raise UserError(f"{name_or_path}: --revision is {_choice.revision}; expected one of them")
     hub, token, revision = _checked(hub) or _choice.hub, token or _choice.token, revision or ending or _choice.revision
     if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise UserError(

@@ -63,11 +63,12 @@ class Engine:
 
         `logprobs`: keep the log-probability of each token. `prefix_cache`: one request at a time, which reads only what
         does not begin as the one before. `runner`: how the decoding step is run; by default as the device allows.
-        Raises UserError for a model in training mode, answers of no tokens, and beams that are sampled.
+        Raises UserError for a model in training mode, answers of no tokens, and beams that are sampled or
+        whose log-probabilities are asked for.
         """
         if model.training:
             raise UserError("generate: the model is in training mode; call model.eval() first")
-        params.check_beams(num_beams)
+        params.check_beams(num_beams, logprobs)
         check_max_new_tokens(max_new_tokens)
         self.model = model
         self.criteria = StoppingCriteria(model.eos_ids) if criteria is None else criteria

@@ -54,13 +54,15 @@ class SamplingParams:
         if problems:
             raise UserError("; ".join(problems))
 
-    def check_beams(self, num_beams: int) -> None:
+    def check_beams(self, num_beams: int, logprobs: bool = False) -> None:
         """Raise UserError where `num_beams` does not go with these settings."""
         if num_beams < 1 or (num_beams > 1 and self.temperature > 0):
             raise UserError(
                 f"num_beams: expected at least 1, and no more than 1 where tokens are sampled; found {num_beams} with "
                 f"temperature {self.temperature}"
             )
+        if logprobs and num_beams > 1:
+            raise UserError("logprobs: expected false with num_beams above 1, found true")
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,12 @@ class Generation:
     def sampling_params(self) -> SamplingParams:
         """Settings of the engine. Raises UserError for values out of range."""
         params = SamplingParams(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
-        params.check_beams(self.num_beams)
+        params.check_beams(self.num_beams, self.logprobs)
         if self.num_answers < 1 or (self.num_answers > 1 and self.temperature == 0):
             raise UserError(
                 f"num_answers: expected 1, or more with a temperature above 0, found {self.num_answers} with "
                 f"temperature {self.temperature}: greedy answers would all be the same"
             )
-        if self.logprobs and self.num_beams > 1:
-            raise UserError("logprobs: expected false with num_beams above 1, found true")
         return params
 
 

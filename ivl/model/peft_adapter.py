@@ -109,6 +109,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             "they are not part of the adapter"
         )
     state = _load(folder / WEIGHTS)
+    if not state:
+        raise UserError(f"{WEIGHTS} holds no tensors; save the adapter again, all processes' weights gathered")
     if TOWER in others:
         state = _load(folder / TOWER) | state
     return state

@@ -293,6 +293,8 @@ def test_mistakes(model, folder):
         Engine(model).submit(long)
     with pytest.raises(UserError, match="num_beams: expected at least 1, and no more than 1 where tokens are sampled"):
         Engine(model, params=SamplingParams(temperature=1.0), num_beams=2)
+    with pytest.raises(UserError, match="logprobs: expected false with num_beams above 1, found true"):
+        Engine(model, num_beams=2, logprobs=True)
     for beams in (1, 2):
         for limit in (0, -3):
             with pytest.raises(UserError, match=f"max_new_tokens: expected at least 1, found {limit}"):

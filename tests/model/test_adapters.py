@@ -381,6 +381,14 @@ def test_what_the_config_names_and_the_file_lacks_is_refused(tmp_path, settings)
         peft_adapter.load_adapter(InternVL.from_pretrained(base), adapter)
 
 
+def test_a_file_without_tensors_is_refused(tmp_path):
+    """Some programs leave one where each process held a share of the weights."""
+    base, adapter = written(tmp_path)
+    save_file({}, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors holds no tensors; save the adapter again"):
+        peft_adapter.load_adapter(InternVL.from_pretrained(base), adapter)
+
+
 def test_only_a_pickle_is_named(tmp_path):
     base, adapter = written(tmp_path)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
