@@ -28,7 +28,7 @@ from ivl.model import tune as tuning
 from ivl.model.adapter_writer import Layout
 from ivl.model.checkpoint import Checkpoint
 from ivl.model.ckpt_file import best_beside, trained_state
-from ivl.model.devices import check_at_hand, parse_size
+from ivl.model.devices import check_at_hand, device_of, parse_size
 from ivl.model.hf import hf_tensor
 from ivl.model.internvl import InternVL
 from ivl.model.quant import Quantize
@@ -145,7 +145,7 @@ def export(
         dtype=stored if dtype == "auto" else dtype,
     )
     with beside(target) as temporary:
-        probe = Probe.of(settings.processor, device)
+        probe = Probe.of(settings.processor, str(device_of(device)))
         if adapter_only:
             report = _write_adapter(trained, settings, probe, temporary, device, layout or checkpoint.config.layout)
         else:

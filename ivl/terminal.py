@@ -27,6 +27,7 @@ from ivl.export import Trained, read_run
 from ivl.families import find_model
 from ivl.hub import resolve
 from ivl.model import peft_adapter as adapting
+from ivl.model.devices import device_of
 from ivl.model.internvl import InternVL
 from ivl.types import UserError, printable
 
@@ -226,8 +227,9 @@ def chat(
     gpu = torch.cuda.is_available()
     where = ("cuda" if gpu else "cpu") if device == "auto" else device
     split = any(option is not None for option in (devices, device_max_memory, device_map))
+    on_cpu = not split and device_of(where).type == "cpu"
     if dtype == "auto":
-        dtype = "float32" if torch.device(where).type == "cpu" and not split else "bfloat16"
+        dtype = "float32" if on_cpu else "bfloat16"
     loaded = InternVL.from_pretrained(
         resolve(trained.base),
         dtype,

@@ -267,6 +267,9 @@ def test_one_turn_models_ask_for_media_and_refuse_later_ones(tmp_path):
         (["--adapter", "a", "--ckpt_path", "b"], "--ckpt_path and --adapter: expected one of them"),
         (["--ckpt_path", "/nowhere/run"], "no such folder; expected a run"),
         (["--max_new_tokens", "many"], "max_new_tokens"),
+        (["--model", "internvl2-1b", "--device", "tpu"], "device: expected cpu, cuda, cuda:1 and so on, found 'tpu'"),
+        (["--model", "internvl2-1b", "--device", "cuda:99"], "device: cuda:99 is not on this machine"),
+        (["--model", "internvl2-1b", "--device", "cuda:99", "--dtype", "float32"], "device: cuda:99 is not on this"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(capsys, argv, message):

@@ -40,8 +40,7 @@ def load_model(
         sized = kind.from_config(config, dtype, "meta")
         bits = quant.bits(sized, files, quantize)
         placement = splitting.choose(sized, devices, device_max_memory, device_map, bits, needs, offload)
-    if placement:
-        device = placement.main
+    device = placement.main if placement else splitting.device_of(device)
     dtype = splitting.supported_dtype(dtype, device)
     kernel = choose_kernel(attention, device, dtype)
     model = kind.from_config(config, dtype, "meta", kernel, checkpoint.image_token_id, efficient)

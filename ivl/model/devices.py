@@ -221,6 +221,20 @@ def _names(devices: int | Sequence[str]) -> list[str]:
     return [f"cuda:{n}" for n in range(devices)]
 
 
+def device_of(name: str | torch.device) -> torch.device:
+    """Return a device by its name. Raises UserError where there is none of that name on this machine."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: expected cpu, cuda, cuda:1 and so on, found {str(name)!r}") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"device: {name} is not on this machine ({reason}); leave it out, or give cpu") from error
+    return device
+
+
 def _free(name: str) -> float:
     if torch.device(name).type != "cuda":
         return float("inf")
