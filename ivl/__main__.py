@@ -119,7 +119,15 @@ def _explain(error: Exception) -> str | None:
         return " ".join(text.removeprefix("error:").split())
     if kind == "MisconfigurationException":  # Lightning
         return text
+    if kind == "ValueError" and _raised_by(error).startswith("lightning."):  # of its settings
+        return " ".join(text.split())
     return disk_fault(error)
+
+
+def _raised_by(error: Exception) -> str:
+    """The module that raised an error."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
 
 
 def _fail(message: str) -> int:

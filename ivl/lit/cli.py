@@ -35,6 +35,7 @@ from ivl.lit.module import LitInternVL
 from ivl.lit.peers import Peers
 from ivl.lit.precision import choose_precision, device_has_bf16
 from ivl.lit.prediction import PredictionWriter
+from ivl.lit.ranges import check_ranges
 from ivl.lit.resume import check_checkpoint, keep_others_files, resolve_last
 from ivl.lit.run_lock import run_lock
 from ivl.lit.scoring import scores_table
@@ -128,6 +129,7 @@ class IvlCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_ranges(config)
         config.weights_only = True  # a checkpoint is never unpickled
         if (name := with_revision(str(config.model.pretrained))) != config.model.pretrained:
             config.model.pretrained = config.data.pretrained = name

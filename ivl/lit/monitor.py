@@ -29,10 +29,9 @@ def check_monitors(trainer: Trainer, module: LightningModule) -> None:
     names = logged(trainer, module) if waiting else []
     for callback in waiting:
         monitor, stops = str(callback.monitor), isinstance(callback, EarlyStopping)
-        if stops and "val/" in monitor and callback.mode != best_is(monitor):
-            raise UserError(
-                f"EarlyStopping: monitor {monitor}: expected mode {best_is(monitor)}, found {callback.mode}"
-            )
+        if "val/" in monitor and callback.mode != best_is(monitor):
+            name = "EarlyStopping" if stops else "checkpoint"
+            raise UserError(f"{name}: monitor {monitor}: expected mode {best_is(monitor)}, found {callback.mode}")
         if monitor in names or monitor.startswith(OPEN):
             continue
         near = difflib.get_close_matches(monitor.replace("_", "/").replace("eval/", "val/"), names, 1)

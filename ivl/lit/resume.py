@@ -187,6 +187,13 @@ def keep_others_files(config: Namespace) -> None:
         return
     version = folders.version
     if version is None:
+        here = folders.runs / "checkpoints"
+        goes_on = checkpoint is not None and here.resolve() in checkpoint.parents
+        if not folders.settings and not goes_on and any(here.glob("*.ckpt")):
+            raise UserError(
+                f"{here}: another run's checkpoints stand there, and without a logger a run has no folder of its own; "
+                "give --trainer.default_root_dir or --checkpoint.dirpath, or go on with that run by --ckpt_path"
+            )
         return
 
     def taken(name: str) -> bool:

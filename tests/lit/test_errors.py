@@ -139,6 +139,12 @@ def test_names_that_depend_on_the_optimizer_or_the_device_are_checked_before_the
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_the_worst_checkpoint_is_not_kept_as_the_best(base, tmp_path, capsys):
+    argv = ["--checkpoint.monitor", "val/loss", "--checkpoint.mode", "max"]
+    assert main(["fit", "--config", str(config(base, tmp_path)), *argv]) == 2
+    assert "checkpoint: monitor val/loss: expected mode min, found max" in capsys.readouterr().err
+
+
 def test_numbers_that_are_logged_may_be_monitored(base, tmp_path):
     for n, monitor in enumerate(["val/loss", "val/exact", "val/grounding/iou", "train/loss", "lr/language_model"]):
         argv = ["fit", "--config", str(config(base, tmp_path / str(n))), "--checkpoint.monitor", monitor]

@@ -182,6 +182,17 @@ def test_a_run_begun_anew_replaces_no_file_of_the_one_before(base, begun, capsys
     assert snapshot(begun / "run") == before
 
 
+def test_a_run_without_a_logger_replaces_no_other(base, tmp_path, capsys):
+    path = config(base, tmp_path / "config", data__val=None, trainer__logger=False)
+    argv = ["fit", "--config", str(path), "--trainer.default_root_dir", str(tmp_path / "out"), "--trainer.max_steps"]
+    assert main([*argv, "1"]) == 0
+    before = snapshot(tmp_path / "out")
+    assert main([*argv, "2"]) == 2
+    assert "without a logger a run has no folder of its own" in capsys.readouterr().err
+    assert snapshot(tmp_path / "out") == before
+    assert main([*argv, "2", "--ckpt_path", str(tmp_path / "out/checkpoints/last.ckpt")]) == 0
+
+
 def test_last_goes_by_step_not_by_file_time(begun):
     folder = begun / "run/checkpoints"
     (folder / "last.ckpt").unlink()
