@@ -14,8 +14,9 @@ bandwidth). Then of each size:
   denominator, the norm of the gradients, AdamW. A window is all `--packs` once, which differ in rows and tiles, and the
   device is waited for at its two ends alone. With the tower, and with its features kept; as it is, and compiled.
 
-Model FLOP utilisation (MFU): the operations that the model asks for (`ivl.flops.NOTHING`: nothing twice, and attention
-over all pairs of a row), over the median window, over the ceiling. What does not fit says so, and the rest goes on.
+Model FLOP utilisation (MFU): the operations that the model asks for (`ivl.estimate.flops.NOTHING`: nothing twice, and
+attention over all pairs of a row), over the median window, over the ceiling. What does not fit says so, and the rest
+goes on.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ import torch.nn.functional as F
 import transformers
 from models import SIZES, raw_config
 
-from ivl import flops
 from ivl.config import Config
 from ivl.data.collate import collate
+from ivl.estimate import flops
 from ivl.families import config_for, find_model
-from ivl.lit.health import scale, total_norm
+from ivl.finetune import tune as tuning
+from ivl.finetune.tune import LoRA, Tune
 from ivl.lit.module import LOSS_UNIT
-from ivl.model import tune as tuning
+from ivl.lit.nonfinite import scale, total_norm
 from ivl.model.efficient.compile import compile_layers
 from ivl.model.internvl import InternVL
-from ivl.model.tune import LoRA, Tune
 from ivl.types import IGNORE, Batch, Conversation, Example
 
 TUNE = Tune("frozen", "frozen", LoRA(rank=16))

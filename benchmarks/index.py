@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 from ivl.config import Config
-from ivl.data.dataset import Rows
-from ivl.data.index import build_index, usable
-from ivl.data.pack import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor
-from ivl.data.tokenizer import Tokenizer
+from ivl.data.sets.dataset import Rows
+from ivl.data.sets.index import build_index, usable
+from ivl.data.sets.samplers import GroupedBatches, PackedBatches
+from ivl.data.text.tokenizer import Tokenizer
 
 TEXT = """the a picture shows four sheep on green grass under cloudy sky with small white house and an old red tractor
 what is how many are there describe in detail please answer with single word number left right of image chart table

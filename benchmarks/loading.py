@@ -43,8 +43,8 @@ def resident(field: str) -> int:
 
 def measure(folder: Path, dtype: str) -> None:
     """Load in this process and print what it took, as JSON."""
+    from ivl.checkpoint.weights import Files
     from ivl.model.internvl import InternVL
-    from ivl.model.weights import Files
 
     InternVL.from_config(tiny())  # everything imported
     before, start = resident("VmRSS"), time.perf_counter()
@@ -63,9 +63,9 @@ def tiny():
 
 
 def write(folder: Path, max_shard_bytes: int) -> None:
+    from ivl.checkpoint.weights import save_weights
     from ivl.config import Config
     from ivl.model.internvl import InternVL
-    from ivl.model.weights import save_weights
 
     config = Config.from_dict(CONFIG)
     folder.mkdir()

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from ivl.checkpoint.weights import save_weights
+from ivl.commands.export_files import dump
 from ivl.config import Config
 from ivl.demo.model import write_tokenizer
 from ivl.model.internvl import InternVL
-from ivl.model.weights import save_weights
-from ivl.release import dump
 
 TEXT = "Describe the picture in a few words. What is it? How many are there? Read what is written. 0 1 2 3 4 5 6 7 8 9"
 
@@ -132,7 +132,7 @@ def write(folder: Path, size: str, seed: int = 0) -> Path:
 def write_twin(folder: Path, base: Path) -> Path:
     """The same weights in transformers' layout, by `ivl export --layout hf`; one that is there is kept."""
     if not folder.is_dir():
-        from ivl.export import export
+        from ivl.commands.export import export
 
         export(str(folder), base=str(base), layout="hf")
     return folder

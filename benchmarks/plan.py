@@ -1,4 +1,4 @@
-"""Peak memory of real training steps on a CPU, beside what `ivl.model.memory` predicts.
+"""Peak memory of real training steps on a CPU, beside what `ivl.estimate.memory` predicts.
 
     python benchmarks/plan.py [NAME ...]      prints a Markdown table
 
@@ -22,11 +22,11 @@ import torch
 
 from ivl.config import Config
 from ivl.demo.model import config as demo_config
-from ivl.model import tune as tuning
+from ivl.estimate.memory import need
+from ivl.estimate.training_step import Micro, Setup, Sketch
+from ivl.finetune import tune as tuning
+from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
-from ivl.model.memory import need
-from ivl.model.sketch import Micro, Setup, Sketch
-from ivl.model.tune import LoRA, Tune
 
 FULL, LOW = Tune("full", "full", "full"), Tune(language_model=LoRA(rank=16, dropout=0.05))
 STEPS = 3

@@ -19,10 +19,10 @@ import torch.multiprocessing as processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from ivl.model import tune as tuning
+from ivl.finetune import tune as tuning
+from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
-from ivl.model.parallel import build_sharded, parallelize
-from ivl.model.tune import LoRA, Tune
+from ivl.parallel.fsdp import build_sharded, parallelize
 
 TUNES = {
     "lora": Tune(language_model=LoRA(rank=16)),

@@ -24,8 +24,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 from transformers import GotOcr2ImageProcessor
 
-from ivl.data.media import load_image
-from ivl.data.tiles import choose_grid, cut
+from ivl.data.media.load import load_image
+from ivl.data.media.tiling import choose_grid, cut
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = ((640, 480), (1024, 768), (1920, 1440), (4000, 3000))

@@ -77,9 +77,9 @@ def counted(args: argparse.Namespace) -> tuple[float, float, float, float | None
     """Of the positions of padded batches those that are tokens, and of these the supervised ones; how many times the
     operations of our step a padded step takes that makes all logits, and of ours with kept features (LoRA)."""
     from ivl.config import Config
-    from ivl.data.dataset import Rows
     from ivl.data.processor import Processor
-    from ivl.flops import Adapter, Recomputed, Trained, Work, training_flops
+    from ivl.data.sets.dataset import Rows
+    from ivl.estimate.flops import Adapter, Recomputed, Trained, Work, training_flops
 
     read = Rows(args.rows, Processor.from_pretrained(args.model, max_tiles=args.max_tiles))
     examples = [read[n] for n in range(len(read))]
@@ -119,10 +119,10 @@ def optimizer(parameters: Any) -> torch.optim.Optimizer:
 def ours(args: argparse.Namespace) -> dict[str, Any]:
     from lightning.pytorch import Callback, Trainer
 
+    from ivl.finetune.tune import LoRA, Tune
     from ivl.lit.datamodule import IvlData
     from ivl.lit.module import LitInternVL
     from ivl.lit.schedule import Warmup
-    from ivl.model.tune import LoRA, Tune
 
     times, losses = [], []
     lora = LoRA(LORA["rank"], LORA["alpha"], 0.0 if args.no_dropout else LORA["dropout"])
@@ -168,8 +168,8 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import InternVLForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
-    from ivl.data.dataset import Rows
     from ivl.data.processor import Processor
+    from ivl.data.sets.dataset import Rows
 
     processor = Processor.from_pretrained(args.model, max_tiles=args.max_tiles)
     model = InternVLForConditionalGeneration.from_pretrained(f"{args.model}-hf", dtype=torch.float32)

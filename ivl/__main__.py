@@ -14,12 +14,12 @@ COMMANDS = {
     "validate": ("ivl.lit.cli", "loss and scores on held-out rows      --ckpt_path RUN/checkpoints/last.ckpt"),
     "test": ("ivl.lit.cli", "the same on the test rows"),
     "predict": ("ivl.lit.cli", "answer rows, one JSON line each       --ckpt_path … --data.predict FILE.jsonl"),
-    "chat": ("ivl.terminal", "talk to a model                       --model internvl2-2b"),
-    "check": ("ivl.check", "look for mistakes in data             --config FILE.yaml, or --data.train FILE"),
-    "plan": ("ivl.plan", "memory and time before a weight is read  --config FILE.yaml --device H100-80GB"),
-    "export": ("ivl.export", "merge and write a checkpoint          --run RUN --out DIR"),
+    "chat": ("ivl.commands.chat", "talk to a model                       --model internvl2-2b"),
+    "check": ("ivl.commands.check", "look for mistakes in data             --config FILE.yaml, or --data.train FILE"),
+    "plan": ("ivl.commands.plan", "memory and time before a weight is read  --config FILE.yaml --device H100-80GB"),
+    "export": ("ivl.commands.export", "merge and write a checkpoint          --run RUN --out DIR"),
     "score": ("ivl.eval.score", "score answers by a benchmark's rules  FILE... --task docvqa --html report.html"),
-    "models": ("ivl.models", "the models this program knows"),
+    "models": ("ivl.commands.models", "the models this program knows"),
 }
 
 USAGE = """usage: python -m ivl COMMAND [OPTIONS]

@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from ivl.data.cutter import Opened
+from ivl.data.media.tiler import Opened
 from ivl.data.processor import Processor
 from ivl.inference.engine import Engine
 from ivl.inference.generate import stream_request

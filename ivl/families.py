@@ -1,7 +1,7 @@
 """What differs between models, as data: one row per language-model family, one per released model.
 
 A new family is a row here and a parameter of the parity test. The columns are read by `model/decoder.py` (variant),
-`model/layouts.py` (layout), `model/tune.py` (LoRA targets) and `data/template.py` through the checkpoint's config.
+`checkpoint/layouts.py` (layout), `finetune/tune.py` (LoRA targets) and `data/text/template.py` through `config.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LLMFamily:
     model_type: str
     """transformers' name for it, in -hf folders: InternLM2 is Llama with its weights in another order"""
     layout: str
-    """The row of `ivl.model.weights` that maps released tensor names to the module's; "native": the same names"""
+    """The row of `ivl.checkpoint.weights` that maps released tensor names to the module's; "native": the same names"""
     lora_targets: tuple[str, ...]
     """Names of the linear layers inside a decoder layer that a LoRA covers by default"""
     renamed: tuple[tuple[str, str], ...] = ()

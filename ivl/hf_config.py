@@ -1,6 +1,6 @@
 """config.json of transformers' InternVLForConditionalGeneration ("-hf" folders), read as the released one.
 
-`ivl.model.hf` writes it. It names no template: `ivl.data.chat_template.recognised` finds it.
+`ivl.checkpoint.hf_layout` writes it. It names no template: `ivl.data.text.jinja_template.recognised` finds it.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row after its format has been understood; `ivl.data.formats` makes it from every format.
+    """A row after its format has been understood; `ivl.data.rows.formats` makes it from every format.
 
     `messages` alternate, mostly a user's first. A last message by the user is a prompt: the answer is to be generated.
     `system` None means the checkpoint's own system message; an empty string means none at all.
@@ -281,7 +281,7 @@ class Batch:
     supervised_at: Tensor | None = None
     """(M,) int64: places in the flattened (B, T) whose next token is supervised"""
     features: Tensor | None = None
-    """(tiles, P, C) that were computed before (`ivl.data.features`) and are not among `tiles`"""
+    """(tiles, P, C) that were computed before (`ivl.data.media.feature_store`) and are not among `tiles`"""
     stored: list[tuple[str | None, int, bool]] = field(default_factory=list)
     """With a feature cache, of each image in order: its key, its tiles, and whether they are among `features`"""
     rows: list[Conversation] = field(default_factory=list)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivl import flops
+from ivl.estimate import flops
 
 ROOT = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = ["--device", "cpu", "--size", "tiny", "--compile", "no"]

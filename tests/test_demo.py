@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ivl.data.cutter import VideoOptions
+from ivl.data.media.tiler import VideoOptions
 from ivl.data.processor import Processor
 from ivl.demo import prepare
 from ivl.demo.rows import Boards, write_rows

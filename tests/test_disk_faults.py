@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from ivl.__main__ import main
 from ivl.data import cache
 from ivl.files import disk_fault, whole_file, whole_path, write_text
+from tests.commands.test_export import write_run
 from tests.lit.rows import write_rows
-from tests.test_export import write_run
 from tests.tiny import write_checkpoint
 
 

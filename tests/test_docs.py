@@ -15,7 +15,7 @@ import yaml
 
 from ivl import shipped
 from ivl.__main__ import COMMANDS
-from ivl.data.formats import loads, parse
+from ivl.data.rows.formats import loads, parse
 from ivl.lit import cli
 from ivl.lit.cli import IvlCLI
 
@@ -110,11 +110,11 @@ def understood(*args, **options):
 
 
 STOPS = {
-    "check": ("ivl.check", "_processor"),
-    "chat": ("ivl.terminal", "_trained"),
-    "export": ("ivl.export", "_trained"),
-    "models": ("ivl.models", "_lines"),
-    "plan": ("ivl.plan", "rows_of"),
+    "check": ("ivl.commands.check", "_processor"),
+    "chat": ("ivl.commands.chat", "_trained"),
+    "export": ("ivl.commands.export", "_trained"),
+    "models": ("ivl.commands.models", "_lines"),
+    "plan": ("ivl.commands.plan", "rows_of"),
     "score": ("ivl.eval.score", "task"),
 }
 """The first thing each command does with its options"""

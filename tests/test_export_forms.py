@@ -7,12 +7,12 @@ import pytest
 import torch
 import yaml
 
-from ivl.export import export, read_run
-from ivl.model import tune
+from ivl.commands.export import export, read_run
+from ivl.commands.export_verify import difference
+from ivl.finetune import tune
+from ivl.finetune.tune import Blocks, LoRA, Tune
 from ivl.model.internvl import InternVL
-from ivl.model.tune import Blocks, LoRA, Tune
-from ivl.verify import difference
-from tests.test_export import logits, stored, write_run
+from tests.commands.test_export import logits, stored, write_run
 from tests.tiny import write_checkpoint
 
 TUNES = {

@@ -4,7 +4,7 @@ import pytest
 
 from ivl.backbones import BACKBONES, Backbone
 from ivl.config import Config
-from ivl.data.template import TEMPLATES
+from ivl.data.text.template import TEMPLATES
 from ivl.families import LLMS, MODELS, TOWERS, config_for, find_model
 from ivl.model.internvl import InternVL
 

@@ -21,11 +21,14 @@ FLOOR_0 = {
     "ivl.hub",
     "ivl.files",
     "ivl.picture_file",
-    "ivl.flops",
-    "ivl.devices",
+    "ivl.estimate.flops",
+    "ivl.estimate.hardware",
     "ivl.parquet",
     "ivl.reasoning",
 }
+
+MODEL_SIDE = {"ivl.model", "ivl.checkpoint", "ivl.finetune", "ivl.parallel"}
+"""The model, its files, what trains of it, and how it is spread over devices"""
 
 # What each place may import from the package; more specific places first.
 ALLOWED = {
@@ -36,17 +39,24 @@ ALLOWED = {
     "ivl.families": {"ivl.types", "ivl.config", "ivl.backbones"},
     "ivl.hf_config": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families"},
     "ivl.hub": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families", "ivl.hub"},
-    "ivl.flops": {"ivl.config"},
+    "ivl.estimate.flops": {"ivl.config"},
     "ivl.files": set(),
     "ivl.picture_file": {"ivl.types"},
-    "ivl.devices": set(),
+    "ivl.estimate.hardware": set(),
     "ivl.parquet": {"ivl.types"},
     "ivl.reasoning": set(),
-    # What they share with the two above them: `InternVL.generate` and `InternVL.from_pretrained`
-    "ivl.model.internvl": {*FLOOR_0, "ivl.model", "ivl.inference", "ivl.checkpoint"},
+    # `InternVL.generate` and `InternVL.from_pretrained` call what stands on top of the model.
+    "ivl.model.internvl": {*FLOOR_0, "ivl.model", "ivl.inference", "ivl.checkpoint", "ivl.parallel", "ivl.finetune"},
+    "ivl.model.efficient": {*FLOOR_0, "ivl.model", "ivl.finetune"},
     "ivl.model": {*FLOOR_0, "ivl.model"},
     "ivl.inference": {*FLOOR_0, "ivl.model", "ivl.inference"},
-    "ivl.checkpoint": {*FLOOR_0, "ivl.model", "ivl.checkpoint"},
+    "ivl.checkpoint": {*FLOOR_0, *MODEL_SIDE},
+    "ivl.finetune": {*FLOOR_0, *MODEL_SIDE},
+    "ivl.parallel": {*FLOOR_0, *MODEL_SIDE},
+    "ivl.estimate": {*FLOOR_0, *MODEL_SIDE, "ivl.estimate"},
+    "ivl.data.text": {*FLOOR_0, "ivl.data.text"},
+    "ivl.data.rows": {*FLOOR_0, "ivl.data.rows", "ivl.data.media", "ivl.data.cache"},
+    "ivl.data.media": {*FLOOR_0, "ivl.data.media", "ivl.data.rows", "ivl.data.cache", "ivl.data.workers", "ivl.data"},
     "ivl.data": {*FLOOR_0, "ivl.data"},
     "ivl.eval": {
         "ivl.types",
@@ -57,7 +67,7 @@ ALLOWED = {
         "ivl.reasoning",
         "ivl.eval",
     },
-    "ivl.lit": {*FLOOR_0, "ivl.model", "ivl.inference", "ivl.checkpoint", "ivl.data", "ivl.eval", "ivl.lit"},
+    "ivl.lit": {*FLOOR_0, *MODEL_SIDE, "ivl.inference", "ivl.estimate", "ivl.data", "ivl.eval", "ivl.lit"},
     "ivl": {"ivl"},  # commands, and the package's own front door
 }
 LIGHTNING = "ivl.lit"

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ivl.commands.export import export
 from ivl.data.processor import Processor
-from ivl.export import export
 from ivl.hf_config import read_config
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
@@ -86,7 +86,7 @@ def test_spare_rows_are_used(tmp_path):
 
 
 def test_a_tokenizer_without_a_form_there_is_refused(tmp_path, monkeypatch):
-    import ivl.data.fast_tokenizer as fast
+    import ivl.data.text.fast_tokenizer as fast
 
     def none(tokenizer):
         raise UserError("the tokenizers library gives other ids to <img>")

@@ -11,9 +11,9 @@ from huggingface_hub import constants
 from ivl import hub
 from ivl.__main__ import main
 from ivl.families import find_model
+from ivl.finetune.adapter_config import AdapterConfig
 from ivl.hub import huggingface, modelscope, resolve
 from ivl.hub.files import UNFINISHED, missing_files
-from ivl.model.adapter_config import AdapterConfig
 from ivl.types import UserError
 from tests.hub_server import COMMIT, Hub, serve
 from tests.tiny import write_checkpoint

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ivl.__main__ import main
-from ivl.data.rows import RowFile
+from ivl.data.rows.row_file import RowFile
 from ivl.eval.score import main as score
 from ivl.types import UserError, printable
 from tests.tiny import write_checkpoint

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ivl.data.grounding import parse_boxes
+from ivl.data.rows.grounding import parse_boxes
 from ivl.eval.score import main as score
 from ivl.reasoning import split_reasoning
 

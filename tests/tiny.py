@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ivl.checkpoint.weights import save_weights, to_stored
 from ivl.config import Config
 from ivl.families import llm_family
 from ivl.model.internvl import InternVL
-from ivl.model.weights import save_weights, to_stored
 
 VISUAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 CHATML = ("<|im_start|>", "<|im_end|>")

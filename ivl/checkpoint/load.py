@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
+from ivl.checkpoint import quantization as quant
+from ivl.checkpoint.folder import Checkpoint
+from ivl.checkpoint.quantization import Quantize
+from ivl.checkpoint.weights import load_weights
 from ivl.hub import resolve
-from ivl.model import devices as splitting
-from ivl.model import quant
 from ivl.model.attention import AttentionKernel, choose_kernel
-from ivl.model.checkpoint import Checkpoint
 from ivl.model.internvl import InternVL
-from ivl.model.quant import Quantize
-from ivl.model.weights import load_weights
+from ivl.parallel import device_map as splitting
 
 
 def load_model(

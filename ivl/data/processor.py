@@ -14,13 +14,16 @@ from torch import Tensor
 
 from ivl.config import Config
 from ivl.data import collate as collating
-from ivl.data import formats, limits, media, template
-from ivl.data.box_frames import BoxFrames
-from ivl.data.chat_template import recognised
-from ivl.data.cutter import Cutter, Opened, Resize, VideoOptions
-from ivl.data.features import FeatureStore
-from ivl.data.limits import Plan, Shape
-from ivl.data.tokenizer import Tokenizer
+from ivl.data import truncation as limits
+from ivl.data.media import load as media
+from ivl.data.media.feature_store import FeatureStore
+from ivl.data.media.tiler import Cutter, Opened, Resize, VideoOptions
+from ivl.data.rows import formats
+from ivl.data.rows.box_frames import BoxFrames
+from ivl.data.text import template
+from ivl.data.text.jinja_template import recognised
+from ivl.data.text.tokenizer import Tokenizer
+from ivl.data.truncation import Plan, Shape
 from ivl.families import ReleasedModel, find_model, line_of
 from ivl.hf_config import read_config
 from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Batch, Conversation, Example, Stored, UserError
@@ -41,7 +44,7 @@ class Lengths(NamedTuple):
     supervised: int
     """Labels that count for the loss; 0 for a prompt"""
     changes: int = 0
-    """What was done to make the row fit, as `ivl.data.limits.changes` has it"""
+    """What was done to make the row fit, as `ivl.data.truncation.changes` has it"""
 
 
 class Processor:
@@ -174,7 +177,7 @@ class Processor:
     ) -> Example:
         """A row (or a Conversation) → Example. A row without an answer ends where the assistant's begins.
 
-        `where`, `root`: as in `ivl.data.formats.parse`. `max_tiles`: this row's own limit. `generator` draws the
+        `where`, `root`: as in `ivl.data.rows.formats.parse`. `max_tiles`: this row's own limit. `generator` draws the
         frames where `video.sample` is random. `opened`: media of earlier calls, not opened again.
         Raises UserError that begins with the row's `where`.
         """

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ivl.checkpoint.weights import save_weights
 from ivl.config import Config
 from ivl.model.internvl import InternVL
-from ivl.model.weights import save_weights
 
 VISUAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 NAMED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -1,0 +1,1 @@
+"""Benchmarks: how they are asked, and how answers are scored. Stands alone."""

@@ -1,0 +1,1 @@
+"""One engine for validation, prediction, chat and `InternVL.generate`. Stands on model/ alone."""

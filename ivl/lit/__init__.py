@@ -1,0 +1,1 @@
+"""PyTorch Lightning: module, data module, command line. The only folder that imports Lightning."""

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ivl.checkpoint.fingerprint import fingerprint
 from ivl.data.processor import Processor
 from ivl.inference.engine import Engine
 from ivl.inference.request import Batching, Request, row_seed
 from ivl.inference.sampling import Answer, NotFinite, SamplingParams, StoppingCriteria
-from ivl.lit.prediction import Row, answered, failed
+from ivl.lit.callbacks.prediction_writer import Row, answered, failed
 from ivl.lit.prompts import LAST, Prompt
 from ivl.model.efficient.compile import uncompiled
-from ivl.model.fingerprint import fingerprint
 from ivl.model.internvl import InternVL
 from ivl.reasoning import split_reasoning
 from ivl.types import Batch, Conversation, UserError

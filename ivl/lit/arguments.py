@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from ivl.hub.hints import is_run
-from ivl.lit.resume import newest_whole
+from ivl.lit.run.resume import newest_whole
 from ivl.types import UserError
 
 

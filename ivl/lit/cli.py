@@ -24,26 +24,26 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ivl.files import whole_path, write_text
+from ivl.finetune.tune import Tune
 from ivl.hub import with_revision
 from ivl.lit import benchmark
 from ivl.lit.arguments import run_config, value_of, with_lists
-from ivl.lit.callbacks import Pictures
-from ivl.lit.checkpoints import Checkpoints, WholeFiles
+from ivl.lit.callbacks.checkpoint import Checkpoints, WholeFiles
+from ivl.lit.callbacks.monitor import Progress, Watch
+from ivl.lit.callbacks.prediction_writer import PredictionWriter
+from ivl.lit.callbacks.sample_answers import Pictures
 from ivl.lit.datamodule import IvlData
-from ivl.lit.experiment import Experiment, experiment_of, tune_settings
+from ivl.lit.metrics import scores_table
 from ivl.lit.module import LitInternVL
-from ivl.lit.peers import Peers
-from ivl.lit.precision import choose_precision, device_has_bf16
-from ivl.lit.prediction import PredictionWriter
 from ivl.lit.ranges import check_ranges
-from ivl.lit.resume import check_checkpoint, keep_others_files, resolve_last
-from ivl.lit.run_lock import run_lock
-from ivl.lit.scoring import scores_table
-from ivl.lit.signals import STOP
+from ivl.lit.run.experiment import Experiment, experiment_of, tune_settings
+from ivl.lit.run.lock import run_lock
+from ivl.lit.run.resume import check_checkpoint, keep_others_files, resolve_last
+from ivl.lit.run.signals import STOP
+from ivl.lit.strategies.deepspeed import check_installed, weights_beside
+from ivl.lit.strategies.peers import Peers
+from ivl.lit.strategies.precision import choose_precision, device_has_bf16
 from ivl.lit.types import IvlTrainer, own
-from ivl.lit.watch import Progress, Watch
-from ivl.lit.zero import check_installed, weights_beside
-from ivl.model.tune import Tune
 from ivl.types import UserError
 
 
@@ -325,7 +325,7 @@ def data_of(fit: Namespace) -> IvlData:
 
 def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
     """Run one of Lightning's commands. Errors are raised: `ivl.__main__` prints them."""
-    # Parts that do not train are in eval mode on purpose (ivl.model.tune.apply).
+    # Parts that do not train are in eval mode on purpose (ivl.finetune.tune.apply).
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     # Lightning's own use of torch.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
@@ -355,7 +355,7 @@ def _cli(kind: type[IvlCLI], argv: list[str]) -> IvlCLI:
         trainer_defaults={
             "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": ""}},
             "callbacks": [Watch(), Pictures()],
-            "enable_model_summary": False,  # ivl.model.tune.table says more
+            "enable_model_summary": False,  # ivl.finetune.tune.table says more
             "log_every_n_steps": 10,
             "use_distributed_sampler": False,  # the data module gives every rank its rows
         },

@@ -18,22 +18,22 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
-from ivl.data.cutter import VideoOptions
-from ivl.data.dataset import Mixture, Rows, split
-from ivl.data.features import FeatureStore, bytes_needed
-from ivl.data.index import Index, answers_needed, joined, usable, write_report
-from ivl.data.media import MediaPolicy
-from ivl.data.pack import GroupedBatches, PackedBatches
+from ivl.data.media.feature_store import FeatureStore, bytes_needed
+from ivl.data.media.load import MediaPolicy
+from ivl.data.media.tiler import VideoOptions
 from ivl.data.processor import Processor
-from ivl.data.rows import FileLimits
-from ivl.data.sources import Source, open_sources
-from ivl.data.split import held_out, remember
+from ivl.data.rows.row_file import FileLimits
+from ivl.data.sets.dataset import Mixture, Rows, split
+from ivl.data.sets.holdout import held_out, remember
+from ivl.data.sets.index import Index, answers_needed, joined, usable, write_report
+from ivl.data.sets.samplers import GroupedBatches, PackedBatches
+from ivl.data.sets.sources import Source, open_sources
 from ivl.lit.benchmark import rows_file
-from ivl.lit.checkpoints import unfinished
+from ivl.lit.callbacks.checkpoint import unfinished
+from ivl.lit.callbacks.row_report import looked_through, say_changed, say_left_out, say_unread
 from ivl.lit.feature_cache import open_store
 from ivl.lit.loaders import Asked, Pace, PacedLoader, RankRows, ResumableLoader, WorkerLoader, validation_batch
 from ivl.lit.prompts import LAST, Prompt, Prompts, processor_of_prompts, report_prompts
-from ivl.lit.row_report import looked_through, say_changed, say_left_out, say_unread
 from ivl.lit.types import own
 from ivl.types import UserError
 

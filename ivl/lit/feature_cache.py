@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from ivl.data.features import FeatureStore
-from ivl.model.fingerprint import fingerprint
+from ivl.checkpoint.fingerprint import fingerprint
+from ivl.data.media.feature_store import FeatureStore
 from ivl.model.internvl import InternVL
 from ivl.types import Batch, UserError
 

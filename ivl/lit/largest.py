@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from ivl.estimate.training_step import Micro
 from ivl.lit.datamodule import IvlData
-from ivl.model.sketch import Micro
 
 
 def largest_batch(data: IvlData) -> Micro:

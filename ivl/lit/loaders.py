@@ -11,10 +11,10 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
-from ivl.data.dataset import Rows
-from ivl.data.index import cores
-from ivl.data.loading import WorkerLoader
 from ivl.data.processor import Processor
+from ivl.data.sets.dataset import Rows
+from ivl.data.sets.index import cores
+from ivl.data.worker_loader import WorkerLoader
 from ivl.types import IGNORE, Batch, Example
 
 

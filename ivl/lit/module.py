@@ -23,30 +23,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ivl.finetune import peft_adapter as adapting
+from ivl.finetune import tune as tuning
+from ivl.finetune.adapter_training import continue_adapter
+from ivl.finetune.param_groups import Rates, param_groups, scale_rates, vectors
+from ivl.finetune.tune import Tune
 from ivl.inference.request import Batching
-from ivl.lit import zero
 from ivl.lit.answering import Answering, Generation, answers, rows_named
-from ivl.lit.experiment import Experiment
+from ivl.lit.callbacks.monitor import SourceLosses
+from ivl.lit.callbacks.prediction_writer import Row
 from ivl.lit.feature_cache import with_features
-from ivl.lit.health import FiniteLoss, clip, out_of_memory, scale, total_norm, what_to_lower
-from ivl.lit.optimizer_settings import check_schedule, fitting, rate_settings, take_typed
-from ivl.lit.prediction import Row
+from ivl.lit.metrics import Metric, Scores, check_metrics
+from ivl.lit.nonfinite import FiniteLoss, clip, out_of_memory, scale, total_norm, what_to_lower
 from ivl.lit.prompts import Prompt
-from ivl.lit.resume import check_tensors
+from ivl.lit.run.experiment import Experiment
+from ivl.lit.run.optimizer_settings import check_schedule, fitting, rate_settings, take_typed
+from ivl.lit.run.resume import check_tensors
 from ivl.lit.schedule import Warmup
-from ivl.lit.scoring import Metric, Scores, check_metrics
-from ivl.lit.split import LayerSplit
+from ivl.lit.strategies import deepspeed as zero
+from ivl.lit.strategies.layer_split import LayerSplit
 from ivl.lit.types import IvlTrainer
-from ivl.lit.watch import SourceLosses
-from ivl.model import peft_adapter as adapting
-from ivl.model import tune as tuning
-from ivl.model.adapter_training import continue_adapter
-from ivl.model.devices import Placement
 from ivl.model.efficient.compile import compile_layers
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
-from ivl.model.rates import Rates, param_groups, scale_rates, vectors
-from ivl.model.tune import Tune
+from ivl.parallel.device_map import Placement
 from ivl.reasoning import split_reasoning
 from ivl.types import Batch, UserError, some
 
@@ -178,7 +178,7 @@ class LitInternVL(LightningModule):
         dtype, attention = self._weight_dtype(), self.attention
         mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
         if mesh is not None:
-            from ivl.model.parallel import build_sharded, parallelize  # peft takes seconds to import
+            from ivl.parallel.fsdp import build_sharded, parallelize  # peft takes seconds to import
         if mesh is not None and not self.adapter and not self.quantize:
             how = strategy.root_device, dtype, attention, self.efficient
             return build_sharded(self.pretrained, self.tune, mesh, *how)

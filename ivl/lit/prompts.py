@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
-from ivl.data.dataset import Rows
-from ivl.data.index import Index
 from ivl.data.processor import Processor
+from ivl.data.sets.dataset import Rows
+from ivl.data.sets.index import Index
 from ivl.types import Conversation, Example, UserError
 
 LAST = -1

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ivl.checkpoint.quantization import Quantize
 from ivl.config import Config
 from ivl.families import llm_family
-from ivl.model import devices as splitting
+from ivl.finetune.neftune import add_noise
 from ivl.model.attention import AttentionKernel, choose_kernel
 from ivl.model.decoder import DecoderConfig, LanguageModel
 from ivl.model.efficient import install
 from ivl.model.image_tokens import check_image_tokens
 from ivl.model.loss import Losses, losses, supervised_places
-from ivl.model.neftune import add_noise
-from ivl.model.quant import Quantize
 from ivl.model.sequence_layout import layout_of
 from ivl.model.vision import InternViT
+from ivl.parallel import device_map as splitting
 from ivl.types import IMAGENET_MEAN, IMAGENET_STD, Batch, SequenceLayout, UserError, places
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ class InternVL(nn.Module):
         self.neftune_alpha = 0.0
         """Noise on the embeddings of text in training, by `add_noise`; 0: none"""
         self.lora_start: dict[str, tuple[Tensor, Tensor]] = {}
-        """Of each layer whose LoRA was taken out of its weight (`ivl.model.tune`): the two matrices it began with"""
+        """Of each layer whose LoRA was taken out of its weight (`ivl.finetune.tune`): the two matrices it began with"""
         self.is_loaded_in_8bit = self.is_loaded_in_4bit = False
-        """Whether layers are quantised (`ivl.model.quant`); peft asks by these names"""
+        """Whether layers are quantised (`ivl.checkpoint.quantization`); peft asks by these names"""
         self.features_projected = False
         """Whether features that a batch brings are those behind `mlp1`"""
         self.efficient = efficient
@@ -143,7 +143,7 @@ class InternVL(nn.Module):
         `quantize`: 8 or 4 bits for the linear layers of the language model's blocks. A checkpoint that is stored in 8
         bits stays so, and computes in bfloat16. float32 is taken, with a warning, where the device has no `dtype`.
         `devices`, `device_max_memory`, `device_map`: the model is split over several devices, and `device` does not
-        count; see `ivl.model.devices.choose`, also for `needs` and `offload`. `efficient`: see `ivl.model.efficient`.
+        count; see `ivl.parallel.device_map.choose`, also for `needs` and `offload`. `efficient`: `ivl.model.efficient`.
         Raises UserError where files are missing or broken, or a tensor is missing, unexpected or of another shape.
         """
         from ivl.checkpoint.load import load_model

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ivl.data.meta_file import read_meta
 from ivl.data.processor import Processor
+from ivl.data.sets.meta_file import read_meta
 from ivl.types import IGNORE, UserError
 
 

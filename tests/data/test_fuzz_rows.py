@@ -8,8 +8,8 @@ import re
 import pytest
 from PIL import Image
 
-from ivl.data.formats import loads
 from ivl.data.processor import Processor
+from ivl.data.rows.formats import loads
 from ivl.types import UserError
 from tests.data.bounds import peak_bytes, within
 from tests.tiny import write_checkpoint

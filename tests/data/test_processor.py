@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ivl.config import Config
-from ivl.data.cutter import VideoOptions
-from ivl.data.limits import changes
+from ivl.data.media.tiler import VideoOptions
 from ivl.data.processor import Processor, TooLong
-from ivl.data.template import SYSTEM_2_5
-from ivl.data.tokenizer import Tokenizer
+from ivl.data.text.template import SYSTEM_2_5
+from ivl.data.text.tokenizer import Tokenizer
+from ivl.data.truncation import changes
 from ivl.families import find_model
 from ivl.types import IGNORE, UserError
 from tests.tiny import write_checkpoint
@@ -136,7 +136,7 @@ def test_a_prompt_is_the_beginning_of_the_row(make):
     for row in (
         {"query": "Q", "response": "R", "images": [picture(100, 60)]},
         {"query": "Q", "response": " R ", "history": [["P", "S"], ["T", "U"]], "system": " X "},
-    ):  # blanks around questions are dropped in training alone: tests/data/test_template.py
+    ):  # blanks around questions are dropped in training alone: tests/data/text/test_template.py
         whole = processor(row)
         asked = processor(processor.parse(row).as_prompt())
         assert whole.input_ids[: len(asked)].equal(asked.input_ids)

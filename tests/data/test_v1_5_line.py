@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
+from ivl.commands.export import export
 from ivl.data.processor import Processor
-from ivl.export import export
 from ivl.families import INTERNLM_SYSTEM, PHI3_SYSTEM
 from ivl.types import UserError
 from tests.tiny import write_checkpoint

@@ -9,7 +9,7 @@ import os
 import pytest
 from PIL import Image
 
-from ivl.data.formats import parse
+from ivl.data.rows.formats import parse
 from ivl.eval.score import main
 from ivl.eval.tasks import TASKS, fingerprint, task
 from ivl.types import UserError

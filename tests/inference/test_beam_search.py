@@ -6,8 +6,8 @@ from transformers import InternVLForConditionalGeneration
 
 from ivl.model.internvl import InternVL, normalize
 from ivl.types import UserError
+from tests.checkpoint.test_hf_layout import export
 from tests.model.rows import padded, rows
-from tests.model.test_hf import export
 from tests.tiny import FAMILIES, write_checkpoint
 
 

@@ -6,7 +6,7 @@ import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its
 import pytest
 
 from ivl.__main__ import main
-from ivl.data.formats import parse
+from ivl.data.rows.formats import parse
 from ivl.eval.tasks import TASKS
 from ivl.lit.benchmark import rows_file, scored_by, settings
 from ivl.types import UserError
@@ -113,7 +113,7 @@ def test_a_missing_download_is_one_line(base, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_setting_of_a_task_is_an_option(name):
-    from ivl.data.cutter import VideoOptions
+    from ivl.data.media.tiler import VideoOptions
     from ivl.lit.answering import Generation
     from ivl.lit.datamodule import IvlData
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ivl.data.cutter import VideoOptions
-from ivl.data.rows import FileLimits
+from ivl.data.media.tiler import VideoOptions
+from ivl.data.rows.row_file import FileLimits
 from ivl.lit.datamodule import IvlData
 from ivl.types import UserError
 from tests.lit.rows import write_rows

@@ -10,8 +10,8 @@ from ivl.__main__ import main
 from ivl.lit.module import LitInternVL
 from ivl.types import UserError
 from tests.lit import test_runs
+from tests.lit.callbacks.test_checkpoint import COMMON, assert_same, run
 from tests.lit.rows import write_rows
-from tests.lit.test_checkpoints import COMMON, assert_same, run
 from tests.lit.test_runs import config, scalars
 
 base = test_runs.base
@@ -97,7 +97,7 @@ def test_weights_that_are_changed_in_part_are_not_saved(base, tmp_path, monkeypa
 
 
 def test_an_error_at_the_end_costs_neither_the_last_step_nor_the_adapter(base, tmp_path, monkeypatch):
-    from ivl.lit.watch import Watch
+    from ivl.lit.callbacks.monitor import Watch
 
     failing(monkeypatch, "on_train_batch_end", 8, OSError(28, "No space left on device"), Watch)
     argv = argv_of(base, tmp_path, **settings(base, trainer__max_epochs=1))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ivl.__main__ import main
-from ivl.data import features, media
+from ivl.data.media import feature_store as features
+from ivl.data.media import load as media
 from ivl.model.vision import InternViT
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config, fit, losses

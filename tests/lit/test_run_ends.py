@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ivl.__main__ import main
-from ivl.lit.run_lock import run_lock
+from ivl.lit.run.lock import run_lock
 from ivl.types import UserError
 from tests.lit import test_runs
 from tests.lit.rows import write_rows
@@ -54,7 +54,7 @@ def test_scores_at_the_end_are_not_those_of_the_sanity_check(base, tmp_path, cap
 
 def test_the_best_and_the_last_are_both_offered(base, tmp_path, capsys):
     """The optimizer makes the loss worse: the best is not the last."""
-    from ivl.model.ckpt_file import trained_state
+    from ivl.checkpoint.ckpt_file import trained_state
 
     tune = {"vision_model": "frozen", "mlp1": "frozen", "language_model": {"rank": 2}}
     changes = {"model__tune": tune, "trainer__max_epochs": 3, "trainer__check_val_every_n_epoch": 1}

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from ivl.__main__ import main
-from ivl.data.dataset import Rows
 from ivl.data.processor import Processor
-from ivl.model import tune as tuning
+from ivl.data.sets.dataset import Rows
+from ivl.finetune import tune as tuning
+from ivl.finetune.tune import Tune
 from ivl.model.internvl import InternVL
-from ivl.model.tune import Tune
 from tests.lit.rows import write_rows
 from tests.tiny import write_checkpoint
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_holds_what_trains_and_a_lora_is_a_peft_folder(base, tmp_pa
 
 
 def test_an_hf_folder_trains_as_the_release_it_was_made_from(base, tmp_path):
-    from ivl.export import export
+    from ivl.commands.export import export
 
     hf = export(str(tmp_path / "model-hf"), base=str(base / "model"), layout="hf")
     start = InternVL.from_pretrained(base / "model").state_dict()
@@ -159,7 +159,7 @@ def test_an_hf_folder_trains_as_the_release_it_was_made_from(base, tmp_path):
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_a_lora_trains_on_a_base_in_few_bits(base, tmp_path, quantize):
     pytest.importorskip("bitsandbytes")
-    from ivl.export import export
+    from ivl.commands.export import export
     from ivl.model.internvl import InternVL
 
     model = write_checkpoint(tmp_path / "model", llm={"intermediate_size": 128})  # blocks of 4-bit numbers are 64 wide

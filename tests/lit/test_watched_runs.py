@@ -7,8 +7,8 @@ import torch
 import yaml
 
 from ivl.__main__ import main
+from ivl.checkpoint.weights import Files, save_weights
 from ivl.model.internvl import InternVL
-from ivl.model.weights import Files, save_weights
 from tests.lit.test_runs import REPO, base, config, fit, scalars  # noqa: F401  (a fixture)
 from tests.tiny import write_checkpoint
 

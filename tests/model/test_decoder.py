@@ -8,11 +8,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ivl.checkpoint.hf_layout import llm_config
 from ivl.config_fields import ACTIVATIONS
 from ivl.inference.kv_cache import Append, KVCache, Prefill
 from ivl.model.attention import visible
 from ivl.model.decoder import MLPS, DecoderConfig, LanguageModel
-from ivl.model.hf import llm_config
 from tests.model.test_llm import LONG, tiny
 from tests.tiny import FAMILIES
 

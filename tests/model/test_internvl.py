@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import normalize as torchvision_normalize
 
+from ivl.checkpoint.layouts import groups
 from ivl.config import Config, read_json
+from ivl.estimate.training_step import Tally
 from ivl.families import llm_family
 from ivl.model.internvl import InternVL, normalize, pixel_shuffle
-from ivl.model.layouts import groups
-from ivl.model.sketch import Tally
 from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, UserError
 from tests.model.rows import packed, padded, rows
 from tests.tiny import FAMILIES, write_checkpoint

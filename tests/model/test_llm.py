@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ivl.checkpoint.hf_layout import llm_config
+from ivl.checkpoint.weights import Files, load_weights
 from ivl.config import Config, read_json
 from ivl.model import attention as attention_module
 from ivl.model.attention import choose_kernel, visible
-from ivl.model.hf import llm_config
 from ivl.model.internvl import InternVL
 from ivl.model.rotary import row_lengths
 from ivl.model.sequence_layout import is_plain
-from ivl.model.weights import Files, load_weights
 from ivl.types import UserError
 from tests.tiny import FAMILIES, config, random_state
 

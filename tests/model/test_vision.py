@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
+from ivl.checkpoint.weights import Files, load_weights
 from ivl.config import Config, VisionConfig, read_json
 from ivl.model.internvl import InternVL
 from ivl.model.vision import KERNELS, DropPath, InternViT
-from ivl.model.weights import Files, load_weights
 from tests.tiny import TOWERS
 
 SMALL = {

@@ -11,12 +11,12 @@ from torch.ops import aten
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ivl.checkpoint.folder import Checkpoint
 from ivl.data.collate import collate
-from ivl.lit.watch import SourceLosses
-from ivl.model.checkpoint import Checkpoint
+from ivl.finetune.tune import LoRA, Tune, apply
+from ivl.lit.callbacks.monitor import SourceLosses
 from ivl.model.internvl import InternVL
 from ivl.model.loss import loss_weights
-from ivl.model.tune import LoRA, Tune, apply
 from ivl.types import Batch, Conversation, Example, Message, places
 from tests.model.rows import rows
 from tests.tiny import write_checkpoint

@@ -8,7 +8,7 @@ whether one is at fault. A technique goes by deleting its file and its line here
 | `recompute.py` | norms and activations are computed again in backward | bit for bit; in autocast the loss alone |
 | `last_block.py` | the last layer's MLP for supervised tokens alone | up to rounding |
 | `layer_scale.py` | a linear layer and its layer scale as one operation | up to rounding |
-| `lora_linear.py` | a LoRA layer as one operation (`ivl.model.tune.inject`) | up to rounding; other dropout masks |
+| `lora_linear.py` | a LoRA layer as one operation (`ivl.finetune.tune.inject`) | up to rounding; other dropout masks |
 | `compile.py` | torch.compile layer by layer (`model.compile`) | up to rounding |
 """
 

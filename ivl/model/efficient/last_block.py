@@ -5,7 +5,7 @@ computed for those. `DecoderLayer.forward` takes their positions as `outputs_M`.
 
 Saves: most of one layer's MLP in forward and backward, 1 / (3 x layers) of the step or so, and what it would keep.
 Proof: losses and gradients equal those of the plain model up to rounding, since products have other shapes
-(`tests/model/test_attention.py`); `ivl.flops` counts it, against torch's own counter.
+(`tests/model/test_attention.py`); `ivl.estimate.flops` counts it, against torch's own counter.
 Off: `model.efficient: false`, or leave the file's line out of `ivl.model.efficient.install`.
 """
 

@@ -20,8 +20,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ivl.finetune.tune import ADAPTER
 from ivl.model.layers import adopted, autocast_dtype, is_sharded
-from ivl.model.tune import ADAPTER
 
 
 def kept(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:

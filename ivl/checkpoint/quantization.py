@@ -1,0 +1,158 @@
+"""Linear layers in 8 or 4 bits, through bitsandbytes: for inference, and as the frozen base of a LoRA.
+
+Two ways in: a release stored in 8 bits (int8 weights with the scales of their rows, as bitsandbytes writes them), and
+any other one quantised while it is loaded: then only the linear layers of the language model's blocks; the tower, the
+projector and the output layer stay as they are.
+
+Sources: LLM.int8 (https://arxiv.org/abs/2208.07339), NF4 (https://arxiv.org/abs/2305.14314).
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ivl.checkpoint.layouts import groups, layout_of
+from ivl.checkpoint.weights import Files, Where, check, device_of, place, tie
+from ivl.types import UserError
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
+
+T = TypeVar("T")
+Quantize = Literal["int8", "nf4"]
+
+SCALES, FORMAT = "SCB", "weight_format"
+"""What bitsandbytes stores beside an int8 weight: the largest magnitude of each row, and the order of its numbers"""
+
+
+def is_int8(files: Files) -> bool:
+    """Whether a checkpoint is stored in 8 bits."""
+    return "I8" in files.dtypes.values()
+
+
+def compute_dtype(files: Files, dtype: torch.dtype, quantize: str | None) -> torch.dtype:
+    """What to compute in: bfloat16 for a release stored in 8 bits, else as asked. Raises UserError for bad requests."""
+    if quantize is not None and quantize not in get_args(Quantize):
+        raise UserError(f"quantize: expected one of {', '.join(get_args(Quantize))}, found {quantize!r}")
+    if not is_int8(files):
+        return dtype
+    if quantize == "nf4":
+        raise UserError(f"{files.folder}: stored in 8 bits, it cannot be loaded in 4; use the release it was made from")
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(f"{files.folder}: stored in 8 bits, so it computes in bfloat16, not in {name}", stacklevel=3)
+    return torch.bfloat16
+
+
+def load_quantized(model: InternVL, files: Files, device: Where, quantize: Quantize | None) -> None:
+    """As `ivl.checkpoint.weights.load_weights`, for a model on the meta device; `quantize` None: as in the files."""
+    bnb = _bitsandbytes()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    stored, chosen = is_int8(files), bits(model, files, quantize).keys()
+    scales = {f"{name}.{SCALES}": torch.empty(linears[name].out_features, device="meta") for name in chosen if stored}
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in files.read(check(model, _without_formats(files), scales), model.config):
+        owner, _, leaf = name.rpartition(".")
+        if owner not in chosen or leaf == "bias":
+            place(model, name, tensor, device)
+            continue
+        parts = waiting.setdefault(owner, {})
+        parts[leaf] = tensor
+        if not stored:
+            assert quantize is not None, "nothing is chosen without it"
+            weight = waiting.pop(owner)["weight"].to(model.dtype)
+            _swap(model, owner, _of_float(bnb, linears[owner], weight, device_of(name, device), quantize))
+        elif len(parts) == 2:
+            parts = waiting.pop(owner)
+            _swap(model, owner, _of_int8(bnb, linears[owner], **parts, device=device_of(name, device)))
+    model.is_loaded_in_8bit = stored or quantize == "int8"
+    model.is_loaded_in_4bit = quantize == "nf4"
+    tie(model)
+
+
+def bits(model: InternVL, files: Files, quantize: Quantize | None) -> dict[str, float]:
+    """The linear layers that will be quantised, and how many bits each of their weights takes. None: an empty dict."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if is_int8(files):
+        return dict.fromkeys(_scaled(model, files, linears), 8.0)
+    if quantize is None:
+        return {}
+    # nf4: a scale in float32 for 64 weights.
+    each = {"int8": 8.0, "nf4": 4.5}[quantize]
+    return {name: each for name in linears if name.startswith("language_model.model.")}
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            "quantize: weights in 8 or 4 bits need the package bitsandbytes, which is not installed; "
+            'pip install -e ".[quant]"'
+        ) from error
+    return bitsandbytes
+
+
+def _scaled(model: InternVL, files: Files, linears: list[str]) -> list[str]:
+    """The linear layers whose weights have scales in the files. Raises UserError for an unknown order of numbers."""
+    for path, names in _by_file(files, FORMAT).items():
+        with safe_open(path, framework="pt") as file:
+            odd = [name for name in names if int(file.get_tensor(name)) != 0]
+        if odd:
+            raise UserError(f"{path}: {odd[0]} is not 0 (rows one after the other), the only order read here")
+    layout = layout_of(files.where, model.config)
+    found = groups([f"{name}.{SCALES}" for name in linears], layout)
+    ending = f".{SCALES}"
+    return [n.removesuffix(ending) for g in found if all(s in files.where for s in g.stored) for n in g.module]
+
+
+def _by_file(files: Files, leaf: str) -> dict[Path, list[str]]:
+    found: dict[Path, list[str]] = {}
+    for name, path in files.where.items():
+        if name.endswith("." + leaf):
+            found.setdefault(path, []).append(name)
+    return found
+
+
+def _without_formats(files: Files) -> Files:
+    def kept(table: dict[str, T]) -> dict[str, T]:
+        return {name: value for name, value in table.items() if not name.endswith("." + FORMAT)}
+
+    return Files(files.folder, kept(files.where), kept(files.shapes), kept(files.dtypes))
+
+
+def _of_int8(bnb: Any, old: nn.Linear, weight: Tensor, SCB: Tensor, device: torch.device | str) -> nn.Linear:
+    new = bnb.nn.Linear8bitLt(*_sizes(old), has_fp16_weights=False, device="meta")
+    # Copies: what safetensors gives is a window into a file.
+    weight, scales = weight.clone().contiguous().to(device), SCB.float().clone().to(device)
+    new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=scales)
+    return new
+
+
+def _of_float(bnb: Any, old: nn.Linear, weight: Tensor, device: torch.device | str, quantize: Quantize) -> nn.Linear:
+    """bitsandbytes quantises a weight as it is moved to its device."""
+    if quantize == "int8":
+        new = bnb.nn.Linear8bitLt(*_sizes(old), has_fp16_weights=False, device="meta")
+        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+        return new
+    new = bnb.nn.Linear4bit(*_sizes(old), compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+    new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=new).to(device)
+    return new
+
+
+def _sizes(linear: nn.Linear) -> tuple[int, int, bool]:
+    return linear.in_features, linear.out_features, linear.bias is not None
+
+
+def _swap(model: nn.Module, name: str, new: nn.Linear) -> None:
+    """Put a quantised layer in a linear one's place, with its bias (which may be read later)."""
+    owner, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    new.bias = getattr(parent, leaf).bias
+    setattr(parent, leaf, new.train(parent.training))

@@ -1,0 +1,295 @@
+"""`python -m ivl chat --model NAME`: a conversation in the terminal, line by line.
+
+    what is typed → a word of command, or a question with its media → the answer, as it is made
+
+Ctrl-C stops an answer, or drops the line that is being typed; Ctrl-D ends the session.
+
+Long: chat, since each option of the command is an argument, and its help stands in the docstring.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from ivl.chat import Chat, Settings
+from ivl.commands.export import Trained, read_run
+from ivl.data.media.download import FetchPolicy
+from ivl.data.media.load import MediaPolicy
+from ivl.data.processor import Processor
+from ivl.families import find_model
+from ivl.finetune import peft_adapter as adapting
+from ivl.hub import resolve
+from ivl.model.internvl import InternVL
+from ivl.parallel.device_map import device_of
+from ivl.types import UserError, printable
+
+WORDS = """Type a question; <image> or <video> in it asks for a path or URL, <img>PATH</img> names one.
+clear: a new conversation   reset-system: another system message   multi-line, single-line: how questions end
+exit or quit: leave (also Ctrl-D)   Ctrl-C: stop an answer"""
+
+LINE = "-" * 50
+CUT = {
+    "length": "the answer is cut off at max_new_tokens {}; a larger --max_new_tokens lets it go on",
+    "context": "the answer is cut off, since the model's context is full; `clear` begins anew",
+}
+"""Why an answer ended before its end → what is said of it"""
+_MARK = re.compile(r"<(image|video)>")
+_NAMED = {"image": "Input an image path or URL <<< ", "video": "Input a video path or URL <<< "}
+_ANY = "Input a media path or URL <<< "
+
+FETCHING = FetchPolicy(timeout=10, total_timeout=120, retries=1)
+"""Somebody waits"""
+
+
+class Session:
+    """What is typed, until the end of the session."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.several_lines = False
+        abilities = chat.processor.abilities
+        self.asks_for_media = abilities is not None and not abilities.multi_turn_images
+        """Where images stand in one turn only, nobody writes marks: they are asked for with the first question"""
+
+    def run(self) -> None:
+        """Until `exit`, `quit` or the end of the input."""
+        print(WORDS)
+        while True:
+            try:
+                text = self._read("<<<[M] " if self.several_lines else "<<< ")
+                if text.strip().lower() in ("exit", "quit"):
+                    return
+                self._take(text)
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return
+
+    def _take(self, text: str) -> None:
+        """One line, or the lines of one question."""
+        word = text.strip().lower()
+        if not word:
+            return
+        if word == "clear":
+            self.chat.clear()
+        elif word == "reset-system":
+            system = self._read("<<<[S] ")
+            self.chat.clear()
+            self.chat.system = system
+        elif word in ("multi-line", "single-line"):
+            self.several_lines = word == "multi-line"
+            if self.several_lines:
+                print("A question ends with a line that ends in #.")
+        else:
+            try:
+                self._answer(text)
+            except (UserError, torch.OutOfMemoryError) as error:
+                sys.stdout.flush()
+                print(f"error: {_line(error)}", file=sys.stderr, flush=True)
+
+    def _read(self, prompt: str) -> str:
+        line = input(prompt)
+        _remember(line)
+        if not self.several_lines or line.strip().lower() in ("exit", "quit", "clear", "reset-system", "single-line"):
+            return line
+        lines = [line]
+        while not lines[-1].rstrip().endswith("#"):
+            lines.append(input("... "))
+            _remember(lines[-1])
+        return "\n".join(lines).rstrip().removesuffix("#")
+
+    def _answer(self, text: str) -> None:
+        media: dict[str, list[str]] = {"image": [], "video": []}
+        for kind in _MARK.findall(text):
+            media[kind].append(self._path(_NAMED[kind], f"the <{kind}> of the question needs one"))
+        if self.asks_for_media and not self.chat.history and not any(media.values()) and "<img>" not in text:
+            media["image"] = [path for path in [self._path(_ANY)] if path]
+        pieces = self.chat.stream(text, media["image"], media["video"])
+        try:
+            for piece in pieces:
+                print(printable(piece), end="", flush=True)
+        except KeyboardInterrupt:
+            pieces.close()
+            print(" [stopped]", end="")
+        print(f"\n{LINE}")
+        for note in self.chat.notes:
+            print(f"note: {printable(note, ' ')}")
+        if (reason := self.chat.finish_reason) in CUT:
+            print(f"note: {CUT[reason].format(self.chat.settings.max_new_tokens)}")
+
+    def _path(self, prompt: str, needed: str = "") -> str:
+        line = input(prompt).strip()
+        _remember(line)
+        if len(line) > 1 and line[0] == line[-1] and line[0] in "'\"":
+            line = line[1:-1]
+        if not line and needed:
+            raise UserError(f"no path given, and {needed}; ask again")
+        return str(Path(line).expanduser()) if line.startswith("~") else line
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    return f"out of memory ({' '.join(str(error).split())[:120]}); `clear`, ask with fewer tiles, or use more devices"
+
+
+# -- lines typed before ------------------------------------------------------------------------------------------
+
+
+def history_file() -> Path:
+    """Where lines are kept, by the XDG rules."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ivl" / "chat_history"
+
+
+def _readline() -> ModuleType | None:
+    try:
+        import readline
+    except ImportError:  # not everywhere a part of Python; then lines are typed without editing
+        return None
+    return readline
+
+
+def _recall() -> None:
+    """Lines of earlier sessions for the arrow keys."""
+    readline, path = _readline(), history_file()
+    if readline is None or not sys.stdin.isatty():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        readline.set_history_length(-1)
+        readline.set_auto_history(False)
+        readline.read_history_file(path)
+    except OSError as error:
+        print(f"note: {path}: lines are not kept ({error.strerror})")
+
+
+def _remember(line: str) -> None:
+    """Kept at once, by appending: other sessions and a killed one lose nothing."""
+    readline = _readline()
+    if readline is None or not line.strip() or not sys.stdin.isatty():
+        return
+    readline.add_history(line)
+    try:
+        readline.append_history_file(1, history_file())
+    except OSError:
+        return  # said at the start
+
+
+# -- the command -------------------------------------------------------------------------------------------------
+
+
+def chat(
+    model: str | None = None,
+    adapter: str | None = None,
+    ckpt_path: str | None = None,
+    system: str | None = None,
+    settings: Settings | None = None,
+    max_tiles: int | None = None,
+    max_length: int | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto",
+    quantize: Literal["int8", "nf4"] | None = None,
+    device: str = "auto",
+    devices: int | None = None,
+    device_max_memory: list[str] | None = None,
+    device_map: str | None = None,
+) -> Session:
+    """A session with a model.
+
+    Args:
+        model: Model's name, or a checkpoint folder; --model.pretrained is the same. Default: the one that the run or
+            the adapter names.
+        adapter: PEFT adapter folder to put on it.
+        ckpt_path: Fitted run: its folder (the last checkpoint is taken), or one of its .ckpt files.
+        system: System message instead of the checkpoint's.
+        settings: How answers are made.
+        max_tiles: Most tiles of one image, the thumbnail not counted. Default: the checkpoint's.
+        max_length: Most tokens of a conversation with its last question. Default: the model's context.
+        dtype: What is computed in; auto is bfloat16 on a GPU and float32 elsewhere.
+        attention: Attention kernel; auto takes the fastest that is installed and runs here.
+        quantize: int8 or nf4: linear layers of the language model in 8 or 4 bits. Default: as in the run.
+        device: cpu, cuda, cuda:1 and so on; auto is the GPU where there is one.
+        devices: How many GPUs share the model, layer by layer.
+        device_max_memory: What may be used of each, such as `15GB 15GB`; layers that do not fit stay with the host.
+        device_map: File (JSON or YAML) from names of modules to devices, instead of a plan.
+    """
+    trained = _trained(model, adapter, ckpt_path)
+    gpu = torch.cuda.is_available()
+    where = ("cuda" if gpu else "cpu") if device == "auto" else device
+    split = any(option is not None for option in (devices, device_max_memory, device_map))
+    on_cpu = not split and device_of(where).type == "cpu"
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+    loaded = InternVL.from_pretrained(
+        resolve(trained.base),
+        dtype,
+        where,
+        attention,
+        quantize or trained.quantize,
+        devices,
+        device_max_memory,
+        device_map,
+    )
+    loaded = trained.onto(loaded)
+    if split:
+        print(f"layers over devices: {loaded.hf_device_map}")
+    processor = Processor.from_pretrained(
+        trained.base,
+        max_tiles=trained.max_tiles if max_tiles is None else max_tiles,
+        max_length=None,
+        system_message=trained.system_message,
+        policy=MediaPolicy(fetch=FETCHING),
+    )
+    # A folder that was downloaded by hand keeps the model's name, and with it what the model is able to do.
+    processor.released = processor.released or find_model(Path(trained.base).name)
+    return Session(Chat(loaded, processor, system, settings, max_length))
+
+
+def _trained(model: str | None, adapter: str | None, ckpt_path: str | None) -> Trained:
+    if ckpt_path is not None and adapter is not None:
+        raise UserError("--ckpt_path and --adapter: expected one of them, found both")
+    if ckpt_path is not None:
+        return read_run(Path(ckpt_path), model)
+    if adapter is not None:
+        base = adapting.base_of(adapter, model, "--model")
+        if note := adapting.other_base(adapter, base):
+            print(f"note: {printable(note, ' ')}")
+        return Trained(base, adapter=Path(adapter), where=adapter)
+    if model is None:
+        raise UserError("chat: expected --model NAME or a folder, --adapter DIR, or --ckpt_path RUN")
+    return Trained(model)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns 0; raises UserError for what a person can mend."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="python -m ivl chat", description="Talk to a model.", exit_on_error=False)
+    parser.add_function_arguments(chat, as_positional=False, skip={"settings", "device_max_memory"})
+    parser.add_class_arguments(Settings)
+    parser.add_argument(
+        "--device_max_memory",
+        type=str,
+        nargs="+",
+        default=None,
+        help="What may be used of each device, such as `15GB 15GB`; layers that do not fit stay with the host.",
+    )
+    # the other commands' name for it
+    words = [re.sub(r"^--model\.pretrained(?==|$)", "--model", word) for word in argv]
+    options = vars(parser.parse_args(words))
+    settings = Settings(**{name: options.pop(name) for name in vars(Settings())})
+    session = chat(**options, settings=settings)
+    _recall()
+    session.run()
+    return 0

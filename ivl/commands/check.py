@@ -1,0 +1,381 @@
+"""`python -m ivl check`: look for mistakes in data before they cost anything."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from ivl.commands.rendered import rendered
+from ivl.data.media.download import FetchPolicy
+from ivl.data.media.load import MediaPolicy
+from ivl.data.media.tiler import VideoOptions
+from ivl.data.processor import Processor
+from ivl.data.rows.row_file import FileLimits
+from ivl.data.sets.dataset import Mixture, Part
+from ivl.data.sets.facts import read_facts
+from ivl.data.sets.index import Index, answers_needed, build_index, joined, progress_bar, reasons
+from ivl.data.sets.sources import Source, open_sources
+from ivl.files import whole_path
+from ivl.types import UserError, many, printable
+
+SPLITS = ("train", "val", "test", "predict")
+_SHOWN, _DRAWN = 10, 12
+
+
+@dataclass
+class Data:
+    """Rows, and what is done to them: as in `fit`."""
+
+    train: str | list[str | Source] | None = None
+    """Training rows: a file (jsonl, json, a meta file of several), a data set's name, or several."""
+    mixture: list[Source] | None = None
+    """Several sources of training rows, each with its share of an epoch, instead of train."""
+    val: str | list[str] | None = None
+    """Held-out rows."""
+    test: str | list[str] | None = None
+    """Rows for `test`."""
+    predict: str | list[str] | None = None
+    """Rows for `predict`; they need no response."""
+    media_root: str | None = None
+    """Where relative media paths start. Default: the folder of the file they stand in."""
+    max_length: int = 4096
+    """Most tokens of a row, image tokens included."""
+    max_tiles: int | None = None
+    """Most tiles of an image, thumbnail not counted. Default: the checkpoint's."""
+    on_too_long: Literal["fit", "truncate_text", "drop", "error"] = "fit"
+    """What happens to a row above max_length."""
+    video: VideoOptions = field(default_factory=VideoOptions)
+    """How videos become frames."""
+    exif: bool = True
+    """Turn pictures upright as their EXIF block says."""
+    media: MediaPolicy = field(default_factory=MediaPolicy)
+    """Limits of what is opened and fetched."""
+    file_limits: FileLimits = field(default_factory=FileLimits)
+    """Limits of files of rows: bytes of a row, and what a compressed file may become."""
+    resize: Literal["exact", "fast"] = "exact"
+    """How pictures are resized to tiles."""
+    compact_boxes: bool = False
+    """Write boxes as `<box>[[...]]</box>`."""
+    system_message: str | None = None
+    """For rows without one, instead of the checkpoint's."""
+    seed: int = 0
+    """Of the rows that are drawn and shown."""
+
+
+@dataclass
+class Checked:
+    """What is known of the rows of one option."""
+
+    name: str
+    rows: Mixture
+    index: Index
+    facts: np.ndarray
+    """(rows,) of FACTS"""
+
+    def where(self, number: int) -> str:
+        return self.rows.where(number)
+
+    @property
+    def usable(self) -> np.ndarray:
+        """(rows,) bool"""
+        return self.index.records["usable"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check data. Returns 0, or 2 where anything is wrong."""
+    args = _arguments(list(sys.argv[1:] if argv is None else argv))
+    processor = _processor(args)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    given = {name: files for name in SPLITS if (files := getattr(args.data, name))}
+    if args.data.mixture:
+        if "train" in given:
+            raise UserError("--data.train and --data.mixture: expected one of them, found both")
+        given = {"train": args.data.mixture} | given
+    if not given:
+        raise UserError("nothing to check; give --data.train FILE (val, test, predict), or --config FILE")
+    checked, unread = [], []
+    for name, files in given.items():
+        parts, problems = _parts(name, files, processor, args)
+        unread += problems
+        if parts:
+            checked.append(_checked(name, parts, args))
+    with whole_path(out / "report.txt") as path, open(path, "w", encoding="utf-8") as report:
+        for problem in unread:
+            _say(problem, report)
+        for one in checked:
+            _report(one, args.show, report)
+        overlap = _overlap(checked, args.show, report)
+    wrong = len(unread) + overlap + sum(len(one.index.problems) for one in checked)
+    good = [one for one in checked if one.usable.any()]
+    if good:
+        _show(good[0], processor, out / "sheet.png", args.data.seed)
+    print(f"\n{wrong or 'no'} problem{'s' * (wrong != 1)}; all of it is in {out / 'report.txt'}")
+    return 2 if wrong else 0
+
+
+# Options
+
+
+def _arguments(argv: list[str]) -> Namespace:
+    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    configs.add_argument("-c", "--config", action="append", default=[])
+    known, rest = configs.parse_known_args(argv)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="python -m ivl check",
+        usage="python -m ivl check --config FILE | --data.train FILE --model.pretrained NAME [--OPTION VALUE ...]",
+        description="Look for mistakes in data: problems with file:line, lengths, duplicates, how a row is trained on.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", type=str, default="", help="A config of `fit`; may be given several times.")
+    parser.add_argument(
+        "--model.pretrained", type=str, default="", help="Checkpoint whose tokenizer, template and tiling are used."
+    )
+    parser.add_class_arguments(Data, "data")
+    parser.add_argument("--media", action="store_true", help="Decode all media, not only read their headers.")
+    parser.add_argument("--probe_urls", action="store_true", help="Fetch media behind URLs.")
+    parser.add_argument("--out", type=str, default="check", help="Folder of the report and the contact sheet.")
+    parser.add_argument("--show", type=int, default=20, help="Most problems printed of each option.")
+    parser.add_argument("--workers", type=int | None, default=None, help="Processes. Default: one for each core.")
+    parser.add_argument("--cache_dir", type=str | None, default=None, help="Default: ~/.cache/ivl")
+    start = parser.get_defaults()
+    for path in known.config:
+        start = parser.merge_config(parser.parse_object(_config(path), defaults=False), start)
+    return parser.parse_args(rest, namespace=start)
+
+
+def _config(path: str) -> dict[str, Any]:
+    """The parts of a fit's config that say what the data are. Makes the demo where the config asks for it."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--config {path}: expected a fit's config, found {type(found).__name__}")
+    model, data = found.get("model") or {}, found.get("data") or {}
+    own = {one.name for one in fields(Data)}
+    if others := set(data) - own - {"pretrained"}:
+        from ivl.lit.datamodule import IvlData  # takes seconds to import
+
+        if unknown := sorted(others - set(inspect.signature(IvlData).parameters)):
+            raise UserError(f"--config {path}: data.{unknown[0]}: no such option; expected one of {', '.join(own)}")
+    if found.get("demo"):
+        from ivl.demo import prepare
+
+        prepare(Path(found["demo"]))
+    kept: dict[str, Any] = {"data": {key: value for key, value in data.items() if key in own and value is not None}}
+    pretrained = model.get("pretrained") or data.get("pretrained")
+    return kept | ({"model": {"pretrained": pretrained}} if pretrained else {})
+
+
+def _processor(args: Namespace) -> Processor:
+    if not args.model.pretrained:
+        raise UserError("--model.pretrained: not given; expected a checkpoint's folder or name, such as internvl2-2b")
+    data = args.data
+    return Processor.from_pretrained(
+        args.model.pretrained,
+        max_tiles=data.max_tiles,
+        max_length=data.max_length,
+        on_too_long=data.on_too_long,
+        video=VideoOptions(**vars(data.video)),
+        exif=data.exif,
+        resize=data.resize,
+        policy=MediaPolicy(**vars(data.media) | {"fetch": FetchPolicy(**vars(data.media.fetch))}),
+        compact_boxes=data.compact_boxes,
+        system_message=data.system_message,
+    )
+
+
+# Reading
+
+
+def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tuple[list[Part], list[str]]:
+    """The sources of an option, and what is wrong with those that cannot be read at all."""
+    parts, problems = [], []
+    for given in [files] if isinstance(files, str) else files:
+        source = Source(**vars(given)) if isinstance(given, Namespace) else given
+        try:
+            parts += open_sources(
+                source,
+                processor,
+                args.data.media_root,
+                as_prompt=name == "predict",
+                seed=args.data.seed,
+                cache_dir=args.cache_dir,
+                limits=FileLimits(**vars(args.data.file_limits)),
+            )
+        except UserError as error:
+            problems.append(f"data.{name}: {error}")
+    return parts, problems
+
+
+def _checked(name: str, parts: list[Part], args: Namespace) -> Checked:
+    indexes, facts = [], []
+    for part in parts:
+        with progress_bar(f"{name}: lengths of {part.name}", part.rows) as progress:
+            media: Literal["header", "decode"] = "decode" if args.media else "header"
+            index = build_index(part.rows, args.workers, media, args.probe_urls, args.cache_dir, progress)
+        seen = index.media.stamps.tobytes()
+        if name != "predict":
+            index = answers_needed(part.rows, index)
+        indexes.append(index)
+        with progress_bar(f"{name}: texts of {part.name}", part.rows) as progress:
+            workers = os.cpu_count() or 1 if args.workers is None else args.workers
+            facts.append(read_facts(part.rows, index.records["usable"], workers, args.cache_dir, progress, seen))
+    return Checked(name, Mixture(parts), joined(indexes), np.concatenate(facts))
+
+
+# The report
+
+
+def _print(text: str) -> None:
+    print(printable(text))
+
+
+def _say(text: str, report: TextIO) -> None:
+    _print(text)
+    report.write(printable(text) + "\n")
+
+
+def _report(one: Checked, show: int, report: TextIO) -> None:
+    problems, dropped, count = one.index.problems, one.index.dropped, len(one.index)
+    _say(f"\n# data.{one.name}: {many(count, 'row')}, {len(problems)} with a problem, {len(dropped)} left out", report)
+    if len(one.rows.parts) > 1 or any(n != len(part.rows) for n, part in zip(one.rows.counts, one.rows.parts)):
+        _say(one.rows.describe(), report)
+    for title, texts in (("problems", problems), ("left out, as on_too_long is drop", dropped)):
+        if not texts:
+            continue
+        _say(f"\n{title}:", report)
+        lines = [text.replace("\n", " ") for _, text in sorted(texts.items())]
+        _print("\n".join(lines[:show]))
+        report.write("\n".join(lines) + "\n")
+        if len(lines) > show:
+            _print(f"… and {len(lines) - show} more in the report")
+            for reason, times in reasons(texts.values()).most_common(show):
+                _say(f"{times:8} {reason}", report)
+    if changed := one.index.describe_changes():
+        _say(f"\nrows that max_length changes: {changed} (of {count})", report)
+    if found := one.index.unread_keys():
+        _say("\nkeys that are not read:", report)
+        lines = [f"{count:8} {printable(name, ' ')} ({one.where(row)})" for name, count, row in found]
+        _print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
+        report.write("\n".join(lines) + "\n")
+    turned, plain = (one.index.records[name] for name in ("turned", "plain"))
+    lists = [[one.where(int(n)) for n in np.flatnonzero(chosen)] for chosen in (turned, plain)]
+    _list("rows whose boxes turn with their pictures, as EXIF says", lists[0], report)
+    _list(f"rows with pictures or frames of one colour ({plain.sum(dtype=int)} of them)", lists[1], report)
+    if unsure := int((~one.index.records["exact"] & one.usable).sum()):
+        _say(
+            f"\nrows with media behind URLs, counted with the most tiles there can be: {unsure} (--probe_urls)", report
+        )
+    if one.usable.any():
+        _say("\n" + distributions(one.index, one.facts), report)
+        longest = np.argsort(-one.index.tokens, kind="stable")[: min(5, int(one.usable.sum()))]
+        lengths = [f"{_lengths(one.index, int(n)):>24}  {one.where(int(n))}" for n in longest]
+        _say("\nlongest rows:\n" + "\n".join(lengths), report)
+    _repeated(one, report)
+
+
+def _list(title: str, lines: list[str], report: TextIO) -> None:
+    """Rows of one kind: how many, the first of them, and all in the report."""
+    if lines:
+        _say(f"\n{title}: {len(lines)}", report)
+        _print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
+        report.write("\n".join(lines) + "\n")
+
+
+def _lengths(index: Index, number: int) -> str:
+    return f"{index.tokens[number]} tokens, {many(int(index.tiles[number]), 'tile')}"
+
+
+def distributions(index: Index, facts: np.ndarray) -> str:
+    """A table: least, median, 99th percentile, most and sum over the rows that can be used."""
+    kept = index.records["usable"]
+    numbers = {
+        "tokens": index.tokens[kept],
+        "tiles": index.tiles[kept],
+        "turns": facts["turns"][kept],
+        "images and videos": facts["media"][kept],
+        "boxes": facts["boxes"][kept],
+    }
+    lines = [f"{'':20}{'least':>9}{'median':>9}{'99 %':>9}{'most':>9}{'all':>14}"]
+    for name, values in numbers.items():
+        points = np.percentile(values, [0, 50, 99, 100], method="nearest")
+        lines.append(f"{name:20}" + "".join(f"{int(v):9}" for v in points) + f"{int(values.sum(dtype=np.int64)):14}")
+    share = 100 * index.supervised[kept] / index.tokens[kept]
+    whole = 100 * index.supervised[kept].sum(dtype=np.int64) / index.tokens[kept].sum(dtype=np.int64)
+    points = np.percentile(share, [0, 50, 99, 100], method="nearest")
+    return "\n".join([*lines, f"{'trained on, %':20}" + "".join(f"{v:9.1f}" for v in points) + f"{whole:14.1f}"])
+
+
+def _repeated(one: Checked, report: TextIO) -> None:
+    """Rows that say what an earlier one says."""
+    kept = np.flatnonzero(one.usable)
+    _, first, back = np.unique(one.facts["same"][kept], return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[back] != np.arange(len(kept)))
+    lines = [f"{one.where(kept[n])}: as {one.where(kept[first[back[n]]])}" for n in again]
+    _list("rows that repeat an earlier one (same media, same text)", lines, report)
+
+
+def _overlap(checked: list[Checked], show: int, report: TextIO) -> int:
+    """Rows of val or test that are trained on as well: said as problems, and counted."""
+    train = next((one for one in checked if one.name == "train"), None)
+    count = 0
+    for one in checked if train else ():
+        if train is None or one.name not in ("val", "test"):
+            continue
+        trained = np.flatnonzero(train.usable)
+        texts, first = np.unique(train.facts["same"][trained], return_index=True)
+        held = np.flatnonzero(np.isin(one.facts["same"], texts) & one.usable)
+        if not len(held):
+            continue
+        _say(f"\nrows of data.{one.name} that are in data.train as well: {len(held)}", report)
+        same = trained[first[np.searchsorted(texts, one.facts["same"][held])]]
+        lines = [
+            f"{one.where(int(n))}: trained on as {train.where(int(row))}; take it out of one of them"
+            for n, row in zip(held, same)
+        ]
+        _print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
+        report.write("\n".join(lines) + "\n")
+        count += len(held)
+    return count
+
+
+# Pictures
+
+
+def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
+    """One row as it is trained on, and a contact sheet of some."""
+    from ivl.commands.contact_sheet import cell
+    from ivl.lit.callbacks.images import grid
+
+    whole = np.flatnonzero(one.usable & one.index.records["exact"])  # nothing is fetched to be shown
+    drawn = np.sort(np.random.default_rng(seed).permutation(whole)[:_DRAWN])
+    shown = next((n for n in drawn if one.facts["boxes"][n]), drawn[0]) if len(drawn) else None
+    cells = []
+    for number in drawn:
+        rows, inner = one.rows.at(int(number))
+        try:
+            conversation = rows.conversation(inner)
+            if number == shown:
+                example = processor(conversation, max_tiles=rows.max_tiles)
+                print(f"\nas it is trained on: {rows.where(inner)}\n{rendered(example, processor)}")
+            about = f"{Path(rows.where(inner)).name}  {_lengths(one.index, int(number))}"
+            cells.append(cell(conversation, about, processor))
+        except UserError as error:  # what only decoding finds: a problem that --media counts
+            print(f"\nnot shown: {error}")
+    if cells:
+        with whole_path(sheet) as path:
+            grid(cells).save(path, "PNG")
+        print(f"\ncontact sheet of {many(len(cells), 'row')}: {sheet}")

@@ -1,0 +1,396 @@
+"""`python -m ivl export --run RUN --out DIR`: a trained model as a checkpoint folder that other programs read.
+
+    what was trained (a run, an adapter, or nothing) + its base → merged → written beside DIR → verified → renamed
+
+DIR holds `export_report.json` with every check of `ivl.commands.export_verify`. An export that fails leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ivl import __version__
+from ivl.checkpoint.ckpt_file import best_beside, trained_state
+from ivl.checkpoint.folder import Checkpoint
+from ivl.checkpoint.hf_layout import hf_tensor
+from ivl.checkpoint.quantization import Quantize
+from ivl.checkpoint.weights import save_weights
+from ivl.commands.export_files import Settings, dump, hf_rows, write_hf, write_released
+from ivl.commands.export_verify import Check, Probe, stored_dtype, verify, verify_adapter
+from ivl.config import read_json
+from ivl.data.processor import Processor
+from ivl.families import llm_family
+from ivl.finetune import peft_adapter as adapting
+from ivl.finetune import tune as tuning
+from ivl.finetune.adapter_writer import Layout
+from ivl.finetune.tune import PARTS, How, LoRA, Tune
+from ivl.hub import resolve
+from ivl.model.internvl import InternVL
+from ivl.parallel.device_map import check_at_hand, device_of, parse_size
+from ivl.types import WEIGHTS, UserError, printable
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+REPORT = "export_report.json"
+
+
+@dataclass
+class Trained:
+    """What is added to a base: the tensors of a run, an adapter folder, or nothing."""
+
+    base: str
+    """A folder or a model's name"""
+    tune: Tune | None = None
+    state: dict[str, Tensor] | None = None
+    """Trained tensors by name, with `tune`"""
+    adapter: Path | None = None
+    max_tiles: int | None = None
+    system_message: str | None = None
+    quantize: Quantize | None = None
+    """How the base was kept while it was trained on"""
+    where: str = ""
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts whose weights differ from the base's."""
+        if self.adapter is not None:
+            return adapting.adapted_parts(self.adapter)
+        return [part for part, mode in self._modes().items() if mode != "frozen"]
+
+    @property
+    def lora_parts(self) -> list[str]:
+        if self.adapter is not None:
+            return self.parts
+        return [part for part, mode in self._modes().items() if isinstance(mode, LoRA)]
+
+    def _modes(self) -> dict[str, How]:
+        return {} if self.tune is None else {part: self.tune.mode(part) for part in PARTS}
+
+    def model(self, folder: Path, dtype: str, device: str) -> InternVL:
+        """The base with what was trained, not yet merged, in eval mode."""
+        return self.onto(InternVL.from_pretrained(folder, dtype=dtype, device=device))
+
+    def onto(self, model: InternVL) -> InternVL:
+        """Add what was trained to the base's model, not merged, in eval mode.
+
+        Weights that were trained in full take the model's dtype, since nothing casts between layers outside training;
+        a LoRA stays in float32.
+        """
+        dtype = model.dtype
+        if self.adapter is not None:
+            adapting.load_adapter(model, self.adapter)
+        elif self.state is not None and self.tune is not None:
+            check_at_hand(model)
+            tuning.apply(model, self.tune)
+            _put(model, self.state, self.where)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_" not in name:
+                    parameter.data = parameter.data.to(dtype)
+        return model.eval().requires_grad_(False)
+
+
+def export(
+    out: str,
+    run: str | None = None,
+    adapter: str | None = None,
+    base: str | None = None,
+    layout: Layout | None = None,
+    max_shard_size: str = "5GB",
+    dtype: DType = "auto",
+    device: str = "cpu",
+    adapter_only: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a trained model as a checkpoint folder, and verify it. Returns the folder.
+
+    Args:
+        out: Folder to write.
+        run: Run to export: its folder (the last checkpoint is taken), or one of its .ckpt files.
+        adapter: PEFT adapter folder to merge, instead of a run.
+        base: Checkpoint it belongs to, a folder or a name. Default: the one the run or the adapter names. Alone:
+            that checkpoint is written again, in another layout, dtype or shard size.
+        layout: released is the layout of the OpenGVLab releases; hf is transformers' InternVLForConditionalGeneration.
+            Default: released, and of an adapter the layout of its base, so that it loads onto it.
+        max_shard_size: Largest weight file, such as 5GB or 800MB.
+        dtype: What weights are stored in; auto is the base's.
+        device: Where the model is merged and tried out, such as cpu or cuda.
+        adapter_only: Write the LoRA of a run as a PEFT adapter folder, not merged.
+        overwrite: Replace an existing checkpoint folder, once the new one is complete.
+
+    Raises:
+        UserError: for what a person can mend; nothing is left behind then.
+    """
+    shard_bytes = parse_size(max_shard_size, "max_shard_size")
+    target = Path(out)
+    trained = _trained(run, adapter, base)
+    if adapter_only and (trained.tune is None or not trained.lora_parts):
+        raise UserError("--adapter_only: expected --run with the run of a LoRA; there is none to write here")
+    _refuse_target(target, [p for p in (run, adapter, trained.base) if p], overwrite)
+    folder = resolve(trained.base)
+    checkpoint = Checkpoint.open(folder)
+    stored = stored_dtype(checkpoint.files)
+    settings = Settings(
+        base=folder,
+        checkpoint=checkpoint,
+        processor=Processor.from_pretrained(trained.base, system_message=trained.system_message),
+        max_tiles=trained.max_tiles or checkpoint.config.max_dynamic_patch,
+        dtype=stored if dtype == "auto" else dtype,
+    )
+    with beside(target) as temporary:
+        probe = Probe.of(settings.processor, str(device_of(device)))
+        if adapter_only:
+            report = _write_adapter(trained, settings, probe, temporary, device, layout or checkpoint.config.layout)
+        else:
+            report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
+        dump(temporary / REPORT, report)
+    print(printable(_summary(target, report)))
+    if run and (best := best_beside(trained.where)):
+        print(printable(f"  {trained.where}: {best}"))
+    return target
+
+
+def _write_model(
+    trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str, layout: str, shard_bytes: int
+) -> dict[str, Any]:
+    config = settings.checkpoint.config
+    write = {"released": write_released, "hf": write_hf}[layout]
+    notes = write(settings, folder)  # first: it refuses what the layout cannot say before any weight is read
+    model = trained.model(settings.base, settings.dtype, device)
+    before = probe(model)
+    adapting.merge(model)
+    model.to(getattr(torch, settings.dtype))
+    names = {"released": llm_family(config.llm_architecture).layout, "hf": "hf"}
+    state = model.state_dict()
+    if layout == "hf":
+        rows = read_json(folder / "config.json")["text_config"]["vocab_size"]
+        state = {name: hf_tensor(name, tensor, config, model.image_token_id, rows) for name, tensor in state.items()}
+    save_weights(state, folder, names[layout], config, shard_bytes)
+    del model, state  # the written one is read next, and both may not fit
+    checks = verify(folder, settings, layout, trained.parts, probe, before, device)
+    if trained.adapter and (other := adapting.other_base(trained.adapter, trained.base)):
+        notes.append(other)
+    beyond = [part for part in trained.parts if part != "language_model"]
+    if trained.lora_parts and beyond:
+        notes.append(
+            f"the adapter changes {' and '.join(beyond)}: vLLM and lmdeploy serve adapters of the language model only, "
+            "so serve this merged folder, not the adapter"
+        )
+    if trained.quantize:
+        notes.append(
+            f"trained on a base in {trained.quantize}, merged into the whole weights: answers differ a little from the "
+            "run's; load the folder with quantize for the same memory"
+        )
+    return _report(trained, settings, layout, notes, checks, _commands(layout, config.llm_architecture, folder))
+
+
+def _write_adapter(
+    trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str, layout: Layout
+) -> dict[str, Any]:
+    assert trained.tune is not None, "only a run's LoRA is written as an adapter"
+    config, ends = settings.checkpoint.config, {"embeddings", "head"} & set(trained.parts)
+    if layout == "hf" and ends and hf_rows(settings) != config.llm["vocab_size"]:
+        raise UserError(
+            f"--adapter_only --layout hf: {' and '.join(sorted(ends))} trained, and have a row more in the hf layout, "
+            "for its token <video>; write the merged model, with --layout hf and without --adapter_only"
+        )
+    model = trained.model(settings.base, settings.dtype, device)
+    before = probe(model)
+    adapting.save_adapter(model, trained.tune, folder, trained.base, trained.state, layout)
+    del model
+    again = Trained(trained.base, adapter=folder).model(settings.base, settings.dtype, device)
+    checks = verify_adapter(folder, before, probe(again), settings.dtype)
+    notes = []
+    if layout != config.layout:
+        notes.append(
+            f"its names are those of the {layout} layout: PEFT loads it onto the base written with --layout {layout}"
+        )
+    commands = {"merge": "python -m ivl export --adapter {} --out OUT"}
+    return _report(trained, settings, f"{layout} adapter", notes, checks, commands)
+
+
+def _report(
+    trained: Trained, settings: Settings, layout: str, notes: list[str], checks: list[Check], commands: dict[str, str]
+) -> dict[str, Any]:
+    """Raises UserError where a check failed."""
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        raise UserError(
+            "the export was not kept, as it failed its own checks: "
+            + "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        )
+    return {
+        "program": f"ivl {__version__}",
+        "from": trained.where or trained.base,
+        "base": trained.base,
+        "layout": layout,
+        "dtype": settings.dtype,
+        "parts": trained.parts,
+        "max_tiles": settings.max_tiles,
+        "checks": [vars(check) for check in checks],
+        "notes": notes,
+        "commands": commands,
+    }
+
+
+def _commands(layout: str, architecture: str, folder: Path) -> dict[str, str]:
+    """How to start each engine that takes the folder; {} stands for it."""
+    if layout == "hf":
+        return {
+            "transformers": "AutoModelForImageTextToText.from_pretrained('{}')",
+            "vllm": "vllm serve {}",
+            "lmdeploy": "lmdeploy serve api_server {} --backend pytorch",
+        }
+    if not list(folder.glob("*.py")):  # the engines run them
+        return {"ivl": "python -m ivl chat --model {}"}
+    backend = " --backend pytorch" if architecture == "Phi3ForCausalLM" else ""  # not in its turbomind
+    return {
+        "vllm": "vllm serve {} --trust-remote-code",
+        "lmdeploy": f"lmdeploy serve api_server {{}}{backend}",
+        "transformers": "AutoModel.from_pretrained('{}', trust_remote_code=True)",
+    }
+
+
+def _summary(target: Path, report: dict[str, Any]) -> str:
+    lines = [
+        f"{target}: {report['layout']} layout, {report['dtype']}, {len(report['checks'])} checks passed ({REPORT})"
+    ]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    lines += [f"  {name + ':':<14}{command.format(target)}" for name, command in report["commands"].items()]
+    return "\n".join(lines)
+
+
+# -- what was trained --------------------------------------------------------------------------------------------
+
+
+def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
+    if run is not None and adapter is not None:
+        raise UserError("--run and --adapter: expected one of them, found both")
+    if run is not None:
+        return read_run(Path(run), base)
+    if adapter is not None:
+        return Trained(adapting.base_of(adapter, base, "--base"), adapter=Path(adapter), where=adapter)
+    if base is not None:
+        return Trained(base)
+    raise UserError("nothing to export: expected --run RUN, --adapter DIR, or --base NAME")
+
+
+def read_run(path: Path, base: str | None = None) -> Trained:
+    """A run's folder, or a checkpoint in it, with the settings in its config.yaml."""
+    import yaml
+
+    file = path if path.suffix == ".ckpt" or path.name == WEIGHTS else _last(path)
+    if file.is_dir() and file.with_name(WEIGHTS).is_file():
+        file = file.with_name(WEIGHTS)
+    if not file.exists():
+        raise UserError(f"{file}: no such file; expected a checkpoint of a run, such as RUN/checkpoints/last.ckpt")
+    if file.is_dir():
+        raise UserError(
+            f"{file}: a checkpoint in pieces, one per process; expected one file. Under DeepSpeed a run leaves it at "
+            f"its end: go on with `fit --ckpt_path {file}`"
+        )
+    folder = next((f for f in file.parents[:3] if (f / "config.yaml").is_file()), None)
+    if folder is None:
+        raise UserError(f"{file}: no config.yaml of its run beside it; expected the folder as the run left it")
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        model, data = settings["model"], settings.get("data") or {}
+        tune, pretrained = Tune.from_dict(model.get("tune") or {}), model["pretrained"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/config.yaml: not the config of a run ({error!r}); expected it as `fit` left it"
+        ) from error
+    return Trained(
+        base or pretrained,
+        tune,
+        trained_state(file),
+        max_tiles=data.get("max_tiles"),
+        system_message=data.get("system_message"),
+        quantize=model.get("quantize"),
+        where=str(file),
+    )
+
+
+def _last(run: Path) -> Path:
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; expected a run, such as runs/version_0, or one of its .ckpt files")
+    folder = run / "checkpoints"
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found and (run / "adapter_config.json").is_file():
+        raise UserError(f"{run}: is an adapter, not a run; give it with --adapter")
+    if not found:
+        raise UserError(f"{run}: no checkpoints/*.ckpt in it; expected the folder of a run that saved one")
+    return folder / "last.ckpt" if folder / "last.ckpt" in found else found[-1]
+
+
+def _put(model: InternVL, state: dict[str, Tensor], where: str) -> None:
+    own = tuning.trainable_state(model)
+    odd = sorted(own.keys() ^ state.keys()) + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    if odd:
+        raise UserError(
+            f"{where}: does not hold what the run's config.yaml says was trained on this base: {len(odd)} tensors "
+            f"differ, {odd[0]} among them; is --base the checkpoint of this run?"
+        )
+    for name, tensor in state.items():
+        own[name].copy_(tensor)
+
+
+# -- where it goes -----------------------------------------------------------------------------------------------
+
+
+def _refuse_target(target: Path, sources: list[str], overwrite: bool) -> None:
+    """Raise UserError where writing `target` would harm something."""
+    for source in sources:
+        path, own = Path(source), target.resolve()
+        if path.exists() and (own == path.resolve() or own in path.resolve().parents):
+            raise UserError(f"--out {target}: {source} is read from there; expected another folder")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"--out {target}: exists already; name another folder, or add --overwrite to replace it")
+    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json", REPORT)):
+        raise UserError(f"--out {target}: --overwrite replaces checkpoint folders only, and this is none")
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A new folder next to `target` that takes its place at the end, or vanishes on an exception."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main(argv: list[str]) -> int:
+    """The command. Returns 0; raises UserError for what a person can mend."""
+    from jsonargparse import ArgumentParser
+
+    flags: set[str | int] = {"adapter_only", "overwrite"}
+    parser = ArgumentParser(
+        prog="python -m ivl export", description="Write a trained model as a checkpoint folder.", exit_on_error=False
+    )
+    parser.add_function_arguments(export, as_positional=False, skip=flags)
+    parser.add_argument("--adapter_only", "--adapter-only", action="store_true", help="write the LoRA of a run only")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
+    export(**vars(parser.parse_args(argv)))
+    return 0

@@ -1,0 +1,234 @@
+"""The files of a checkpoint folder beside its weights, for a model made from a base: in the released layout, or in
+that of transformers' InternVLForConditionalGeneration.
+
+Tokenizer and code files are the base's own, byte for byte; what is rewritten is named here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ivl.checkpoint.folder import Checkpoint
+from ivl.checkpoint.hf_layout import hf_config
+from ivl.config import read_json
+from ivl.data.processor import Processor
+from ivl.data.text.jinja_template import chat_template
+from ivl.data.text.template import own_system_message
+from ivl.hf_config import is_hf, released_config
+from ivl.types import IMAGENET_MEAN, IMAGENET_STD, UserError
+
+COPIED = (
+    "*.py",
+    "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Taken from the base unchanged"""
+
+HF_MARKS = ("<IMG_CONTEXT>", "<video>")
+"""What transformers' InternVLProcessor replaces"""
+
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+
+
+@dataclass
+class Settings:
+    """What a folder is to say, beside what its base says."""
+
+    base: Path
+    checkpoint: Checkpoint
+    processor: Processor
+    """The base's, with the system message trained with"""
+    max_tiles: int
+    dtype: str
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Ids that end an answer: the base's, the turn's end, and the tokenizer's own end of text."""
+        processor = self.processor
+        ids = [*self.checkpoint.eos_ids, *processor.stop_ids, processor.tokenizer.eos_id]
+        return [n for n in dict.fromkeys(ids) if n is not None]
+
+
+def write_released(settings: Settings, folder: Path) -> list[str]:
+    """Everything but the weights in the released layout. Returns notes: what the base lacked."""
+    base, processor = settings.base, settings.processor
+    for name in copied_files(base):
+        shutil.copyfile(base / name, folder / name)
+    dump(folder / "config.json", released_json(settings))
+    dump(folder / "generation_config.json", _generation(settings))
+    text = chat_template(processor.template, processor.tokenizer, processor.system_message)
+    path = base / "tokenizer_config.json"
+    dump(folder / "tokenizer_config.json", (read_json(path) if path.is_file() else {}) | {"chat_template": text})
+    if (base / "chat_template.jinja").is_file():  # where it is there, it wins over the key
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    if (base / "preprocessor_config.json").is_file() and not is_hf(read_json(base / "config.json")):
+        shutil.copyfile(base / "preprocessor_config.json", folder / "preprocessor_config.json")
+    else:
+        dump(folder / "preprocessor_config.json", _preprocessor(processor.config.image_size))
+    notes = []
+    if not list(folder.glob("*.py")):
+        notes.append(
+            "the base has no .py files: transformers, vLLM and lmdeploy take the released layout only with the "
+            "release's own; copy them in, or use --layout hf"
+        )
+    return notes
+
+
+def copied_files(base: Path) -> list[str]:
+    return sorted({path.name for pattern in COPIED for path in base.glob(pattern) if path.is_file()})
+
+
+def released_json(settings: Settings) -> dict[str, Any]:
+    """config.json of the released layout: the base's, with what the export changes and what it left to defaults."""
+    raw = copy.deepcopy(read_json(settings.base / "config.json"))
+    if is_hf(raw):
+        raw = released_config(raw) | {"template": settings.processor.template.name}
+    config, processor = settings.checkpoint.config, settings.processor
+    raw.pop("quantization_config", None)
+    raw |= {
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "max_dynamic_patch": settings.max_tiles,
+        "force_image_size": config.image_size,
+    }
+    for key in (
+        "select_layer", "ps_version", "downsample_ratio", "dynamic_image_size", "use_thumbnail",
+        "min_dynamic_patch", "pad2square",
+    ):  # fmt: skip
+        raw.setdefault(key, getattr(config, key))
+    raw["vision_config"]["drop_path_rate"] = 0.0
+    if raw["llm_config"].get("tie_word_embeddings"):
+        raw["llm_config"]["tie_word_embeddings"] = config.llm["tie_word_embeddings"]
+    for part in (raw, raw["llm_config"], raw["vision_config"]):
+        for key in [k for k in _DTYPE_KEYS if part.get(k)]:
+            part[key] = settings.dtype
+    if not any(raw.get(key) for key in _DTYPE_KEYS):
+        raw["torch_dtype"] = settings.dtype
+    template = processor.template
+    own = raw.get("system_message")
+    if own is None:
+        own = own_system_message(settings.base, template)
+    raw |= _told(settings)
+    if processor.system_message != (template.system_message if own is None else own):
+        raw["system_message"] = processor.system_message
+    return raw
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    """What config.json says for this program: of what else it could not know the checkpoint by."""
+    processor, told = settings.processor, {}
+    if processor.template.prefill:
+        told["answer_prefill"] = processor.template.prefill
+    if (row := processor.abilities) is not None and not row.video:
+        told["release"] = row.name
+    return told
+
+
+def _generation(settings: Settings) -> dict[str, Any]:
+    path = settings.base / "generation_config.json"
+    return (read_json(path) if path.is_file() else {}) | {"eos_token_id": settings.eos_ids}
+
+
+def _preprocessor(size: int) -> dict[str, Any]:
+    """As the releases have it, for lmdeploy and vLLM."""
+    return {
+        "crop_size": size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+        "resample": 3,
+        "size": size,
+    }
+
+
+def write_hf(settings: Settings, folder: Path) -> list[str]:
+    """Everything but the weights in transformers' own layout. Returns notes: what it could not say.
+
+    Raises UserError where a tokenizer or a tower has no form there.
+    """
+    checkpoint, processor = settings.checkpoint, settings.processor
+    raw = hf_config(checkpoint.config, checkpoint.image_token_id) | {"dtype": settings.dtype}
+    text = chat_template(processor.template, processor.tokenizer, processor.system_message, HF_MARKS)
+    try:
+        _write_processor(settings, folder, text)
+        raw["text_config"]["vocab_size"] = hf_rows(settings)
+    except UserError as error:
+        raise UserError(f"{settings.base}: its tokenizer has no form in the hf layout: {error}") from error
+    dump(folder / "config.json", raw | _told(settings))
+    dump(folder / "generation_config.json", _generation(settings))
+    if processor.tokenizer.leading_space:
+        return ["a text that begins with a blank has one token fewer in transformers; no prompt of this template does"]
+    return []
+
+
+def hf_rows(settings: Settings) -> int:
+    """Rows of the embeddings in transformers' own layout: one for each token, `<video>` among them."""
+    return max(settings.checkpoint.config.llm["vocab_size"], 1 + max(_hf_tokenizer(settings).get_vocab().values()))
+
+
+def _hf_tokenizer(settings: Settings) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    from ivl.data.text.fast_tokenizer import fast_tokenizer
+
+    own = settings.processor.tokenizer
+    named = {name: token for name in ("bos", "eos", "pad") if (token := getattr(own, f"{name}_id")) is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(own),
+        **{f"{name}_token": own.token_bytes(token).decode() for name, token in named.items()},
+        model_specific_special_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": HF_MARKS[0],
+            "video_token": HF_MARKS[1],
+        },
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _write_processor(settings: Settings, folder: Path, template: str) -> None:
+    """Tokenizer, image and video processors, by transformers' own classes."""
+    from transformers import InternVLProcessor, InternVLVideoProcessor
+
+    config = settings.processor.config
+    InternVLProcessor(
+        image_processor=_image_processor(settings),
+        tokenizer=_hf_tokenizer(settings),
+        video_processor=InternVLVideoProcessor(**_pixels(config.image_size)),
+        image_seq_length=config.tokens_per_tile,
+        chat_template=template,
+    ).save_pretrained(folder)
+
+
+def _pixels(size: int) -> dict[str, Any]:
+    return {"size": {"height": size, "width": size}, "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
+
+
+def _image_processor(settings: Settings) -> Any:
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
+
+    config = settings.processor.config
+    return GotOcr2ImageProcessor(
+        **_pixels(config.image_size),
+        crop_to_patches=config.dynamic_image_size,
+        min_patches=config.min_dynamic_patch,
+        max_patches=settings.max_tiles,
+    )
+
+
+def dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""`python -m ivl models [TEXT]`: the released models by name, what each needs, and the config to start from."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from ivl.estimate.hardware import CONTEXT, TILES, TOKENS
+from ivl.families import MODELS, ReleasedModel
+
+TABLE = Path(__file__).resolve().parents[1] / "estimate/memory.yaml"
+"""Gigabytes of a training step of each model, written by `ivl.commands.config_headers`, which takes minutes"""
+BF16 = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, estimated from the dimensions: nothing here was measured on the released weights."""
+
+    weights: float
+    inference: float
+    """Weights, the key-value cache of TOKENS, TILES through the vision tower"""
+    lora: float
+    """Training one row of TOKENS with TILES: the LoRA of the model's config, layers recomputed"""
+
+
+def memory(row: ReleasedModel) -> Memory:
+    """What a model takes in bfloat16 (its linear layers in 8 bits where it is released so)."""
+    llm, vision = row.backbone, row.vision
+    head = llm.head_dim or llm.hidden_size // llm.num_attention_heads
+    weights = row.parameters * BF16
+    if row.int8:
+        # Of what is large, only the input embedding has 16 bits.
+        weights = row.parameters + llm.vocab_size * llm.hidden_size
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    tower = TILES * patches * (6 * vision.hidden_size + 2 * vision.intermediate_size) * BF16
+    kv_cache = TOKENS * llm.num_hidden_layers * 2 * llm.num_key_value_heads * head * BF16
+    return Memory(weights, weights + tower + kv_cache + CONTEXT, _simulated()[row.name] * 1e9)
+
+
+@cache
+def _simulated() -> dict[str, float]:
+    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+
+
+def config_of(row: ReleasedModel) -> str:
+    """The config to start from: its own, or that of the document's model nearest in size."""
+    if not row.in_document:
+        row = min((r for r in MODELS if r.in_document and r.video), key=lambda r: abs(r.parameters - row.parameters))
+    return f"configs/{row.name.replace('-', '_')}.yaml"
+
+
+def _lines(rows: list[ReleasedModel]) -> list[str]:
+    lines = [f"{'name':<26}  {'params':>6}  {'run':>4}  {'LoRA':>4}  {'images':<8}  {'video':<5}  config"]
+    for row in rows:
+        need = memory(row)
+        turns = "any turn" if row.multi_turn_images else "one turn"
+        own = "" if row.in_document else " *"
+        lines += [
+            (
+                f"{row.name:<26}  {row.parameters / 1e9:5.1f}B  {need.inference / 1e9:4.0f}  {need.lora / 1e9:4.0f}  "
+                f"{turns:<8}  {'yes' if row.video else 'no':<5}  {config_of(row)}{own}"
+            ),
+            f"    {row.huggingface} · {row.tower} + {row.llm}{' in 8 bits' if row.int8 else ''}",
+        ]
+    return lines
+
+
+NOTES = f"""
+run, LoRA: GB on one device, an estimate. Weights in bfloat16 (or 8 bits, where said so), and one row of {TOKENS} tokens
+with an image of {TILES} tiles: to answer it, with a cache; to train on it with the LoRA of the model's config, the
+language model's layers recomputed (`python -m ivl plan` for other options). Several devices share the weights.
+* no config of its own: add --model.pretrained NAME to this one.
+NAME is a name above, a hub's OWNER/NAME, or a local folder."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the table. Returns the exit status: 1 where nothing matches."""
+    parser = argparse.ArgumentParser(prog="python -m ivl models", description="List the released models.")
+    parser.add_argument("text", nargs="?", default="", help="only models whose name, hub id or language model has this")
+    text = parser.parse_args(argv).text.lower()
+    rows = [row for row in MODELS if any(text in name.lower() for name in (row.name, row.huggingface, row.llm))]
+    if not rows:
+        print(f"no released model has {text!r} in its name")
+        return 1
+    print("\n".join(_lines(rows)))
+    print(NOTES)
+    return 0

@@ -1,0 +1,386 @@
+"""`python -m ivl plan`: what a run will need and take, before a weight is read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ivl.config import Config
+from ivl.estimate import flops
+from ivl.estimate.hardware import DEVICES, Device, find_device
+from ivl.estimate.memory import Need, need
+from ivl.estimate.training_step import Micro, Setup, Sketch, Strategy
+from ivl.families import config_for, find_model
+from ivl.finetune import tune as tuning
+from ivl.finetune.tune import LoRA, Tune
+from ivl.parallel.device_map import parse_size
+from ivl.types import UserError
+
+SUPERVISED = 0.25
+"""Share of a row's tokens that is learnt from, where no rows are given"""
+FULL = 0.95
+"""How full packs become"""
+
+EPILOG = """
+Options of `fit` are taken as well, so a change can be tried: --model.tune.language_model.rank 64.
+Nothing is downloaded; the checkpoint is a folder, or a released model known by name, whose dimensions are built in.
+Where training rows are named and at hand their lengths are read; else rows of data.max_length are assumed.
+Memory and time are estimates. Against the peak of real training steps on a CPU see benchmarks/plan.md; on GPUs nothing
+has been measured. Exit status 2: the run does not fit --memory (or the memory of --device).
+"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an epoch is made of, and one micro-batch at its largest."""
+
+    largest: Micro
+    work: flops.Work | None
+    """Of an epoch; None: unknown"""
+    batches: float | None
+    """Micro-batches of an epoch, of all devices"""
+    known: str
+    """Where this is from, for people"""
+
+
+def main(argv: list[str]) -> int:
+    """Print a plan. Raises UserError where it does not fit the memory given."""
+    own, rest = _parser().parse_known_args(argv)
+    if own.help:
+        _parser().print_help()
+        return 0
+    if own.headers:
+        from ivl.commands.config_headers import rewrite
+
+        rewrite(Path(own.headers))
+        return 0
+    from ivl.lit.cli import read  # slow to import
+
+    fit = read(rest)
+    if fit.demo:
+        from ivl.demo import prepare
+
+        prepare(Path(fit.demo))
+    device = _device(own.device)
+    config = checkpoint_config(str(fit.model.pretrained))
+    setup = setup_of(fit, own.devices, device is not None or own.memory is not None or str(fit.trainer.accelerator))
+    rows = rows_of(fit, config)
+    sketch = Sketch(config, setup)
+    found = need(sketch, rows.largest)
+    limit = _size(own.memory) if own.memory else device.memory if device else None
+    plan = summary(fit, config, sketch, rows, found, device, own.efficiency)
+    if limit is not None and found.total <= limit:
+        plan["faster"] = spare(config, setup, rows.largest, limit)
+    print(json.dumps(plan, indent=2) if own.json else report(plan))
+    if limit is not None and found.total > limit:
+        change = first_fit(config, setup, rows.largest, limit)
+        raise UserError(
+            f"does not fit: about {found.total / 1e9:.1f} GB are needed on a device of {limit / 1e9:.1f} GB; {change}"
+        )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ivl plan",
+        usage="python -m ivl plan --config FILE [--config FILE ...] [--device NAME] [--memory 24GB] [--OPTION]",
+        description="Memory, operations and time of a run, before a weight is read.",
+        epilog=EPILOG,
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this")
+    parser.add_argument("--device", help=f"for its memory and speed: {', '.join(DEVICES)}")
+    parser.add_argument("--devices", type=int, help="how many; default: trainer.devices")
+    parser.add_argument("--memory", help="of one device, such as 24GB or 80GiB")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.4, help="share of the device's rate that is reached, assumed: %(default)s"
+    )
+    parser.add_argument("--headers", metavar="FOLDER", help="instead: write the memory into the configs in this folder")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _device(name: str | None) -> Device | None:
+    if name is None:
+        return None
+    found = find_device(name)
+    if found is None:
+        raise UserError(f"--device: {name!r} is not known; expected one of {', '.join(DEVICES)}, or give --memory")
+    return found
+
+
+def _size(text: str) -> int:
+    """`24GB`, `80GiB` or a number of gigabytes, in bytes."""
+    return parse_size(f"{text}GB" if text.replace(".", "").isdigit() else text, "memory")
+
+
+def checkpoint_config(pretrained: str) -> Config:
+    """Of a folder, or of a released model's dimensions. Raises UserError for anything else."""
+    if Path(pretrained).is_dir():
+        return Config.load(pretrained)
+    row = find_model(pretrained)
+    if row is None:
+        raise UserError(
+            f"--model.pretrained: {pretrained!r} is neither a folder nor a released model (python -m ivl models)"
+        )
+    return Config.from_dict(config_for(row))
+
+
+# From the options of fit
+
+
+def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> Setup:
+    """What of a fit's options decides memory."""
+    trainer, model = fit.trainer, fit.model
+    given = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
+    count = devices or _sharing(trainer.strategy) or given
+    optimizer = getattr(model.optimizer, "class_path", None) or "torch.optim.AdamW"
+    return Setup(
+        tune=Tune.from_dict(_plain(model.tune)),
+        precision=str(trainer.precision or "32-true"),
+        quantize=model.quantize,
+        vision_checkpointing=model.checkpointing.vision_model,
+        language_checkpointing=model.checkpointing.language_model,
+        attention="eager" if model.attention == "eager" else "sdpa",
+        efficient=model.efficient,
+        optimizer=optimizer,
+        accumulate=trainer.accumulate_grad_batches,
+        strategy=strategy_of(trainer.strategy, count),
+        devices=count,
+        on_gpu=on_gpu is True or on_gpu not in ("cpu", False),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Namespaces and dataclasses as dicts, what is unset left out."""
+    if hasattr(value, "__dict__"):
+        value = vars(value)
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def strategy_of(strategy: Any, devices: int) -> Strategy:
+    """A strategy of Lightning, as `ivl.estimate.training_step` knows it."""
+    path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "") or "auto"
+    name = path.rpartition(".")[2].lower()
+    if "deepspeed" in name:
+        stage = getattr(getattr(strategy, "init_args", None), "stage", None)
+        return "zero3" if "3" in name or stage == 3 else "zero2"
+    if name == "layersplit":
+        return "layer_split"
+    if any(kind in name for kind in ("fsdp", "modelparallel", "sharded")):
+        return "fsdp2"
+    return "ddp" if devices > 1 else "single"
+
+
+def _sharing(strategy: Any) -> int | None:
+    """How many devices share the layers of one process, by the strategy's settings; None: it is not of that kind."""
+    if strategy_of(strategy, 1) != "layer_split":
+        return None
+    settings = strategy.init_args
+    found = settings.devices or len(settings.device_max_memory or ()) or 2
+    return found if isinstance(found, int) else len(found)
+
+
+def rows_of(fit: Any, config: Config) -> Rows:
+    """What is trained on: the rows named, where they are at hand, else rows of the greatest length."""
+    from ivl.lit.datamodule import is_packed
+
+    data = fit.data
+    packed = is_packed(data.packing, data.batch_size, data.group_by_length)
+    length = data.pack_tokens or data.max_length if packed else data.max_length
+    why = _why_not_read(fit)
+    if why is None:
+        return _read_rows(fit)
+    tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail
+    most = max(0, length - 64) // config.tokens_per_tile
+    rows = 1 if packed else data.batch_size or 8
+    tiles = min(data.pack_tiles or most, most) if packed else rows * min(tiles, most)
+    supervised = max(1, int(SUPERVISED * rows * max(length - tiles // rows * config.tokens_per_tile, length // 4)))
+    micro = Micro(rows, length, tiles, supervised, packed)
+    known = f"assumed: rows of {length} tokens, the tiles that they can hold, since {why}"
+    return Rows(micro, None, None, known)
+
+
+def _why_not_read(fit: Any) -> str | None:
+    """What keeps the lengths of the rows from being read; None: nothing does."""
+    if fit.data.mixture:
+        return "data.mixture is not read here"
+    files = [fit.data.train] if isinstance(fit.data.train, str) else fit.data.train or []
+    if not files:
+        return "no --data.train is given"
+    for file in files:
+        if not Path(file).is_file():
+            return f"{file} is not a file here"
+    if not Path(fit.model.pretrained).is_dir():
+        return f"{fit.model.pretrained} is not a folder here, and lengths need its tokenizer"
+    return None
+
+
+def _read_rows(fit: Any) -> Rows:
+    from ivl.lit.cli import data_of
+    from ivl.lit.largest import largest_batch
+
+    data = data_of(fit)
+    data.report = None  # which rows are left out is the run's to write
+    index, micro = data.training_index(), largest_batch(data)
+    count, lengths = len(index), index.tokens.astype(int)
+    tokens, tiles = int(lengths.sum()), int(index.tiles.sum())
+    batches = math.ceil(tokens / (FULL * micro.length)) if micro.packed else math.ceil(count / micro.rows)
+    # Padding is not computed, and a row sees no other.
+    work = flops.Work(tiles, tokens, int((lengths**2).sum()), int(index.supervised.sum()))
+    return Rows(micro, work, batches, f"read: {count} rows, {tokens} tokens, {tiles} tiles")
+
+
+# The plan
+
+
+def summary(
+    fit: Any, config: Config, sketch: Sketch, rows: Rows, found: Need, device: Device | None, efficiency: float
+) -> dict[str, Any]:
+    """The plan, as JSON takes it. Bytes, operations, seconds."""
+    setup, micro = sketch.setup, rows.largest
+    parts = {part: {"parameters": p.total, "trainable": p.trainable} for part, p in sketch.parameters().items()}
+    length = micro.rows * micro.length
+    trained, again = tuning.described(setup.tune), recomputed(setup, micro)
+    done, asked = (operations(config, setup, micro, what) for what in (again, flops.NOTHING))
+    times = setup.accumulate * (1 if setup.strategy == "layer_split" else setup.devices)
+    plan: dict[str, Any] = {
+        "pretrained": str(fit.model.pretrained),
+        "parts": parts,
+        "strategy": setup.strategy,
+        "devices": setup.devices,
+        "precision": setup.precision,
+        "batch": asdict(micro) | {"accumulate": setup.accumulate},
+        "rows": rows.known,
+        "memory": asdict(found) | {"total": found.total},
+        "flops_per_step": {"model": asked * times, "computed": done * times},
+        "tokens_per_step": length * times,
+        "estimated": True,
+    }
+    if rows.work is not None and rows.batches is not None:
+        plan["epoch"] = {
+            "steps": math.ceil(rows.batches / times),
+            "tokens": rows.work.tokens,
+            "flops": flops.training_flops(config, trained, rows.work, again).total,
+        }
+    if device is not None:
+        working = 1 if setup.strategy == "layer_split" else setup.devices
+        rate = device.flops * efficiency * working
+        plan["device"] = {"name": device.name, "efficiency_assumed": efficiency, "step_seconds": done * times / rate}
+        if "epoch" in plan:
+            plan["device"]["epoch_seconds"] = plan["epoch"]["flops"] / rate
+    return plan
+
+
+def recomputed(setup: Setup, micro: Micro) -> flops.Recomputed:
+    """What a step computes twice."""
+    return flops.Recomputed(
+        head=flops.unkept(micro.supervised),
+        vision_model=setup.vision_checkpointing,
+        language_model=setup.language_checkpointing,
+        scores=setup.attention != "eager",
+        last_mlp=setup.attention == "eager" or not setup.efficient,
+    )
+
+
+def operations(config: Config, setup: Setup, micro: Micro, again: flops.Recomputed) -> float:
+    """Of one micro-batch, forward and backward."""
+    work = flops.Work(micro.tiles, micro.rows * micro.length, micro.rows * micro.length**2, micro.supervised)
+    return flops.training_flops(config, tuning.described(setup.tune), work, again).total
+
+
+def report(plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    lines = [f"{plan['pretrained']}: {plan['strategy']} on {plan['devices']}, {plan['precision']}", ""]
+    lines.append(f"{'part':<16}{'parameters':>16}{'trainable':>16}")
+    lines += [f"{k:<16}{v['parameters']:>16,}{v['trainable']:>16,}" for k, v in plan["parts"].items()]
+    sums = [sum(v[k] for v in plan["parts"].values()) for k in ("parameters", "trainable")]
+    lines += [f"{'all':<16}{sums[0]:>16,}{sums[1]:>16,}", ""]
+    batch, memory = plan["batch"], plan["memory"]
+    kind = "packed" if batch["packed"] else "padded"
+    lines.append(
+        f"largest batch: {batch['rows']} x {batch['length']} tokens ({kind}), {batch['tiles']} tiles, "
+        f"{batch['supervised']} supervised; {batch['accumulate']} per step ({plan['rows']})"
+    )
+    lines.append("memory of one device, estimated, GB:")
+    names = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
+    lines += [f"  {name:<14}{memory[name] / 1e9:>9.2f}" for name in names]
+    lines.append(f"  logits are {memory['logits'] / 1e9:.2f} of the activations, whatever the length")
+    work = plan["flops_per_step"]
+    lines.append(
+        f"\na step: {plan['tokens_per_step']:,} tokens at most, {work['model'] / 1e12:.2f} TFLOP of the model, "
+        f"{work['computed'] / 1e12:.2f} with what is computed again"
+    )
+    if epoch := plan.get("epoch"):
+        lines.append(f"an epoch: about {epoch['steps']:,} steps, {epoch['tokens']:,} tokens")
+    if device := plan.get("device"):
+        seconds = f"{device['step_seconds']:.3g} s a step"
+        if "epoch_seconds" in device:
+            seconds += f", {device['epoch_seconds'] / 3600:.3g} h an epoch"
+        lines.append(f"{device['name']}, {100 * device['efficiency_assumed']:.0f} % of its rate assumed: {seconds}")
+    if plan.get("faster"):
+        lines.append(f"faster: {plan['faster']}")
+    return "\n".join(lines)
+
+
+def spare(config: Config, setup: Setup, micro: Micro, limit: float) -> str | None:
+    """What need not be computed again, because it fits as well: as many of the blocks as can be."""
+    names = {"language_model": "language_checkpointing", "vision_model": "vision_checkpointing"}
+    on = tuple(part for part, name in names.items() if getattr(setup, name))
+    now = operations(config, setup, micro, recomputed(setup, micro))
+    for off in filter(None, dict.fromkeys((on, on[:1], on[1:]))):
+        changed: dict[str, Any] = {names[part]: False for part in off}
+        tried = replace(setup, **changed)
+        total = need(Sketch(config, tried), micro).total
+        if total <= limit:
+            options = " ".join(f"--model.checkpointing.{part} false" for part in off)
+            saved = 1 - operations(config, tried, micro, recomputed(tried, micro)) / now
+            return f"{options} fits as well: {total / 1e9:.2f} GB, {100 * saved:.0f} % fewer operations"
+    return None
+
+
+def first_fit(config: Config, setup: Setup, micro: Micro, limit: float) -> str:
+    """The first of the usual changes, one upon another, that fits."""
+    made: list[str] = []
+    for text, tried, batch in changes(setup, micro):
+        made.append(text)
+        if need(Sketch(config, tried), batch).total <= limit:
+            return "it would fit with " + ", ".join(made)
+    return "no usual change makes it fit: take a larger device, or more of them with sharding"
+
+
+def changes(setup: Setup, micro: Micro) -> Iterator[tuple[str, Setup, Micro]]:
+    """Each with those before it: what costs least first."""
+    if not setup.language_checkpointing:
+        setup = replace(setup, language_checkpointing=True)
+        yield "--model.checkpointing.language_model true", setup, micro
+    if not setup.vision_checkpointing and setup.tune.vision_model != "frozen":
+        setup = replace(setup, vision_checkpointing=True)
+        yield "--model.checkpointing.vision_model true", setup, micro
+    if micro.rows > 1:
+        rows = micro.rows
+        micro = Micro(1, micro.length, math.ceil(micro.tiles / rows), math.ceil(micro.supervised / rows))
+        setup = replace(setup, accumulate=setup.accumulate * rows)
+        yield f"--data.batch_size 1 --trainer.accumulate_grad_batches {setup.accumulate}", setup, micro
+    if setup.precision.startswith("32") and setup.on_gpu:
+        setup = replace(setup, precision="bf16-mixed")
+        yield "--trainer.precision bf16-mixed", setup, micro
+    if setup.devices > 1 and setup.strategy in ("single", "ddp"):
+        setup = replace(setup, strategy="fsdp2")
+        yield "--config configs/strategy/fsdp2.yaml", setup, micro
+    if any(mode == "full" for mode in (setup.tune.language_model, setup.tune.vision_model)):
+        setup = replace(setup, tune=Tune(language_model=LoRA(rank=16)))
+        yield "--config configs/tune/lora.yaml", setup, micro
+    if micro.tiles > 7:
+        micro = replace(micro, tiles=7)
+        yield "--data.max_tiles 6", setup, micro
+    if setup.quantize is None and isinstance(setup.tune.language_model, LoRA) and setup.on_gpu:
+        setup = replace(setup, quantize="nf4")
+        yield "--config configs/tune/qlora.yaml", setup, micro

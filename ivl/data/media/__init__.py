@@ -1,0 +1,1 @@
+"""Pictures and videos, from a path, URL or bytes to tiles."""

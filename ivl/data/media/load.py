@@ -1,0 +1,361 @@
+"""Path, URL or bytes → RGB image or sampled video frames, with limits.
+
+Whatever a file holds, the result is an RGB image or a UserError: decoders have many ways to fail, so they are entered
+in one place that turns any failure into one sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ivl.data.media.download import FetchPolicy, cached_path
+from ivl.data.media.orientation import Stored, orientation_of, stored_of, upright, upright_size
+from ivl.data.media.pixels import Transparency, deep_png, to_rgb
+from ivl.data.media.source import HEAD, content, describe, kind_of, open_source
+from ivl.data.media.video import Backend, Sample, Sampling, VideoFile, VideoInfo, sample_indices
+from ivl.data.rows.formats import is_url
+from ivl.picture_file import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE, check_jpeg, check_size, open_picture
+from ivl.types import UserError
+
+_ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """Limits of what is opened."""
+
+    max_pixels: int = MAX_PIXELS
+    """Width times height of an image or a frame; more is refused before anything is decoded"""
+    max_side: int = MAX_SIDE
+    """Longest side of an image in pixels; resizing one of 1 x 80,000,000 would need 100 times its own memory"""
+    max_video_pixels: int = 1_000_000_000
+    """Pixels of all frames taken from one video; each needs 4 bytes of memory"""
+    video_timeout: float = 120.0
+    """Seconds that decoding one video may take"""
+    video_backend: Backend = "pyav"
+    """Decoder of video files: pyav, or decord where it is installed (Linux on x86-64); decord counts frames as the
+    container's header does, and does not read AV1"""
+    folder_fps: float = 3.0
+    """Frames per second that a folder of frames stands for, where a start, an end or a rate is given"""
+    transparency: Transparency = "drop"
+    """What becomes of transparent ground: drop leaves the colour below it, as the reference does (print on
+    transparent ground may be black on black); white puts the picture on white"""
+    boxes: Literal["stored", "upright"] = "stored"
+    """Which picture the boxes of `objects` belong to, where its EXIF block turns it: as it is stored, or upright"""
+    fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    """Limits of downloads"""
+
+
+_DEFAULT = MediaPolicy()
+
+
+def load_image(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -> Image.Image:
+    """An image as RGB, upright.
+
+    `source`: a local path, an http(s) URL, a `data:` URI, bytes, or a PIL image. `exif` False leaves the picture as it
+    is stored, as the reference implementation does. Alpha is dropped without blending, or the picture put on white
+    (`policy.transparency`); 16 bits are scaled to 8, from 12 where no value needs more; of an animation the first
+    frame is taken. An EXIF block that cannot be read counts as none.
+    Raises UserError naming the source.
+    """
+    where = describe(source)
+    if isinstance(source, Image.Image):
+        _check_size(source.size, where, policy)
+        with _decoding(where):
+            return _upright(source.copy(), None, exif, where, policy)
+    with _opened_image(source, where, policy) as (image, opened):
+        return _upright(image, opened, exif, where, policy)
+
+
+def image_size(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -> tuple[int, int]:
+    """(width, height) that `load_image` will give, from the header alone.
+
+    Raises UserError as `load_image` does, except for faults that only decoding can find.
+    """
+    where = describe(source)
+    if isinstance(source, Image.Image):
+        with _decoding(where):
+            return _size(source, exif, where, policy)
+    with _opened_image(source, where, policy, whole=False) as (image, _):
+        return _size(image, exif, where, policy)
+
+
+def stored_picture(source: Any, policy: MediaPolicy = _DEFAULT) -> Stored:
+    """Size of an image as it is stored, and its orientation, from the header alone. Raises as `image_size` does."""
+    where = describe(source)
+    if isinstance(source, Image.Image):
+        with _decoding(where):
+            return stored_of(source)
+    with _opened_image(source, where, policy, whole=False) as (image, _):
+        _check_size(image.size, where, policy)
+        return stored_of(image)
+
+
+def image_bytes(source: Any, policy: MediaPolicy = _DEFAULT) -> bytes | None:
+    """An image's file as it is, not decoded; None for a PIL image. Raises UserError where it cannot be opened."""
+    if isinstance(source, Image.Image):
+        return None
+    image_size(source, policy=policy)  # a download is an image before it is kept
+    with open_source(source, policy.fetch, lambda opened: None) as opened:
+        return opened.read()
+
+
+def local_file(source: Any, policy: MediaPolicy = _DEFAULT) -> Path | None:
+    """The file that an image is read from: a path, or where a URL's was or will be kept; None where there is none."""
+    if not isinstance(source, (str, os.PathLike)) or str(source)[:5].lower() == "data:":
+        return None
+    return cached_path(source, policy.fetch) if isinstance(source, str) and is_url(source) else Path(source)
+
+
+def load_video(
+    source: Any,
+    num_segments: int = 8,
+    fps: float | None = None,
+    max_frames: int = 256,
+    start: float | None = None,
+    end: float | None = None,
+    sample: Sample = "middle",
+    generator: torch.Generator | None = None,
+    policy: MediaPolicy = _DEFAULT,
+) -> list[Image.Image]:
+    """RGB frames of a video, in order.
+
+    `source`: as for `load_image`, a folder of frames (in natural order of their names), or a list of images. Animated
+    GIF, WebP, PNG and AVIF are read by Pillow, other files by `policy.video_backend`. `num_segments`, `fps`,
+    `max_frames`, `sample`: see `ivl.data.media.video.Sampling`. `start` and `end` cut the video, in seconds.
+    Raises UserError naming the source.
+    """
+    where = describe(source)
+    sampling = Sampling(num_segments, fps, max_frames, sample)
+    with _video(source, where, policy) as video:
+        info = _info(video, sampling, start, end)
+        indices = sample_indices(info, sampling, start, end, generator, where)
+        count = len(set(indices))
+        if count * info.width * info.height > policy.max_video_pixels:
+            raise UserError(
+                f"{where}: {count} frames of {info.width} x {info.height} pixels are more than "
+                f"{policy.max_video_pixels} pixels (max_video_pixels); take fewer frames"
+            )
+        return video.read(indices)
+
+
+def video_info(source: Any, policy: MediaPolicy = _DEFAULT) -> VideoInfo:
+    """Frames, frames per second and size of a video, without decoding more than its first frame."""
+    with _video(source, describe(source), policy) as video:
+        return video.info
+
+
+def video_frame_count(
+    source: Any,
+    num_segments: int = 8,
+    fps: float | None = None,
+    max_frames: int = 256,
+    start: float | None = None,
+    end: float | None = None,
+    policy: MediaPolicy = _DEFAULT,
+) -> int:
+    """How many frames `load_video` gives. A video file is decoded only where that depends on its length.
+
+    Where it does not, a local source is looked at all the same: one that is missing or no video is refused.
+    """
+    sampling = Sampling(num_segments, fps, max_frames)
+    if fps is None:
+        _look_at_video(source, describe(source), policy)
+        return num_segments
+    where = describe(source)
+    with _video(source, where, policy) as video:
+        return len(sample_indices(_info(video, sampling, start, end), sampling, start, end, where=where))
+
+
+def _info(
+    video: VideoFile | _Animation | _Stills, sampling: Sampling, start: float | None, end: float | None
+) -> VideoInfo:
+    """Facts of a video; those of an animation with its times, where seconds are asked for."""
+    seconds = any(value is not None for value in (start, end, sampling.fps))
+    return video.timed() if seconds and isinstance(video, _Animation) else video.info
+
+
+@contextmanager
+def _decoding(where: str, opened: BinaryIO | None = None) -> Iterator[None]:
+    """Any failure of a decoder as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        _refuse(opened, where, f"an image ({', '.join(FORMATS)})")
+    except Image.DecompressionBombError as error:
+        found = "".join(re.findall(r"\(\d+ pixels\)", str(error)))
+        raise UserError(f"{where}: too large {found}; scale it down, or raise data.media.max_pixels") from None
+    except Exception as error:  # decoders raise every kind there is
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{where}: a damaged image ({reason[:200]}); copy the file again or remove the row") from error
+
+
+def _refuse(opened: BinaryIO | None, where: str, expected: str) -> None:
+    found = "another thing"
+    if opened is not None:
+        opened.seek(0)
+        found = content(opened.read(HEAD))
+    raise UserError(f"{where}: expected {expected}, found {found}")
+
+
+@contextmanager
+def _opened_image(
+    source: Any, where: str, policy: MediaPolicy, whole: bool = True
+) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """A file's image, its pixels not yet decoded. `whole`: they will be, so look first for what Pillow passes over."""
+
+    def check(opened: BinaryIO) -> None:
+        with _decoding(where, opened), open_picture(opened, policy.max_pixels) as image:
+            _check_size(image.size, where, policy)
+
+    with open_source(source, policy.fetch, check) as opened, _decoding(where, opened):
+        if whole and kind_of(head := opened.read(HEAD)) == "JPEG":
+            check_jpeg(head + opened.read(MAX_BYTES))
+        opened.seek(0)
+        with open_picture(opened, policy.max_pixels) as image:
+            yield image, opened
+
+
+def _check_size(size: tuple[int, int], where: str, policy: MediaPolicy) -> None:
+    check_size(size, where, policy.max_pixels, policy.max_side)
+
+
+def _size(image: Image.Image, exif: bool, where: str, policy: MediaPolicy) -> tuple[int, int]:
+    _check_size(image.size, where, policy)
+    return upright_size(image.size, orientation_of(image)) if exif else image.size
+
+
+def _upright(image: Image.Image, opened: BinaryIO | None, exif: bool, where: str, policy: MediaPolicy) -> Image.Image:
+    """RGB, without the EXIF block, so that it cannot be turned a second time. Changes `image`."""
+    _check_size(image.size, where, policy)
+    orientation = orientation_of(image) if exif else 1
+    image.load()
+    deep = None if opened is None else deep_png(image, opened)
+    rgb = upright(to_rgb(image if deep is None else deep, where, policy.transparency), orientation)
+    rgb.info = {}
+    return rgb
+
+
+class _Animation:
+    """An animated GIF, WebP, PNG or AVIF. Its rate is taken from the first frame, until `timed` looks at all."""
+
+    def __init__(self, opened: BinaryIO, where: str, policy: MediaPolicy) -> None:
+        self._opened, self._where, self._policy = opened, where, policy
+        with _decoding(where, opened):
+            self._image = open_picture(opened, policy.max_pixels, _ANIMATED)
+            _check_size(self._image.size, where, policy)
+            self._image.load()  # WebP has its durations only now
+            milliseconds = float(self._image.info.get("duration") or 100)
+            frames = getattr(self._image, "n_frames", 1)
+            self.info = VideoInfo(frames, 1000 / max(milliseconds, 1), *self._image.size)
+
+    def timed(self) -> VideoInfo:
+        """Facts with the time of each frame, which only drawing all of them tells."""
+        self._check_drawn(self.info.frames - 1)
+        ends: list[float] = []
+        with _decoding(self._where, self._opened):
+            for i in range(self.info.frames):
+                self._image.seek(i)
+                self._image.load()
+                ends.append((ends[-1] if ends else 0.0) + float(self._image.info.get("duration") or 100) / 1000)
+        times = np.array([0.0, *ends[:-1]])
+        fps = len(ends) / ends[-1]
+        even = np.abs(times - np.arange(len(times)) / fps).max() <= 0.5 / fps
+        return replace(self.info, fps=fps, times=None if even else tuple(times.tolist()))
+
+    def _check_drawn(self, last: int) -> None:
+        painted = (last + 1) * self.info.width * self.info.height  # each frame is drawn over the one before
+        if painted > 10 * self._policy.max_video_pixels:
+            raise UserError(
+                f"{self._where}: {last + 1} frames of {self.info.width} x {self.info.height} pixels are too many to "
+                f"draw (10 * max_video_pixels); cut the animation"
+            )
+
+    def read(self, indices: Sequence[int]) -> list[Image.Image]:
+        self._check_drawn(max(indices))
+        images = {}
+        with _decoding(self._where, self._opened):
+            for i in sorted(set(indices)):
+                self._image.seek(i)
+                images[i] = to_rgb(self._image.copy(), self._where, self._policy.transparency)
+        return [images[i] for i in indices]
+
+
+class _Stills:
+    """Images that stand for the frames of a video."""
+
+    def __init__(self, sources: Sequence[Any], where: str, policy: MediaPolicy) -> None:
+        if not sources:
+            raise UserError(f"{where}: no frames; expected images ({', '.join(sorted(_SUFFIXES))})")
+        self._sources, self._policy = sources, policy
+        self.info = VideoInfo(len(sources), policy.folder_fps, *image_size(sources[0], policy=policy))
+
+    def read(self, indices: Sequence[int]) -> list[Image.Image]:
+        images = {i: load_image(self._sources[i], policy=self._policy) for i in set(indices)}
+        return [images[i] for i in indices]
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """Sorts frame2 before frame10."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts if p]
+
+
+def _check_video(opened: BinaryIO, where: str) -> None:
+    kind = kind_of(opened.read(HEAD))
+    if kind in FORMATS and kind not in _ANIMATED:
+        raise UserError(f"{where}: expected a video, found a {kind} image; list it under images")
+    if kind != "video" and kind not in _ANIMATED:
+        _refuse(opened, where, "a video (mp4, webm, avi, gif, …)")
+    opened.seek(0)
+
+
+def _look_at_video(source: Any, where: str, policy: MediaPolicy) -> None:
+    """Refuse what is no video by its first bytes. Nothing is fetched."""
+    if isinstance(source, str) and is_url(source):
+        return
+    if isinstance(source, (list, tuple, Image.Image)) or (
+        isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
+    ):
+        with _video(source, where, policy):
+            return
+    with open_source(source, policy.fetch, lambda opened: None) as opened:
+        _check_video(opened, where)
+
+
+@contextmanager
+def _video(source: Any, where: str, policy: MediaPolicy) -> Iterator[VideoFile | _Animation | _Stills]:
+    if isinstance(source, (list, tuple)):
+        yield _Stills(source, where, policy)
+        return
+    if isinstance(source, Image.Image):
+        raise UserError(f"{where}: expected a video, found one image; a list of images is a video")
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        images = [p for p in Path(source).iterdir() if p.suffix.lower() in _SUFFIXES and p.name[0] != "."]
+        yield _Stills(sorted(images, key=_natural), where, policy)
+        return
+
+    with open_source(source, policy.fetch, lambda opened: _check_video(opened, where)) as opened:
+        _check_video(opened, where)
+        if kind_of(opened.read(HEAD)) in _ANIMATED:
+            opened.seek(0)
+            yield _Animation(opened, where, policy)
+        else:
+            opened.seek(0)
+            data = Path(opened.name) if hasattr(opened, "name") else opened.read()
+            video = VideoFile(data, where, policy.video_timeout, policy.video_backend)
+            _check_size((video.info.width, video.info.height), where, policy)
+            yield video

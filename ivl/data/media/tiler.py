@@ -1,0 +1,138 @@
+"""Images and videos → tiles: how many there will be, from headers alone, and their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ivl.config import Config
+from ivl.data.media import load as media
+from ivl.data.media import tiling as tiles
+from ivl.data.media.feature_store import FeatureStore
+from ivl.data.rows import formats
+from ivl.data.truncation import Shape
+from ivl.types import Media, UserError
+
+Resize = Literal["exact", "fast"]
+_PIXELS = 2
+"""Raised where the same file gives other pixels than before, so that kept features of it are not used"""
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How a video becomes frames."""
+
+    num_segments: int = 8
+    """Frames spread evenly over the video"""
+    fps: float | None = None
+    """Frames per second of the video instead of `num_segments`"""
+    max_frames: int = 256
+    """Most frames of one video"""
+    sample: Literal["middle", "random"] = "middle"
+    """The middle frame of each segment, or any frame of it (in training)"""
+    max_tiles: int = 1
+    """Most tiles of one frame"""
+    frame_prefix: str = "Frame{i}: "
+    """What stands before each frame; `Frame-{i}: ` is the other spelling of the releases"""
+
+
+class Opened:
+    """What is known of the media of a conversation that goes on, so that each of them is opened once."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[int, tuple[Media, Shape]] = {}
+        self._pixels: dict[tuple[int, int], Tensor] = {}
+
+    def shape(self, find: Callable[[Media, bool], Shape], medium: Media, probe_urls: bool) -> Shape:
+        if id(medium) not in self._shapes:
+            self._shapes[id(medium)] = medium, find(medium, probe_urls)  # held, so that the id stays its own
+        return self._shapes[id(medium)][1]
+
+    def pixels(self, medium: Media, limit: int, cut: Callable[[], Tensor]) -> Tensor:
+        if (id(medium), limit) not in self._pixels:
+            self._pixels[id(medium), limit] = cut()
+        return self._pixels[id(medium), limit]
+
+
+class Cutter:
+    """Cuts media into tiles, by a checkpoint's config and the options of `ivl.data.processor`."""
+
+    def __init__(
+        self,
+        config: Config,
+        video: VideoOptions | None = None,
+        exif: bool = True,
+        policy: media.MediaPolicy | None = None,
+        resize: Resize = "exact",
+    ) -> None:
+        if resize not in get_args(Resize):
+            raise UserError(f"resize: expected one of {', '.join(get_args(Resize))}, found {resize!r}")
+        self.config = config
+        self.video = video or VideoOptions()
+        self.exif, self.resize = exif, resize
+        self.policy = policy or media.MediaPolicy()
+
+    def shape(self, medium: Media, probe_urls: bool = True) -> Shape:
+        """Frames and size of an image or a video; of one behind a URL that is not asked, the most there can be."""
+        if not probe_urls and isinstance(medium.source, str) and formats.is_url(medium.source):
+            return Shape(1 if medium.kind == "image" else self._video_frames(), 0, 0)
+        if medium.kind == "image":
+            return Shape(1, *media.image_size(medium.source, self.exif, self.policy))
+        v = self.video
+        frames = media.video_frame_count(
+            medium.source, v.num_segments, v.fps, v.max_frames, medium.start, medium.end, self.policy
+        )
+        if v.max_tiles == 1:
+            return Shape(frames, 1, 1)
+        info = media.video_info(medium.source, self.policy)
+        return Shape(frames, info.width, info.height)
+
+    def _video_frames(self) -> int:
+        return self.video.num_segments if self.video.fps is None else self.video.max_frames
+
+    def count(self, shape: Shape, limit: int) -> int:
+        """Tiles of an image of this shape, or of each frame; of an unknown one, the most there can be."""
+        config = self.config
+        if not config.dynamic_image_size:
+            return 1
+        if not shape.width:
+            return limit + (config.use_thumbnail and limit > 1)
+        low = min(config.min_dynamic_patch, limit)
+        return tiles.tile_count(shape.width, shape.height, config.image_size, low, limit, config.use_thumbnail)
+
+    def key(self, medium: Media, limit: int, store: FeatureStore) -> str | None:
+        """Where a feature cache keeps an image. None: a video, or an image that has no bytes of its own."""
+        if medium.kind != "image":
+            return None
+        config = self.config
+        how = (config.image_size, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail, self.exif)
+        settings = (*how, config.dynamic_image_size, config.pad2square, self.resize, self.policy.transparency, _PIXELS)
+        read = partial(media.image_bytes, medium.source, self.policy)
+        return store.key(media.local_file(medium.source, self.policy), read, settings)
+
+    def pixels(self, medium: Media, limit: int, counts: list[int], generator: torch.Generator | None) -> Tensor:
+        """(N, 3, S, S) uint8 of an image, or of the frames of a video."""
+        v, config, S = self.video, self.config, self.config.image_size
+        if medium.kind == "image":
+            images = [media.load_image(medium.source, self.exif, self.policy)]
+        else:
+            cut = (medium.start, medium.end, v.sample, generator, self.policy)
+            images = media.load_video(medium.source, v.num_segments, v.fps, v.max_frames, *cut)
+        low = min(config.min_dynamic_patch, limit)
+        found = [
+            tiles.cut(image, S, low, limit, config.use_thumbnail, exact=self.resize == "exact")
+            if config.dynamic_image_size
+            else tiles.single(image, S, config.pad2square, exact=self.resize == "exact")
+            for image in images[: len(counts)]
+        ]
+        if [len(part) for part in found] != counts:
+            raise UserError(
+                f"{media.describe(medium.source)}: {sum(map(len, found))} tiles but its header promised {sum(counts)}; "
+                f"the file changed or is damaged"
+            )
+        return torch.cat(found)

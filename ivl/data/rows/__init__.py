@@ -1,0 +1,1 @@
+"""A row of any format into a conversation."""

@@ -1,0 +1,286 @@
+"""Files of rows, read at random without being loaded: jsonl, a JSON list, and both compressed.
+
+What a file holds is seen from its content, since rows one a line are often named `.json` and lists `.jsonl`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import mmap
+import os
+import re
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ivl.data.cache import default_cache, go_without, temporary, writable
+from ivl.data.rows.formats import loads
+from ivl.files import whole_file
+from ivl.types import UserError, printable
+
+_CHUNK = 1 << 20
+_BLANK = 16
+"""Bytes of the shortest line that is not looked at for being blank; a row is longer"""
+_SOLID = ~np.isin(np.arange(256), np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8))
+"""Of each byte, whether it is no blank"""
+_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+_ALWAYS = 256 << 20
+"""Bytes that any compressed file may become"""
+
+
+@dataclass(frozen=True)
+class FileLimits:
+    """Limits of files of rows: how much one may ask of memory and disk."""
+
+    max_row_bytes: int = 64 << 20
+    """Bytes of the longest row; a longer one is a problem."""
+    max_expansion: float = 200.0
+    """Times its own size that a compressed file may become; 256 MiB are always allowed."""
+
+    def __post_init__(self) -> None:
+        if self.max_row_bytes < 1 or not self.max_expansion >= 1:
+            raise UserError(
+                f"data.file_limits: expected numbers of at least 1, found max_row_bytes {self.max_row_bytes} and "
+                f"max_expansion {self.max_expansion}"
+            )
+
+
+class RowFile:
+    """One file of rows. Picklable; opened anew in each process.
+
+    Blank lines hold no row. Compressed files (.gz, .zst) are decompressed once, into `cache_dir`.
+    Raises UserError where there is no file, no row, or the file as a whole cannot be read.
+    """
+
+    def __init__(self, path: str | Path, cache_dir: str | Path | None = None, limits: FileLimits | None = None) -> None:
+        self.path = Path(path)
+        self.limits = limits or FileLimits()
+        try:
+            self._plain = _decompressed(self.path, Path(cache_dir or default_cache()), self.limits.max_expansion)
+            with open(self._plain, "rb") as opened:
+                listed = _is_list(opened, self.path)
+                scan = _scan_list if listed else _scan_lines
+                self._starts, self._ends, self._lines, self.digest = scan(opened, self.path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; expected rows as jsonl or a JSON list") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if not len(self._starts):
+            raise UserError(f"{path}: no rows; expected at least one JSON object")
+        self._listed = listed
+        self._descriptor: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, i: int) -> str:
+        """`file:line` of row `i`, for messages."""
+        return f"{printable(str(self.path), ' ')}:{self._line(i)}"
+
+    def raw(self, i: int) -> bytes:
+        """Row `i` as it stands in the file. Raises UserError with `file:line` where it is longer than the limit."""
+        start, end = int(self._starts[i]), int(self._ends[i])
+        if end - start > self.limits.max_row_bytes:
+            raise UserError(
+                f"{self.where(i)}: a row of {end - start:,} bytes, but the limit is {self.limits.max_row_bytes:,}; "
+                f"name media by their paths, or raise data.file_limits.max_row_bytes"
+            )
+        if self._descriptor is None:
+            self._descriptor = os.open(self._plain, os.O_RDONLY)
+        return os.pread(self._descriptor, end - start, start)
+
+    def __getitem__(self, i: int) -> Any:
+        """Row `i`. Raises UserError with `file:line` where it is not JSON."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        try:
+            return loads(self.raw(i))
+        except RecursionError:
+            raise UserError(f"{self.where(i)}: nested too deeply; expected an object such as {_EXAMPLE}") from None
+        except ValueError as error:
+            reason = re.sub(r": line \d+ column (\d+) \(char \d+\)", r", at character \1", str(error))
+            shape = "a list of JSON objects" if self._listed else "one JSON object a line"
+            raise UserError(f"{self.where(i)}: not JSON ({reason}); expected {shape}, such as {_EXAMPLE}") from None
+
+    def _line(self, i: int) -> int:
+        return int(self._lines[i]) if self._lines is not None else int(i) + 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descriptor": None}
+
+    def __del__(self) -> None:
+        if (descriptor := getattr(self, "_descriptor", None)) is not None:
+            os.close(descriptor)
+
+
+_EXAMPLE = '{"query": "…", "response": "…"}'
+
+
+def load_rows(path: str | Path, cache_dir: str | Path | None = None) -> Iterator[tuple[str, Any]]:
+    """`file:line` and row, of every row of a file in order."""
+    file = RowFile(path, cache_dir)
+    for i in range(len(file)):
+        yield file.where(i), file[i]
+
+
+def _is_list(opened: BinaryIO, path: Path) -> bool:
+    """Whether a file is one JSON list rather than a row a line."""
+    head = opened.read(4096)
+    opened.seek(0)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: in UTF-16; expected UTF-8, save it as such")
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first == b"[":
+        return True
+    if first not in (b"{", b""):
+        found = head[:40].decode("utf-8", "replace")
+        raise UserError(f"{path}:1: expected JSON objects, such as {_EXAMPLE}, found {found!r}")
+    if first == b"{":
+        line = opened.readline(1 << 20).strip()
+        opened.seek(0)
+        if line in (b"{", b"\xef\xbb\xbf{"):
+            raise UserError(
+                f"{path}: one JSON object over several lines; expected a row a line or a list of rows "
+                f"(a file that names several sources is given as a meta file)"
+            )
+    return False
+
+
+def _scan_lines(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, str]:
+    """Start and end of each line that is not blank, its number where some are, and the digest of the content."""
+    digest = hashlib.blake2b(digest_size=16)
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    begin, line, size = 0, 1, 0  # of the line that is open, and what is read
+    while chunk := opened.read(_CHUNK):
+        digest.update(chunk)
+        data = np.frombuffer(chunk, np.uint8)
+        stops = np.flatnonzero(data == 10)
+        if len(stops):
+            starts = np.concatenate([[begin - size], stops[:-1] + 1])
+            kept = _not_blank(opened, data, starts, stops, size)
+            parts.append((starts[kept] + size, stops[kept] + size, np.flatnonzero(kept) + line))
+            begin, line = size + int(stops[-1]) + 1, line + len(stops)
+        size += len(chunk)
+    if size - begin >= _BLANK or _read(opened, begin, size).strip():
+        parts.append((np.array([begin]), np.array([size]), np.array([line])))
+    if not parts:
+        return np.empty(0, np.int64), np.empty(0, np.int64), None, digest.hexdigest()
+    start, end, numbers = (np.concatenate(columns) for columns in zip(*parts))
+    counted = bool(len(numbers)) and numbers[-1] == len(numbers)
+    return start, end, None if counted else numbers, digest.hexdigest()
+
+
+def _not_blank(opened: BinaryIO, data: np.ndarray, starts: np.ndarray, stops: np.ndarray, size: int) -> np.ndarray:
+    """(lines,) bool: whether each line of a chunk holds a row. The first may begin before the chunk, at `size`."""
+    kept = stops - starts >= _BLANK
+    if kept.all():
+        return kept
+    solid = np.concatenate([[0], np.cumsum(_SOLID[data], dtype=np.int32)])
+    kept |= solid[stops] > solid[np.maximum(starts, 0)]
+    if starts[0] < 0 and not kept[0]:
+        kept[0] = bool(_read(opened, size + int(starts[0]), size + int(stops[0])).strip())
+    return kept
+
+
+def _read(opened: BinaryIO, start: int, end: int) -> bytes:
+    return os.pread(opened.fileno(), end - start, start)
+
+
+def _scan_list(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Start, end and line of each element of a JSON list, without parsing them."""
+    starts, ends, lines = array("q"), array("q"), array("q")  # lists of numbers take five times the memory
+    with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        depth, closed, previous = 0, False, data.find(b"[")
+        for found in _STRUCTURE.finditer(data):
+            mark = data[found.start() : found.start() + 1]
+            if mark in b"[{":
+                if depth == 1:
+                    gap = data[previous + 1 : found.start()].strip()
+                    if mark == b"[" or gap != (b"," if starts else b""):
+                        raise _not_a_list(data, found.start(), path)
+                    starts.append(found.start())
+                depth += 1
+            elif mark in b"]}":
+                depth -= 1
+                if depth == 1:
+                    ends.append(found.end())
+                    previous = found.end() - 1
+                if depth == 0:
+                    gap, rest = data[previous + 1 : found.start()].strip(), data[found.end() :].strip()
+                    if gap or rest or mark == b"}":
+                        raise _not_a_list(data, found.start() if gap else found.end(), path)
+                    closed = True
+                    break
+            elif depth == 1:
+                raise _not_a_list(data, found.start(), path)
+        if not closed:
+            raise UserError(f"{path}: the JSON list has no end; is the file complete?")
+        line, at = 1, 0
+        for start in starts:
+            line += data[at:start].count(b"\n")
+            at = start
+            lines.append(line)
+    return np.array(starts), np.array(ends), np.array(lines), digest
+
+
+def _not_a_list(data: mmap.mmap, at: int, path: Path) -> UserError:
+    line = data[:at].count(b"\n") + 1
+    found = data[at : at + 30].decode("utf-8", "replace")
+    return UserError(f"{path}:{line}: expected a list of JSON objects, such as [{_EXAMPLE}], found {found!r}")
+
+
+def _decompressed(path: Path, cache: Path, max_expansion: float) -> Path:
+    """The plain file of a compressed one, kept under the digest of the compressed bytes."""
+    if path.suffix not in (".gz", ".zst"):
+        return path
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    with open(path, "rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    plain = cache / "rows" / f"{digest.hexdigest()}.jsonl"
+    most = max(_ALWAYS, int(max_expansion * size))
+    place = writable(plain)
+    if os.path.isfile(place) and os.path.getsize(place) <= most:
+        return place
+    try:
+        return _decompress(path, place, most)
+    except OSError as error:
+        if place != plain:
+            raise
+        go_without(plain, error)
+        return _decompress(path, temporary(plain), most)
+
+
+def _decompress(path: Path, place: Path, most: int) -> Path:
+    source, faults = _opener(path)
+    try:
+        with whole_file(place) as out, source:
+            while chunk := source.read(_CHUNK):
+                out.write(chunk)
+                if out.tell() > most:
+                    raise UserError(
+                        f"{path}: {path.stat().st_size:,} bytes that become more than {most:,}; raise "
+                        f"data.file_limits.max_expansion where that is meant, or decompress the file"
+                    )
+    except faults as error:
+        raise UserError(f"{path}: its compression is damaged ({error}); copy the file again") from None
+    return place
+
+
+def _opener(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
+    """The decompressing stream of a file, and what it raises on damaged ones."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb"), (EOFError, zlib.error, gzip.BadGzipFile)
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{path}: zstandard is not installed; pip install zstandard, or decompress the file") from None
+    return zstandard.open(path, "rb"), (zstandard.ZstdError,)

@@ -1,0 +1,152 @@
+"""Fields of a row, read with their keys: texts, media in every spelling, and `<img>path</img>` in a text."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from ivl.data.rows.keys import FOREIGN, Keys
+from ivl.types import Media, UserError
+from ivl.types import shortened as short
+
+Row = dict[str, Any]
+Kind = Literal["image", "video"]
+
+_PATH = re.compile(r"<img>([^<>]+)</img>")
+_OPENED = re.compile(r"<img>([^<>\n]*)")
+_PICTURE = re.compile(r"\S\.(?:jpe?g|png|gif|webp|bmp|tiff?)$|^(?:https?://|data:)", re.IGNORECASE)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
+
+
+def nothing(value: Any) -> bool:
+    """Whether a field holds no value."""
+    return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
+
+
+def text_of(value: Any, name: str) -> str:
+    """A field that must be a text. Raises UserError that begins with its name."""
+    if not isinstance(value, str):
+        raise UserError(f"{name}: expected a text, found {'nothing' if value is None else short(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{name}: half a surrogate pair at character {error.start}; write the text as UTF-8"
+            ) from None
+    return value
+
+
+def optional_text(row: Row, key: str) -> str | None:
+    """A text, or None where the row has none."""
+    return None if row.get(key) is None else text_of(row[key], key)
+
+
+def optional_name(row: Row, key: str) -> str | None:
+    """A value as text, or None where the row has none."""
+    value = row.get(key)
+    return value if value is None else str(value)
+
+
+class RowReader:
+    """Reads one row. Relative paths of media start at `root`; `keys` gathers what is not read."""
+
+    def __init__(self, root: str | Path | None) -> None:
+        self.root = root
+        self.keys = Keys()
+
+    def resolved(self, path: str) -> str:
+        """A path as seen from `root`; an absolute one, a URL and a `data:` URI as they are."""
+        if self.root is None or os.path.isabs(path) or _SCHEME.match(path):
+            return path
+        return os.path.join(self.root, path)
+
+    def user_text(self, value: Any, name: str) -> list[str | Media]:
+        """A user's text, each `<img>path</img>` in it as an image."""
+        text = text_of(value, name)
+        if "<img>" not in text:
+            return [text]
+        parts: list[str | Media] = []
+        for n, part in enumerate(_PATH.split(text)):
+            if n % 2:
+                parts.append(self.medium("image", part.strip(), "<img>"))
+            else:
+                self._check_unclosed(part, name)
+                parts.append(part)
+        return parts
+
+    def content(self, value: Any, role: str, name: str) -> list[str | Media]:
+        """A text of any speaker; `<img>path</img>` is an image in a user's only."""
+        return self.user_text(value, name) if role == "user" else [text_of(value, name)]
+
+    def _check_unclosed(self, text: str, name: str) -> None:
+        """Raise UserError for `<img>` before a path without `</img>`; other text after it is plain characters."""
+        for match in _OPENED.finditer(text):
+            words = match[1].strip()
+            for path in (words, words.partition(" ")[0]):
+                if path and (_PICTURE.search(path) or (len(path) < 4096 and os.path.isfile(self.resolved(path)))):
+                    raise UserError(f"{name}: <img> without </img> before {short(path)}; write <img>path</img>")
+            self.keys.note("<img> without </img>, plain characters in a user's text")
+
+    def note_marks(self, text: str) -> None:
+        """Gather marks of other programs in a text."""
+        for mark in dict.fromkeys(FOREIGN.findall(text)):
+            self.keys.note(f"{mark}, a mark of another program, plain characters in a user's text")
+
+    def media(self, row: Row, kind: Kind) -> list[Media]:
+        """The row's list of one kind, in whichever way it is spelled."""
+        given = [key for key in (kind, f"{kind}s") if not nothing(row.get(key))]
+        if not given:
+            return []
+        if len(given) == 2:
+            raise UserError(f"{given[0]} and {given[1]}: both are given; keep one")
+        name, value = given[0], row[given[0]]
+        if isinstance(value, str):
+            # a comma belongs to a data: URI, and may belong to a name
+            one = value[:5].lower() == "data:" or os.path.exists(self.resolved(value))
+            value = [value] if one else [part.strip() for part in value.split(",")]
+        elif not isinstance(value, (list, tuple)):
+            value = [value]
+        media = [self.medium(kind, source, f"{name}[{n}]") for n, source in enumerate(value)]
+        if kind == "video" and any(row.get(key) is not None for key in ("start", "end")):
+            times = [_seconds(row.get(key), key, len(media)) for key in ("start", "end")]
+            media = [Media(kind, m.source, start, end) for m, start, end in zip(media, *times, strict=True)]
+        return media
+
+    def medium(self, kind: Kind, source: Any, name: str) -> Media:
+        """One image or video: a path, a URL, bytes, a picture, frames, or an object around one of them."""
+        start = end = None
+        if isinstance(source, dict):  # as Hugging Face datasets has it, and a video with its own times
+            self.keys.look(kind, source, name)
+            if kind == "video":
+                start, end = (_seconds(source.get(key), f"{name}.{key}", 1)[0] for key in ("start", "end"))
+            source = next((source[key] for key in ("bytes", "path", "url", kind) if source.get(key)), None)
+        if kind == "video" and isinstance(source, (list, tuple)) and source:
+            frames = [self.medium("image", frame, f"{name}[{n}]").source for n, frame in enumerate(source)]
+            return Media(kind, frames, start, end)
+        if nothing(source) or isinstance(source, (bool, int, float, dict, list, tuple)):
+            raise UserError(f"{name}: expected a path, URL, data: URI, bytes or image, found {short(source)}")
+        if isinstance(source, (str, os.PathLike)):
+            source = self.resolved(text_of(os.fspath(source), name))
+        return Media(kind, source, start, end)
+
+    def part_medium(self, kind: Kind, part: Row, source: Any, name: str) -> Media:
+        """The medium that a part of a content names; a video's part may say its times."""
+        medium = self.medium(kind, source, name)
+        if kind == "image" or (part.get("start") is None and part.get("end") is None):
+            return medium
+        start, end = (_seconds(part.get(key), f"{name}.{key}", 1)[0] for key in ("start", "end"))
+        return Media(kind, medium.source, start, end)
+
+
+def _seconds(value: Any, name: str, count: int) -> list[float | None]:
+    """A time for each video: one for all, or a list."""
+    values = value if isinstance(value, list) else [value] * count
+    if len(values) != count:
+        raise UserError(f"{name}: {len(values)} times but {count} videos")
+    for v in values:
+        if v is not None and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < 1e9):
+            raise UserError(f"{name}: expected seconds, found {short(v)}")
+    return [None if v is None else float(v) for v in values]

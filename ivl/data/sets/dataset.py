@@ -1,0 +1,329 @@
+"""Rows of files → Examples: what stands where, which rows make up an epoch, and what is held out.
+
+A row is named by its number over all files of a `Rows`, or over all parts of a `Mixture`. `(epoch, number)` may stand
+for it where random choices inside a row are to differ from epoch to epoch, whichever process makes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, overload
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ivl.data.rows.row_file import FileLimits, RowFile
+from ivl.types import Conversation, Example, UserError
+
+Key = int | tuple[int, int]
+"""A row's number, or (epoch, number)"""
+
+
+class MakesExamples(Protocol):
+    """What is needed of `ivl.data.processor.Processor`."""
+
+    def parse(self, row: Any, where: str = "", root: str | Path | None = None) -> Conversation: ...
+
+    def __call__(
+        self,
+        row: Any,
+        where: str = "",
+        root: str | Path | None = None,
+        max_tiles: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Example: ...
+
+    def lengths(
+        self,
+        row: Any,
+        where: str = "",
+        root: str | Path | None = None,
+        max_tiles: int | None = None,
+        probe_urls: bool = True,
+    ) -> tuple[int, int, int, int]: ...
+
+
+class Rows(Dataset[Example]):
+    """Rows of one or more files. Picklable, so that loader workers can have it."""
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        processor: MakesExamples,
+        root: str | Path | None = None,
+        as_prompt: bool = False,
+        on_error: Literal["error", "skip"] = "error",
+        source: str = "",
+        max_tiles: int | None = None,
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
+        limits: FileLimits | None = None,
+    ) -> None:
+        """
+        Args:
+            root: where relative media paths start; None: the folder of the file they stand in.
+            as_prompt: leave out the last answer, which is to be generated.
+            on_error: error: a bad row raises UserError; skip: `__getitems__`, which a DataLoader calls with the
+                rows of a batch, leaves it out and calls `on_skip`. Rows known to be bad are left out before batches
+                are made, by `ivl.data.sets.index`.
+            source: name of this data set in scores and losses per source; a row's own is kept.
+            max_tiles: most tiles of an image of these rows; None: the processor's limit.
+            seed: of random choices inside rows, together with epoch and number.
+            cache_dir, limits: see `RowFile`.
+        """
+        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        if not paths:
+            raise UserError("rows: no files; expected one or more (jsonl or json)")
+        self.files = [RowFile(path, cache_dir, limits) for path in paths]
+        self.processor = processor
+        self.root, self.as_prompt, self.source = root, as_prompt, source
+        self.on_error, self.max_tiles, self.seed = on_error, max_tiles, seed
+        self.on_skip: Callable[[str], None] | None = None
+        self.lengths: np.ndarray | None = None
+        """(rows, 2) tokens and tiles that each Example must have, where an index has said so; -1: any"""
+        self._first = np.cumsum([0] + [len(file) for file in self.files])
+        self._chosen: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return int(self._first[-1]) if self._chosen is None else len(self._chosen)
+
+    def select(self, numbers: np.ndarray) -> Rows:
+        """The rows of these numbers, in this order."""
+        part = object.__new__(type(self))
+        part.__dict__ = dict(self.__dict__)
+        part._chosen = numbers if self._chosen is None else self._chosen[numbers]
+        part.lengths = None if self.lengths is None else self.lengths[numbers]
+        return part
+
+    def per_file(self) -> list[Rows]:
+        """All rows of each file, selected or not."""
+        parts = []
+        for file in self.files:
+            part = self.select(np.arange(0))
+            part.files, part._chosen, part.lengths = [file], None, None
+            part._first = np.array([0, len(file)])
+            parts.append(part)
+        return parts
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """(rows,) number of each row over all rows of the files."""
+        return np.arange(int(self._first[-1])) if self._chosen is None else self._chosen
+
+    def _number(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        return int(i if self._chosen is None else self._chosen[i])
+
+    def _at(self, i: int) -> tuple[RowFile, int]:
+        number = self._number(i)
+        file = int(np.searchsorted(self._first, number, side="right")) - 1
+        return self.files[file], number - int(self._first[file])
+
+    def where(self, i: int) -> str:
+        """`file:line` of a row."""
+        file, at = self._at(i)
+        return file.where(at)
+
+    def raw(self, i: int) -> bytes:
+        """A row as it stands in its file."""
+        file, at = self._at(i)
+        return file.raw(at)
+
+    def row(self, i: int) -> Any:
+        """A row as JSON. Raises UserError with `file:line`."""
+        file, at = self._at(i)
+        return file[at]
+
+    def conversation(self, i: int) -> Conversation:
+        """A row, understood. Raises UserError with `file:line`."""
+        file, at = self._at(i)
+        root = file.path.parent if self.root is None else self.root
+        conversation = self.processor.parse(file[at], file.where(at), root)
+        if self.source and not conversation.source:
+            conversation = replace(conversation, source=self.source)
+        return conversation.as_prompt() if self.as_prompt else conversation
+
+    def __getitem__(self, key: Key) -> Example:
+        """Raises UserError with `file:line`, also where the row is not what the index saw."""
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        generator = torch.Generator().manual_seed(_seed(self.seed, epoch, self._number(i)))
+        example = self.processor(self.conversation(i), max_tiles=self.max_tiles, generator=generator)
+        if self.lengths is not None:
+            tokens, tiles = (int(n) for n in self.lengths[i])
+            if tokens >= 0 and (tokens, tiles) != (len(example.input_ids), example.num_tiles):
+                raise UserError(
+                    f"{self.where(i)}: {len(example.input_ids)} tokens and {example.num_tiles} tiles, but its index "
+                    f"says {tokens} and {tiles}; a picture changed since then; start again"
+                )
+        return example
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
+        """The rows of a batch; where `on_error` is skip, without those that cannot be made."""
+        return _gather(self, keys)
+
+
+def _gather(dataset: Rows | Mixture, keys: Sequence[Key]) -> list[Example]:
+    examples, reasons = [], []
+    for key in keys:
+        rows, inner = (dataset, key) if isinstance(dataset, Rows) else dataset.at(key)
+        try:
+            examples.append(rows[inner])
+        except UserError as error:
+            if rows.on_error == "error":
+                raise
+            reasons.append(str(error))
+            if rows.on_skip is not None:
+                rows.on_skip(str(error))
+    if not examples:
+        raise UserError(f"{reasons[0]} (no row of this batch of {len(keys)} could be made)")
+    return examples
+
+
+def _seed(*numbers: int | str) -> int:
+    """A seed below 2**63 from numbers, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def permutation(count: int, *seed: int | str) -> np.ndarray:
+    """(count,) int64: an order of `count` rows, the same on every machine for the same seed."""
+    return np.random.Generator(np.random.PCG64(_seed(*seed))).permutation(count)
+
+
+def digests(rows: Rows, seed: int = 0) -> np.ndarray:
+    """(rows,) uint64: equal for rows of equal text."""
+    salt = str(seed).encode()
+    found = (hashlib.blake2b(rows.raw(i).strip(), digest_size=8, key=salt).digest() for i in range(len(rows)))
+    return np.frombuffer(b"".join(found), dtype=">u8")
+
+
+def split(rows: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
+    """(training rows, held-out rows): `fraction` of the rows, at least one, is held out.
+
+    Which ones depends on the rows' text and `seed`, not on their order or on what else the file holds; rows of equal
+    text stay together, save where that would hold out more than was asked for.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"val_fraction: expected a share between 0 and 1, found {fraction}")
+    if len(rows) < 2:
+        raise UserError(f"val_fraction: {len(rows)} row cannot be split; give a file of held-out rows")
+    ranks = digests(rows, seed)
+    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    held = np.zeros(len(rows), bool)
+    held[np.argsort(ranks, kind="stable")[:count]] = True
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture. Give `repeat` or `ratio` to all parts of a mixture, or neither."""
+
+    rows: Rows
+    name: str = ""
+    repeat: float | None = None
+    """How often each row is seen in an epoch: 2 is twice, 0.1 a tenth of the rows, another tenth each epoch"""
+    ratio: float | None = None
+    """Share of the epoch's rows, relative to the other parts'; the epoch has as many rows as all parts together"""
+
+
+class Mixture(Dataset[Example]):
+    """Several sources, each with its exact share of every epoch. Row numbers run over the parts in order.
+
+    A part's rows are drawn from an endless series of shuffles of them, each epoch going on where the last ended: no
+    row comes a third time before every one came twice.
+    """
+
+    def __init__(self, parts: Sequence[Part | Rows], seed: int = 0, epoch_rows: int | None = None) -> None:
+        """`epoch_rows`: rows of an epoch where parts have ratios."""
+        self.parts = [part if isinstance(part, Part) else Part(part) for part in parts]
+        if not self.parts:
+            raise UserError("mixture: no sources; expected at least one")
+        self.seed = seed
+        self.first = np.cumsum([0] + [len(part.rows) for part in self.parts])
+        self.counts = self._counts(epoch_rows)
+
+    def __len__(self) -> int:
+        """Different rows; an epoch has `sum(counts)`."""
+        return int(self.first[-1])
+
+    @overload
+    def at(self, key: int) -> tuple[Rows, int]: ...
+
+    @overload
+    def at(self, key: Key) -> tuple[Rows, Key]: ...
+
+    def at(self, key: Key) -> tuple[Rows, Key]:
+        """The part a row belongs to, and its key there."""
+        epoch, i = key if isinstance(key, tuple) else (None, key)
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        part = int(np.searchsorted(self.first, i, side="right")) - 1
+        inner = int(i - self.first[part])
+        return self.parts[part].rows, inner if epoch is None else (epoch, inner)
+
+    def where(self, i: int) -> str:
+        """`file:line` of a row."""
+        rows, inner = self.at(i)
+        return rows.where(inner)
+
+    def __getitem__(self, key: Key) -> Example:
+        rows, inner = self.at(key)
+        return rows[inner]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
+        return _gather(self, keys)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(sum of counts,) int64: the rows of an epoch, shuffled. The same for the same seed on every machine."""
+        drawn = [self._draw(n, epoch) for n in range(len(self.parts))]
+        numbers = np.concatenate(drawn)
+        return numbers[permutation(len(numbers), self.seed, "order", epoch)]
+
+    def _draw(self, part: int, epoch: int) -> np.ndarray:
+        rows, count = len(self.parts[part].rows), self.counts[part]
+        start, end = epoch * count, (epoch + 1) * count
+        passes = range(start // rows, -(-end // rows))
+        stream = [permutation(rows, self.seed, "pass", part, n) for n in passes]
+        skipped = start - passes.start * rows if len(passes) else 0
+        return np.concatenate([np.empty(0, np.int64), *stream])[skipped : skipped + count] + self.first[part]
+
+    def _counts(self, epoch_rows: int | None) -> list[int]:
+        sizes = [len(part.rows) for part in self.parts]
+        for part in self.parts:
+            given = [v for v in (part.repeat, part.ratio) if v is not None]
+            if len(given) > 1 or any(not 0 < v < 1e6 for v in given):
+                raise UserError(f"mixture: {part.name or 'source'}: expected repeat or ratio above 0, found {given}")
+        ratios = [float(part.ratio) for part in self.parts if part.ratio is not None]
+        if not ratios:
+            counts = [round(n * (1.0 if p.repeat is None else p.repeat)) for n, p in zip(sizes, self.parts)]
+        elif len(ratios) < len(self.parts):
+            raise UserError("mixture: some sources have a ratio and some have none; give it to all, or repeat instead")
+        else:
+            counts = _apportioned(epoch_rows or sum(sizes), ratios)
+        for part, count in zip(self.parts, counts):
+            if not count:
+                raise UserError(f"mixture: {part.name or 'source'}: its share is less than one row of an epoch")
+        return counts
+
+    def describe(self) -> str:
+        """A table: rows, repeats and effective share of each part."""
+        total = sum(self.counts)
+        lines = ["| source | rows | rows an epoch | times | share |", "| --- | --- | --- | --- | --- |"]
+        for n, (part, count) in enumerate(zip(self.parts, self.counts)):
+            name, rows = part.name or part.rows.source or f"source {n}", len(part.rows)
+            lines.append(f"| {name} | {rows} | {count} | {count / rows:.3g} | {count / total:.1%} |")
+        return "\n".join(lines)
+
+
+def _apportioned(total: int, weights: list[float]) -> list[int]:
+    """Whole numbers that sum to `total`, in the proportions of `weights`: the largest remainders are rounded up."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(value) for value in exact]
+    largest = sorted(range(len(exact)), key=lambda n: counts[n] - exact[n])
+    for n in largest[: total - sum(counts)]:
+        counts[n] += 1
+    return counts

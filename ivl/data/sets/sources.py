@@ -1,0 +1,101 @@
+"""What a data option names → its sources: a file of rows, a meta file of several, or a data set known by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ivl.data.sets import hub_datasets as named
+from ivl.data.sets.dataset import MakesExamples, Part, Rows, permutation
+from ivl.data.sets.meta_file import read_meta
+from ivl.types import UserError
+
+_META_BYTES = 16 << 20
+_COUNT = re.compile(r"(.+)#(\d+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows. Give repeat or ratio to all sources, or to none."""
+
+    path: str
+    """A file of rows (jsonl or json), a meta file of several, or a data set's name; #N after it takes N rows."""
+    name: str = ""
+    """Its name in losses and scores per source; a row's own `source` wins."""
+    repeat: float | None = None
+    """How often each row is seen in an epoch; 0.1 is a tenth of the rows, another tenth each epoch."""
+    ratio: float | None = None
+    """Share of the epoch's rows, relative to the other sources."""
+    media_root: str | None = None
+    """Where this source's relative media paths start."""
+    max_tiles: int | None = None
+    """Most tiles of an image of this source."""
+
+
+Given = str | Path | Source
+
+
+def open_sources(
+    given: Given | Sequence[Given], processor: MakesExamples, root: str | Path | None = None, **options: Any
+) -> list[Part]:
+    """The parts of a mixture that a data option gives.
+
+    Each is a file of rows, an OpenGVLab meta file (see `read_meta`), or a name of `ivl.data.sets.hub_datasets`. `#N`
+    after it takes N of its rows, the same ones for the same seed. `options` go to `Rows`. A source's own root and tile
+    limit go before `root`, and those that a meta file states before both. Raises UserError naming the file.
+    """
+    given = [given] if isinstance(given, (str, Path, Source)) else list(given)
+    if not given:
+        raise UserError("data: no files; expected one or more (jsonl or json), or names of data sets")
+    sources = [one if isinstance(one, Source) else Source(str(one)) for one in given]
+    return [part for source in sources for part in _parts(source, processor, root, options)]
+
+
+def _parts(source: Source, processor: MakesExamples, root: str | Path | None, options: dict[str, Any]) -> list[Part]:
+    path = Path(source.path).expanduser()
+    counted = None if path.exists() else _COUNT.fullmatch(source.path)
+    if counted:
+        parts = _parts(replace(source, path=counted[1]), processor, root, options)
+        return [_sampled(part, int(counted[2]), source.path) for part in parts]
+    options = options | {"source": source.name, "root": source.media_root or root, "max_tiles": source.max_tiles}
+    if not path.exists() and named.find(source.path) is not None:
+        path = named.fetch_rows(source.path, options.get("cache_dir"))
+        options["root"] = None
+    elif not path.exists() and not path.suffix:
+        known = ", ".join(named.SETS)
+        raise UserError(f"{path}: neither a file nor a data set known by name; expected a path, or one of {known}")
+    elif is_meta(path):
+        if source.repeat is not None or source.ratio is not None:
+            raise UserError(
+                f"{path}: a meta file says how often each of its sources is seen; leave repeat and ratio out"
+            )
+        return read_meta(path, processor, **options)
+    rows = Rows(path, processor, **options)
+    return [Part(rows, source.name or Path(source.path).name, source.repeat, source.ratio)]
+
+
+def _sampled(part: Part, count: int, file: str) -> Part:
+    if not 0 < count <= len(part.rows):
+        raise UserError(f"{file}: asked for {count} rows of {len(part.rows)}; expected 1 to {len(part.rows)}")
+    chosen = sorted(permutation(len(part.rows), part.rows.seed, "sample", part.name)[:count])
+    return replace(part, rows=part.rows.select(np.array(chosen)))
+
+
+def is_meta(path: Path) -> bool:
+    """Whether a file is one object of sources, each with an `annotation`, rather than rows."""
+    if path.suffix != ".json" or not path.is_file() or path.stat().st_size > _META_BYTES:
+        return False
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not text.startswith(b"{"):
+        return False
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False  # rows one a line; what is wrong with them is found where they are read
+    return bool(found) and all(isinstance(v, dict) and "annotation" in v for v in found.values())

@@ -1,0 +1,1 @@
+"""Conversations into token ids and labels: tokenizers and templates."""

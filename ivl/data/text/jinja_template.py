@@ -1,0 +1,161 @@
+"""A prompt template in the form other programs render: `chat_template`, Jinja over a list of messages.
+
+What it renders equals `ivl.data.text.template.written`, for messages whose content is a text or a list of parts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from ivl.config import Config, read_json
+from ivl.data.text.template import TEMPLATES, Template, written
+from ivl.data.text.tokenizer import Tokenizer
+from ivl.types import Conversation, Message, UserError
+
+RELEASED_MARKS = ("<image>", "<video>")
+"""What stands for a medium in a text: vLLM and lmdeploy replace it, as the released `chat` does"""
+
+# A text after a medium begins a new line, as in `ivl.data.rows.formats`.
+_JINJA = """\
+{%- macro words(content) -%}
+{%- if content is string -%}{{ content MARKS }}
+{%- elif content -%}
+{%- set last = namespace(medium=false) -%}
+{%- for part in content -%}
+{%- if part['type'] == 'text' -%}
+{%- if last.medium and not part['text'].startswith('\\n') -%}{{ '\\n' }}{%- endif -%}
+{{ part['text'] }}{%- set last.medium = false -%}
+{%- else -%}
+{{ VIDEO if 'video' in part['type'] else IMAGE }}{%- set last.medium = true -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{{ BOS }}
+{%- set trains = messages and messages[-1]['role'] == 'assistant' -%}
+{%- set seen = namespace(user=false) -%}
+{%- if not messages or messages[0]['role'] != 'system' -%}{{ SYSTEM ~ DEFAULT ~ AFTER_USER }}{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ SYSTEM ~ words(message['content']) ~ AFTER_USER }}
+{%- elif message['role'] == 'assistant' -%}
+{%- if EVERY or seen.user -%}
+{%- set text = (words(message['content']) STRIP) -%}
+{{ ANSWER }}{%- if text or (EVERY and trains) -%}{{ LEAD ~ text ~ END ~ GAP }}{%- endif -%}
+{%- endif -%}
+{%- else -%}{%- set seen.user = true -%}{{ USER ~ (words(message['content']) STRIP) ~ AFTER_USER }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ ANSWER ~ PREFILL }}{%- endif -%}
+"""
+
+
+def chat_template(
+    template: Template, tokenizer: Tokenizer, system_message: str, marks: tuple[str, str] = RELEASED_MARKS
+) -> str:
+    """The Jinja text. `system_message`: for conversations without one. `marks`: of an image and of a video.
+
+    It begins with the token a text begins with where the tokenizer adds one, since programs that render a
+    template do not add it themselves.
+    """
+    replaced = [(old, new) for old, new in zip(RELEASED_MARKS, marks) if old != new]
+    texts = {
+        "AFTER_USER": template.after_user,
+        "DEFAULT": system_message,
+        "SYSTEM": template.system,
+        "USER": template.user,
+        "ANSWER": template.answer,
+        "PREFILL": template.prefill,
+        "LEAD": template.lead,
+        "END": template.end,
+        "GAP": template.gap,
+        "BOS": opening(template, tokenizer),
+        "IMAGE": marks[0],
+        "VIDEO": marks[1],
+    }
+    holes = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
+    holes["MARKS"] = "".join(f".replace({json.dumps(old)}, {json.dumps(new)})" for old, new in replaced)
+    holes[" STRIP"] = " | trim if trains else words(message['content'])" if template.strip else ""
+    holes["EVERY"] = json.dumps(template.every_turn)
+    return _filled(_JINJA.replace("\n", ""), holes)
+
+
+def _filled(text: str, holes: dict[str, str]) -> str:
+    """In one pass, so that no text is read for holes."""
+    names = sorted(holes, key=len, reverse=True)
+    return re.sub("|".join(rf"{re.escape(n)}\b" for n in names), lambda m: holes[m.group()], text)
+
+
+def opening(template: Template, tokenizer: Tokenizer) -> str:
+    """What stands before a conversation's first words: what the tokenizer puts before a text, written out.
+
+    Phi-3's puts a blank after it where no special token follows.
+    """
+    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    text = "" if bos is None else tokenizer.token_bytes(bos).decode()
+    wanted = tokenizer.encode(template.system, bos=True)
+    return next((t for t in (text, text + " ") if tokenizer.encode(t + template.system) == wanted), text)
+
+
+# The way back: from a folder's own Jinja text to the row of the table that it says in other words
+
+_PROBE = Conversation((Message("user", (" q ",)), Message("assistant", (" a ",))), system="s")
+USUAL = {"Qwen2ForCausalLM": "internvl2_5", "Qwen3ForCausalLM": "internvl2_5"}
+"""Language model → template, where a -hf folder has no chat template: InternVL3 and 3.5 are the released ones"""
+
+
+def recognised(folder: Path, config: Config) -> Config:
+    """The config of a -hf folder with what its chat template renders: the template's name, the default system message,
+    and what a prompt opens the answer with.
+
+    System message None: it renders no system message by itself, as the released -hf folders; the template's own stands
+    then, since the models were trained with it. Raises UserError where no known template renders the same.
+    """
+    text, where = _own_text(folder)
+    if text is None:
+        if config.llm_architecture in USUAL:
+            return replace(config, template=USUAL[config.llm_architecture])
+        raise UserError(
+            f"{folder}: no chat_template.jinja, and its language model ({config.llm_architecture}) does not tell the "
+            f"template; add the file from the model's page"
+        )
+    messages = [{"role": message.role, "content": message.text} for message in _PROBE.messages]
+    whole = _rendered(text, [{"role": "system", "content": _PROBE.system}, *messages], where)
+    name = next((n for n, row in TEMPLATES.items() if whole.endswith(written(_PROBE, (), row, 0))), None)
+    if name is None:
+        raise UserError(
+            f"{where}: renders {whole!r}, which no template of this program does; it knows {', '.join(TEMPLATES)}"
+        )
+    row = TEMPLATES[name]
+    opening_text = whole.removesuffix(written(_PROBE, (), row, 0))
+    before = _rendered(text, messages, where).split(row.user)[0].removeprefix(opening_text)
+    system = None
+    if before.startswith(row.system) and before.endswith(row.after_user):
+        system = before.removeprefix(row.system).removesuffix(row.after_user) or None
+    _, opened, prefill = _rendered(text, messages[:1], where, prompt=True).rpartition(row.answer)
+    return replace(config, template=name, system_message=system, answer_prefill=prefill if opened else "")
+
+
+def _own_text(folder: Path) -> tuple[str | None, Path]:
+    """A folder's chat template and where it stands; transformers has had four places for it."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), path
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file() and isinstance(text := read_json(path).get("chat_template"), str):
+            return text, path
+    return None, folder
+
+
+def _rendered(text: str, messages: list[dict], where: Path, prompt: bool = False) -> str:
+    """In transformers' sandbox: a template can reach nothing but its messages."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        return render_jinja_template([messages], chat_template=text, add_generation_prompt=prompt)[0][0]
+    except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{where}: cannot be rendered ({error}); restore it from the model's page") from error

@@ -1,0 +1,223 @@
+"""Conversation + tiles per image → token ids and labels, made together, span by span.
+
+Templates are rows of data. Source of the texts: OpenGVLab/InternVL, internvl_chat/internvl/conversation.py.
+
+What is read as a control token where
+- the template's own texts: all of them;
+- system and user texts: the grounding tokens (`<ref>`, `<box>`, `<quad>` and their ends) only. `<IMG_CONTEXT>`,
+  `<img>`, `<|im_end|>`, `</s>` and the like written by a user are plain characters;
+- an assistant's text: all but the image tokens, as the reference reads it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ivl.data.text.tokenizer import GROUNDING_TOKENS, IMAGE_TOKENS, Tokenizer
+from ivl.data.text.tokenizer import Span as Piece
+from ivl.types import IGNORE, Conversation, Media, Message, UserError
+
+SYSTEM_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written down. `answer` ends where the model's own words begin."""
+
+    name: str
+    system_message: str
+    """Where neither the row nor the checkpoint brings one"""
+    system: str
+    user: str
+    answer: str
+    end: str
+    """Closes every message; after an answer it is trained on, and stops generation"""
+    gap: str = ""
+    """Follows `end`, never trained on"""
+    lead: str = ""
+    """Stands between `answer` and the text of an answer, and belongs to the text"""
+    user_end: str | None = None
+    """Closes system and user messages where that is not `end` + `gap`"""
+    strip: bool = False
+    """Blanks around a message are dropped in training. A prompt keeps them: the reference's chat drops none"""
+    every_turn: bool = False
+    """An answer before the first question is kept, and in training the end of an empty answer; both are learnt from"""
+    prefill: str = ""
+    """Follows `answer` at the end of a prompt, and in no answer that is given: thinking models begin with `<think>`"""
+
+    @property
+    def after_user(self) -> str:
+        return self.end + self.gap if self.user_end is None else self.user_end
+
+
+_CHATML = ("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>")
+
+TEMPLATES: dict[str, Template] = {
+    row.name: row
+    for row in (
+        Template("internlm2-chat", SYSTEM_2, *_CHATML, strip=True),
+        Template("Hermes-2", SYSTEM_2, *_CHATML),
+        Template("internvl2_5", SYSTEM_2_5, *_CHATML, gap="\n", every_turn=True),
+        Template("phi3-chat", SYSTEM_2, "<|system|>\n", "<|user|>\n", "<|assistant|>\n", "<|end|>"),
+        Template("internvl_zh", "", "", "<human>: ", "<bot>:", "</s>", lead=" ", user_end=" "),
+    )
+}
+
+
+def find_template(name: str) -> Template:
+    """The row of a config's `template`. Raises UserError listing the known ones."""
+    try:
+        return TEMPLATES[name]
+    except KeyError:
+        raise UserError(
+            f"template: {name!r} is not one this program knows; expected one of {', '.join(sorted(TEMPLATES))}"
+        ) from None
+
+
+def own_system_message(folder: Path, template: Template) -> str | None:
+    """The default system message that a release's `conversation.py` has for a template; None where there is none.
+
+    The V1.5 line has others than InternVL2 under the same template's name. The file is parsed, never executed.
+    """
+    path = folder / "conversation.py"
+    if not path.is_file():
+        return None
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not Python ({error}); restore it from the release, or remove it") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Conversation":
+            values = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+            message = values.get("system_message")
+            if values.get("name") == template.name and isinstance(message, str):
+                return message
+    return None
+
+
+Kind = Literal["template", "user", "answer", "image"]
+Span = tuple[Kind, "str | int", bool]
+"""What wrote it, its text (of an image: the number of its tokens), and whether it is trained on"""
+
+
+def spans(
+    conversation: Conversation,
+    tiles: Sequence[Sequence[int]],
+    template: Template,
+    tokens_per_tile: int,
+    system_message: str | None = None,
+    frame_prefix: str = "Frame{i}: ",
+) -> Iterator[Span]:
+    """The conversation as written by a template.
+
+    `tiles`: for each medium the tiles of its image, or of each frame of its video. `system_message`: the checkpoint's,
+    used where the row has none. A conversation that ends with an answer is written as the reference's trainer does, a
+    prompt as its chat does; they differ in blanks and empty answers (`Template.strip` and `every_turn`).
+    """
+    counts = iter(tiles)
+    system = conversation.system
+    if system is None:
+        system = template.system_message if system_message is None else system_message
+    yield "template", template.system, False
+    yield "user", system, False
+    yield "template", template.after_user, False
+    messages = conversation.messages
+    training = messages[-1].role == "assistant"
+    for message in messages[1:] if messages[0].role == "assistant" and not template.every_turn else messages:
+        parts = _stripped(message) if template.strip and training else message.parts
+        if message.role == "user":
+            yield "template", template.user, False
+            yield from _user_spans(parts, counts, tokens_per_tile, frame_prefix)
+            yield "template", template.after_user, False
+            continue
+        yield "template", template.answer, False
+        text = "".join(part for part in parts if isinstance(part, str))
+        if text or (template.every_turn and training):
+            yield "answer", template.lead + text, message.trained
+            yield "template", template.end, message.trained
+            yield "template", template.gap, False
+    if conversation.messages[-1].role == "user":
+        yield "template", template.answer + template.prefill, False
+
+
+def _user_spans(
+    parts: Sequence[str | Media], counts: Iterator[Sequence[int]], tokens_per_tile: int, frame_prefix: str
+) -> Iterator[Span]:
+    for n, part in enumerate(parts):
+        if isinstance(part, str):
+            yield "user", part, False
+        elif part.kind == "image":
+            yield "image", sum(next(counts)) * tokens_per_tile, False
+        else:
+            for i, count in enumerate(next(counts), start=1):
+                yield "user", "\n" * (i > 1) + frame_prefix.format(i=i), False
+                yield "image", count * tokens_per_tile, False
+            following = parts[n + 1] if n + 1 < len(parts) else ""
+            if not (isinstance(following, str) and following.startswith("\n")):
+                yield "user", "\n", False
+
+
+def _stripped(message: Message) -> tuple:
+    """The parts without the blanks at both ends."""
+    parts = list(message.parts)
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return tuple(parts)
+
+
+def encode(
+    conversation: Conversation,
+    tiles: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    template: Template,
+    tokens_per_tile: int,
+    system_message: str | None = None,
+    frame_prefix: str = "Frame{i}: ",
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels (IGNORE where not trained on), both of length T. Arguments as in `spans`.
+
+    A token that begins in the template's words and reaches into the answer is not trained on.
+    """
+    everything = frozenset(tokenizer.added)
+    read = {"template": everything, "user": GROUNDING_TOKENS & everything, "answer": everything - IMAGE_TOKENS}
+    opening, context, closing = (tokenizer.token_id(t) for t in ("<img>", "<IMG_CONTEXT>", "</img>"))
+    pieces: list[Piece] = []
+    for kind, content, trained in spans(conversation, tiles, template, tokens_per_tile, system_message, frame_prefix):
+        if isinstance(content, str):
+            pieces.append((content, read[kind], trained))
+        else:
+            pieces.append(([opening, *[context] * content, closing], (), trained))
+    ids, flags = tokenizer.encode_spans(pieces, bos=True)
+    return ids, [token if flag else IGNORE for token, flag in zip(ids, flags, strict=True)]
+
+
+def written(
+    conversation: Conversation,
+    tiles: Sequence[Sequence[int]] | None,
+    template: Template,
+    tokens_per_tile: int,
+    system_message: str | None = None,
+    frame_prefix: str = "Frame{i}: ",
+) -> str:
+    """The text that `encode` turns into ids, image tokens written out. Arguments as in `spans`.
+
+    `tiles` None: media as their marks.
+    """
+    if tiles is None:
+        messages = (replace(message, parts=(message.text,)) for message in conversation.messages)
+        conversation, tiles = replace(conversation, messages=tuple(messages)), ()
+    out = ""
+    for _, content, _ in spans(conversation, tiles, template, tokens_per_tile, system_message, frame_prefix):
+        out += content if isinstance(content, str) else "<img>" + "<IMG_CONTEXT>" * content + "</img>"
+    return out

@@ -1,0 +1,1 @@
+"""Memory and operations of a step, before a weight is read."""

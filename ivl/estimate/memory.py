@@ -1,0 +1,126 @@
+"""Memory of a device in a training step, under each strategy; `ivl.estimate.training_step` simulates the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ivl.estimate.hardware import CONTEXT
+from ivl.estimate.training_step import FP32, Activations, Micro, Setup, Sketch
+from ivl.parallel.device_map import Sizes, balance
+
+STATES = {"AdamW": 8, "Adam": 8, "SGD": 4, "Adagrad": 4, "RMSprop": 4, "Adafactor": 0.01, "Lion": 4, "8bit": 2}
+"""Bytes an optimizer keeps per trained parameter, by the class's name; 8bit: those with it in their names"""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on the fullest device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Logits included, at the moment that needs most of all"""
+    logits: float
+    buffers: float
+    """Of the strategy: buckets, gathered blocks; of the optimizer's step; CUDA's own"""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def need(sketch: Sketch, micro: Micro) -> Need:
+    """What a step takes on the fullest device, from the second step on."""
+    setup, parts = sketch.setup, sketch.parameters()
+    found = sketch.activations(micro)
+    if setup.strategy == "layer_split":
+        return _fullest(sketch, found)
+    weights = sum(p.weights for p in parts.values())
+    trained = sum(p.trainable for p in parts.values())
+    gradients, states = float(trained * FP32), trained * state_bytes(setup.optimizer)
+    n, buffers = setup.devices, CONTEXT if setup.on_gpu else 0.0
+    if setup.strategy == "zero2":
+        # DeepSpeed keeps half-precision weights whole, and a float32 copy of what trains shared out.
+        states = (states + trained * FP32) / n
+        gradients = gradients / n + min(gradients, 1e9)  # a bucket of 5e8 half-precision numbers
+    elif setup.strategy in ("fsdp2", "zero3"):
+        root = sum(parts[p].total for p in ("embeddings", "head")) * 2
+        weights, gradients, states = weights / n, gradients / n, states / n
+        buffers += 2 * sketch.block_bytes() + root if n > 1 else 0.0
+    elif setup.strategy == "ddp" and n > 1:
+        buffers += gradients  # buckets
+    return _at_most(setup, found, weights, gradients, states, buffers)
+
+
+def _at_most(setup: Setup, found: Activations, weights: float, gradients: float, states: float, buffers: float) -> Need:
+    """On one device, at the moment that needs most."""
+    # Lightning frees the gradients of the last step after forward, where they are not being added up.
+    accumulating = setup.accumulate > 1
+    moments = {
+        "forward": (gradients, found.forward),
+        "backward": (gradients * accumulating, found.backward),
+        "end of backward": (gradients, found.recomputed),
+        # torch's multi-tensor AdamW, the default on a GPU, makes one more copy of all that trains.
+        "optimizer": (gradients, gradients if setup.on_gpu and "8bit" not in setup.optimizer else 0.0),
+    }
+    moment = max(moments, key=lambda name: sum(moments[name]))
+    gradients, activations = moments[moment]
+    return Need(weights, gradients, states, activations, min(found.logits, activations), buffers)
+
+
+def state_bytes(optimizer: str) -> float:
+    """Bytes per trained parameter that an optimizer keeps; of an unknown class, Adam's."""
+    name = optimizer.rpartition(".")[2]
+    if "8bit" in name.lower():
+        return STATES["8bit"]
+    return STATES.get(name, STATES["AdamW"])
+
+
+# -- layers over several devices -----------------------------------------------------------------------------------
+
+
+def split_sizes(sketch: Sketch, found: Activations) -> Sizes:
+    """What each part takes in training, from which layers are spread (`ivl.parallel.device_map.plan`)."""
+    layers, block = sketch.depths[1], sketch.block()
+    each = FP32 + state_bytes(sketch.setup.optimizer)
+    first = _share(sketch, found, 0, first=True)
+    main = first.weights + first.trained * each + max(first.found.forward, first.found.backward)
+    return Sizes(main, [block.weights + block.trainable * each] * layers, found.block, found.recomputed)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Of one device."""
+
+    weights: float
+    trained: float
+    found: Activations
+
+
+def _share(sketch: Sketch, found: Activations, count: int, first: bool) -> _Share:
+    """`count` layers of the language model; on the first device, all that is not one of its layers as well."""
+    layers, block, parts = sketch.depths[1], sketch.block(), sketch.parameters().values()
+    weights, trained = count * block.weights, count * block.trainable
+    kept = count * found.block
+    if not first:
+        passing = replace(found, forward=kept + found.recomputed, backward=kept + found.recomputed, logits=0.0)
+        return _Share(weights, trained, passing)
+    weights += sum(p.weights for p in parts) - layers * block.weights
+    trained += sum(p.trainable for p in parts) - layers * block.trainable
+    kept -= layers * found.block
+    return _Share(weights, trained, replace(found, forward=found.forward + kept, backward=found.backward + kept))
+
+
+def _fullest(sketch: Sketch, found: Activations) -> Need:
+    """Of devices that are alike, over which the layers are spread."""
+    setup = sketch.setup
+    counts = balance(split_sizes(sketch, found), [float("inf")] * setup.devices, offload=False)
+    assert counts is not None, "no limit was set"
+    needs = []
+    for number, count in enumerate(counts[: setup.devices]):
+        share = _share(sketch, found, count, first=number == 0)
+        states = share.trained * state_bytes(setup.optimizer)
+        buffers = CONTEXT if setup.on_gpu else 0.0
+        needs.append(_at_most(setup, share.found, share.weights, share.trained * FP32, states, buffers))
+    return max(needs, key=lambda need: need.total)

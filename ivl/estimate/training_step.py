@@ -1,0 +1,315 @@
+"""What a training step allocates, before any weight is read.
+
+A shallow copy of the model (its real code, three blocks of each stack, no data: torch's fake tensors) runs a forward
+and a backward while every allocation is counted; what one block adds is multiplied out to the full depth. So whatever
+the code does to memory (a LoRA's dropout, recomputed layers, chunks of logits, autocast's copies) is in the figure.
+
+Not in it: what a kernel allocates inside itself, and how an allocator rounds. The step is simulated with the kernels
+of a CPU; on a GPU fused kernels keep the same tensors, apart from dropout's masks (smaller there).
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ivl.checkpoint.quantization import Quantize
+from ivl.config import Config
+from ivl.finetune import tune as tuning
+from ivl.finetune.tune import Tune
+from ivl.model.attention import AttentionKernel
+from ivl.model.internvl import InternVL
+from ivl.types import SequenceLayout, UserError
+
+DEPTH = 3
+"""Blocks of each stack in the simulation: the first may differ, the other two show what one more adds"""
+FP32 = 4
+QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Bytes of a quantised weight, with its scales"""
+Strategy = Literal["single", "ddp", "zero2", "fsdp2", "zero3", "layer_split"]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """What one forward of one device is given."""
+
+    rows: int
+    length: int
+    """Tokens of a row, or of a pack"""
+    tiles: int
+    supervised: int
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides memory, beside the shapes."""
+
+    tune: Tune
+    precision: str = "32-true"
+    """Lightning's name"""
+    quantize: Quantize | None = None
+    vision_checkpointing: bool = False
+    language_checkpointing: bool = False
+    attention: AttentionKernel = "sdpa"
+    efficient: bool = True
+    """By `ivl.model.efficient`"""
+    optimizer: str = "AdamW"
+    accumulate: int = 1
+    strategy: Strategy = "single"
+    devices: int = 1
+    on_gpu: bool = True
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of a part: how many, how many train, and the bytes they are kept in."""
+
+    total: int
+    trainable: int
+    weights: float
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes, beside weights, gradients and optimizer states."""
+
+    forward: float
+    """Most, up to the loss"""
+    backward: float
+    kept: float
+    """What forward leaves for backward"""
+    recomputed: float
+    """Most in backward once what forward kept is gone: the last block computed again, its gradients on the way"""
+    logits: float
+    """Of the above, the logits of a chunk, in the three forms that exist at once"""
+    block: float
+    """Of what forward leaves, that of one block of the language model"""
+
+
+class Tally(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive among those made under it, views of a model's weights apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes = {p.untyped_storage()._cdata: 0 for p in model.parameters()}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = size = storage.nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Count a tensor no longer: it is a gradient now."""
+        self._gone(tensor.untyped_storage()._cdata)
+
+    def mark(self) -> int:
+        """The peak so far; a new one begins."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+class Sketch:
+    """A shallow copy of a model, from which the full one is computed."""
+
+    def __init__(self, config: Config, setup: Setup) -> None:
+        self.config, self.setup = config, setup
+        self.depths = (config.vision.num_hidden_layers, config.llm["num_hidden_layers"])
+        # Where the tower stops early, the same number of blocks is left out of the copy.
+        self.used = config.select_layer % (self.depths[0] + 1)
+        shallow = min(DEPTH, self.used), min(DEPTH, self.depths[1])
+        small = replace(
+            config,
+            vision=replace(config.vision, num_hidden_layers=shallow[0], drop_path_rate=config.vision.drop_path_rate),
+            llm=copy.deepcopy(config.llm) | {"num_hidden_layers": shallow[1]},
+            select_layer=-1,
+        )
+        small.llm.pop("layer_types", None)
+        tune = setup.tune
+        if isinstance(last := tune.vision_model, tuning.Blocks):
+            if not 0 < last.last <= self.used:
+                raise UserError(f"model.tune.vision_model.last: expected 1 to {self.used} blocks, found {last.last}")
+            tune = replace(tune, vision_model=tuning.Blocks(min(last.last, shallow[0])))
+        self.tune = tune
+        self.model = InternVL.from_config(
+            small, _dtype(setup.precision), "meta", setup.attention, efficient=setup.efficient
+        )
+        with torch.device("meta"):
+            tuning.apply(self.model, _without_pissa(tune))
+        self.model.set_checkpointing(setup.vision_checkpointing, setup.language_checkpointing)
+        self.blocks = (self.model.vision_model.encoder.layers, self.model.language_model.model.layers)
+
+    @property
+    def more(self) -> tuple[int, int]:
+        """Blocks of tower and language model that a full model has beyond the copy, and that are computed."""
+        return self.used - len(self.blocks[0]), self.depths[1] - len(self.blocks[1])
+
+    def parameters(self) -> dict[str, Parameters]:
+        """Per part, of the full model."""
+        found = {part: self._count(part) for part in tuning.PARTS}
+        extra = (self.depths[0] - len(self.blocks[0]), self.more[1])
+        for part, blocks, times in zip(("vision_model", "language_model"), self.blocks, extra):
+            first, last = (self._count(part, block) for block in (blocks[0], blocks[-1]))
+            frozen = 0  # blocks that do not train, where only the last do
+            if part == "vision_model" and isinstance(mode := self.setup.tune.vision_model, tuning.Blocks):
+                frozen = self.depths[0] - mode.last - (len(blocks) - min(mode.last, len(blocks)))
+                first = Parameters(last.total, 0, last.total * _dtype(self.setup.precision).itemsize)
+            for each, count in ((last, times - frozen), (first, frozen)):
+                sums = [getattr(found[part], k) + count * v for k, v in asdict(each).items()]
+                found[part] = Parameters(*sums)
+        return found
+
+    def _count(self, part: str, block: nn.Module | None = None) -> Parameters:
+        """Of a part of the copy, or of one block of it."""
+        named = (
+            block.named_parameters()
+            if block
+            else [(n, p) for n, p in self.model.named_parameters() if tuning.part_of(n) == part]
+        )
+        language = part == "language_model"
+        total, trainable, weights = 0, 0, 0.0
+        for name, p in named:
+            total += p.numel()
+            trainable += p.numel() * p.requires_grad
+            linear, inside = p.ndim == 2 and not p.requires_grad, block is not None or ".layers." in name
+            quantized = QUANTIZED.get(self.setup.quantize or "") if linear and language and inside else None
+            if linear and self.config.stored_in_8_bits and part != "embeddings":
+                quantized = QUANTIZED["int8"]
+            weights += p.numel() * (quantized or p.element_size())
+        return Parameters(total, trainable, weights)
+
+    def block(self) -> Parameters:
+        """A block of the language model."""
+        return self._count("language_model", self.blocks[1][-1])
+
+    def block_bytes(self) -> float:
+        """The largest block, in the type it is computed in."""
+        size = 4 if self.setup.precision.startswith("32") else 2
+        return max(sum(p.numel() for p in blocks[-1].parameters()) for blocks in self.blocks) * size
+
+    def activations(self, micro: Micro) -> Activations:
+        """Simulate a forward and a backward."""
+        model = self.model
+        marks: tuple[list[int], list[int]] = ([], [])
+        tower: list[int] = []  # the peak up to the language model, in which its blocks keep nothing yet
+        with FakeTensorMode(), _faked(model):
+            tally = Tally(model)
+            hooks = [
+                block.register_forward_hook(lambda *_, seen=seen: seen.append(tally.live))
+                for blocks, seen in zip(self.blocks, marks)
+                for block in blocks
+            ]
+            hooks.append(model.language_model.model.register_forward_pre_hook(lambda *_: tower.append(tally.mark())))
+            trained = [p for p in model.parameters() if p.requires_grad]
+            hooks += [p.register_post_accumulate_grad_hook(lambda p: tally.ignore(p.grad)) for p in trained]
+            batch = _batch(model, micro)
+            with tally, _autocast(self.setup.precision):
+                loss = model(**batch).loss_sum
+                forward, kept = tally.mark(), tally.live
+                counted = [list(seen) for seen in marks]  # recomputed blocks run their hooks again
+                assert loss is not None
+                loss.backward()
+                backward = tally.mark()
+            for hook in hooks:
+                hook.remove()
+        # The language model's last block computes less than the others.
+        each = [seen[-end] - seen[-end - 1] if len(seen) > end else 0 for seen, end in zip(counted, (1, 2))]
+        vision, extra = (sum(b * times for b, times in zip(each[:n], self.more_kept())) for n in (1, 2))
+        chunk = min(512, micro.supervised)
+        logits = chunk * self.config.llm["vocab_size"] * (3 * FP32 if self.setup.precision.startswith("32") else 14)
+        forward = max(tower[0] + vision, forward + extra)
+        return Activations(forward, backward + extra, kept + extra, max(0, backward - kept), logits, each[1])
+
+    def more_kept(self) -> tuple[int, int]:
+        """Of the blocks beyond the copy, how many keep what its last one does."""
+        vision, language = self.more
+        if isinstance(mode := self.setup.tune.vision_model, tuning.Blocks):
+            vision = mode.last - min(mode.last, len(self.blocks[0]))
+        return vision, language
+
+
+def _batch(model: InternVL, micro: Micro) -> dict[str, Any]:
+    """What the model's forward is given, of these shapes."""
+    size, shape = model.config.image_size, (micro.rows, micro.length)
+    total = micro.rows * micro.length
+    tokens = micro.tiles * model.config.tokens_per_tile
+    positions, ends = torch.zeros(1, total, dtype=torch.long), torch.zeros(micro.rows + 1, dtype=torch.int32)
+    batch: dict[str, Any] = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.zeros(shape, dtype=torch.long),
+        "layout": SequenceLayout((micro.length,) * micro.rows, positions, ends),
+        "image_at": torch.zeros(tokens, dtype=torch.long),
+        "supervised_at": torch.zeros(min(micro.supervised, total), dtype=torch.long),
+        "tiles": torch.zeros(micro.tiles, 3, size, size, dtype=torch.uint8),
+    }
+    if micro.packed:
+        batch["row_ids"] = torch.zeros(shape, dtype=torch.long)
+    return batch
+
+
+@contextmanager
+def _faked(model: InternVL) -> Iterator[None]:
+    """The parameters of a model on the meta device as fake tensors of a CPU, for a while."""
+    kept = []
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                kept.append((module._parameters, name, p))
+                fake = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+    rotary = model.language_model.model.rotary_emb
+    real = {k: v for k, v in vars(rotary).items() if isinstance(v, Tensor)}
+    for name, tensor in real.items():
+        setattr(rotary, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+    try:
+        yield
+    finally:
+        for place, name, p in kept:
+            place[name] = p
+        for name, tensor in real.items():
+            setattr(rotary, name, tensor)
+
+
+def _autocast(precision: str) -> AbstractContextManager[Any]:
+    if precision.startswith("32"):
+        return nullcontext()
+    return torch.autocast("cpu", torch.float16 if precision.startswith("16") else torch.bfloat16)
+
+
+def _dtype(precision: str) -> torch.dtype:
+    """What frozen weights are kept in (`ivl.lit.module`)."""
+    if precision.startswith("32"):
+        return torch.float32
+    return torch.float16 if precision.startswith("16") else torch.bfloat16
+
+
+def _without_pissa(tune: Tune) -> Tune:
+    """The same shapes, started otherwise: pissa needs weights."""
+    modes = {part: tune.mode(part) for part in tuning.PARTS}
+    other: dict[str, Any] = {k: replace(m, init="default") for k, m in modes.items() if isinstance(m, tuning.LoRA)}
+    return replace(tune, **other)

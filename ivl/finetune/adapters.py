@@ -1,0 +1,305 @@
+"""PEFT adapters: their names and shapes → this model's, exactly.
+
+They name the layers of the model they were trained on: this one's, the releases' own code (InternLM2's fused `wqkv`),
+transformers' class (the tower's q, k, v apart), or the language model alone. What `ivl.checkpoint.layouts` does to
+weights is done here to low-rank pairs, with B (rows, rank) and A (rank, columns) of an update scale · B A:
+
+    one fused layer → several   each gets its rows of B, and the whole A
+    several layers → one fused  ranks add up: the As one above the other, the Bs block by block
+    PiSSA and OLoRA             what peft takes out of the weight first is taken away by the update: twice the rank
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ivl.checkpoint.layouts import LAYOUTS, Group, groups
+from ivl.finetune.adapter_config import AdapterConfig
+from ivl.finetune.tune import ADAPTER, EMBEDDINGS, is_tied, part_of
+from ivl.types import UserError, some
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
+
+_PREFIX = "base_model.model."
+_WRAPPINGS = (".base_layer.", ".modules_to_save.default.", ".modules_to_save.")
+"""What peft puts into names in the middle: around a weight under a LoRA, and around a module that is saved in full"""
+_LOW_RANK = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
+_ALONE = {"model.layers.": "language_model.", "encoder.layers.": "vision_model.", "encoder.layer.": "vision_tower."}
+"""How names begin where a part was adapted by itself → what is missing before them"""
+
+
+@dataclass
+class _Pair:
+    """A low-rank update of one layer."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+    """(rows,) of DoRA"""
+
+
+@dataclass
+class Adapter:
+    """An adapter in this model's names: what `peft.LoraConfig` needs, and the tensors of its file."""
+
+    config: AdapterConfig
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Layer → rank; the layers that are adapted"""
+    alphas: dict[str, float] = field(default_factory=dict)
+    """Layer → alpha; the update is multiplied by alpha / rank"""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """Under peft's names"""
+
+    def add(self, layer: str, pair: _Pair) -> None:
+        self.ranks[layer] = len(pair.A)
+        self.alphas[layer] = pair.scale * len(pair.A)
+        self.state |= {f"{_PREFIX}{layer}.lora_A.weight": pair.A, f"{_PREFIX}{layer}.lora_B.weight": pair.B}
+        if pair.magnitude is not None:
+            self.state[f"{_PREFIX}{layer}.lora_magnitude_vector"] = pair.magnitude
+
+    @property
+    def replaced(self) -> list[str]:
+        """The parameters that the adapter brings in full: those of `modules_to_save`, biases, a tower beside it."""
+        return [key.removeprefix(_PREFIX) for key in self.state if ".lora_" not in key]
+
+
+def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig) -> Adapter:
+    """An adapter file's tensors in this model's names.
+
+    Raises UserError where it names a layer that the model has in no layout, lacks one that its config names, or has a
+    LoRA of a kind that is not computed here.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    there = _full_names(state)
+    tensors = _without_tied_head(model, there, state)
+    low_rank = {name: (match[1], match[2]) for name in tensors if (match := _LOW_RANK.fullmatch(name))}
+    weights = {low_rank[name][0] + ".weight" if name in low_rank else name for name in tensors}
+    table = _groups(names, weights)
+    for name in tensors:
+        layer, half = low_rank.get(name, (name.removesuffix(".weight"), ""))
+        _refuse(model, layer, half, table[layer + ".weight" if half else name])
+    adapter = Adapter(config)
+    pairs = _pairs({half: (tensors[name], state[tensors[name]]) for name, half in low_rank.items()}, config)
+    _check_names(config, weights | there.keys(), table)
+    for group in {id(table[n]): table[n] for n in sorted(weights)}.values():
+        layers = [name.removesuffix(".weight") for name in group.stored]
+        full = [name for name in group.stored if name in tensors and name not in low_rank]
+        if any(layer in pairs for layer in layers):
+            of_group = [pairs.get(layer) for layer in layers]
+            _check_shapes(model, group, of_group)
+            if config.init and not full:
+                of_group = _with_start(model, group, of_group, config.init)
+            for name, pair in _moved(model, group, of_group):
+                adapter.add(name, pair)
+        if full:
+            # A part of a fused tensor may be missing (biases of some layers only): it is the base's.
+            base = {} if len(full) == len(group.stored) else dict(zip(group.stored, _stored(model, group)))
+            parts = [state[tensors[name]] if name in full else base[name] for name in group.stored]
+            try:
+                adapter.state |= {_PREFIX + n: t for n, t in zip(group.module, group.read(parts, model.config))}
+            except RuntimeError as error:
+                raise UserError(f"{full[0]} of the adapter has a shape that does not fit this model") from error
+    return adapter
+
+
+def _refuse(model: InternVL, layer: str, half: str, group: Group) -> None:
+    """Raise UserError for a tensor that would not be what it is in peft. `half`: of a LoRA; else empty."""
+    if half and any(name.startswith(EMBEDDINGS) for name in group.module):
+        raise UserError(
+            f"it has a LoRA on the embeddings ({layer}), which is not computed here; merge it with peft "
+            "(merge_and_unload) and give the merged checkpoint"
+        )
+    if is_tied(model) and any(part_of(name) == "head" for name in group.module):
+        raise UserError(
+            f"it has a LoRA or weights of the output layer ({layer}), which is the embeddings themselves in this "
+            "model: both would change, so it cannot be used here"
+        )
+
+
+def _check_names(config: AdapterConfig, there: set[str], table: dict[str, Group]) -> None:
+    """Raise UserError where the file has nothing of a layer or a module of the model that its config names.
+
+    Names that the model does not have are passed over, as by peft: one list of names serves several models.
+    """
+    layers = [n for n in config.targets if (full := _full_name(n) + ".weight") in table and full not in there]
+    modules = [n for n in config.saved if _inside(n, table) and not _inside(n, there)]
+    for key, missing in (("target_modules", layers), ("modules_to_save", modules)):
+        if missing:
+            raise UserError(f"its config has {key} {some(missing)}, and the file has no tensor of it; is it complete?")
+
+
+def _inside(module: str, names: Iterable[str]) -> bool:
+    """Whether any of these tensors belongs to a module, named by the end of its name."""
+    return any(f".{module}." in f".{name}" for name in names)
+
+
+def _check_shapes(model: InternVL, group: Group, pairs: list[_Pair | None]) -> None:
+    layers = [model.get_submodule(name.removesuffix(".weight")) for name in group.module]
+    sizes = [(m.out_features, m.in_features) for m in layers if isinstance(m, nn.Linear)]
+    if len(sizes) < len(layers):
+        raise UserError(f"it has a LoRA on {group.stored[0].removesuffix('.weight')}, which is no linear layer")
+    weights = group.write([torch.empty(size, device="meta") for size in sizes], model.config)
+    for name, weight, pair in zip(group.stored, weights, pairs):
+        if pair is not None and (len(pair.B), pair.A.shape[1]) != tuple(weight.shape):
+            raise UserError(
+                f"the adapter does not fit this model: {name}: expected {tuple(weight.shape)}, found an update of "
+                f"{(len(pair.B), pair.A.shape[1])}"
+            )
+
+
+def _stored(model: InternVL, group: Group) -> list[Tensor]:
+    """The base's tensors of a group, as the adapter's layout has them. Raises UserError where they are quantised."""
+    tensors = [model.get_parameter(name).detach() for name in group.module]
+    if any(not tensor.is_floating_point() for tensor in tensors):
+        raise UserError(
+            f"it needs the base's own weight of {group.stored[0]}, and the model is quantised; load it without quantize"
+        )
+    return group.write(tensors, model.config)
+
+
+def _with_start(model: InternVL, group: Group, pairs: list[_Pair | None], init: str) -> list[_Pair | None]:
+    """The pairs of stored layers, with what peft takes out of the base's weight as the adapter is put on it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    result: list[_Pair | None] = []
+    for pair, weight in zip(pairs, _stored(model, group)):
+        if pair is None:
+            result.append(None)
+            continue
+        rank = len(pair.A)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+        linear.weight.data = weight.float().clone()
+        settings = LoraConfig(r=rank, lora_alpha=pair.scale * rank, target_modules=["layer"], init_lora_weights=init)
+        layer = inject_adapter_in_model(settings, nn.ModuleDict({"layer": linear}), ADAPTER)["layer"]
+        A, B = (m[ADAPTER].weight.detach().float().to(pair.A.device) for m in (layer.lora_A, layer.lora_B))
+        both = torch.cat([pair.A.float(), A]), torch.cat([pair.B.float(), -B], dim=1)
+        result.append(_Pair(*both, pair.scale, pair.magnitude))
+    return result
+
+
+def part_in_file(key: str) -> str:
+    """The part of the model that a tensor of an adapter file belongs to."""
+    name = _full_name(key).removeprefix("model.")
+    top, *inside = name.split(".")
+    if top == "mlp1" or top == "multi_modal_projector":
+        return "mlp1"
+    if top in ("vision_model", "vision_tower"):
+        return "vision_model"
+    ends = {"embed_tokens": "embeddings", "tok_embeddings": "embeddings", "lm_head": "head", "output": "head"}
+    return next((ends[word] for word in (top, *inside) if word in ends), "language_model")
+
+
+def _full_names(keys: Iterable[str]) -> dict[str, str]:
+    """Full name → key of a file. Raises UserError where two keys have one."""
+    names = {key: _full_name(key) for key in keys}
+    if any(name.startswith("language_model.model.layers.") for name in names.values()):
+        # Adapted by itself: what stands beside its blocks has lost the same prefix.
+        alone = ("lm_head.", "output.", "model.embed_tokens.", "model.tok_embeddings.", "model.norm.")
+        names |= {key: f"language_model.{name}" for key, name in names.items() if name.startswith(alone)}
+    result = {name: key for key, name in names.items()}
+    if len(result) < len(names):
+        twice = next(name for key, name in names.items() if result[name] != key)
+        raise UserError(f"it has {twice} twice, under names that peft's wrapping tells apart")
+    return result
+
+
+def _full_name(key: str) -> str:
+    """A key without peft's wrappings (one around the model, or one around each part), and with the part's name."""
+    name = key.replace(_PREFIX, "")
+    for wrapping in _WRAPPINGS:
+        name = name.replace(wrapping, ".")
+    return next((part + name for start, part in _ALONE.items() if name.startswith(start)), name)
+
+
+def _groups(own: Iterable[str], wanted: set[str]) -> dict[str, Group]:
+    """Name of an adapter's tensor → how the model has it, in the layout that knows all of them."""
+    unknown: list[str] = []
+    for layout in LAYOUTS:
+        table = {name: group for group in groups(own, layout) for name in group.stored}
+        if not (missing := sorted(wanted - table.keys())):
+            return table
+        if not unknown or len(missing) < len(unknown):
+            unknown = missing
+    raise UserError(
+        f"the adapter does not fit this model: {len(unknown)} of its {len(wanted)} layers are not in it in any layout, "
+        f"{unknown[0]} among them; is it for another model?"
+    )
+
+
+def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterConfig) -> dict[str, _Pair]:
+    """Layer → its low-rank pair, scaled as its own program would; `halves`: (layer, kind) → key in the file, tensor.
+
+    Raises UserError where a half is missing.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    named: dict[str, str] = {}
+    for (layer, kind), (key, tensor) in halves.items():
+        parts.setdefault(layer, {})[kind] = tensor
+        named[layer] = key.rpartition(f".{kind}")[0].removeprefix(_PREFIX)
+    pairs = {}
+    for layer, found in parts.items():
+        if missing := {"lora_A", "lora_B"} - found.keys():
+            raise UserError(f"the adapter has {layer} without its {missing.pop()}; the file is damaged")
+        A, B = found["lora_A"], found["lora_B"]
+        if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or len(A) == 0:
+            raise UserError(f"the adapter's {layer} has shapes {list(A.shape)} and {list(B.shape)}; they are no pair")
+        scale = config.scale(named[layer], len(A))
+        pairs[layer] = _Pair(A, B, scale, found.get("lora_magnitude_vector"))
+    return pairs
+
+
+def _ranks(halves: list[Tensor], dora: bool) -> list[Tensor]:
+    """Of each layer that was fused with others the ranks that it needs, as a mask: those of its own where each rank is
+    one layer's alone, as `ivl.finetune.adapter_writer` fuses them; otherwise all.
+
+    None for a layer that is not adapted; all under `dora`, which has a size for each."""
+    used = torch.stack([half.ne(0).any(0) for half in halves])
+    if (used.sum(0) != 1).any():
+        return [torch.ones_like(used[0]) for _ in halves]
+    return [own if own.any() or not dora else ~own for own in used]
+
+
+def _without_tied_head(model: InternVL, tensors: dict[str, str], state: dict[str, Tensor]) -> dict[str, str]:
+    """Full name → key, without an output layer that is the embeddings here, and the same in the file.
+
+    Raises UserError where it is another.
+    """
+    full = {part_in_file(name): name for name in tensors if ".lora_" not in name}
+    if not is_tied(model) or not {"embeddings", "head"} <= full.keys():
+        return tensors
+    if not torch.equal(*(state[tensors[full[part]]] for part in ("embeddings", "head"))):
+        raise UserError("its output layer differs from its embeddings; they are one tensor in this model")
+    return {name: key for name, key in tensors.items() if name != full["head"]}
+
+
+def _moved(model: InternVL, group: Group, pairs: list[_Pair | None]) -> list[tuple[str, _Pair]]:
+    """The pairs of a group's stored layers as those of the model's layers."""
+    names = [name.removesuffix(".weight") for name in group.module]
+    there = [pair for pair in pairs if pair is not None]
+    if len(pairs) == 1:
+        (pair,) = there
+        halves = group.read([pair.B], model.config)
+        magnitudes = [None] * len(halves) if pair.magnitude is None else group.read([pair.magnitude], model.config)
+        return [
+            (n, _Pair(pair.A[ranks], b[:, ranks], pair.scale, m))
+            for n, b, m, ranks in zip(names, halves, magnitudes, _ranks(halves, pair.magnitude is not None))
+            if ranks.any()
+        ]
+    if len(there) < len(pairs) and there[0].magnitude is not None:
+        raise UserError(
+            f"{names[0]}: a DoRA of some of the layers that are one layer here has no exact form; adapt all of them"
+        )
+    rows = len(model.get_parameter(group.module[0])) // len(pairs)
+    scale = next((pair.scale for pair in there if pair.scale), 1.0)
+    blocks = [torch.zeros(rows, 0) if p is None else p.B.float() * (p.scale / scale) for p in pairs]
+    magnitudes = [pair.magnitude for pair in there if pair.magnitude is not None]
+    magnitude = torch.cat(magnitudes) if magnitudes else None
+    return [(names[0], _Pair(torch.cat([p.A.float() for p in there]), torch.block_diag(*blocks), scale, magnitude))]

@@ -1,0 +1,290 @@
+"""What trains: each part of the model frozen, fully tuned, or given a LoRA.
+
+The parts carry the released names: `vision_model`, `mlp1` (the projector) and `language_model`; `embeddings` and `head`
+are the two ends of the language model. Learning rates per part are in `ivl.finetune.param_groups`, adapter files in
+`ivl.finetune.peft_adapter`. LoRA layers are peft's own (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ivl.estimate.flops import Adapter, Mode, Trained
+from ivl.families import llm_family
+from ivl.types import UserError, text_table
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+    from ivl.model.internvl import InternVL
+
+PARTS = ("vision_model", "mlp1", "language_model", "embeddings", "head")
+EMBEDDINGS, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
+FSDP_PREFIX = "_fsdp_wrapped_module."
+"""What classic FSDP puts into the names of what it wraps"""
+ADAPTER = "default"
+"""peft's name for the one adapter a model carries"""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the linear layers of a part."""
+
+    rank: int = 16
+    """Width of the low-rank matrices."""
+    alpha: float | None = None
+    """Scale: the update is multiplied by alpha / rank. Default: twice the rank."""
+    dropout: float = 0.0
+    """Dropout in front of the low-rank matrices, in training."""
+    targets: list[str] | None = None
+    """Names (last component) of the linear layers to adapt. Default: every linear layer of a block."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
+    dora: bool = False
+    """Learn magnitude and direction apart (https://arxiv.org/abs/2402.09353)."""
+    init: Literal["default", "gaussian", "pissa"] = "default"
+    """How the two matrices start: the first random and the second zero, or, for pissa, from the largest singular
+    values of the weight, which keeps the rest (https://arxiv.org/abs/2404.02948; one SVD per layer)."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The last blocks of the vision encoder in full, the others frozen."""
+
+    last: int
+    """How many."""
+
+
+How = Literal["frozen", "full"] | Blocks | LoRA
+"""How a part trains"""
+
+
+@dataclass(frozen=True)
+class Tune:
+    """What trains, per part: `frozen`, `full`, or the settings of a LoRA such as `{rank: 16}`."""
+
+    vision_model: Literal["frozen", "full"] | Blocks | LoRA = "frozen"
+    """The vision encoder (InternViT); `{last: 4}` trains its last four blocks."""
+    mlp1: Literal["frozen", "full"] | LoRA = "frozen"
+    """The projector between the two."""
+    language_model: Literal["frozen", "full"] | LoRA = field(default_factory=LoRA)
+    """The blocks of the language model."""
+    embeddings: Literal["frozen", "full"] | None = None
+    """Its input embeddings. Unset: full where the blocks are, else frozen."""
+    head: Literal["frozen", "full"] | LoRA | None = None
+    """Its output layer. Unset: full where the blocks are, else frozen."""
+
+    def mode(self, part: str) -> How:
+        """How a part trains, where the model does not share one tensor between embeddings and head."""
+        value = getattr(self, part)
+        return value if value is not None else "full" if self.language_model == "full" else "frozen"
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Tune:
+        """As a run's config.yaml has it."""
+        kinds = {True: Blocks, False: LoRA}
+        return cls(**{part: kinds["last" in v](**v) if isinstance(v, dict) else v for part, v in raw.items()})
+
+
+_TARGETS = {"vision_model": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), "mlp1": ("1", "3"), "head": ("lm_head",)}
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter or a module belongs to, by its full name."""
+    for part, place in (("embeddings", EMBEDDINGS), ("head", HEAD)):
+        if name == place or name.startswith(place + "."):
+            return part
+    return name.split(".")[0]
+
+
+def described(tune: Tune) -> Trained:
+    """What trains, as `ivl.estimate.flops` takes it."""
+
+    def of(part: str) -> Mode:
+        mode = tune.mode(part)
+        if isinstance(mode, LoRA):
+            return Adapter(mode.rank, tuple(mode.targets) if mode.targets else None)
+        return "full" if isinstance(mode, Blocks) else mode
+
+    blocks = tune.vision_model.last if isinstance(tune.vision_model, Blocks) else None
+    modes: dict[str, Any] = {part: of(part) for part in PARTS}
+    return Trained(**modes, vision_blocks=blocks)
+
+
+def is_tied(model: InternVL) -> bool:
+    """Whether embeddings and head are one tensor."""
+    language = model.language_model
+    return language.lm_head.weight is language.get_input_embeddings().weight
+
+
+def modes(model: InternVL, tune: Tune) -> dict[str, How]:
+    """How each part trains. Raises UserError where what is asked for cannot be done on this model."""
+    found = {part: tune.mode(part) for part in PARTS}
+    if is_tied(model):
+        asked: set[How] = {mode for mode in (tune.embeddings, tune.head) if mode is not None}
+        if isinstance(tune.head, LoRA) or len(asked) > 1:
+            raise UserError(
+                "model.tune.head: this model's output layer shares its weights with the embeddings; "
+                "leave one of the two unset, or give both the same value, frozen or full"
+            )
+        found |= dict.fromkeys(("embeddings", "head"), *(asked or {found["head"]}))
+    loras = [mode for mode in found.values() if isinstance(mode, LoRA)]
+    if len({mode.dora for mode in loras}) > 1:
+        raise UserError("model.tune: dora is on for one part and off for another; an adapter file holds one kind only")
+    for part, mode in found.items():
+        floating = all(p.is_floating_point() for n, p in model.named_parameters() if part_of(n) == part)
+        if mode == "full" and not floating:
+            raise UserError(f"model.tune.{part}: full, but its weights are quantised; give it a LoRA, or load it whole")
+        if isinstance(mode, LoRA) and mode.init == "pissa" and not floating:
+            raise UserError(f"model.tune.{part}.init: pissa changes weights, and these are quantised; use default")
+    blocks = used_blocks(model)
+    if isinstance(last := found["vision_model"], Blocks) and not 0 < last.last <= blocks:
+        raise UserError(f"model.tune.vision_model.last: expected 1 to {blocks} blocks, found {last.last}")
+    return found
+
+
+def used_blocks(model: InternVL) -> int:
+    """Blocks of the vision encoder that are computed: those after `select_layer` are not, and cannot train."""
+    return model.config.select_layer % (len(model.vision_model.encoder.layers) + 1)
+
+
+def apply(model: InternVL, tune: Tune) -> None:
+    """Freeze everything, then make trainable what `tune` says; LoRA layers are put in place.
+
+    Trainable parameters become float32, whatever the frozen weights are kept in.
+    Raises UserError where nothing would train or a target names no linear layer.
+    """
+    chosen = modes(model, tune)
+    for part, mode in chosen.items():
+        if isinstance(mode, LoRA):
+            names = target_names(model, part, mode)
+            inject(model, lora_config(mode, names))
+            if mode.init == "pissa":
+                model.lora_start |= {n: _matrices(model.get_submodule(n)) for n in names}
+    trained = {id(p) for part, mode in chosen.items() for p in parameters_of(model, part, mode)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+        if id(parameter) in trained and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    if not trained:
+        raise UserError("model.tune: nothing trains; expected at least one of the parts to be full or a LoRA")
+    _set_modes(model, chosen)
+
+
+def parameters_of(model: InternVL, part: str, mode: How) -> list[nn.Parameter]:
+    """The parameters of a part that train in a mode."""
+    place = {"embeddings": EMBEDDINGS, "head": HEAD}.get(part, part)
+    named = [(f"{place}.{n}", p) for n, p in model.get_submodule(place).named_parameters()]
+    named = [(n, p) for n, p in named if part_of(n) == part]
+    if mode == "frozen":
+        return []
+    if isinstance(mode, LoRA):
+        return [p for n, p in named if "lora_" in n]
+    if part == "vision_model":
+        first = used_blocks(model) - mode.last if isinstance(mode, Blocks) else 0
+        blocks = {f"vision_model.encoder.layers.{n}" for n in range(first, used_blocks(model))}
+        stem = "vision_model.embeddings" if mode == "full" else None
+        return [p for n, p in named if ".".join(n.split(".")[:4]) in blocks or (stem and n.startswith(stem + "."))]
+    return [p for _, p in named]
+
+
+def _set_modes(model: InternVL, chosen: dict[str, How]) -> None:
+    """A frozen part computes as it will when the model is used: no dropout, no drop path."""
+    model.train()
+    for part in ("vision_model", "mlp1", "language_model"):
+        getattr(model, part).train(chosen[part] != "frozen")
+    model.language_model.lm_head.train(chosen["head"] != "frozen")
+    if isinstance(mode := chosen["vision_model"], Blocks):
+        for layer in model.vision_model.encoder.layers[: used_blocks(model) - mode.last]:
+            layer.eval()
+
+
+def target_names(model: InternVL, part: str, lora: LoRA) -> list[str]:
+    """Full names of the linear layers a LoRA of this part covers."""
+    wanted = lora.targets or _TARGETS.get(part) or llm_family(model.config.llm_architecture).lora_targets
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and part_of(n) == part]
+    found = [n for n in names if any(n.endswith("." + w) for w in wanted)]
+    missing = [w for w in wanted if not any(n.endswith("." + w) for n in found)]
+    if missing:
+        ends = sorted({n.rsplit(".", 1)[-1] for n in names})
+        raise UserError(
+            f"model.tune.{part}.targets: no linear layer is named {', '.join(missing)}; there are {', '.join(ends)}"
+        )
+    return found
+
+
+def adapted(model: InternVL) -> list[str]:
+    """Full names of the layers that carry a LoRA."""
+    ending = ".lora_A"
+    return [n.removesuffix(ending) for n, _ in model.named_modules() if n.endswith(ending)]
+
+
+def table(model: InternVL) -> str:
+    """What trains, part by part, as text for the start of a run."""
+    rows = [("part", "parameters", "trainable", "how")]
+    layers = [part_of(n) for n in adapted(model)]
+    for part in PARTS:
+        parameters = [p for n, p in model.named_parameters() if part_of(n) == part]
+        total, trained = (sum(map(count, ps)) for ps in (parameters, [p for p in parameters if p.requires_grad]))
+        if not parameters:  # the head, where it is the embeddings
+            continue
+        how = "full" if trained == total else "partly" if trained else "frozen"
+        how = f"LoRA on {layers.count(part)} layers" if part in layers else how
+        rows.append((part, f"{total:,}", f"{trained:,}", how))
+    total = sum(map(count, model.parameters()))
+    trained = sum(count(p) for p in model.parameters() if p.requires_grad)
+    rows.append(("all", f"{total:,}", f"{trained:,}", f"{100 * trained / total:.2f} %"))
+    return text_table(rows, left=(0, 3))
+
+
+def count(parameter: nn.Parameter) -> int:
+    """Its numbers, all processes' together."""
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's third stage leaves an empty tensor
+
+
+def trainable_state(model: InternVL) -> dict[str, Tensor]:
+    """The tensors that train, by name: what a checkpoint of a run holds."""
+    return {n.replace(FSDP_PREFIX, ""): p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def scale_alpha(lora: LoRA) -> float:
+    """alpha, its default filled in."""
+    return 2 * lora.rank if lora.alpha is None else lora.alpha
+
+
+def lora_config(lora: LoRA, targets: Iterable[str]) -> LoraConfig:
+    """peft's settings of a LoRA on layers given by full names."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=scale_alpha(lora),
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=True if lora.init == "default" else lora.init,
+    )
+
+
+def inject(model: InternVL, config: LoraConfig) -> None:
+    """Put peft's layers in place."""
+    from peft import inject_adapter_in_model
+
+    from ivl.model.efficient import lora_linear  # peft takes a second to import
+
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    del model.peft_config  # parts are injected one after the other; peft would take the next for a second adapter
+    if model.efficient:
+        lora_linear.install(model)
+
+
+def _matrices(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    a, b = (m[ADAPTER].weight.detach().float().cpu().clone() for m in (layer.lora_A, layer.lora_B))
+    return a, b

@@ -1,0 +1,1 @@
+"""Lightning callbacks: checkpoints, predictions on disk, monitoring, sample answers."""

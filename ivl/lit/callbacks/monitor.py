@@ -1,0 +1,195 @@
+"""What people watch while a model trains: speed, rates, memory, the loss of each source, and the progress bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+
+from ivl.estimate.flops import NOTHING, Work, training_flops
+from ivl.estimate.hardware import find_device
+from ivl.files import write_text
+from ivl.finetune.param_groups import groups_table
+from ivl.finetune.tune import adapted, described, table
+from ivl.lit.types import own
+from ivl.types import Batch, Conversation
+
+if TYPE_CHECKING:
+    from ivl.lit.module import LitInternVL
+
+
+class SourceLosses:
+    """Losses per source of rows since they were last read; sums stay on the device until then."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._sums: Tensor | None = None
+        """(sources, 2): negative log-likelihood and supervised tokens"""
+
+    def add(self, rows: Sequence[Conversation], losses: Tensor, tokens: Tensor) -> None:
+        """`losses`, `tokens`: (rows,) of a batch."""
+        names = [row.source or "rows" for row in rows]
+        self.names += [name for name in dict.fromkeys(names) if name not in self.names]
+        values = torch.stack([losses, tokens], dim=1)
+        grown = torch.zeros(len(self.names), 2, device=values.device)
+        if self._sums is not None:
+            grown[: len(self._sums)] = self._sums
+        places = torch.tensor([self.names.index(name) for name in names])
+        self._sums = grown.index_add(0, places.to(values.device, non_blocking=True), values)
+
+    def read(self, ranks: int = 1) -> dict[str, float]:
+        """Mean loss of each source, over all processes (each must call it); sums start again."""
+        mine = {} if self._sums is None else dict(zip(self.names, self._sums.tolist()))
+        if self._sums is not None:
+            self._sums.zero_()
+        parts: list[Any] = [mine]
+        if ranks > 1:
+            parts = [None] * ranks
+            torch.distributed.all_gather_object(parts, mine)
+        sums: dict[str, tuple[float, float]] = {}
+        for part in parts:
+            for name, (loss, tokens) in part.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + loss, before[1] + tokens)
+        return {name: loss / tokens for name, (loss, tokens) in sums.items() if tokens}
+
+
+class Watch(Callback):
+    """Logs, at the trainer's log interval, tokens/s and samples/s of all processes, the share of time spent waiting for
+    data, model FLOP utilisation on devices whose peak is known, memory, the learning rate of every group, and the loss
+    of every source.
+
+    Nothing here waits for the device between two log steps.
+    """
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._start = self._end = time.perf_counter()
+        self._step = trainer.global_step
+        found = {module.device, *(p.device for p in own(module).model.parameters())}
+        self._devices = sorted((device for device in found if device.type == "cuda"), key=str)
+        self._reset()
+        self._write_trained(trainer, own(module))
+
+    def _reset(self) -> None:
+        self._rows = self._steps = 0
+        self._work = Work()
+        self._waited, self._start = 0.0, self._end
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._waited += time.perf_counter() - self._end
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._work = added(self._work, batch)
+        self._rows += len(batch)
+        self._end = time.perf_counter()
+        step, before = trainer.global_step, self._step
+        self._step = step
+        if step == before:  # inside an accumulation window
+            return
+        self._steps += 1
+        if step % own(module).trainer.log_every_n_steps == 0:
+            self._log(trainer, own(module))
+            self._reset()
+
+    def _log(self, trainer: Trainer, module: LitInternVL) -> None:
+        module.shown["loss"] = float(trainer.callback_metrics.get("train/loss", float("nan")))  # waits for the device
+        self._end = time.perf_counter()
+        seconds, ranks = self._end - self._start, trainer.world_size
+        # Ranks are given equal work, so this rank's rate stands for all.
+        values = {
+            "speed/tokens_per_s": self._work.tokens * ranks / seconds,
+            "speed/samples_per_s": self._rows * ranks / seconds,
+            "speed/data_wait": self._waited / seconds,
+        }
+        asked = training_flops(module.model.config, described(module.tune), self._work, NOTHING).total
+        if (share := utilisation(asked / seconds, module.device)) is not None:
+            values["speed/mfu"] = share
+        values |= {f"lr/{g.get('name', n)}": g["lr"] for n, g in enumerate(trainer.optimizers[0].param_groups)}
+        values |= memory(self._devices)
+        losses = module.source_losses.read(ranks)
+        values |= {f"train/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
+        module.log_dict(values, batch_size=1)
+        module.shown |= {"tokens/s": values["speed/tokens_per_s"], "s/step": seconds / self._steps}
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if hasattr(self, "_start"):  # a validation inside fit is not waiting for training data
+            self._end = time.perf_counter()
+            self._reset()
+
+    def _write_trained(self, trainer: Trainer, module: LitInternVL) -> None:
+        folder = trainer.log_dir  # asks all ranks
+        if folder is None or not trainer.is_global_zero:
+            return
+        layers = adapted(module.model)
+        parts = [table(module.model), groups_table(trainer.optimizers[0])]
+        parts += ["\n".join([f"LoRA on {len(layers)} layers:", *layers])] if layers else []
+        text = "\n\n".join(parts) + "\n"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path, number = Path(folder) / "trained.txt", 0
+        while path.exists() and path.read_text(encoding="utf-8") != text:  # a resumed run, changed
+            number += 1
+            path = path.with_name(f"trained-{number}.txt")
+        write_text(path, text)
+
+
+def added(work: Work, batch: Batch) -> Work:
+    """The work of a batch on top; padding is none."""
+    assert batch.lengths is not None, "the collator's batches have them"
+    return Work(
+        tiles=work.tiles + len(batch.tiles),
+        tokens=work.tokens + batch.num_tokens,
+        pairs=work.pairs + int((batch.lengths**2).sum()),
+        supervised=work.supervised + sum(batch.supervised),
+    )
+
+
+def utilisation(flops_per_s: float, device: torch.device) -> float | None:
+    """Share of a device's peak; None where its peak is not known."""
+    row = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return flops_per_s / row.flops if row else None
+
+
+def memory(devices: Sequence[torch.device]) -> dict[str, float]:
+    """Peak memory in GiB: of each GPU since the last call, and of this process."""
+    found = {}
+    for device in devices:
+        name = "device" if len(devices) == 1 else f"device{device.index}"
+        found[f"memory/{name}_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
+    if sys.platform != "win32":
+        import resource
+
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+        found["memory/process_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return found
+
+
+class Progress(TQDMProgressBar):
+    """The bar of an epoch with the loss, tokens/s and the time left of the whole run, as of the last log step."""
+
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
+        items = super().get_metrics(trainer, module)
+        items.pop("v_num", None)
+        shown, total = own(module).shown, own(module).total_steps
+        if "loss" in shown:
+            items["loss"] = f"{shown['loss']:.4g}"
+            items["tokens/s"] = f"{shown['tokens/s']:,.0f}"
+            items["left"] = clock((total - trainer.global_step) * shown["s/step"])
+        return items
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03, or 1 d 02:03 from a day on."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02}:{minutes:02}" if days else f"{hours}:{minutes:02}:{rest:02}"

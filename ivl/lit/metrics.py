@@ -1,0 +1,175 @@
+"""Scores of generated answers while training: per row, per source of rows, and over all processes."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import zip_longest
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ivl.data.rows.grounding import parse_boxes
+from ivl.eval.metrics import anls, exact_match, iou, relaxed_accuracy, vqa_accuracy
+from ivl.inference.sampling import NotFinite
+from ivl.reasoning import without_reasoning
+from ivl.types import Conversation, UserError, printable
+
+Metric = Literal["exact", "vqa", "anls", "relaxed", "iou", "iou50", "cider", "bleu4", "rouge"]
+"""By the rules of `ivl.eval.metrics` and `ivl.eval.captions`; the last three are of all rows together"""
+
+
+def _overlaps(answer: str, reference: str) -> list[float] | None:
+    """IoU of the boxes in their order; 0 for one that is missing or too many. None where no box is asked for."""
+    wanted, given = ([box for _, boxes in parse_boxes(text) for box in boxes] for text in (reference, answer))
+    if not wanted:
+        return None
+    return [iou(a, b) if a and b else 0.0 for a, b in zip_longest(given, wanted)]
+
+
+def _mean_iou(answer: str, reference: str) -> float | None:
+    found = _overlaps(answer, reference)
+    return None if found is None else sum(found) / len(found)
+
+
+def _half_iou(answer: str, reference: str) -> float | None:
+    """Share of the boxes that overlap with their own by an IoU of 0.5 and more."""
+    found = _overlaps(answer, reference)
+    return None if found is None else sum(value >= 0.5 for value in found) / len(found)
+
+
+_OF_ROW: dict[str, Callable[[str, str], float | None]] = {
+    "exact": exact_match,
+    "vqa": lambda answer, reference: vqa_accuracy(answer, [reference], "strict"),
+    "anls": lambda answer, reference: anls(answer, [reference]),
+    "relaxed": lambda answer, reference: relaxed_accuracy(answer, [reference]),
+    "iou": _mean_iou,
+    "iou50": _half_iou,
+}
+CAPTIONS = ("cider", "bleu4", "rouge")
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise UserError where a metric is unknown, or needs a package that is not installed."""
+    if unknown := [name for name in metrics if name not in get_args(Metric)]:
+        raise UserError(f"model.metrics: expected some of {', '.join(get_args(Metric))}, found {unknown[0]!r}")
+    asked = [name for name in metrics if name in CAPTIONS]
+    if asked and find_spec("pycocoevalcap") is None:
+        raise UserError(
+            f"model.metrics: {asked[0]} needs the package pycocoevalcap, which is not installed; "
+            'pip install -e ".[eval]", or leave it out'
+        )
+
+
+def score(row: Conversation, answer: str, metrics: Sequence[str] = ("exact", "iou")) -> dict[str, float]:
+    """The metrics of one row that apply to it; a thought before the answer proper is not judged."""
+    if row.reference is None:
+        return {}
+    answer, reference = without_reasoning(answer), without_reasoning(row.reference)
+    found = {name: _OF_ROW[name](answer, reference) for name in metrics if name in _OF_ROW}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+class Scores:
+    """Sums of one validation, per kind of row; the kind "" is all rows."""
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self.metrics = tuple(metrics)
+        self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._captions: list[tuple[str, str, str]] = []
+        """(kind, answer, reference)"""
+
+    def add_losses(self, rows: Sequence[Conversation], losses: Tensor, tokens: Tensor, dtype: torch.dtype) -> None:
+        """Of a batch: negative log-likelihood and supervised tokens of each row. Raises NotFinite for the first row
+        whose loss is no number."""
+        for number, (row, loss, count) in enumerate(zip(rows, losses.tolist(), tokens.tolist())):
+            if not math.isfinite(loss):
+                raise NotFinite(number, dtype)
+            for kind in {"", row.source or "rows"}:
+                self._sums[kind]["loss"] += loss
+                self._sums[kind]["tokens"] += count
+
+    def add_answer(self, row: Conversation, answer: str) -> dict[str, float]:
+        """Count one answer; its own scores."""
+        scores = score(row, answer, self.metrics)
+        if row.reference is not None and any(name in CAPTIONS for name in self.metrics):
+            texts = without_reasoning(answer), without_reasoning(row.reference)
+            self._captions.append((row.source or "rows", *texts))
+        for kind in {"", row.source or "rows"}:
+            sums = self._sums[kind]
+            sums["rows"] += 1
+            for name, value in scores.items():
+                sums[name] += value
+                sums[f"{name}_rows"] += 1
+        return scores
+
+    def means(self, ranks: int = 1) -> dict[str, dict[str, float]]:
+        """Over all processes (each must call it): kind → rows, loss and the metrics that apply."""
+        parts: list[Any] = [({k: dict(v) for k, v in self._sums.items()}, self._captions)]
+        if ranks > 1:
+            gathered: list[Any] = [None] * ranks
+            torch.distributed.all_gather_object(gathered, parts[0])
+            parts = gathered
+        means = summary([sums for sums, _ in parts], self.metrics)
+        captions = [caption for _, found in parts for caption in found]
+        for kind in means if captions else ():
+            chosen = [(answer, gold) for source, answer, gold in captions if kind in ("", source)]
+            means[kind] |= self._captions_of(chosen)
+        return means
+
+    def _captions_of(self, pairs: list[tuple[str, str]]) -> dict[str, float]:
+        if not pairs:
+            return {}
+        from ivl.eval.captions import caption_scores
+
+        found = caption_scores([answer for answer, _ in pairs], [[gold] for _, gold in pairs])
+        values = {"cider": float(found.cider.mean()), "bleu4": found.bleu[3], "rouge": found.rouge}
+        return {name: values[name] for name in CAPTIONS if name in self.metrics}
+
+
+def summary(tallies: list[dict[str, dict[str, float]]], metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The sums of all processes → means per kind of row."""
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for tally in tallies:
+        for kind, values in tally.items():
+            for name, value in values.items():
+                sums[kind][name] += value
+    means: dict[str, dict[str, float]] = {}
+    for kind in sorted(sums):
+        values = sums[kind]
+        means[kind] = {"rows": values["rows"]}
+        if values["tokens"]:
+            means[kind]["loss"] = values["loss"] / values["tokens"]
+        for name in metrics:
+            if values[f"{name}_rows"]:
+                means[kind][name] = values[name] / values[f"{name}_rows"]
+    return means
+
+
+def scores_table(scores: dict[str, dict[str, float]]) -> str:
+    """Held-out scores per kind of row, as text: shares in percent, the others as they are."""
+    names = [name for name in get_args(Metric) if any(name in values for values in scores.values())]
+    heads = {
+        "iou": "mean IoU",
+        "iou50": "IoU>=.5",
+        "anls": "ANLS",
+        "cider": "CIDEr",
+        "bleu4": "BLEU-4",
+        "rouge": "ROUGE-L",
+    }
+    lines = [f"{'held-out rows':<16}{'rows':>6}" + "".join(f"{heads.get(name, name):>10}" for name in names)]
+    for kind, values in sorted(scores.items(), key=lambda item: (item[0] == "", item[0])):
+        cells = [_cell(name, values.get(name)) for name in names]
+        lines.append(
+            f"{printable(kind, ' ') or 'all':<16}{int(values['rows']):>6}" + "".join(f"{cell:>10}" for cell in cells)
+        )
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if name in ("exact", "vqa", "relaxed", "iou50") else f"{value:.3f}"

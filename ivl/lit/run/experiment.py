@@ -1,0 +1,171 @@
+"""Identity of an experiment: the options and files that make a run the same run, kept in each of its checkpoints.
+
+`--ckpt_path last` takes a checkpoint of the same experiment only; a fit that is given a checkpoint of another one by
+name is refused, or says what counts now. Lengths of runs, learning rates, logs and machines may change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from ivl.data.sets.sources import is_meta
+from ivl.families import find_model
+from ivl.finetune.tune import PARTS, LoRA, Tune, scale_alpha
+from ivl.types import UserError, shortened, some
+
+Experiment = dict[str, Any]
+"""Option → plain value; of files: `digest` to compare, `name` to show"""
+
+WEIGHTS = ("model.pretrained", "model.tune", "model.adapter", "model.quantize")
+ROWS = ("data.train", "data.mixture", "data.val_fraction", "data.seed", "data.shuffle", "seed_everything")
+LENGTHS = ("data.max_length", "data.max_tiles", "data.on_too_long")
+"""Options that the order of rows or batches depends on, as the above"""
+BATCHES = (
+    *("data.batch_size", "data.packing", "data.pack_tokens", "data.pack_tiles", "data.group_by_length"),
+    "trainer.accumulate_grad_batches",
+)
+"""Options that say how many rows a batch has: they may change where an epoch ends"""
+COUNTED = (
+    *("model.loss_reduction", "model.label_smoothing", "model.neftune", "data.system_message", "data.compact_boxes"),
+    *("data.video", "data.resize", "data.exif"),
+)
+"""Options that a resumed run takes as they are typed"""
+
+
+def experiment_of(config: Namespace) -> Experiment:
+    """The identity of the experiment that options of `fit` describe. Raises UserError where a file is missing."""
+    found: Experiment = {}
+    for option in (*WEIGHTS, *ROWS, *LENGTHS, *BATCHES, *COUNTED):
+        found[option] = _plain(config.get(option))
+    found["model.pretrained"] = _checkpoint(str(config.model.pretrained))
+    found["model.tune"] = tune_settings(Tune.from_dict(found["model.tune"] or {}))
+    if config.model.adapter:
+        found["model.adapter"] = _folder(Path(config.model.adapter), "*.safetensors")
+    train = found["data.train"]
+    found["data.train"] = [_rows(path) for path in ([train] if isinstance(train, str) else train or ())]
+    found["data.mixture"] = [source | {"path": _rows(source["path"])} for source in found["data.mixture"] or ()]
+    return found
+
+
+def tune_settings(tune: Tune) -> dict[str, Any]:
+    """What trains, per part, as plain values with their defaults filled in."""
+    modes = {part: tune.mode(part) for part in PARTS}
+    return {
+        part: asdict(mode) | {"alpha": scale_alpha(mode)} if isinstance(mode, LoRA) else _plain(mode)
+        for part, mode in modes.items()
+    }
+
+
+def differences(there: Experiment, here: Experiment, options: Iterable[str]) -> list[str]:
+    """The options among `options` that differ between a checkpoint's experiment and this one, in words."""
+    lines = []
+    for option in options:
+        before, now = there.get(option), here.get(option)
+        if _compared(before) == _compared(now):
+            continue
+        if isinstance(before, dict) and isinstance(now, dict) and "digest" not in (*before, *now):
+            inner = [k for k in sorted({*before, *now}) if _compared(before.get(k)) != _compared(now.get(k))]
+            lines += [f"{option}.{k} {_shown(before.get(k))} there, {_shown(now.get(k))} here" for k in inner]
+        elif _shown(before) == _shown(now):
+            lines.append(f"{option}: {_shown(now)} has another content by now")
+        else:
+            lines.append(f"{option} {_shown(before)} there, {_shown(now)} here")
+    return lines
+
+
+def check_same(path: str, there: Experiment, here: Experiment, epoch_ended: bool) -> list[str]:
+    """What a resumed run takes as typed, against what its checkpoint was made with, in words.
+
+    Raises UserError where the checkpoint's weights or its place among the rows mean nothing in this experiment.
+    """
+    fixed = (*WEIGHTS, *ROWS, *LENGTHS, *(() if epoch_ended else BATCHES))
+    if lines := differences(there, here, fixed):
+        raise UserError(
+            f"--ckpt_path {path}: of another experiment: {some(lines, 4)}. Give what it was trained with, or begin "
+            "anew without --ckpt_path (--model.adapter RUN/adapter goes on training its LoRA)"
+        )
+    return differences(there, here, (*(BATCHES if epoch_ended else ()), *COUNTED))
+
+
+def _compared(value: Any) -> Any:
+    """A value without what is only shown."""
+    if isinstance(value, dict):
+        return value["digest"] if "digest" in value else {k: _compared(v) for k, v in value.items()}
+    return [_compared(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "digest" in value:
+        return str(value["name"])
+    if isinstance(value, list):
+        return some([_shown(v) for v in value], 3) or "none"
+    return value if isinstance(value, str) else shortened(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(pretrained: str) -> dict[str, str]:
+    """Of a folder its config and the sizes of its weights, wherever it stands; else the released model's name."""
+    if Path(pretrained).is_dir():
+        return _folder(Path(pretrained), "*.safetensors", sizes=True)
+    row = find_model(pretrained)
+    return {"name": pretrained, "digest": row.huggingface if row else pretrained}
+
+
+def _folder(folder: Path, weights: str, sizes: bool = False) -> dict[str, str]:
+    total = hashlib.blake2b(digest_size=16)
+    for file in [*sorted(folder.glob("*config.json")), *sorted(folder.glob(weights))]:
+        content = str(file.stat().st_size) if sizes and file.suffix == ".safetensors" else _digest(file)
+        total.update(f"{file.name} {content} ".encode())
+    return {"name": str(folder), "digest": total.hexdigest()}
+
+
+def _rows(text: str) -> dict[str, str]:
+    """Of a file of rows its content, and that of the files a meta file names; else the data set's name."""
+    path, _, count = text.partition("#")
+    file = Path(text).expanduser()
+    if file.exists():
+        count = ""
+    else:
+        file = Path(path).expanduser()
+    if not file.is_file():
+        return {"name": text, "digest": text}
+    digests = [_digest(file)]
+    if is_meta(file):
+        for entry in json.loads(file.read_text(encoding="utf-8-sig")).values():
+            named = entry["annotation"]
+            for name in named if isinstance(named, list) else [named]:
+                places = [Path(str(name)), file.parent / str(name)]
+                digests += [_digest(place) for place in places if place.is_file()][:1]
+    return {"name": text, "digest": " ".join(digests) + (f"#{count}" if count else "")}
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            total = hashlib.blake2b(digest_size=16)
+            while chunk := file.read(1 << 22):
+                total.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return total.hexdigest()

@@ -1,0 +1,91 @@
+"""Numbers that checkpoints are chosen by: their names are checked before the first step."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, get_args
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from ivl.lit.metrics import CAPTIONS, Metric, score
+from ivl.lit.types import own
+from ivl.types import UserError, some
+
+ALWAYS = ("epoch", "step", "train/loss", "train/grad_norm")
+SPEED = ("speed/tokens_per_s", "speed/samples_per_s", "speed/data_wait", "speed/mfu")
+OPEN = ("lr/", "memory/", "train/loss/")
+"""Beginnings of names that depend on the optimizer, the devices and the sources of rows: see `check_open_monitors`"""
+
+
+def best_is(monitor: str | None) -> str:
+    """Which values of a number are best: max of a score, min of anything else."""
+    return "max" if monitor and monitor.rpartition("/")[2] in get_args(Metric) else "min"
+
+
+def check_monitors(trainer: Trainer, module: LightningModule) -> None:
+    """Raise UserError where a callback waits for a number that this run does not log."""
+    waiting = _waiting(trainer)
+    names = logged(trainer, module) if waiting else []
+    for callback in waiting:
+        monitor, stops = str(callback.monitor), isinstance(callback, EarlyStopping)
+        if "val/" in monitor and callback.mode != best_is(monitor):
+            name = "EarlyStopping" if stops else "checkpoint"
+            raise UserError(f"{name}: monitor {monitor}: expected mode {best_is(monitor)}, found {callback.mode}")
+        if monitor in names or monitor.startswith(OPEN):
+            continue
+        near = difflib.get_close_matches(monitor.replace("_", "/").replace("eval/", "val/"), names, 1)
+        hint = f"; {near[0]} is the nearest" if near else ""
+        held_out = any(name.startswith("val/") for name in names)
+        why = "" if held_out else "; numbers of held-out rows need data.val or data.val_fraction"
+        raise UserError(f"{_option(callback)}: no such number is logged; expected one of {some(names, 16)}{hint}{why}")
+
+
+def check_open_monitors(trainer: Trainer) -> None:
+    """As `check_monitors`, for names of rates, memory and speed: they are known once the optimizer is there."""
+    rates = [f"lr/{group.get('name', n)}" for n, group in enumerate(trainer.optimizers[0].param_groups)]
+    gpus = trainer.strategy.root_device.type == "cuda"
+    for callback in _waiting(trainer):
+        monitor, names = str(callback.monitor), None
+        if monitor.startswith("lr/"):
+            names = rates
+        elif monitor.startswith("memory/") and not (gpus and monitor.startswith("memory/device")):
+            names = ["memory/process_gib"] + ["memory/device_gib"] * gpus
+        elif monitor == "speed/mfu" and not gpus:
+            names = [name for name in SPEED if name != "speed/mfu"]
+        if names is not None and monitor not in names:
+            raise UserError(f"{_option(callback)}: no such number is logged here; expected one of {some(names, 16)}")
+
+
+def _waiting(trainer: Trainer) -> list[Any]:
+    """The callbacks that wait for a number; none where one of the user's own may log anything."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(not type(callback).__module__.startswith(("ivl.", "lightning.")) for callback in callbacks):
+        return []
+    kinds = (ModelCheckpoint, EarlyStopping)
+    return [c for c in callbacks if isinstance(c, kinds) and c.monitor is not None]
+
+
+def _option(callback: Any) -> str:
+    option = "EarlyStopping's monitor" if isinstance(callback, EarlyStopping) else "checkpoint.monitor"
+    return f"{option} {callback.monitor or repr(callback.monitor)}"
+
+
+def logged(trainer: Trainer, module: LightningModule) -> list[str]:
+    """Names of the numbers that a run logs, those of its held-out rows first."""
+    return [*_held_out(trainer, module), *ALWAYS, *SPEED]
+
+
+def _held_out(trainer: Trainer, module: LightningModule) -> list[str]:
+    data, metrics = own(module).trainer.datamodule, own(module).metrics
+    if not (data.files["val"] or data.val_fraction) or not trainer.limit_val_batches:
+        return []
+    found: dict[str, None] = {"val/loss": None}
+    rows = data.rows("val")
+    for index in range(len(rows)):
+        row = rows.conversation(index).as_prompt()
+        captions = [name for name in metrics if name in CAPTIONS and row.reference is not None]
+        names = ["loss", *score(row, "", metrics), *captions]
+        found |= {f"val/{name}": None for name in names}
+        found |= {f"val/{row.source or 'rows'}/{name}": None for name in names}
+    return list(found)

@@ -1,0 +1,233 @@
+"""Resuming a run: the checkpoint that `--ckpt_path last` means, and a folder that holds no other run's files."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from ivl.checkpoint.ckpt_file import damage
+from ivl.finetune.tune import trainable_state
+from ivl.lit.run.experiment import BATCHES, COUNTED, LENGTHS, ROWS, WEIGHTS, Experiment, check_same, differences
+from ivl.types import UserError, some
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
+
+ALL = (*WEIGHTS, *ROWS, *LENGTHS, *BATCHES, *COUNTED)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint file, as far as its head says."""
+
+    path: Path
+    step: int
+    experiment: Experiment | None = None
+    """None: written before checkpoints said it, or a folder of DeepSpeed's"""
+    epoch_ended: bool = True
+    """Whether the next row is the first of an epoch"""
+
+
+def peek(path: Path) -> Saved | None:
+    """Step and experiment of a checkpoint, without reading its tensors; None where it cannot be read."""
+    file = next(iter(sorted(path.rglob("*model_states.pt"))), path) if path.is_dir() else path
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                return None
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        step, experiment = int(content["global_step"]), content.get("experiment")
+    except Exception:  # noqa: BLE001  (torch and zipfile raise many kinds for bytes that are no checkpoint)
+        return None
+    try:
+        loader = content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+        ended = not loader or not loader[0]["done"]
+    except (KeyError, TypeError, IndexError):
+        ended = True
+    return Saved(path, step, experiment, ended)
+
+
+def newest_whole(folders: Iterable[Path]) -> Path | None:
+    """The whole checkpoint of the highest step in runs' `checkpoints` folders; says which broken ones it passes over.
+
+    Of several runs' folders, the one that was written to last.
+    """
+    for folder in sorted(folders, key=_last_written, reverse=True):
+        if (found := _furthest(_whole_heads(folder.glob("*.ckpt")))) is not None:
+            return found.path
+    return None
+
+
+def _last_written(folder: Path) -> int:
+    return max((path.stat().st_mtime_ns for path in folder.glob("*.ckpt")), default=0)
+
+
+def _whole_heads(paths: Iterable[Path]) -> list[Saved]:
+    """The heads of checkpoints that can be read; folders of DeepSpeed's with the step in their names, or -1."""
+    heads = []
+    for path in paths:
+        head = peek(path)
+        if head is None and path.is_dir() and damage(path) is None:
+            head = Saved(path, _step_of_name(path))
+        if head is None:
+            rank_zero_warn(f"{path}: {damage(path) or 'not a checkpoint of a run'}; passed over")
+        else:
+            heads.append(head)
+    return heads
+
+
+def _step_of_name(path: Path) -> int:
+    digits = path.stem.partition("step=")[2].partition("-")[0]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _furthest(heads: list[Saved]) -> Saved | None:
+    """The whole one of the highest step; of the same step, the one that was written last."""
+    for head in sorted(heads, key=lambda h: (h.step, h.path.stat().st_mtime_ns), reverse=True):
+        if (problem := damage(head.path)) is None:
+            return head
+        rank_zero_warn(f"{head.path}: {problem}; passed over")
+    return None
+
+
+# -- --ckpt_path last ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the runs of a config stand, by its logger or by `checkpoint.dirpath`."""
+
+    settings: Namespace
+    """Of the logger; empty where it has none"""
+    runs: Path
+    dirpath: Path | None
+
+    @classmethod
+    def of(cls, config: Namespace) -> Folders:
+        logger = config.trainer.logger[0] if isinstance(config.trainer.logger, list) else config.trainer.logger
+        settings = logger.init_args if isinstance(logger, Namespace) and "init_args" in logger else Namespace()
+        runs = Path(settings.get("save_dir") or config.trainer.default_root_dir or ".") / (settings.get("name") or "")
+        return cls(settings, runs, Path(config.checkpoint.dirpath) if config.checkpoint.dirpath else None)
+
+    @property
+    def version(self) -> str | None:
+        """The name of the run's folder, where the config has one."""
+        version = self.settings.get("version")
+        return version if version is None or isinstance(version, str) else f"version_{version}"
+
+    @property
+    def pattern(self) -> str:
+        return str(self.dirpath or self.runs / (self.version or "*") / "checkpoints")
+
+    def all(self) -> list[Path]:
+        if self.dirpath is not None:
+            return [self.dirpath]
+        names = [self.version, *(f"{self.version}-{n}" for n in range(1, 100))] if self.version else ["*"]
+        return [folder for name in names for folder in sorted(self.runs.glob(f"{name}/checkpoints"))]
+
+
+def resolve_last(config: Namespace, resume: bool, experiment: Experiment | None = None) -> None:
+    """Put a whole checkpoint in the place of `--ckpt_path last`; where there is none yet, a fit begins anew.
+
+    A fit takes the one of the highest step among those of the same experiment, and goes on in its folder. Raises
+    UserError where all checkpoints are broken, or none is there to be used.
+    """
+    folders = Folders.of(config)
+    if not resume or experiment is None:
+        newest = newest_whole(folders.all())
+        if newest is None:
+            raise UserError(f"--ckpt_path last: no whole checkpoint in {folders.pattern}; give the file of one")
+        rank_zero_info(f"--ckpt_path last: {newest}")
+        config.ckpt_path = str(newest)
+        return
+    paths = [path for folder in folders.all() for path in sorted(folder.glob("*.ckpt"))]
+    heads = _whole_heads(paths)
+    found: Saved | None = None
+    same = [head for head in heads if head.experiment is None or not differences(head.experiment, experiment, ALL)]
+    found = _furthest(same)
+    if found is None and paths and len(same) == len(heads):
+        raise UserError(f"--ckpt_path last: no whole checkpoint in {folders.pattern}; give the file of one")
+    if found is not None:
+        rank_zero_info(f"--ckpt_path last: {found.path} (step {found.step})")
+        if folders.dirpath is None and "version" in folders.settings:
+            folders.settings.version = found.path.parent.parent.name
+    elif heads:
+        other = max(heads, key=lambda head: head.path.stat().st_mtime_ns)
+        lines = some(differences(other.experiment or {}, experiment, ALL), 3)
+        rank_zero_info(
+            f"--ckpt_path last: nothing of this experiment in {folders.pattern} yet, the run begins "
+            f"({other.path.parent.parent}: {lines})"
+        )
+    else:
+        rank_zero_info(f"--ckpt_path last: nothing in {folders.pattern} yet, the run begins")
+    config.ckpt_path = None if found is None else str(found.path)
+
+
+def keep_others_files(config: Namespace) -> None:
+    """Give a run a folder of its own where another run's checkpoints stand in the one that the config names.
+
+    Raises UserError where that is `checkpoint.dirpath`.
+    """
+    folders = Folders.of(config)
+    checkpoint = Path(config.ckpt_path).resolve() if config.ckpt_path else None
+    if folders.dirpath is not None:
+        if checkpoint is None and any(folders.dirpath.glob("*.ckpt")):
+            raise UserError(
+                f"--checkpoint.dirpath {folders.dirpath}: another run's checkpoints stand there; give another folder, "
+                "or go on with that run by --ckpt_path"
+            )
+        return
+    version = folders.version
+    if version is None:
+        here = folders.runs / "checkpoints"
+        goes_on = checkpoint is not None and here.resolve() in checkpoint.parents
+        if not folders.settings and not goes_on and any(here.glob("*.ckpt")):
+            raise UserError(
+                f"{here}: another run's checkpoints stand there, and without a logger a run has no folder of its own; "
+                "give --trainer.default_root_dir or --checkpoint.dirpath, or go on with that run by --ckpt_path"
+            )
+        return
+
+    def taken(name: str) -> bool:
+        folder = folders.runs / name / "checkpoints"
+        within = checkpoint is not None and folder.resolve() in checkpoint.parents
+        return not within and any(folder.glob("*.ckpt"))
+
+    if taken(version):
+        name = next(name for n in range(1, 10_000) if not taken(name := f"{version}-{n}"))
+        rank_zero_info(f"{folders.runs / version} holds another run, so this one goes to {folders.runs / name}")
+        folders.settings.version = name
+
+
+def check_tensors(model: InternVL, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError where a checkpoint does not hold exactly what trains here, by names and shapes."""
+    expected = {f"model.{n}": p for n, p in trainable_state(model).items()}
+    kept, found = set(expected), set(state)
+    if kept != found:
+        different = sorted(kept ^ found)
+        raise UserError(
+            f"--ckpt_path: the checkpoint does not hold what model.tune trains: {len(kept - found)} tensors are "
+            f"missing and {len(found - kept)} unexpected, {different[0]} among them; use the run's own config.yaml"
+        )
+    for name, tensor in state.items():
+        if expected[name].shape != tensor.shape:
+            raise UserError(
+                f"--ckpt_path: {name}: shape {tuple(tensor.shape)} in the checkpoint, {tuple(expected[name].shape)} by "
+                "model.tune and model.pretrained; use the run's own config.yaml"
+            )
+
+
+def check_checkpoint(path: str, experiment: Experiment) -> list[str]:
+    """What a fit from this checkpoint takes as typed, against what it was made with; see `check_same`."""
+    head = peek(Path(path))
+    if head is None or head.experiment is None:  # told where it is read, or by its tensors
+        return []
+    return check_same(path, head.experiment, experiment, head.epoch_ended)

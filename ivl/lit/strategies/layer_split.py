@@ -1,0 +1,108 @@
+"""Training with the layers of one model spread over several devices, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+
+from ivl.estimate.memory import split_sizes
+from ivl.estimate.training_step import Setup, Sketch
+from ivl.lit.largest import largest_batch
+from ivl.parallel.device_map import Sizes
+from ivl.types import UserError
+
+if TYPE_CHECKING:
+    from ivl.lit.module import LitInternVL
+
+
+class LayerSplit(SingleDeviceStrategy):
+    """One process, one model, its layers on several devices: for a model that is too large for each of them.
+
+    The devices compute in turn, so a step takes as long as on one of them; it is memory that adds up. Batches go to the
+    device of vision encoder, projector, embeddings and output layer. Checkpoints are those of one device.
+
+    Args:
+        devices: How many GPUs share the model, from the first; or their names. Default: all that are here.
+        device_max_memory: What may be used of each, such as [15GB, 15GB]; alone, it tells how many there are. Default:
+            what is free.
+        device_map: File (JSON or YAML) from names of modules to devices, instead of a plan.
+    """
+
+    def __init__(
+        self,
+        devices: int | list[str] | None = None,
+        device_max_memory: list[str] | None = None,
+        device_map: str | None = None,
+    ):
+        super().__init__()
+        if devices is None and device_max_memory is None and device_map is None:
+            devices = torch.cuda.device_count()
+        self.options = {"devices": devices, "device_max_memory": device_max_memory, "device_map": device_map}
+
+    @property
+    def _module(self) -> LitInternVL:
+        module = self.lightning_module
+        assert module is not None, "the trainer sets it first"
+        return cast("LitInternVL", module)
+
+    def setup_environment(self) -> None:
+        trainer = self._module.trainer
+        asked = len(trainer._accelerator_connector._parallel_devices)  # of which Lightning would take the first alone
+        if asked * trainer.num_nodes > 1:
+            raise UserError(
+                f"trainer.devices: {asked} on {trainer.num_nodes} machines; expected 1, as LayerSplit is one process: "
+                "how many devices share the model stands in trainer.strategy.devices"
+            )
+        if self.options["devices"] == 0:
+            raise UserError(
+                "trainer.strategy: LayerSplit finds no GPU here; expected two or more, or names of devices in "
+                "trainer.strategy.devices"
+            )
+
+    def reading(self, module: LitInternVL) -> dict[str, Any]:
+        """How `InternVL.from_pretrained` is to read the model. What trains is not left with the host."""
+        planned = module.trainer.training and self.options["device_map"] is None
+        needs = training_sizes(module) if planned else None
+        return self.options | {"needs": needs, "offload": False, "efficient": module.efficient}
+
+    def model_to_device(self) -> None:
+        """Each layer was read onto its device; what remains is where the batches go."""
+        assert self.accelerator is not None
+        self._root_device = self._module.model.device
+        self.accelerator.setup_device(self._root_device)
+        self._module._device = self._root_device  # as Lightning's FSDP does
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each state to the device of its parameter: Lightning would move all of them to one."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
+            optimizer.load_state_dict(state)
+
+    def teardown(self) -> None:
+        """The model stays where it is: Lightning would move it to the host, which may not hold it."""
+        self.precision_plugin.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def training_sizes(module: LitInternVL) -> Sizes:
+    """What each part of a model takes in a training step on the largest batch of the run, simulated without data."""
+    trainer = module.trainer
+    setup = Setup(
+        tune=module.tune,
+        precision=str(trainer.precision),
+        quantize=module.quantize,
+        vision_checkpointing=module.checkpointing.vision_model,
+        language_checkpointing=module.checkpointing.language_model,
+        attention="eager" if module.attention == "eager" else "sdpa",
+        efficient=module.efficient,
+        optimizer=type(module.make_optimizer([nn.Parameter(torch.zeros(1))])).__name__,
+        accumulate=trainer.accumulate_grad_batches,
+        strategy="layer_split",
+    )
+    sketch = Sketch(trainer.datamodule.processor.config, setup)
+    return split_sizes(sketch, sketch.activations(largest_batch(trainer.datamodule)))

@@ -1,0 +1,118 @@
+"""The template of a -hf folder, found in what its own Jinja text renders."""
+
+import json
+import shutil
+
+import pytest
+
+from ivl.commands.export import export
+from ivl.data.processor import Processor
+from ivl.data.text.template import TEMPLATES, find_template
+from ivl.types import UserError
+from tests.tiny import FAMILIES, write_checkpoint
+
+# As transformers' convert_internvl_weights_to_hf.py writes it into the released -hf folders
+PUBLISHED = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}{% elif content['type'] == 'text' %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)
+ROW = {"query": "<image>\n Which? ", "response": " A cat. ", "history": [["One", "two"]], "images": ["a.png"]}
+
+
+def as_hf(tmp_path, architecture="Qwen2ForCausalLM", **settings):
+    base = write_checkpoint(tmp_path / "base", architecture, **settings)
+    return base, export(str(tmp_path / "hf"), base=str(base), layout="hf")
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_rows_become_the_same_in_either_layout(tmp_path, architecture):
+    from PIL import Image
+
+    Image.new("RGB", (130, 60), "red").save(tmp_path / "a.png")
+    settings = {"overrides": {"system_message": "Be brief.", "max_dynamic_patch": 5}}
+    base, hf = as_hf(tmp_path, architecture, **settings)
+    ours, theirs = Processor.from_pretrained(base), Processor.from_pretrained(hf)
+    assert theirs.template == ours.template and theirs.system_message == ours.system_message == "Be brief."
+    assert theirs.max_tiles == ours.max_tiles == 5
+    one, two = (processor(ROW, root=tmp_path) for processor in (ours, theirs))
+    assert one.input_ids.tolist() == two.input_ids.tolist() and one.labels.tolist() == two.labels.tolist()
+    assert (one.tiles == two.tiles).all() and theirs.stop_ids == ours.stop_ids
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", None])
+def test_the_released_template_wherever_it_stands(tmp_path, place):
+    """It renders no system message of its own: the one that the models were trained with stands."""
+    _, hf = as_hf(tmp_path, template="Hermes-2")
+    (hf / "chat_template.jinja").unlink()
+    if place == "chat_template.jinja":
+        (hf / place).write_text(PUBLISHED)
+    elif place:
+        old = json.loads((hf / place).read_text()) if (hf / place).is_file() else {}
+        (hf / place).write_text(json.dumps(old | {"chat_template": PUBLISHED}))
+    found = Processor.from_pretrained(hf)
+    assert found.template.name == "internvl2_5"
+    assert found.system_message == find_template("internvl2_5").system_message
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_each_template_is_told_from_the_others(tmp_path, name):
+    style = {"phi3-chat": "Phi3ForCausalLM", "internvl_zh": "InternLM2ForCausalLM"}.get(name, "InternLM2ForCausalLM")
+    base = write_checkpoint(tmp_path / "base", style, template=name)
+    processor = Processor.from_pretrained(base)
+    from ivl.data.text.jinja_template import chat_template, recognised
+
+    (base / "chat_template.jinja").write_text(chat_template(processor.template, processor.tokenizer, "Hello."))
+    found = recognised(base, processor.config)
+    assert (found.template, found.system_message, found.answer_prefill) == (name, "Hello.", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for m in messages %}[{{ m['content'] }}]{% endfor %}", "renders '[s][ q ][ a ]', which no template"),
+        ("{% for m in %}", "cannot be rendered"),
+        ("{{ messages[0].role.__class__.__mro__[1].__subclasses__() }}", "cannot be rendered"),
+    ],
+)
+def test_a_template_that_is_none_of_ours(tmp_path, text, message):
+    _, hf = as_hf(tmp_path)
+    (hf / "chat_template.jinja").write_text(text)
+    with pytest.raises(UserError, match=r"chat_template\.jinja: ") as caught:
+        Processor.from_pretrained(hf)
+    assert message in str(caught.value)
+
+
+def test_no_template_at_all(tmp_path):
+    base, hf = as_hf(tmp_path, "LlamaForCausalLM")
+    (hf / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"no chat_template.jinja, and its language model \(LlamaForCausalLM\)"):
+        Processor.from_pretrained(hf)
+    shutil.rmtree(base)
+
+
+THINKING = PUBLISHED.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+
+@pytest.mark.parametrize("layout", ["hf", "released"])
+def test_a_template_that_opens_the_answer_with_a_thought(tmp_path, layout):
+    """A prompt is transformers' own; an answer that a row brings is written as it stands; exports keep it."""
+    from transformers import AutoProcessor
+
+    _, hf = as_hf(tmp_path, "Qwen3ForCausalLM")
+    (hf / "chat_template.jinja").write_text(THINKING)
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "How many?"}]
+    theirs = AutoProcessor.from_pretrained(hf).apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=True
+    )
+    folder = export(str(tmp_path / "again"), base=str(hf), layout=layout)
+    for place in (hf, folder):
+        processor = Processor.from_pretrained(place)
+        assert processor({"messages": messages}).input_ids.tolist() == theirs["input_ids"][0]
+        answered = [*messages, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nTwo."}]
+        text = processor.tokenizer.decode(processor({"messages": answered}).input_ids)
+        assert text.count("<think>") == 1 and text.endswith("</think>\n\nTwo.<|im_end|>\n")
+    path = folder / "chat_template.jinja"
+    assert "<think>" in (path if path.is_file() else folder / "tokenizer_config.json").read_text()

@@ -1,0 +1,37 @@
+"""Losses per source, and the time left."""
+
+import pytest
+import torch
+
+from ivl.estimate.flops import Work
+from ivl.lit.callbacks.monitor import SourceLosses, added, clock, utilisation
+from ivl.types import Batch, Conversation, Message
+
+
+def rows(*sources: str) -> list[Conversation]:
+    return [Conversation((Message("user", ("?",)),), source=source) for source in sources]
+
+
+def test_losses_per_source_are_means_over_tokens_since_the_last_reading():
+    losses = SourceLosses()
+    losses.add(rows("a", "b", "a"), torch.tensor([2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0]))
+    losses.add(rows("", "b"), torch.tensor([5.0, 9.0]), torch.tensor([5.0, 1.0]))
+    assert losses.read() == pytest.approx({"a": 2.0, "b": 3.0, "rows": 1.0})
+    losses.add(rows("b"), torch.tensor([8.0]), torch.tensor([2.0]))
+    assert losses.read() == {"b": 4.0}
+
+
+def test_work_and_utilisation(monkeypatch):
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    tiles, per_row = torch.zeros(3, 3, 2, 2), torch.tensor([1, 2])
+    batch = Batch(ids, ids.bool(), ids, ids, tiles, per_row, lengths=torch.tensor([5, 4]), supervised=[2, 1])
+    work = added(added(Work(), batch), batch)
+    assert work == Work(tiles=6, tokens=18, pairs=82, supervised=6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert utilisation(989.4e12 / 4, torch.device("cuda")) == pytest.approx(0.25)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some new device")
+    assert utilisation(1e12, torch.device("cuda")) is None and utilisation(1e12, torch.device("cpu")) is None
+
+
+def test_clock():
+    assert [clock(s) for s in (5, 65.4, 3600 + 62, 100_000)] == ["0:00:05", "0:01:05", "1:01:02", "1 d 03:46"]
