@@ -54,7 +54,9 @@ UNREAD = [
 ]
 
 
-@pytest.mark.parametrize(("row", "names"), UNREAD, ids=lambda value: " ".join(value) if isinstance(value, set) else "")
+@pytest.mark.parametrize(
+    ("row", "names"), UNREAD, ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else ""
+)
 def test_keys_that_are_not_read_are_gathered(row, names):
     assert set(parse(row, size=lambda _: (10, 10)).unread) == names
 
