@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from ivl.model.tune import PARTS
+from ivl.finetune.tune import PARTS
 from ivl.types import UserError
 
 UNLIMITED = float("inf")
