@@ -80,7 +80,7 @@ class Engine:
         self.running: list[Request] = []
         self.prefix_cache = prefix_cache
         self.cache = prefix_cache.cache if prefix_cache else KVCache(self.batching.rows)
-        self.runner = runner or StepRunner(model.language_model, model.device)
+        self.runner = runner or StepRunner(model.language_model, model.device, batching.graphs)
         self.dtype = model.language_model.lm_head.weight.dtype
         self._penalised = params.repetition_penalty != 1.0
         self._state = decoding.DecodingState(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,11 +26,15 @@ class Batching:
     """Most tokens in the key-value cache, room for the answers included; one row is always taken."""
     prefill_tokens: int = 8192
     """Most tokens of prompts that are read together; the vision encoder runs once over their tiles."""
+    graphs: Literal["auto", "off"] = "auto"
+    """auto: the decoding step as CUDA graphs where the model is on one GPU; off: never."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "tokens", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"batching: {name}: expected at least 1, found {getattr(self, name)}")
+        if self.graphs not in ("auto", "off"):
+            raise UserError(f"batching: graphs: expected auto or off, found {self.graphs!r}")
 
 
 @dataclass

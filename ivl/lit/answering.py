@@ -10,6 +10,7 @@ from functools import cached_property
 from ivl.checkpoint.fingerprint import fingerprint
 from ivl.data.processor import Processor
 from ivl.inference.engine import Engine
+from ivl.inference.graphs import StepRunner
 from ivl.inference.request import Batching, Request, row_seed
 from ivl.inference.sampling import Answer, NotFinite, SamplingParams, StoppingCriteria
 from ivl.lit.callbacks.prediction_writer import Row, answered, failed
@@ -71,13 +72,15 @@ class Answering:
         batching: Batching,
         name: str,
         keep_errors: bool = False,
+        compiled: bool = False,
     ) -> None:
         """`name`: what the model is called in the record of a score. `keep_errors`: a row that the model cannot take
-        is answered with its error; else it is raised."""
+        is answered with its error; else it is raised. `compiled`: the decoding step by torch.compile."""
         chosen, criteria = generation, stopping_criteria(model, processor, generation)
         self.model, self.name = model, name
         settings = chosen.sampling_params, chosen.max_new_tokens, chosen.num_beams, batching, chosen.logprobs
-        self.engine = Engine(model, criteria, *settings)
+        runner = StepRunner(model.language_model, model.device, batching.graphs, compiled)
+        self.engine = Engine(model, criteria, *settings, runner=runner)
         self._siblings: dict[int, list[Request]] = {}
         """Requests of each row that is being answered"""
         self.processor, self.generation, self.keep_errors = processor, generation, keep_errors
