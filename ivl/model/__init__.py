@@ -1,1 +1,1 @@
-"""The model: vision encoder, projector, language model, attention, loss. Imports nothing of data/ or lit/."""
+"""Model: vision encoder, projector, decoder, loss. Imports nothing of data/ or lit/."""

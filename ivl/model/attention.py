@@ -1,4 +1,4 @@
-"""Attention: one function, `attend`, over three forms of a batch, by four kernels.
+"""Attention: one function, `attend`, for packed, masked and plain causal batches, by four kernels.
 
 | layout | what a token sees | kernels |
 | --- | --- | --- |
@@ -28,11 +28,11 @@ AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 KERNELS = get_args(AttentionKernel)
 Layout = SequenceLayout | Tensor | None
 HALF, WIDTHS = (torch.float16, torch.bfloat16), range(8, 257, 8)
-"""Types, and widths of a head, that torch's kernel for all rows at once takes"""
+"""Dtypes and head widths of torch's kernel for all rows at once"""
 
 
 def choose_kernel(kernel: AttentionKernel, device: torch.device | str, dtype: torch.dtype) -> AttentionKernel:
-    """The attention kernel that `kernel` means here; auto is flash_attention_2 where it can run, else sdpa.
+    """Return the attention kernel to use; auto is flash_attention_2 where it can run, else sdpa.
 
     Raises UserError for an unknown name, and for flash_attention_2 where it cannot run.
     """
@@ -42,9 +42,9 @@ def choose_kernel(kernel: AttentionKernel, device: torch.device | str, dtype: to
     half = dtype in (torch.float16, torch.bfloat16)
     on_gpu = torch.device(device).type == "cuda"
     # flash-attn 2 has no kernels for GPUs before compute capability 8.
-    old = on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    too_old = on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
     if kernel == "auto":
-        return "flash_attention_2" if installed and half and on_gpu and not old else "sdpa"
+        return "flash_attention_2" if installed and half and on_gpu and not too_old else "sdpa"
     if kernel == "flash_attention_2" and not installed:
         raise UserError(
             "attention: flash_attention_2 needs the package flash-attn, which is not installed; "
@@ -91,10 +91,11 @@ def band(count: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def visible(query_positions_BT: Tensor, key_positions_BS: Tensor, rows_BT: Tensor | None, window: int | None) -> Tensor:
-    """Which keys a token may look at: itself and earlier ones of its own row. (B, 1, T, S) bool.
+    """Attention mask: True where a token may look at a key, itself or an earlier one of its row. (B, 1, T, S) bool.
 
     A key position of -1 is padding. The queries are the last T of the S keys; `rows_BT` (then S is T) are numbers of
-    rows in packs. `window`: how far back, in tokens. What sees nothing looks at itself, lest a softmax be over nothing.
+    rows in packs. `window`: how far back, in tokens. A token that sees no key looks at itself: a softmax over nothing
+    is NaN.
     """
     q_BT1, k_B1S = query_positions_BT[:, :, None], key_positions_BS[:, None, :]
     seen_BTS = (k_B1S >= 0) & (k_B1S <= q_BT1)
@@ -177,7 +178,7 @@ def _flash_window(window: int | None) -> tuple[int, int]:
 
 
 def has_varlen(device: torch.device, window: int | None = None) -> bool:
-    """Whether torch has a kernel for all rows at once there: from compute capability 8, in a release that has one."""
+    """True if torch has a kernel for all rows at once on the device: from compute capability 8, since torch 2.10."""
     if device.type != "cuda" or torch.version.hip is not None or not _is_recent(device):
         return False
     return bool(_varlen_arguments()) and (window is None or "window_size" in _varlen_arguments())
@@ -190,7 +191,7 @@ def _is_recent(device: torch.device) -> bool:
 
 @cache
 def _varlen_arguments() -> frozenset[str]:
-    """What torch's `varlen_attn` takes here; it came with torch 2.10, groups and windows later."""
+    """Names of the arguments of torch's `varlen_attn`; it came with torch 2.10, groups and windows later."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -201,19 +202,21 @@ def _varlen_arguments() -> frozenset[str]:
 def at_once(
     q_1HTK: Tensor, k_1GTK: Tensor, v_1GTK: Tensor, layout: SequenceLayout, window: int | None = None
 ) -> Tensor:
-    """As `by_row`, without dropout, by one kernel."""
+    """Causal attention of each row to itself, by one kernel, without dropout: (1, T, H, K), as `by_row`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = _varlen_arguments()
-    given: dict[str, Any] = {"window_size": _flash_window(window)} if "window_size" in known else {"is_causal": True}
+    arguments = _varlen_arguments()
+    options: dict[str, Any] = (
+        {"window_size": _flash_window(window)} if "window_size" in arguments else {"is_causal": True}
+    )
     if q_1HTK.shape[1] != k_1GTK.shape[1]:
-        if "enable_gqa" in known:
-            given["enable_gqa"] = True
+        if "enable_gqa" in arguments:
+            options["enable_gqa"] = True
         else:
             k_1GTK, v_1GTK = _repeated(q_1HTK, k_1GTK, v_1GTK)
     q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1).contiguous() for x in (q_1HTK, k_1GTK, v_1GTK))
     ends = layout.cu_seqlens.to(q_THK.device, non_blocking=True)  # layers may be spread over devices
-    out: Any = varlen_attn(q_THK, k_TGK, v_TGK, ends, ends, layout.max_length, layout.max_length, **given)
+    out: Any = varlen_attn(q_THK, k_TGK, v_TGK, ends, ends, layout.max_length, layout.max_length, **options)
     return out[None]
 
 

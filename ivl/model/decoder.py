@@ -1,4 +1,4 @@
-"""The language model of every release: RMSNorm, attention with grouped keys, rotary positions, a gated MLP.
+"""Decoder: the language model of every release (RMSNorm, grouped-query attention, rotary, SwiGLU).
 
     ids → `embed_tokens` → layers: x + attention(norm(x)), x + mlp(norm(x)) → `norm` → `lm_head`
 
@@ -51,7 +51,7 @@ class DecoderConfig:
     rope: Rope = field(default_factory=Rope)
     qkv_bias: bool = False
     output_bias: bool = False
-    """Of attention's last layer"""
+    """Bias of attention's output layer"""
     mlp_bias: bool = False
     qk_norm: bool = False
     """Queries and keys are normalised head by head"""
@@ -60,10 +60,10 @@ class DecoderConfig:
     mlp: str = "gated"
     """A key of `MLPS`"""
     sliding_window: int | None = None
-    """How many tokens back a token looks, itself included; None: to the beginning"""
+    """Tokens that a token looks back at, itself included; None: to the beginning"""
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
-    """On what attention and the MLP add"""
+    """Dropout on what attention and the MLP add to the residual stream"""
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
@@ -72,11 +72,11 @@ class DecoderConfig:
 
     @classmethod
     def from_llm(cls, raw: dict[str, Any], family: LLMFamily, attention: str = "sdpa") -> DecoderConfig:
-        """The config that an `llm_config` gives, which `ivl.config_fields` has checked.
+        """Read the fields of an `llm_config` that `ivl.config_fields` has checked.
 
-        Raises UserError for what no release has.
+        Raises UserError for a setting that no release has.
         """
-        raw = dict(family.defaults) | {new: raw[old] for old, new in family.renamed if old in raw} | raw
+        raw = dict(family.defaults) | {new: raw[raw_key] for raw_key, new in family.renamed if raw_key in raw} | raw
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if raw.get("use_sliding_window"):
             raise UserError("llm_config.use_sliding_window: true is not supported; expected false, as in every release")
@@ -161,7 +161,7 @@ class GatedMLP(nn.Module):
 
 
 MLPS: dict[str, Callable[[DecoderConfig], nn.Module]] = {"gated": GatedMLP}
-"""What stands behind attention in a layer; a row of `ivl.families.LLMS` names its own. (B, T, D) → (B, T, D)"""
+"""MLP classes, (B, T, D) → (B, T, D), by the name that an entry of `ivl.families.LLMS` gives"""
 
 
 class DecoderLayer(nn.Module):
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
         self.checkpointing = False
         """Keep only the input of each layer in training, and compute the rest again in backward"""
         self.around_layer: Callable[[], AbstractContextManager[None]] = nullcontext
-        """In which each layer's forward runs in training (`ivl.model.efficient.recompute`)"""
+        """Context of each layer's forward in training (`ivl.model.efficient.recompute`)"""
         self.last_layer_selects = False
         """The last layer computes `outputs_M` alone (`ivl.model.efficient.last_block`)"""
 

@@ -1,4 +1,4 @@
-"""The image tokens of a batch that was built by hand are those of its tiles, or an error says which row's are not."""
+"""Check of a batch that was built by hand: image tokens and tiles agree, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InternVL: a vision tower, a projector, a language model. The file to read first.
+"""InternVL: vision tower, projector, language model. The file to read first.
 
 tiles → `vision_model` → pixel shuffle → `mlp1` → written over the image tokens' embeddings → `language_model` → loss
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Output(Losses):
-    """What a forward gives: the losses where there are labels, logits on request."""
+    """Result of a forward: the losses where there are labels, logits on request."""
 
     logits: Tensor | None = None
     """(B, T, V)"""
 
 
 def normalize(tiles_N3SS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 tiles → what the tower takes, equal to torchvision's ToTensor and Normalize. Floats pass as they are."""
+    """uint8 tiles → pixels for the tower, equal to torchvision's ToTensor and Normalize. Floats pass as they are."""
     if tiles_N3SS.is_floating_point():
         return tiles_N3SS.to(dtype)
     # Not made on the device, which would wait for it.
@@ -78,7 +78,7 @@ class InternVL(nn.Module):
         super().__init__()
         self.config = config
         self.image_token_id = image_token_id
-        """Id of `<IMG_CONTEXT>`, from a checkpoint's tokenizer files; -1: no token is an image's"""
+        """Id of `<IMG_CONTEXT>`, from a checkpoint's tokenizer files; -1: there are no image tokens"""
         self.eos_ids: list[int] = []
         """Ids that end an answer, from the checkpoint's generation_config.json"""
         self.always_run_vision = False
@@ -86,13 +86,13 @@ class InternVL(nn.Module):
         self.neftune_alpha = 0.0
         """Noise on the embeddings of text in training, by `add_noise`; 0: none"""
         self.lora_start: dict[str, tuple[Tensor, Tensor]] = {}
-        """Of each layer whose LoRA was taken out of its weight (`ivl.finetune.tune`): the two matrices it began with"""
+        """PiSSA: initial (A, B) of each layer, needed to export the update (`ivl.finetune.tune`)"""
         self.is_loaded_in_8bit = self.is_loaded_in_4bit = False
-        """Whether layers are quantised (`ivl.checkpoint.quantization`); peft asks by these names"""
+        """True if layers are quantised (`ivl.checkpoint.quantization`); peft reads these names"""
         self.features_projected = False
-        """Whether features that a batch brings are those behind `mlp1`"""
+        """True if the features in a batch are outputs of `mlp1`; False: of the tower"""
         self.efficient = efficient
-        """Layers train in less memory and time, by `ivl.model.efficient`"""
+        """Train in less memory and time, by `ivl.model.efficient`"""
         self.vision_model = InternViT(config.vision, kernel)
         self.language_model = LanguageModel(
             DecoderConfig.from_llm(config.llm, llm_family(config.llm_architecture), kernel)
@@ -115,9 +115,9 @@ class InternVL(nn.Module):
         image_token_id: int = -1,
         efficient: bool = True,
     ) -> InternVL:
-        """The model in eval mode with random weights, or, on the device `meta`, with none.
+        """Build the model in eval mode with random weights, or, on the device `meta`, with none.
 
-        There `auto` means sdpa: name the kernel, or ask `choose_kernel` about the device to come.
+        On `meta`, `auto` means sdpa: name the kernel, or ask `choose_kernel` about the device to come.
         """
         dtype = splitting.as_dtype(dtype)
         with torch.device(device):
@@ -138,7 +138,7 @@ class InternVL(nn.Module):
         offload: bool = True,
         efficient: bool = True,
     ) -> InternVL:
-        """A released checkpoint, in eval mode: a folder, or a name that `ivl.hub` finds.
+        """Load a released checkpoint, in eval mode: a folder, or a name that `ivl.hub` finds.
 
         `quantize`: 8 or 4 bits for the linear layers of the language model's blocks. A checkpoint that is stored in 8
         bits stays so, and computes in bfloat16. float32 is taken, with a warning, where the device has no `dtype`.
@@ -165,7 +165,7 @@ class InternVL(nn.Module):
         return self.language_model.config.vocab_size
 
     def set_checkpointing(self, vision: bool, language: bool) -> None:
-        """Trade compute for memory: keep only layer inputs in training, and compute the rest again in backward."""
+        """Set activation checkpointing: save only layer inputs in training, and recompute the rest in backward."""
         self.vision_model.encoder.checkpointing = vision
         self.language_model.model.checkpointing = language
 
@@ -207,8 +207,7 @@ class InternVL(nn.Module):
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
             head = self.language_model.lm_head
             settings = (loss_weights, loss_chunk, label_smoothing, supervised_at)
-            found = losses(head, hidden, labels, row_ids, rows, *settings)
-            output = Output(**vars(found))
+            output = Output(**vars(losses(head, hidden, labels, row_ids, rows, *settings)))
         if labels is None or return_logits:
             output.logits = self.language_model.lm_head(hidden)
         return output
@@ -220,7 +219,7 @@ class InternVL(nn.Module):
         masks: tuple[Tensor | None, Tensor | None, Tensor | None],
         read_M: Tensor | None,
     ) -> Tensor:
-        """The last hidden states, (B, T, D), or those at `read_M` alone, (M, D)."""
+        """Last hidden states, (B, T, D), or those at `read_M` alone, (M, D)."""
         if layout is not None and self.language_model.config.attention != "eager":
             return self.language_model.packed(embeds_BTD, layout.to(embeds_BTD.device, non_blocking=True), read_M)
         hidden_BTD = self.language_model.padded(embeds_BTD, *masks)
@@ -238,8 +237,8 @@ class InternVL(nn.Module):
     ) -> Tensor:
         """Embeddings of a batch, those of image tokens taken from the tiles in order: (B, T, D).
 
-        `features_NPC`: `tower_features` of all tiles, or what `mlp1` made of them (`features_projected`), made before.
-        `image_at`: as in a Batch; None: looked for, which waits for the device.
+        `features_NPC`: `tower_features` of all tiles, or `tile_features` (`features_projected`), from a feature cache.
+        `image_at`: as in a Batch; None: computed here, which waits for the device.
         """
         size = self.config.image_size
         image_BT = input_ids_BT == self.image_token_id
@@ -258,7 +257,7 @@ class InternVL(nn.Module):
             return embeds_BTD
         if count == 0:
             features_NPC = None
-            # Written nowhere, so every parameter of the tower and the projector gets a gradient, and it is zero.
+            # Written to no place, so every parameter of the tower and the projector gets a gradient, and it is zero.
             tiles_N3SS = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
         if features_NPC is None:
             features_NPD = self.tile_features(tiles_N3SS)
@@ -271,11 +270,11 @@ class InternVL(nn.Module):
         return embeds_BTD.flatten(0, 1).index_copy(0, image_at, features_ID).unflatten(0, image_BT.shape)
 
     def tile_features(self, tiles_N3SS: Tensor) -> Tensor:
-        """What the language model reads of each tile, uint8 or normalised: (N, P, D)."""
+        """Image token embeddings of tiles, uint8 or normalised: (N, P, D)."""
         return self.mlp1(self.tower_features(tiles_N3SS).to(self.dtype))
 
     def tower_features(self, tiles_N3SS: Tensor) -> Tensor:
-        """What `mlp1` reads of each tile, uint8 or normalised: (N, P, C / ratio²)."""
+        """Tower features of tiles after pixel shuffle, uint8 or normalised: (N, P, C / ratio²)."""
         trained = any(p.requires_grad for p in self.vision_model.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             pixels_N3SS = normalize(tiles_N3SS, self.vision_model.embeddings.patch_embedding.weight.dtype)

@@ -1,4 +1,4 @@
-"""Layers that the vision encoder and the language model share, and two questions about weights and types."""
+"""Layers of both encoder and decoder: RMSNorm, activations; helpers for shards and autocast."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ class RMSNorm(nn.Module):
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether a weight is not whole here: split over devices, or at hand in its layer's own forward and backward alone,
-    by hooks of the layer (DeepSpeed's third stage)."""
+    """True if this process holds a shard of a weight alone: a DTensor, or a parameter under DeepSpeed's third stage,
+    gathered by hooks during its layer's forward and backward."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """Of a type of device; None where autocast is off."""
+    """Autocast's dtype on a type of device; None where autocast is off."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none
     return torch.get_autocast_dtype(kind) if on else None
 
 
 def adopted(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A new module of a subclass, with another's parameters, children and settings."""
+    """Return a module of a subclass that shares another's parameters, children and settings."""
     new = kind.__new__(kind)
     new.__dict__.update(module.__dict__)
     return new

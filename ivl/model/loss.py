@@ -1,4 +1,4 @@
-"""The loss of supervised tokens: logits a chunk at a time, and how rows are weighted.
+"""Loss of supervised tokens: logits a chunk at a time, weights of rows.
 
 Shapes: B rows, T tokens of a row, M supervised tokens, D width, R rows of a batch (more than B where packed).
 torch's own `linear_cross_entropy` computes chunks in the same way, for a plain linear layer without label smoothing;
@@ -22,13 +22,13 @@ Reduction = Literal["token", "sample", "square"]
 
 @dataclass
 class Losses:
-    """Of a batch; `loss` is `loss_sum` over `weight_sum` (0 where nothing is supervised)."""
+    """Losses of a batch; `loss` is `loss_sum` over `weight_sum` (0 where nothing is supervised)."""
 
     loss: Tensor | None = None
     loss_sum: Tensor | None = None
     """Negative log-likelihood of all supervised tokens, each times its weight, for a mean over several batches"""
     weight_sum: Tensor | None = None
-    """Of the supervised tokens' weights; `num_supervised` where all count alike"""
+    """Sum of the supervised tokens' weights; `num_supervised` where all count alike"""
     num_supervised: Tensor | None = None
     row_losses: Tensor | None = None
     """(R,) negative log-likelihood of each row's supervised tokens, unweighted and without gradient"""
@@ -49,7 +49,7 @@ def losses(
 ) -> Losses:
     """The losses of a batch of `count` rows; a position is predicted from the one before it.
 
-    `hidden`: (B, T, D), or (M, D) at `supervised_places` alone. `at_M`: those places, where they are known; labels
+    `hidden`: (B, T, D), or (M, D) at `supervised_places` alone. `at_M`: those places, computed where None; labels
     there may have become IGNORE since.
     """
     at_M = supervised_places(labels_BT) if at_M is None else at_M
@@ -100,7 +100,7 @@ def row_sums(values_M: Tensor, rows_M: Tensor, count: int) -> Tensor:
 
 
 def loss_weights(labels_BT: Tensor, row_ids_BT: Tensor | None, count: int, reduction: Reduction) -> Tensor | None:
-    """How much each supervised token counts: (B, T), 0 elsewhere; None for `token`, where all count alike.
+    """Weight of each supervised token: (B, T), 0 elsewhere; None for `token`, where all count alike.
 
     A row of n supervised tokens weighs n (`token`), 1 (`sample`), or the square root of n (`square`), as in
     OpenGVLab/InternVL, internvl_chat/internvl/train/internvl_chat_finetune.py, `len2weight`.

@@ -1,4 +1,6 @@
-"""Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) and their scalings for long rows.
+"""Rotary position embedding, and its scalings for long rows.
+
+Source: Su et al. 2021, https://arxiv.org/abs/2104.09864.
 
 Shapes: B rows, T tokens of this call, R half the width of a head.
 """
@@ -53,7 +55,7 @@ class Rope:
 
     @classmethod
     def from_llm(cls, raw: dict[str, Any]) -> Rope:
-        """The settings that an `llm_config` gives, which `ivl.config_fields` has checked."""
+        """Read the rotary settings of an `llm_config` that `ivl.config_fields` has checked."""
         values = rope_parameters(raw)
         kind, theta = values["rope_type"], float(values.get("rope_theta", cls.theta))
         factor = float(values.get("factor", 1.0))
@@ -69,10 +71,10 @@ class Rope:
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of each position: a function of the positions of this call and of nothing that came before.
+    """cos and sin of each position, from the positions of this call alone: the module has no state.
 
-    The frequencies of dynamic NTK and longrope follow from the length of a token's own row. (transformers' module
-    remembers the longest row it has seen, and lets the longest row of a batch decide for all.) Keys in a cache keep
+    The frequencies of dynamic NTK and longrope follow from the length of a token's row. (transformers' module
+    remembers the longest row so far, and lets the longest row of a batch decide for all.) Keys in a cache keep
     the frequencies they were made with, as in the reference: once a decoded row outgrows the limit, decoding with a
     cache and one long forward differ.
 
@@ -118,7 +120,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def row_lengths(positions_BT: Tensor) -> Tensor:
-    """Of each token, how long its row is with this call; a row begins where positions do not go on by one. (B, T)"""
+    """Length of each token's row, this call included; a row begins where positions do not go on by one. (B, T)"""
     if positions_BT.shape[1] == 1:
         return positions_BT + 1
     starts_BT = torch.zeros_like(positions_BT)

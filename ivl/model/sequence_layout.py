@@ -1,4 +1,4 @@
-"""The layout of a batch that was built by hand, read off its masks and positions.
+"""Sequence layout of a batch that was built by hand, from its masks and positions.
 
 The collator knows the lengths of rows, and makes the layout from them (`ivl.types.SequenceLayout`).
 
@@ -22,7 +22,7 @@ def layout_of(
 ) -> SequenceLayout | None:
     """The layout of a batch, on the CPU; None where its rows are not runs from position 0.
 
-    `lengths` (rows,), on the CPU: tokens of each row; None: looked for, which waits for the device.
+    `lengths` (rows,), on the CPU: tokens of each row; None: computed from the masks, which waits for the device.
     """
     if lengths is None:
         lengths = lengths_of(mask_BT, positions_BT, rows_BT, *ids_BT.shape)
@@ -34,21 +34,22 @@ def lengths_of(
 ) -> Tensor | None:
     """(rows,) tokens of each row, on the CPU; None where they are not runs from position 0, padded on the right."""
     if rows_BT is None:
-        whole = torch.full((B,), T) if mask_BT is None else mask_BT.sum(1).cpu()
-        return whole if is_plain(mask_BT, positions_BT) else None
+        row_sizes = torch.full((B,), T) if mask_BT is None else mask_BT.sum(1).cpu()
+        return row_sizes if is_plain(mask_BT, positions_BT) else None
     if B > 1 or positions_BT is None:
         return None
     rows, starts = rows_BT[0].cpu(), positions_BT[0].cpu() == 0
-    own = rows[rows >= 0]
-    _, counts = own.unique_consecutive(return_counts=True)
+    row_tokens = rows[rows >= 0]
+    _, counts = row_tokens.unique_consecutive(return_counts=True)
     begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
     steps = torch.cat([torch.arange(int(count)) for count in counts])
-    in_order = bool((rows[: len(own)] >= 0).all()) and len(own.unique()) == len(counts)
-    return counts if in_order and starts[begins].all() and positions_BT[0, : len(own)].cpu().equal(steps) else None
+    in_order = bool((rows[: len(row_tokens)] >= 0).all()) and len(row_tokens.unique()) == len(counts)
+    in_steps = positions_BT[0, : len(row_tokens)].cpu().equal(steps)
+    return counts if in_order and starts[begins].all() and in_steps else None
 
 
 def is_plain(mask_BT: Tensor | None, positions_BT: Tensor | None) -> bool:
-    """Whether every row is one run of tokens from position 0, padded on the right."""
+    """True if every row is one run of tokens from position 0, padded on the right."""
     plain = torch.tensor(True)
     if mask_BT is not None:
         plain = (mask_BT[:, 1:] <= mask_BT[:, :-1]).all()

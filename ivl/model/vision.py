@@ -1,5 +1,6 @@
-"""InternViT, the vision tower, in both released variants; module names are those of the released checkpoints.
+"""InternViT, the vision tower, in both released variants.
 
+Module names are those of the released checkpoints.
 300M: LayerNorm, biased qkv. 6B: RMSNorm, unbiased qkv, queries and keys normalised over the full width.
 Facts about the architecture: OpenGVLab/InternVL, internvl_chat/internvl/model/internvl_chat/modeling_intern_vit.py.
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(self.mixed(x_NLD)))
 
     def mixed(self, x_NLD: Tensor) -> Tensor:
-        """What the heads bring together: (N, L, D)."""
+        """Concatenated outputs of the heads, before the projection: (N, L, D)."""
         q_NLD, k_NLD, v_NLD = self.qkv(x_NLD).chunk(3, dim=-1)
         q_NLD, k_NLD = self.q_norm(q_NLD), self.k_norm(k_NLD)
         q_NHLK, k_NHLK, v_NHLK = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q_NLD, k_NLD, v_NLD))
@@ -160,7 +161,7 @@ class Encoder(nn.Module):
         self.checkpointing = False
         """Keep only the input of each layer in training, and compute the rest again in backward"""
         self.around_layer: Callable[[], AbstractContextManager[None]] = nullcontext
-        """In which each layer's forward runs in training (`ivl.model.efficient.recompute`)"""
+        """Context of each layer's forward in training (`ivl.model.efficient.recompute`)"""
 
     def forward(self, x_NLD: Tensor, count: int) -> Tensor:
         for layer in self.layers[:count]:

@@ -7,7 +7,7 @@ from peft.tuners import lora as peft_lora
 from torch import nn
 
 from ivl.model.efficient import lora_linear as lora
-from ivl.model.efficient.lora_linear import LoRALinear, LoRAProduct, kept
+from ivl.model.efficient.lora_linear import LoRALinear, LoRAProduct, dropout_mask
 
 
 def pair(bias: bool = True, dropout: float = 0.0, **more) -> tuple[nn.Module, nn.Module]:
@@ -67,7 +67,7 @@ def test_dropout_drops_the_same_in_forward_and_backward(monkeypatch):
             return x * mask / 0.5
 
     theirs.lora_dropout["default"] = Given()
-    monkeypatch.setattr(lora, "kept", lambda shape, dropout, device: (mask, 1 - dropout))
+    monkeypatch.setattr(lora, "dropout_mask", lambda shape, dropout, device: (mask, 1 - dropout))
     for expected, found in zip(run(theirs, x), run(ours, x)):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_the_function():
 
 
 def test_dropout_keeps_its_share_and_is_off_in_use():
-    mask, share = kept(torch.Size((1000, 1001)), 0.05, torch.device("cpu"))
+    mask, share = dropout_mask(torch.Size((1000, 1001)), 0.05, torch.device("cpu"))
     assert share == pytest.approx(0.95, abs=1e-5)
     assert mask.float().mean() == pytest.approx(0.95, abs=1e-3)
     assert mask.float().mean(0).std() == pytest.approx((0.95 * 0.05 / 1000) ** 0.5, rel=0.1)  # each value on its own

@@ -1,4 +1,4 @@
-"""torch.compile of the layers of the tower and of the language model, each by itself: regional compilation.
+"""Regional compilation: torch.compile of each layer of the tower and of the language model.
 
 Layers of one kind have the same code, so what is compiled for one serves all, whatever their number. Names of
 parameters do not change. Attention over rows stays as it is (`ivl.model.attention`): for each list of lengths it would

@@ -1,4 +1,4 @@
-"""The last layer of the language model, behind attention, for the tokens alone that the loss reads.
+"""The last layer's MLP for supervised tokens alone: the loss reads no others.
 
 No other token's last hidden state is read by anything, and about one token in fifteen is supervised; so the last MLP is
 computed for those. `DecoderLayer.forward` takes their positions as `outputs_M`.

@@ -1,4 +1,4 @@
-"""A linear layer and the layer scale behind it as one operation of autograd: the same numbers, less kept in training.
+"""Linear layer and layer scale as one autograd operation, which saves less for backward.
 
 y = s (x W' + b). autograd keeps x W' + b for the gradient of s, a tensor as wide as a block's input. But that gradient
 follows from the product M = dy' x, from which that of W is made as well: dW = s M, and ds = rows of W M summed + b dy.
@@ -48,7 +48,7 @@ class ScaledProduct(torch.autograd.Function):
 
 
 def scaled(linear: nn.Module, x: Tensor, scale_O: Tensor) -> Tensor:
-    """`linear(x) * scale_O`, with less kept where all of it trains."""
+    """`linear(x) * scale_O`; saves less for backward where all three tensors train."""
     tensors = [getattr(linear, "weight", None), getattr(linear, "bias", None), scale_O]
     plain = type(linear) is nn.Linear and not torch.compiler.is_compiling()
     for p in tensors if plain else ():

@@ -1,7 +1,8 @@
-"""peft's LoRA on a linear layer as one operation of autograd: the same layer, less memory and time in training.
+"""LoRA on a linear layer as one autograd operation: peft's layer in less memory and time.
 
 peft's own forward keeps for backward, of each layer, the input after dropout and a mask as wide and as precise as the
 input; here layers share one input, and a mask is one byte a value. `tune.inject` puts it in peft's place.
+`ivl.finetune.tune` has a drawing of LoRA.
 
 Saves: what peft keeps of each layer beside its input; peak memory and time of a step in `benchmarks/README.md`.
 Proof: equal to peft's own layer, gradients included, up to rounding (`tests/model/test_lora.py`).
@@ -24,8 +25,8 @@ from ivl.finetune.tune import ADAPTER
 from ivl.model.layers import adopted, autocast_dtype, is_sharded
 
 
-def kept(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
-    """What dropout keeps, as 0 or 1, and the share that it keeps: 16 random bits a value, so to the next 1 / 65536.
+def dropout_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
+    """Dropout mask of 0 and 1, and the share of ones: 16 random bits a value, so to the next 1 / 65536.
 
     Drawn four values at a time: on a CPU Bernoulli numbers cost as much as a layer's product with its weight.
     """
@@ -36,7 +37,7 @@ def kept(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tenso
     return (bits >= dropped - 2**15).view(torch.uint8), 1 - dropped / 2**16
 
 
-def _kept_of(x_NI: Tensor, mask_NI: Tensor | None) -> Tensor:
+def _masked(x_NI: Tensor, mask_NI: Tensor | None) -> Tensor:
     return x_NI if mask_NI is None else x_NI * mask_NI
 
 
@@ -57,10 +58,10 @@ class LoRAProduct(torch.autograd.Function):
         dtype = autocast_dtype(x_NI.device.type) or x_NI.dtype
         mask_NI = None
         if dropout:
-            mask_NI, share = kept(x_NI.shape, dropout, x_NI.device)
+            mask_NI, share = dropout_mask(x_NI.shape, dropout, x_NI.device)
             scale = scale / share
-        seen_NI = _kept_of(x_NI, mask_NI)
-        low_NR = F.linear(seen_NI.to(dtype), a_RI.to(dtype))
+        masked_NI = _masked(x_NI, mask_NI)
+        low_NR = F.linear(masked_NI.to(dtype), a_RI.to(dtype))
         y_NO = F.linear(x_NI.to(dtype), weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
         y_NO.addmm_(low_NR, b_OR.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, mask_NI, low_NR)
@@ -74,7 +75,7 @@ class LoRAProduct(torch.autograd.Function):
         dtype, dx_NI = dy_NO.dtype, None
         db_OR = (dy_NO.t() @ low_NR).to(b_OR.dtype) * ctx.scale
         dlow_NR = (dy_NO @ b_OR.to(dtype)) * ctx.scale
-        da_RI = (dlow_NR.t() @ _kept_of(x_NI, mask_NI).to(dtype)).to(a_RI.dtype)
+        da_RI = (dlow_NR.t() @ _masked(x_NI, mask_NI).to(dtype)).to(a_RI.dtype)
         if ctx.needs_input_grad[0]:
             dx_NI = dlow_NR @ a_RI.to(dtype)
             dx_NI = dx_NI if mask_NI is None else dx_NI.mul_(mask_NI)
@@ -88,7 +89,7 @@ class LoRALinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The compiler sees through peft's own operations, and arranges what is kept by itself.
         compiling = torch.compiler.is_compiling()
-        if compiling or args or kwargs or self.disable_adapters or self.merged or not self._plain():
+        if compiling or args or kwargs or self.disable_adapters or self.merged or not self._is_plain():
             return super().forward(x, *args, **kwargs)
         base, dropout = self.base_layer, self.lora_dropout[ADAPTER]
         share = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
@@ -96,8 +97,8 @@ class LoRALinear(lora.Linear):
         y_NO = LoRAProduct.apply(x.flatten(0, -2), *tensors, self.scaling[ADAPTER], share)
         return y_NO.unflatten(0, x.shape[:-1])
 
-    def _plain(self) -> bool:
-        """Whether this is one adapter on frozen weights that are whole here."""
+    def _is_plain(self) -> bool:
+        """True if the fused path applies: one active adapter, frozen weights, no shards."""
         if self.active_adapters != [ADAPTER] or self.lora_variant or self.lora_bias.get(ADAPTER):
             return False
         base = self.base_layer

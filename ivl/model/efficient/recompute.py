@@ -1,4 +1,4 @@
-"""Selective recomputation: norms and activations are computed again in backward, and their results are not kept.
+"""Selective recomputation of norms and activations in backward; results are not saved.
 
 A linear layer keeps its input for backward. Where that came from a norm or an activation, what it was made from is kept
 as well, so the result need not be:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Recompute:
-    """How a tensor is computed. Done once in a backward, for all that read it there."""
+    """Function and inputs of a tensor, to compute it once in a backward for all that read it there."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], result: Tensor) -> None:
         self.function, self.inputs = function, tuple(x.detach() for x in inputs)
@@ -66,7 +66,7 @@ class Recompute:
 
 
 _REGION: ContextVar[dict[int, Recompute] | None] = ContextVar("region", default=None)
-"""The results of a region, by their storage"""
+"""Recomputed results of the current region, by their storage"""
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 @contextmanager
 def recompute_region() -> Iterator[None]:
-    """Around a layer, in a forward whose backward will come: results of `recompute` are not kept."""
+    """Context of a layer's forward in training: results of `recompute` are not saved for backward."""
     region: dict[int, Recompute] = {}
 
     def pack(tensor: Tensor) -> Any:
@@ -110,7 +110,7 @@ def recompute_region() -> Iterator[None]:
 
 
 def unpack(packed: Any) -> Tensor:
-    """What was packed, as the same view of the same numbers."""
+    """Return the packed tensor: the same view of the same numbers, recomputed where it was not saved."""
     if isinstance(packed, Tensor):
         return packed
     recipe, *view = packed
@@ -134,7 +134,7 @@ class Recomputed(nn.Module):
 
 
 class RMSNorm(layers.RMSNorm):
-    """Its float32 copy and what the weights multiply are recomputed as well."""
+    """RMSNorm whose float32 copy and normalised input are recomputed as well."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.weight * recompute(self._unit, x_BTD)
@@ -145,11 +145,11 @@ class RMSNorm(layers.RMSNorm):
 
 
 class InputRMSNorm(Recomputed, RMSNorm):
-    """In front of a layer's linear layers."""
+    """RMSNorm in front of linear layers."""
 
 
 class InputLayerNorm(Recomputed, nn.LayerNorm):
-    """In front of a layer's linear layers."""
+    """LayerNorm in front of linear layers."""
 
 
 class Activation(nn.Module):
@@ -164,7 +164,7 @@ class Activation(nn.Module):
 
 
 class Gated(layers.Gated):
-    """act(gate) and its product with up are recomputed."""
+    """Activation of a gated MLP; act(gate) and its product with up are recomputed."""
 
     def forward(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
         return recompute(self._gated, gate_BTF, up_BTF)
