@@ -1,1 +1,1 @@
-"""Checkpoint folders and a run's checkpoint files, read and written: names, weights, quantisation."""
+"""Checkpoint folders and a run's checkpoint files: names, weights, quantisation."""

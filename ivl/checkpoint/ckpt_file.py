@@ -1,4 +1,4 @@
-"""Reading a checkpoint file of a run (`*.ckpt`, `weights.pt`): by one function, for every command.
+"""Reader of a run's checkpoint files (`*.ckpt`, `weights.pt`), for every command.
 
 The file is a zip archive as torch.save writes it: each member is stored as it is and has a checksum. A file whose
 checksums do not hold, that is compressed (and so could be made to fill any memory), or that is another program's is
@@ -18,11 +18,11 @@ from torch import Tensor
 from ivl.types import UserError
 
 PREFIX = "model."
-"""How names in a run's `state_dict` begin: the model is a member of its LightningModule"""
+"""Prefix of names in a run's `state_dict`: the model is a member of its LightningModule"""
 
 
 def read_ckpt(path: str | Path, map_location: Any = "cpu", needed: Collection[str] = ("state_dict",)) -> dict[str, Any]:
-    """The content of a checkpoint file, mapped into memory: a process reads only what it takes.
+    """Return the content of a checkpoint file, mapped into memory: a process reads only what it takes.
 
     `needed`: keys that must be there. Raises UserError where the file is missing, damaged, or no checkpoint of a run.
     """
@@ -39,22 +39,22 @@ def read_ckpt(path: str | Path, map_location: Any = "cpu", needed: Collection[st
     for key, expected, right in _CONTENT:
         value = content.get(key)
         if not right(value) if value is not None else key in needed:
-            found = "nothing" if value is None else f"another {type(value).__name__}"
+            kind = "nothing" if value is None else f"another {type(value).__name__}"
             raise UserError(
-                f"{path}: not a checkpoint of this program's: {key}: expected {expected}, found {found}; give a file "
+                f"{path}: not a checkpoint of this program's: {key}: expected {expected}, found {kind}; give a file "
                 "that `fit` has written"
             )
     return content
 
 
 def trained_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors that a run has trained, in the model's names. Raises UserError as `read_ckpt` does."""
+    """Return the tensors that a run has trained, in the model's names. Raises UserError as `read_ckpt` does."""
     return {name.removeprefix(PREFIX): tensor for name, tensor in read_ckpt(path)["state_dict"].items()}
 
 
 def best_beside(path: str | Path) -> str | None:
-    """The step of a run's checkpoint, and the best one beside it where a number chose it, for people to choose; None
-    where there is no other.
+    """Describe a run's checkpoint and the best one beside it by its monitored metric, for people to choose; None where
+    there is no other.
     """
     content = read_ckpt(path)
     for state in (content.get("callbacks") or {}).values():
@@ -69,7 +69,7 @@ def best_beside(path: str | Path) -> str | None:
 
 
 def damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint file, by the checksums in it; None where it is whole.
+    """Describe the damage of a checkpoint file, by the checksums in it; None where it is intact.
 
     A folder is DeepSpeed's: all files in it are looked at. Takes the time to read the file once, and no memory.
     """
@@ -111,7 +111,7 @@ _CONTENT: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("loops", "the positions of a fit", _is_loops),
     ("global_step", "a whole number", lambda value: isinstance(value, int)),
 )
-"""Of a run's checkpoint: key, what it is, the test of it where it is there"""
+"""Keys of a run's checkpoint, each with a description and a test of its value"""
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What weights are, in a few letters: the same for equal tensors on any device, another after any training step."""
+"""Fingerprint of weights: equal for equal tensors on any device, changed by a training step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BLOCK = 1 << 24
 
 @torch.no_grad()
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """16 hexadecimal digits of named tensors, in any order: a SHA-256 over names, types, shapes and bytes.
+    """Return 16 hexadecimal digits of named tensors, in any order: a SHA-256 over names, types, shapes and bytes.
 
     Quantised weights count as they are stored, with their scales. A tensor split over processes is gathered: all must
-    call. What several names share is read once.
+    call. A tensor with several names is read once.
     """
     read: dict[Any, tuple[Tensor, str]] = {}
     lines = []
@@ -40,7 +40,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _digest(tensor: Tensor, threads: Executor) -> str:
     """SHA-256 over the digests of the blocks of a tensor's bytes."""
     blocks = tensor.detach().contiguous().flatten().view(torch.uint8).split(BLOCK)
-    whole = hashlib.sha256()
+    total = hashlib.sha256()
     for digest in threads.map(lambda block: hashlib.sha256(block.cpu().numpy().data).digest(), blocks):
-        whole.update(digest)
-    return whole.hexdigest()
+        total.update(digest)
+    return total.hexdigest()

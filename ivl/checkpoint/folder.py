@@ -1,4 +1,4 @@
-"""What a checkpoint folder says besides its tensors: config, image token, end tokens. Files are read, never run."""
+"""Checkpoint folder: config, image token, end tokens. Files are read, never run."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""config.json and weights of transformers' InternVLForConditionalGeneration ("-hf" folders), to be written.
+"""Writer of config.json and weights in transformers' layout ("-hf" folders).
 
-`ivl.hf_config` reads the config, `ivl.checkpoint.layouts` has the names of the weights.
+The class there is InternVLForConditionalGeneration. `ivl.hf_config` reads the config, `ivl.checkpoint.layouts` has the
+names of the weights.
 
-Only pixel shuffle v2 can be said there, and no template.
+Its config knows pixel shuffle v2 alone, and no template.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from ivl.model.rotary import rope_parameters
 from ivl.model.vision import Embeddings
 
 _QK_NORM_EPS = 1e-6
-"""What transformers' class uses for q and k, whatever the config says"""
+"""Epsilon of transformers' class for q and k norms, whatever the config says"""
 
 
 _NOT_COPIED = ("architectures", "dtype", "torch_dtype", "rope_parameters", "rope_scaling", "rope_theta")
 
 
 def llm_config(config: Config) -> Any:
-    """`config.llm` as the transformers config of the family's class."""
+    """Return `config.llm` as the transformers config of the family's class."""
     from transformers import CONFIG_MAPPING
 
     raw = config.llm
@@ -44,7 +45,7 @@ def llm_config(config: Config) -> Any:
 
 
 def hf_config(config: Config, image_token_id: int) -> dict[str, Any]:
-    """The config.json of a -hf folder. Raises UserError for what it cannot say."""
+    """Return the config.json of a -hf folder. Raises UserError for settings that it cannot express."""
     vision = config.vision
     qk_eps = vision.layer_norm_eps if vision.qk_normalization else _QK_NORM_EPS
     refuse(
@@ -53,7 +54,7 @@ def hf_config(config: Config, image_token_id: int) -> dict[str, Any]:
     )
     text = llm_config(config)
     size = [config.image_size, config.image_size]
-    vision_config = {theirs: getattr(vision, ours) for ours, theirs in VISION.items()}
+    vision_config = {hf_key: getattr(vision, key) for key, hf_key in VISION.items()}
     vision_config |= {
         "model_type": "internvl_vision",
         "image_size": size,
@@ -82,7 +83,7 @@ VOCABULARY = (EMBEDDINGS + ".weight", HEAD + ".weight")
 
 
 def hf_tensor(name: str, tensor: Tensor, config: Config, image_token_id: int, vocab_size: int) -> Tensor:
-    """A weight of the model as transformers' class needs it; most are unchanged. `name`: the module's.
+    """Convert a weight of the model for transformers' class; most are unchanged. `name`: the module's.
 
     Its processor adds the token `<video>`: tokens without a row get that of the image token, which a model never
     answers with; on a tie the first wins. The tower has positions for tiles of its own size only.

@@ -1,4 +1,4 @@
-"""How checkpoints name and cut their tensors: one table per layout, read in both directions.
+"""Layouts of checkpoints: names and cuts of tensors, one table each, read in both directions.
 
 Module names are the released ones, with transformers' names inside `language_model`; so "native" has no rules,
 InternLM2 has some inside it, and "hf" (transformers' InternVLForConditionalGeneration) renames the rest.
@@ -130,11 +130,11 @@ LAYOUTS: dict[str, tuple[Rule, ...]] = {
     "hf": _hf("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", ""),
     "hf-4": _hf("vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model."),
 }
-"""How files name and cut the tensors. hf-4 is what transformers 4 wrote, and what the published -hf folders hold."""
+"""Rules of each layout. hf-4: transformers 4 wrote it, and the published -hf folders hold it."""
 
 
 OUTPUT_LAYER = {"language_model.lm_head.weight", "language_model.output.weight", "lm_head.weight"}
-"""What the output layer is called in the layouts"""
+"""Names of the output layer in the layouts"""
 
 
 @dataclass
@@ -160,23 +160,23 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def groups(module_keys: Iterable[str], layout: str) -> list[Group]:
-    """The module's tensors with the stored ones they come from; a name that no rule mentions is stored as it is."""
+    """Match a module's tensors with the stored ones they come from; a name without a rule is stored as it is."""
     patterns = [(rule, _pattern(name)) for rule in LAYOUTS[layout] for name in rule.module]
-    found: dict[str, Group] = {}
+    by_name: dict[str, Group] = {}
     for key in module_keys:
         for rule, pattern in patterns:
             if match := pattern.fullmatch(key):
                 holes = match.groupdict()
                 names = [name.format(**holes) for name in rule.stored]
-                found.setdefault(names[0], Group(names, [name.format(**holes) for name in rule.module], rule))
+                by_name.setdefault(names[0], Group(names, [name.format(**holes) for name in rule.module], rule))
                 break
         else:
-            found[key] = Group([key], [key])
-    return list(found.values())
+            by_name[key] = Group([key], [key])
+    return list(by_name.values())
 
 
 def to_stored(state: Mapping[str, Tensor], layout: str, config: Config) -> dict[str, Tensor]:
-    """A module's state under the names and in the shapes of a file."""
+    """Convert a module's state to the names and shapes of a file."""
     stored: dict[str, Tensor] = {}
     for group in groups(state, layout):
         stored |= zip(group.stored, group.write([state[name] for name in group.module], config))
@@ -184,7 +184,7 @@ def to_stored(state: Mapping[str, Tensor], layout: str, config: Config) -> dict[
 
 
 def layout_of(names: Iterable[str], config: Config) -> str:
-    """The row of `LAYOUTS` that a checkpoint's tensor names belong to."""
+    """Return the key of `LAYOUTS` for a checkpoint's tensor names."""
     tops = {".".join(name.split(".")[:2]) for name in names}
     if "model.vision_tower" in tops:
         return "hf"

@@ -1,4 +1,4 @@
-"""A checkpoint folder → a model: config and weights read, quantised or split over devices where that is asked for."""
+"""Loader of a checkpoint folder into a model, quantised or split over devices on request."""
 
 from __future__ import annotations
 

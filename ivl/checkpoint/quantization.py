@@ -1,4 +1,4 @@
-"""Linear layers in 8 or 4 bits, through bitsandbytes: for inference, and as the frozen base of a LoRA.
+"""Quantised linear layers, 8 or 4 bits by bitsandbytes: inference, or a LoRA's frozen base.
 
 Two ways in: a release stored in 8 bits (int8 weights with the scales of their rows, as bitsandbytes writes them), and
 any other one quantised while it is loaded: then only the linear layers of the language model's blocks; the tower, the
@@ -28,16 +28,16 @@ T = TypeVar("T")
 Quantize = Literal["int8", "nf4"]
 
 SCALES, FORMAT = "SCB", "weight_format"
-"""What bitsandbytes stores beside an int8 weight: the largest magnitude of each row, and the order of its numbers"""
+"""Names that bitsandbytes stores beside an int8 weight: the largest magnitude of each row, the order of its numbers"""
 
 
 def is_int8(files: Files) -> bool:
-    """Whether a checkpoint is stored in 8 bits."""
+    """True if a checkpoint is stored in 8 bits."""
     return "I8" in files.dtypes.values()
 
 
 def compute_dtype(files: Files, dtype: torch.dtype, quantize: str | None) -> torch.dtype:
-    """What to compute in: bfloat16 for a release stored in 8 bits, else as asked. Raises UserError for bad requests."""
+    """Return the compute dtype: bfloat16 for a release in 8 bits, else `dtype`. Raises UserError for bad options."""
     if quantize is not None and quantize not in get_args(Quantize):
         raise UserError(f"quantize: expected one of {', '.join(get_args(Quantize))}, found {quantize!r}")
     if not is_int8(files):
@@ -51,21 +51,23 @@ def compute_dtype(files: Files, dtype: torch.dtype, quantize: str | None) -> tor
 
 
 def load_quantized(model: InternVL, files: Files, device: Where, quantize: Quantize | None) -> None:
-    """As `ivl.checkpoint.weights.load_weights`, for a model on the meta device; `quantize` None: as in the files."""
+    """Load weights as `load_weights` does, quantised, into a model on the meta device; None: as in the files."""
     bnb = _bitsandbytes()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    stored, chosen = is_int8(files), bits(model, files, quantize).keys()
-    scales = {f"{name}.{SCALES}": torch.empty(linears[name].out_features, device="meta") for name in chosen if stored}
+    stored, quantized = is_int8(files), bits(model, files, quantize).keys()
+    scales = {
+        f"{name}.{SCALES}": torch.empty(linears[name].out_features, device="meta") for name in quantized if stored
+    }
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, tensor in files.read(check(model, _without_formats(files), scales), model.config):
         owner, _, leaf = name.rpartition(".")
-        if owner not in chosen or leaf == "bias":
+        if owner not in quantized or leaf == "bias":
             place(model, name, tensor, device)
             continue
         parts = waiting.setdefault(owner, {})
         parts[leaf] = tensor
         if not stored:
-            assert quantize is not None, "nothing is chosen without it"
+            assert quantize is not None, "no layer is quantised without it"
             weight = waiting.pop(owner)["weight"].to(model.dtype)
             _swap(model, owner, _of_float(bnb, linears[owner], weight, device_of(name, device), quantize))
         elif len(parts) == 2:
@@ -77,15 +79,15 @@ def load_quantized(model: InternVL, files: Files, device: Where, quantize: Quant
 
 
 def bits(model: InternVL, files: Files, quantize: Quantize | None) -> dict[str, float]:
-    """The linear layers that will be quantised, and how many bits each of their weights takes. None: an empty dict."""
+    """Return the linear layers to quantise, with the bits of a weight. `quantize` None: an empty dict."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if is_int8(files):
         return dict.fromkeys(_scaled(model, files, linears), 8.0)
     if quantize is None:
         return {}
     # nf4: a scale in float32 for 64 weights.
-    each = {"int8": 8.0, "nf4": 4.5}[quantize]
-    return {name: each for name in linears if name.startswith("language_model.model.")}
+    width = {"int8": 8.0, "nf4": 4.5}[quantize]
+    return {name: width for name in linears if name.startswith("language_model.model.")}
 
 
 def _bitsandbytes() -> Any:
@@ -100,59 +102,59 @@ def _bitsandbytes() -> Any:
 
 
 def _scaled(model: InternVL, files: Files, linears: list[str]) -> list[str]:
-    """The linear layers whose weights have scales in the files. Raises UserError for an unknown order of numbers."""
+    """Return the linear layers whose weights have scales in the files. Raises UserError for an unknown format."""
     for path, names in _by_file(files, FORMAT).items():
         with safe_open(path, framework="pt") as file:
-            odd = [name for name in names if int(file.get_tensor(name)) != 0]
-        if odd:
-            raise UserError(f"{path}: {odd[0]} is not 0 (rows one after the other), the only order read here")
+            unknown = [name for name in names if int(file.get_tensor(name)) != 0]
+        if unknown:
+            raise UserError(f"{path}: {unknown[0]} is not 0 (rows one after the other), the only order read here")
     layout = layout_of(files.where, model.config)
-    found = groups([f"{name}.{SCALES}" for name in linears], layout)
+    scales = groups([f"{name}.{SCALES}" for name in linears], layout)
     ending = f".{SCALES}"
-    return [n.removesuffix(ending) for g in found if all(s in files.where for s in g.stored) for n in g.module]
+    return [n.removesuffix(ending) for g in scales if all(s in files.where for s in g.stored) for n in g.module]
 
 
 def _by_file(files: Files, leaf: str) -> dict[Path, list[str]]:
-    found: dict[Path, list[str]] = {}
+    by_file: dict[Path, list[str]] = {}
     for name, path in files.where.items():
         if name.endswith("." + leaf):
-            found.setdefault(path, []).append(name)
-    return found
+            by_file.setdefault(path, []).append(name)
+    return by_file
 
 
 def _without_formats(files: Files) -> Files:
-    def kept(table: dict[str, T]) -> dict[str, T]:
+    def without(table: dict[str, T]) -> dict[str, T]:
         return {name: value for name, value in table.items() if not name.endswith("." + FORMAT)}
 
-    return Files(files.folder, kept(files.where), kept(files.shapes), kept(files.dtypes))
+    return Files(files.folder, without(files.where), without(files.shapes), without(files.dtypes))
 
 
-def _of_int8(bnb: Any, old: nn.Linear, weight: Tensor, SCB: Tensor, device: torch.device | str) -> nn.Linear:
-    new = bnb.nn.Linear8bitLt(*_sizes(old), has_fp16_weights=False, device="meta")
-    # Copies: what safetensors gives is a window into a file.
+def _of_int8(bnb: Any, linear: nn.Linear, weight: Tensor, SCB: Tensor, device: torch.device | str) -> nn.Linear:
+    layer = bnb.nn.Linear8bitLt(*_sizes(linear), has_fp16_weights=False, device="meta")
+    # Copies: tensors of safetensors are windows into a file.
     weight, scales = weight.clone().contiguous().to(device), SCB.float().clone().to(device)
-    new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=scales)
-    return new
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=scales)
+    return layer
 
 
-def _of_float(bnb: Any, old: nn.Linear, weight: Tensor, device: torch.device | str, quantize: Quantize) -> nn.Linear:
+def _of_float(bnb: Any, linear: nn.Linear, weight: Tensor, device: torch.device | str, quantize: Quantize) -> nn.Linear:
     """bitsandbytes quantises a weight as it is moved to its device."""
     if quantize == "int8":
-        new = bnb.nn.Linear8bitLt(*_sizes(old), has_fp16_weights=False, device="meta")
-        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
-        return new
-    new = bnb.nn.Linear4bit(*_sizes(old), compute_dtype=weight.dtype, quant_type="nf4", device="meta")
-    new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=new).to(device)
-    return new
+        layer = bnb.nn.Linear8bitLt(*_sizes(linear), has_fp16_weights=False, device="meta")
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+        return layer
+    layer = bnb.nn.Linear4bit(*_sizes(linear), compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer).to(device)
+    return layer
 
 
 def _sizes(linear: nn.Linear) -> tuple[int, int, bool]:
     return linear.in_features, linear.out_features, linear.bias is not None
 
 
-def _swap(model: nn.Module, name: str, new: nn.Linear) -> None:
+def _swap(model: nn.Module, name: str, layer: nn.Linear) -> None:
     """Put a quantised layer in a linear one's place, with its bias (which may be read later)."""
     owner, _, leaf = name.rpartition(".")
     parent = model.get_submodule(owner)
-    new.bias = getattr(parent, leaf).bias
-    setattr(parent, leaf, new.train(parent.training))
+    layer.bias = getattr(parent, leaf).bias
+    setattr(parent, leaf, layer.train(parent.training))

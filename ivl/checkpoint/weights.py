@@ -1,4 +1,4 @@
-"""Weights in and out: safetensors only, one tensor at a time, strict both ways."""
+"""Reader and writer of weights: safetensors only, a tensor at a time, strict both ways."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
 
 Where = torch.device | str | Callable[[str], torch.device | str]
-"""One device for all tensors, or what tells the device of a tensor's name"""
+"""One device for all tensors, or a function from a tensor's name to its device"""
 
 
 @dataclass
@@ -33,11 +33,11 @@ class Files:
     where: dict[str, Path] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
-    """As safetensors spells them: BF16, F32, I8 …"""
+    """Dtypes in safetensors' spelling: BF16, F32, I8 …"""
 
     @classmethod
     def of(cls, folder: Path) -> Files:
-        """Raises UserError where there are no weights, a shard is missing, or a file is damaged."""
+        """Read the headers of a folder. Raises UserError where there are no weights, a shard is missing or damaged."""
         names = weight_files(folder)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -55,7 +55,7 @@ class Files:
         return files
 
     def read(self, wanted: list[Group], config: Config) -> Iterator[tuple[str, Tensor]]:
-        """Each module's name and tensor, as stored, one at a time; a file is mapped only while it is read."""
+        """Yield each module's name and tensor, as stored, one at a time; a file is mapped only while it is read."""
         group_of = {name: group for group in wanted for name in group.stored}
         waiting: dict[str, Tensor] = {}
         for path in dict.fromkeys(self.where.values()):
@@ -79,7 +79,7 @@ def load_weights(model: InternVL, files: Files, device: Where) -> None:
     """Put a checkpoint's weights into a model (on the meta device, or not), in the dtypes of the model's parameters.
 
     One tensor at a time, so memory peaks at the model and one file. Raises UserError, before any work, that lists
-    what is missing, unexpected or of another shape.
+    tensors that are missing, unexpected or of another shape.
     """
     for name, tensor in files.read(check(model, files), model.config):
         place(model, name, tensor, device)
@@ -87,7 +87,7 @@ def load_weights(model: InternVL, files: Files, device: Where) -> None:
 
 
 def check(model: InternVL, files: Files, also: Mapping[str, Tensor] | None = None) -> list[Group]:
-    """What to read for each of the model's tensors, and for those of `also`, named like the module's.
+    """Return the groups to read for the model's tensors, and for those of `also`, named like the module's.
 
     Raises UserError listing every tensor that does not fit.
     """
@@ -116,7 +116,7 @@ def check(model: InternVL, files: Files, also: Mapping[str, Tensor] | None = Non
 
 
 def untied(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """A model's state, without an output layer that is the input embedding itself."""
+    """Return a model's state without an output layer that is the input embedding itself."""
     tied = config.llm.get("tie_word_embeddings")
     return {name: tensor for name, tensor in state.items() if not (tied and name == "language_model.lm_head.weight")}
 
@@ -136,10 +136,10 @@ def place(model: nn.Module, name: str, tensor: Tensor, device: Where) -> None:
     """Make `tensor` the parameter `name`, in that parameter's dtype and with its requires_grad."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    old = getattr(module, leaf)
-    # A copy even where nothing changes: what safetensors gives is a window into a file that may be replaced.
-    own = torch.empty(tensor.shape, dtype=old.dtype, device=device_of(name, device)).copy_(tensor)
-    setattr(module, leaf, nn.Parameter(own, requires_grad=old.requires_grad))
+    parameter = getattr(module, leaf)
+    # A copy even where nothing changes: tensors of safetensors are windows into a file that may be replaced.
+    copy = torch.empty(tensor.shape, dtype=parameter.dtype, device=device_of(name, device)).copy_(tensor)
+    setattr(module, leaf, nn.Parameter(copy, requires_grad=parameter.requires_grad))
 
 
 def save_weights(
