@@ -1,1 +1,1 @@
-"""What trains: frozen, full or LoRA per part; PEFT adapters in and out; learning rates per part."""
+"""Finetuning: frozen, full or LoRA per part; PEFT adapters; learning rates per part."""

@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: which keys are read, which change no answer, and which are refused by name.
+"""Reader of PEFT's adapter_config.json: keys that are read, ignored, or refused by name.
 
 The layers that are adapted, and their ranks, follow from the tensors; so keys that only say where peft is to put its
 layers are checked against them and not read. A key that is not listed is refused, unless it is off (null, false,
@@ -132,7 +132,7 @@ class AdapterConfig:
         return config
 
     def scale(self, layer: str, rank: int) -> float:
-        """What the product of a layer's two matrices is multiplied by. `layer`: its name in the file."""
+        """Scale of a layer's update, alpha / rank or alpha / sqrt(rank). `layer`: its name in the file."""
         matches = (a for key, a in self.alphas.items() if re.match(rf"(.*\.)?({key})$", layer))
         return next(matches, self.alpha) / (rank**0.5 if self.rslora else rank)
 

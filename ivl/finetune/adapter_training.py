@@ -1,4 +1,4 @@
-"""Training that goes on from a PEFT adapter: what trains follows from its tensors, and begins where they stand."""
+"""Resumption from a PEFT adapter: its tensors decide what trains, and are the initial values."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def continue_adapter(model: InternVL, folder: str | Path, base: str, typed: Tune
     if note := other_base(folder, base):
         raise UserError(f"--model.adapter {note}; give the checkpoint it was made for with --model.pretrained")
     adapter = read_adapter(model, folder)
-    found = tune_of(model, adapter, str(folder))
+    tune = tune_of(model, adapter, str(folder))
     if typed != Tune():
-        found = agreed(model, found, typed, str(folder))
-    tuning.apply(model, found)
+        tune = agreed(model, tune, typed, str(folder))
+    tuning.apply(model, tune)
     put_adapter(model, adapter, str(folder))
-    return found
+    return tune
 
 
 def tune_of(model: InternVL, adapter: Adapter, where: str) -> Tune:
-    """What trained in an adapter, per part. Raises UserError where a part has layers of several ranks or scales."""
+    """Infer what trained in an adapter, per part. Raises UserError where a part has several ranks or scales."""
     modes: dict[str, Any] = dict.fromkeys(PARTS, "frozen")
     for part in PARTS:
         layers = [name for name in adapter.ranks if part_of(name) == part]
@@ -84,12 +84,12 @@ def _names(model: InternVL, part: str, mode: How) -> Iterable[str]:
     return (name for name, p in model.named_parameters() if id(p) in trained)
 
 
-def agreed(model: InternVL, found: Tune, typed: Tune, where: str) -> Tune:
-    """What trains where the options agree with the adapter: dropout is theirs. Raises UserError where they differ."""
+def agreed(model: InternVL, tune: Tune, typed: Tune, where: str) -> Tune:
+    """Merge the adapter's modes with the options, which add dropout. Raises UserError where they differ."""
     modes: dict[str, Any] = {}
-    wanted = tuning.modes(model, typed)
+    options = tuning.modes(model, typed)
     for part in PARTS:
-        there, here = getattr(found, part), wanted[part]
+        there, here = getattr(tune, part), options[part]
         if isinstance(there, LoRA) and isinstance(here, LoRA) and _same(model, part, there, here):
             modes[part] = replace(there, dropout=here.dropout)
         elif there == here:
@@ -114,6 +114,6 @@ def _same(model: InternVL, part: str, there: LoRA, here: LoRA) -> bool:
 
 def _words(mode: How) -> str:
     if isinstance(mode, LoRA):
-        more = f", targets {', '.join(mode.targets)}" if mode.targets else ""
-        return f"a {'DoRA' if mode.dora else 'LoRA'} of rank {mode.rank}, alpha {scale_alpha(mode):g}{more}"
+        targets = f", targets {', '.join(mode.targets)}" if mode.targets else ""
+        return f"a {'DoRA' if mode.dora else 'LoRA'} of rank {mode.rank}, alpha {scale_alpha(mode):g}{targets}"
     return f"its last {mode.last} blocks" if isinstance(mode, Blocks) else mode

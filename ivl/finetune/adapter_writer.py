@@ -1,4 +1,4 @@
-"""PEFT adapter folders, written in the names of the program that will load them.
+"""Writer of PEFT adapter folders, in the names of the program that will load them.
 
 A LoRA lies on this model's layers; a file names those of a layout (`ivl.checkpoint.layouts`), for peft to find in the
 releases' own code (InternLM2's fused `wqkv`) or in transformers' class (the tower's q, k, v apart). With B (rows, rank)
@@ -140,8 +140,8 @@ def _full(model: InternVL, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _tables(model: InternVL, layout: Layout) -> tuple[list[Group], dict[str, tuple[int, ...]]]:
     """The groups of a layout and the shapes of the model's tensors, also where they are split over processes."""
-    whole = type(model).from_config(model.config, device="meta").state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    state = type(model).from_config(model.config, device="meta").state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     name = "hf" if layout == "hf" else llm_family(model.config.llm_architecture).layout
     return groups(shapes, name), shapes
 
@@ -209,11 +209,11 @@ def _modules(names: Iterable[str], trained: Iterable[str], prefix: str = "") -> 
     trained = {name for name in trained if name.startswith(prefix)}
     for child in dict.fromkeys(name[len(prefix) :].partition(".")[0] for name in sorted(inside)):
         module = f"{prefix}{child}"
-        own = {name for name in inside if name.startswith(module + ".")}
-        if own and own <= trained and child not in _LISTS:
+        tensors = {name for name in inside if name.startswith(module + ".")}
+        if tensors and tensors <= trained and child not in _LISTS:
             yield module
-        elif own & trained:
-            yield from _modules(own, trained, module + ".")
+        elif tensors & trained:
+            yield from _modules(tensors, trained, module + ".")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

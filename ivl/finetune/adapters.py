@@ -1,4 +1,4 @@
-"""PEFT adapters: their names and shapes → this model's, exactly.
+"""Translation of PEFT adapters: their names and shapes → this model's, exactly.
 
 They name the layers of the model they were trained on: this one's, the releases' own code (InternLM2's fused `wqkv`),
 transformers' class (the tower's q, k, v apart), or the language model alone. What `ivl.checkpoint.layouts` does to
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 _PREFIX = "base_model.model."
 _WRAPPINGS = (".base_layer.", ".modules_to_save.default.", ".modules_to_save.")
-"""What peft puts into names in the middle: around a weight under a LoRA, and around a module that is saved in full"""
+"""Infixes of peft in names: around a weight under a LoRA, and around a module that is saved in full"""
 _LOW_RANK = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 _ALONE = {"model.layers.": "language_model.", "encoder.layers.": "vision_model.", "encoder.layer.": "vision_tower."}
-"""How names begin where a part was adapted by itself → what is missing before them"""
+"""Start of names where a part was adapted by itself → the prefix that they lack"""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Adapter:
 
 
 def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig) -> Adapter:
-    """An adapter file's tensors in this model's names.
+    """Translate an adapter file's tensors into this model's names.
 
     Raises UserError where it names a layer that the model has in no layout, lacks one that its config names, or has a
     LoRA of a kind that is not computed here.
@@ -137,7 +137,7 @@ def _check_names(config: AdapterConfig, there: set[str], table: dict[str, Group]
 
 
 def _inside(module: str, names: Iterable[str]) -> bool:
-    """Whether any of these tensors belongs to a module, named by the end of its name."""
+    """True if any of these tensors belongs to a module, given by the end of its name."""
     return any(f".{module}." in f".{name}" for name in names)
 
 
@@ -219,11 +219,11 @@ def _full_name(key: str) -> str:
     return next((part + name for start, part in _ALONE.items() if name.startswith(start)), name)
 
 
-def _groups(own: Iterable[str], wanted: set[str]) -> dict[str, Group]:
+def _groups(model_names: Iterable[str], wanted: set[str]) -> dict[str, Group]:
     """Name of an adapter's tensor → how the model has it, in the layout that knows all of them."""
     unknown: list[str] = []
     for layout in LAYOUTS:
-        table = {name: group for group in groups(own, layout) for name in group.stored}
+        table = {name: group for group in groups(model_names, layout) for name in group.stored}
         if not (missing := sorted(wanted - table.keys())):
             return table
         if not unknown or len(missing) < len(unknown):
@@ -245,26 +245,26 @@ def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterCon
         parts.setdefault(layer, {})[kind] = tensor
         named[layer] = key.rpartition(f".{kind}")[0].removeprefix(_PREFIX)
     pairs = {}
-    for layer, found in parts.items():
-        if missing := {"lora_A", "lora_B"} - found.keys():
+    for layer, tensors in parts.items():
+        if missing := {"lora_A", "lora_B"} - tensors.keys():
             raise UserError(f"the adapter has {layer} without its {missing.pop()}; the file is damaged")
-        A, B = found["lora_A"], found["lora_B"]
+        A, B = tensors["lora_A"], tensors["lora_B"]
         if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or len(A) == 0:
             raise UserError(f"the adapter's {layer} has shapes {list(A.shape)} and {list(B.shape)}; they are no pair")
         scale = config.scale(named[layer], len(A))
-        pairs[layer] = _Pair(A, B, scale, found.get("lora_magnitude_vector"))
+        pairs[layer] = _Pair(A, B, scale, tensors.get("lora_magnitude_vector"))
     return pairs
 
 
 def _ranks(halves: list[Tensor], dora: bool) -> list[Tensor]:
-    """Of each layer that was fused with others the ranks that it needs, as a mask: those of its own where each rank is
-    one layer's alone, as `ivl.finetune.adapter_writer` fuses them; otherwise all.
+    """Masks of the ranks that each layer of a fused one needs: its share where each rank belongs to one layer, as
+    `ivl.finetune.adapter_writer` fuses them; otherwise all.
 
-    None for a layer that is not adapted; all under `dora`, which has a size for each."""
+    No rank for a layer that is not adapted; all under `dora`, which has a magnitude for each layer."""
     used = torch.stack([half.ne(0).any(0) for half in halves])
     if (used.sum(0) != 1).any():
         return [torch.ones_like(used[0]) for _ in halves]
-    return [own if own.any() or not dora else ~own for own in used]
+    return [ranks if ranks.any() or not dora else ~ranks for ranks in used]
 
 
 def _without_tied_head(model: InternVL, tensors: dict[str, str], state: dict[str, Tensor]) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""Noise on the embeddings of text while training (NEFTune, Jain et al. 2023, https://arxiv.org/abs/2310.05914).
+"""NEFTune: noise on the embeddings of text in training.
+
+Source: Jain et al. 2023, https://arxiv.org/abs/2310.05914.
 
 Shapes: B rows, T tokens of a row, D width.
 """

@@ -1,4 +1,4 @@
-"""Learning rates and weight decay per part, as optimizer groups that add up."""
+"""Optimizer groups: learning rate and weight decay per part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rate:
-    """What a part's optimizer groups have of their own."""
+    """Learning rate and weight decay of a part's optimizer groups."""
 
     lr: float | None = None
     """Peak learning rate. Unset: the optimizer's."""
@@ -28,7 +28,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class VisionRate(Rate):
-    """As the others, with a rate that falls towards the pixels."""
+    """Rate of the vision encoder, with layer-wise decay towards the pixels."""
 
     layer_decay: float = 1.0
     """Each block's rate is this times that of the block after it, and the patch embedding's this times the first
@@ -65,7 +65,7 @@ def param_groups(
     `scale_rates` applies it once the optimizer is made. `decay_free`: the model's `vectors`, where its weights may have
     been split since (a shard of classic FSDP has one dimension, whatever the whole has).
     """
-    found: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     decay_free = vectors(model) if decay_free is None else decay_free
     trained = [(n.replace(FSDP_PREFIX, ""), p) for n, p in model.named_parameters() if p.requires_grad]
     for name, parameter in sorted(trained, key=lambda item: PARTS.index(part_of(item[0]))):
@@ -80,9 +80,10 @@ def param_groups(
         settings |= {} if rate.weight_decay is None else {"weight_decay": rate.weight_decay}
         if name in decay_free:
             settings |= {"name": f"{place}_no_decay", "weight_decay": 0.0}
-        found.setdefault(settings["name"], settings)["params"].append(parameter)
+        groups.setdefault(settings["name"], settings)["params"].append(parameter)
     order = sorted(
-        found.values(), key=lambda group: (PARTS.index(part_of(group["name"].removesuffix("_no_decay"))), group["name"])
+        groups.values(),
+        key=lambda group: (PARTS.index(part_of(group["name"].removesuffix("_no_decay"))), group["name"]),
     )
     assert sum(len(g["params"]) for g in order) == len(trained), "a trainable parameter has no group"
     return order

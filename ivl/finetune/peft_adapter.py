@@ -1,4 +1,4 @@
-"""PEFT adapter folders read, and LoRAs merged into the weights. `ivl.finetune.adapter_writer` writes the folders.
+"""Reader of PEFT adapter folders; merge of LoRAs into the weights. `adapter_writer` writes them.
 
 A part (or a piece of one) that trained in full goes along as peft's `modules_to_save`.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def has_adapter(model: InternVL) -> bool:
-    """Whether any LoRA layer is in place."""
+    """True if the model has a LoRA layer."""
     return bool(adapted(model))
 
 
@@ -67,7 +67,7 @@ def read_adapter(model: InternVL, folder: str | Path) -> Adapter:
     try:
         return adapters.translated(model, read_tensors(folder), config)
     except UserError as error:
-        raise UserError(f"{folder}: {error}{_made_for(config)}") from error
+        raise UserError(f"{folder}: {error}{_base_note(config)}") from error
 
 
 def put_adapter(model: InternVL, adapter: Adapter, where: str) -> None:
@@ -86,14 +86,14 @@ def put_adapter(model: InternVL, adapter: Adapter, where: str) -> None:
     if problems:
         raise UserError(
             f"{where}: the adapter does not fit this model ({len(problems)} tensors): {'; '.join(problems[:5])}"
-            f"{_made_for(adapter.config)}"
+            f"{_base_note(adapter.config)}"
         )
     with torch.no_grad():
         for key, tensor in adapter.state.items():
             parameters[key].copy_(tensor)
 
 
-def _made_for(config: AdapterConfig) -> str:
+def _base_note(config: AdapterConfig) -> str:
     return f"; it was made for {config.base!r}" if config.base else ""
 
 
@@ -117,7 +117,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 TOWER = "vit.safetensors"
-"""Of ms-swift: the vision encoder and the projector, where they were trained in full beside a LoRA"""
+"""File of ms-swift: the vision encoder and the projector, trained in full beside a LoRA"""
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 _PASSED = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|adapter_model).*\.(bin|pt|pth)")
 """State of a training, not of the model; and peft's older file beside the one that is read"""
@@ -214,6 +214,6 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 def _stem(name: str) -> str:
     """A model's name without its place: the last part of a path or an id, of a hub's cache the name in it."""
     row, path = find_model(name), Path(name.partition("@")[0])
-    kept = [part for part in path.parts if part.startswith("models--")]
-    stem = kept[-1].rpartition("--")[2] if kept else (path.resolve() if path.is_dir() else path).name
+    snapshots = [part for part in path.parts if part.startswith("models--")]
+    stem = snapshots[-1].rpartition("--")[2] if snapshots else (path.resolve() if path.is_dir() else path).name
     return row.name if row else re.sub(r"[^a-z0-9]+", "-", stem.lower())

@@ -1,8 +1,23 @@
-"""What trains: each part of the model frozen, fully tuned, or given a LoRA.
+"""Tuning: each part of the model frozen, trained in full, or given a LoRA.
 
 The parts carry the released names: `vision_model`, `mlp1` (the projector) and `language_model`; `embeddings` and `head`
 are the two ends of the language model. Learning rates per part are in `ivl.finetune.param_groups`, adapter files in
-`ivl.finetune.peft_adapter`. LoRA layers are peft's own (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+`ivl.finetune.peft_adapter`. LoRA layers are peft's own (Hu et al. 2021, https://arxiv.org/abs/2106.09685):
+
+                x  (inputs)
+         +------+-------+
+         |              |
+    +----v-----+   +----v-----+
+    |          |   | dropout  |
+    |  W       |   +----v-----+
+    |  frozen  |   |    A     |   rank x inputs,  random at first     A and B train:
+    |          |   +----v-----+                                       rank x (inputs + outputs) numbers
+    |          |   |    B     |   outputs x rank, zero at first       instead of inputs x outputs
+    +----+-----+   +----v-----+
+         |              | x alpha / rank
+         +----> + <-----+
+                |
+                y = W x + (alpha / rank) B A x      merged: W + (alpha / rank) B A, a plain linear layer again
 """
 
 from __future__ import annotations
@@ -27,7 +42,7 @@ if TYPE_CHECKING:
 PARTS = ("vision_model", "mlp1", "language_model", "embeddings", "head")
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
 FSDP_PREFIX = "_fsdp_wrapped_module."
-"""What classic FSDP puts into the names of what it wraps"""
+"""Infix of classic FSDP in the names of wrapped parameters"""
 ADAPTER = "default"
 """peft's name for the one adapter a model carries"""
 
@@ -49,8 +64,8 @@ class LoRA:
     dora: bool = False
     """Learn magnitude and direction apart (https://arxiv.org/abs/2402.09353)."""
     init: Literal["default", "gaussian", "pissa"] = "default"
-    """How the two matrices start: the first random and the second zero, or, for pissa, from the largest singular
-    values of the weight, which keeps the rest (https://arxiv.org/abs/2404.02948; one SVD per layer)."""
+    """Initial values of the two matrices: the first random and the second zero, or, for pissa, from the largest
+    singular values of the weight, which keeps the rest (https://arxiv.org/abs/2404.02948; one SVD per layer)."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +73,16 @@ class Blocks:
     """The last blocks of the vision encoder in full, the others frozen."""
 
     last: int
-    """How many."""
+    """Number of blocks that train."""
 
 
 How = Literal["frozen", "full"] | Blocks | LoRA
-"""How a part trains"""
+"""Mode of a part in training"""
 
 
 @dataclass(frozen=True)
 class Tune:
-    """What trains, per part: `frozen`, `full`, or the settings of a LoRA such as `{rank: 16}`."""
+    """Mode of each part: `frozen`, `full`, or the settings of a LoRA such as `{rank: 16}`."""
 
     vision_model: Literal["frozen", "full"] | Blocks | LoRA = "frozen"
     """The vision encoder (InternViT); `{last: 4}` trains its last four blocks."""
@@ -81,13 +96,13 @@ class Tune:
     """Its output layer. Unset: full where the blocks are, else frozen."""
 
     def mode(self, part: str) -> How:
-        """How a part trains, where the model does not share one tensor between embeddings and head."""
+        """Return a part's mode, for a model that does not share one tensor between embeddings and head."""
         value = getattr(self, part)
         return value if value is not None else "full" if self.language_model == "full" else "frozen"
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Tune:
-        """As a run's config.yaml has it."""
+        """Read the section of a run's config.yaml."""
         kinds = {True: Blocks, False: LoRA}
         return cls(**{part: kinds["last" in v](**v) if isinstance(v, dict) else v for part, v in raw.items()})
 
@@ -96,7 +111,7 @@ _TARGETS = {"vision_model": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), "ml
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter or a module belongs to, by its full name."""
+    """Return the part that a parameter or a module belongs to, by its full name."""
     for part, place in (("embeddings", EMBEDDINGS), ("head", HEAD)):
         if name == place or name.startswith(place + "."):
             return part
@@ -104,7 +119,7 @@ def part_of(name: str) -> str:
 
 
 def described(tune: Tune) -> Trained:
-    """What trains, as `ivl.estimate.flops` takes it."""
+    """Convert the modes for `ivl.estimate.flops`."""
 
     def of(part: str) -> Mode:
         mode = tune.mode(part)
@@ -118,35 +133,35 @@ def described(tune: Tune) -> Trained:
 
 
 def is_tied(model: InternVL) -> bool:
-    """Whether embeddings and head are one tensor."""
+    """True if embeddings and head are one tensor."""
     language = model.language_model
     return language.lm_head.weight is language.get_input_embeddings().weight
 
 
 def modes(model: InternVL, tune: Tune) -> dict[str, How]:
-    """How each part trains. Raises UserError where what is asked for cannot be done on this model."""
-    found = {part: tune.mode(part) for part in PARTS}
+    """Return each part's mode. Raises UserError where a mode cannot be applied to this model."""
+    by_part = {part: tune.mode(part) for part in PARTS}
     if is_tied(model):
-        asked: set[How] = {mode for mode in (tune.embeddings, tune.head) if mode is not None}
-        if isinstance(tune.head, LoRA) or len(asked) > 1:
+        typed: set[How] = {mode for mode in (tune.embeddings, tune.head) if mode is not None}
+        if isinstance(tune.head, LoRA) or len(typed) > 1:
             raise UserError(
                 "model.tune.head: this model's output layer shares its weights with the embeddings; "
                 "leave one of the two unset, or give both the same value, frozen or full"
             )
-        found |= dict.fromkeys(("embeddings", "head"), *(asked or {found["head"]}))
-    loras = [mode for mode in found.values() if isinstance(mode, LoRA)]
+        by_part |= dict.fromkeys(("embeddings", "head"), *(typed or {by_part["head"]}))
+    loras = [mode for mode in by_part.values() if isinstance(mode, LoRA)]
     if len({mode.dora for mode in loras}) > 1:
         raise UserError("model.tune: dora is on for one part and off for another; an adapter file holds one kind only")
-    for part, mode in found.items():
+    for part, mode in by_part.items():
         floating = all(p.is_floating_point() for n, p in model.named_parameters() if part_of(n) == part)
         if mode == "full" and not floating:
             raise UserError(f"model.tune.{part}: full, but its weights are quantised; give it a LoRA, or load it whole")
         if isinstance(mode, LoRA) and mode.init == "pissa" and not floating:
             raise UserError(f"model.tune.{part}.init: pissa changes weights, and these are quantised; use default")
     blocks = used_blocks(model)
-    if isinstance(last := found["vision_model"], Blocks) and not 0 < last.last <= blocks:
+    if isinstance(last := by_part["vision_model"], Blocks) and not 0 < last.last <= blocks:
         raise UserError(f"model.tune.vision_model.last: expected 1 to {blocks} blocks, found {last.last}")
-    return found
+    return by_part
 
 
 def used_blocks(model: InternVL) -> int:
@@ -160,21 +175,21 @@ def apply(model: InternVL, tune: Tune) -> None:
     Trainable parameters become float32, whatever the frozen weights are kept in.
     Raises UserError where nothing would train or a target names no linear layer.
     """
-    chosen = modes(model, tune)
-    for part, mode in chosen.items():
+    by_part = modes(model, tune)
+    for part, mode in by_part.items():
         if isinstance(mode, LoRA):
             names = target_names(model, part, mode)
             inject(model, lora_config(mode, names))
             if mode.init == "pissa":
                 model.lora_start |= {n: _matrices(model.get_submodule(n)) for n in names}
-    trained = {id(p) for part, mode in chosen.items() for p in parameters_of(model, part, mode)}
+    trained = {id(p) for part, mode in by_part.items() for p in parameters_of(model, part, mode)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
         if id(parameter) in trained and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     if not trained:
         raise UserError("model.tune: nothing trains; expected at least one of the parts to be full or a LoRA")
-    _set_modes(model, chosen)
+    _set_modes(model, by_part)
 
 
 def parameters_of(model: InternVL, part: str, mode: How) -> list[nn.Parameter]:
@@ -194,29 +209,29 @@ def parameters_of(model: InternVL, part: str, mode: How) -> list[nn.Parameter]:
     return [p for _, p in named]
 
 
-def _set_modes(model: InternVL, chosen: dict[str, How]) -> None:
-    """A frozen part computes as it will when the model is used: no dropout, no drop path."""
+def _set_modes(model: InternVL, by_part: dict[str, How]) -> None:
+    """Set frozen parts to eval mode: no dropout, no drop path."""
     model.train()
     for part in ("vision_model", "mlp1", "language_model"):
-        getattr(model, part).train(chosen[part] != "frozen")
-    model.language_model.lm_head.train(chosen["head"] != "frozen")
-    if isinstance(mode := chosen["vision_model"], Blocks):
+        getattr(model, part).train(by_part[part] != "frozen")
+    model.language_model.lm_head.train(by_part["head"] != "frozen")
+    if isinstance(mode := by_part["vision_model"], Blocks):
         for layer in model.vision_model.encoder.layers[: used_blocks(model) - mode.last]:
             layer.eval()
 
 
 def target_names(model: InternVL, part: str, lora: LoRA) -> list[str]:
     """Full names of the linear layers a LoRA of this part covers."""
-    wanted = lora.targets or _TARGETS.get(part) or llm_family(model.config.llm_architecture).lora_targets
+    targets = lora.targets or _TARGETS.get(part) or llm_family(model.config.llm_architecture).lora_targets
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and part_of(n) == part]
-    found = [n for n in names if any(n.endswith("." + w) for w in wanted)]
-    missing = [w for w in wanted if not any(n.endswith("." + w) for n in found)]
+    matches = [n for n in names if any(n.endswith("." + w) for w in targets)]
+    missing = [w for w in targets if not any(n.endswith("." + w) for n in matches)]
     if missing:
         ends = sorted({n.rsplit(".", 1)[-1] for n in names})
         raise UserError(
             f"model.tune.{part}.targets: no linear layer is named {', '.join(missing)}; there are {', '.join(ends)}"
         )
-    return found
+    return matches
 
 
 def adapted(model: InternVL) -> list[str]:
@@ -226,7 +241,7 @@ def adapted(model: InternVL) -> list[str]:
 
 
 def table(model: InternVL) -> str:
-    """What trains, part by part, as text for the start of a run."""
+    """Table of parts with their trainable parameters, as text for the start of a run."""
     rows = [("part", "parameters", "trainable", "how")]
     layers = [part_of(n) for n in adapted(model)]
     for part in PARTS:
@@ -244,7 +259,7 @@ def table(model: InternVL) -> str:
 
 
 def count(parameter: nn.Parameter) -> int:
-    """Its numbers, all processes' together."""
+    """Number of a parameter's elements, those of all processes together."""
     return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's third stage leaves an empty tensor
 
 
