@@ -1,4 +1,4 @@
-"""Layouts of checkpoints: names and cuts of tensors, one table each, read in both directions.
+"""Layouts of checkpoints: names and cuts of tensors, a table each, read in both directions.
 
 Module names are the released ones, with transformers' names inside `language_model`; so "native" has no rules,
 InternLM2 has some inside it, and "hf" (transformers' InternVLForConditionalGeneration) renames the rest.

@@ -1,1 +1,1 @@
-"""Memory and operations of a step, before a weight is read."""
+"""Estimates of a step's memory and operations, before a weight is read."""

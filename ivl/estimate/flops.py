@@ -1,4 +1,4 @@
-"""Floating-point operations of a forward and of a training step, from the dimensions and counts alone.
+"""FLOPs of a forward and of a training step, from dimensions and counts alone.
 
 A multiplication with its addition counts as two. Only matrix products are counted (linear layers, attention, the
 convolution that makes patches), as `torch.utils.flop_counter` does: norms, activations and the optimizer are left out.
@@ -28,7 +28,7 @@ class Block:
     """The linear layers of a transformer block, in the order they are computed."""
 
     before: tuple[Linear, ...]
-    """What attention reads"""
+    """Layers in front of attention: queries, keys, values"""
     after: Linear
     up: tuple[Linear, ...]
     down: Linear
@@ -54,7 +54,7 @@ Mode = Literal["frozen", "full"] | Adapter
 
 @dataclass(frozen=True)
 class Trained:
-    """What trains, per part (`ivl.finetune.tune.described` makes it)."""
+    """Mode of each part (`ivl.finetune.tune.described` makes it)."""
 
     vision_model: Mode = "frozen"
     mlp1: Mode = "frozen"
@@ -68,7 +68,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed: of one batch, of a step, of an epoch."""
+    """Counts that operations follow from: of one batch, of a step, of an epoch."""
 
     tiles: int = 0
     tokens: int = 0
@@ -80,14 +80,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What backward computes a second time."""
+    """Operations that backward computes a second time."""
 
     vision_model: bool = False
     """Activation checkpointing of the tower's blocks"""
     language_model: bool = False
     """Activation checkpointing of the language model's blocks"""
     head: float | None = None
-    """The logits, which are made in chunks: of what share of the supervised tokens. None: as `unkept` has it"""
+    """Share of the supervised tokens whose logits are recomputed, chunk by chunk. None: as `unkept` has it"""
     scores: bool = True
     """Attention's scores: fused kernels do not keep them; attention written out does"""
     last_mlp: bool = False
@@ -95,7 +95,7 @@ class Recomputed:
 
 
 NOTHING = Recomputed(head=0.0, scores=False, last_mlp=True)
-"""The operations that the model asks for, whatever the implementation does again or leaves out: what MFU is made of"""
+"""Operations of the model itself, whatever the implementation recomputes or leaves out: the basis of MFU"""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def unkept(supervised: int, chunk: int = 512) -> float:
 
 
 def vision_flops(config: Config) -> float:
-    """Of the tower, per tile."""
+    """Operations of the tower, per tile."""
     vision, length = config.vision, patches(config)
     block = (
         sum(_product(linear) for linear in vision_block(config).linears) * length + 4 * length**2 * vision.hidden_size
@@ -186,7 +186,7 @@ def vision_flops(config: Config) -> float:
 
 
 def training_flops(config: Config, trained: Trained, work: Work, recomputed: Recomputed = Recomputed()) -> Flops:
-    """Of forward and backward.
+    """Operations of forward and backward.
 
     A product whose input needs a gradient costs as much again, and as much again where its weights train: a frozen
     layer below everything that trains costs 1, one above something that trains 2, one that trains 3. `NOTHING` as
@@ -215,8 +215,8 @@ def _vision(config: Config, trained: Trained, tiles: int, recomputed: Recomputed
     block, pairs = vision_block(config), 4 * length**2 * width * tiles
     for n in range(depth):
         mine: Mode = mode if n >= first else "frozen"
-        cost, again, grad = _block(block, mine, grad, length * tiles, pairs, recomputed.scores)
-        total += cost + (again if recomputed.vision_model else 0)
+        cost, forward, grad = _block(block, mine, grad, length * tiles, pairs, recomputed.scores)
+        total += cost + (forward if recomputed.vision_model else 0)
     return total, grad
 
 
@@ -234,30 +234,30 @@ def _llm(config: Config, mode: Mode, grad: bool, work: Work, recomputed: Recompu
     depth = config.llm["num_hidden_layers"]
     for n in range(depth):
         read = work.supervised if n == depth - 1 and not recomputed.last_mlp else None
-        cost, again, grad = _block(block, mode, grad, work.tokens, pairs, recomputed.scores, read)
+        cost, forward, grad = _block(block, mode, grad, work.tokens, pairs, recomputed.scores, read)
         if recomputed.language_model:
             # Checkpointing stops where backward has all it needs: the result of the last product it does not, unless
             # that is one operation with a LoRA's.
             adapted = isinstance(mode, Adapter) and mode.covers(block.down)
             last = 0 if adapted else _product(block.down)
-            total += max(0.0, again - last * (work.tokens if read is None else read))
+            total += max(0.0, forward - last * (work.tokens if read is None else read))
         total += cost
     return total, grad
 
 
 def _block(
-    block: Block, mode: Mode, grad: bool, positions: int, pairs: float, scores_again: bool, read: int | None = None
+    block: Block, mode: Mode, grad: bool, positions: int, pairs: float, recomputed_scores: bool, read: int | None = None
 ) -> tuple[float, float, bool]:
-    """Operations of a block; those of its forward, where backward needs it; whether its output needs a gradient.
+    """Operations of a block; those of its forward, where backward needs it; True if its output needs a gradient.
 
-    `grad`: whether its input does. `pairs`: operations of attention, forward. `read`: positions of its MLP, where they
+    `grad`: True if its input does. `pairs`: operations of attention, forward. `read`: positions of its MLP, where they
     are not all.
     """
     read = positions if read is None else read
     grad = grad or mode == "full"  # its first norm
     before, inside = _linears(block.before, mode, grad)
     # Two products for each of the two, and the scores once more in a fused kernel.
-    attention = pairs * (1 + (2 + scores_again / 2) * inside)
+    attention = pairs * (1 + (2 + recomputed_scores / 2) * inside)
     after, inside = _linears((block.after,), mode, inside)
     grad = grad or inside
     up, inside = _linears(block.up, mode, grad)
@@ -271,12 +271,12 @@ def _block(
 
 def _linears(linears: tuple[Linear, ...], mode: Mode, grad: bool) -> tuple[float, bool]:
     """`_linear` of several that read the same."""
-    each = [_linear(linear, mode, grad) for linear in linears]
-    return sum(cost for cost, _ in each), any(out for _, out in each)
+    costs = [_linear(linear, mode, grad) for linear in linears]
+    return sum(cost for cost, _ in costs), any(out for _, out in costs)
 
 
 def _linear(linear: Linear, mode: Mode, grad: bool) -> tuple[float, bool]:
-    """Operations per position of forward and backward, and whether the output needs a gradient."""
+    """Operations per position of forward and backward, and True if the output needs a gradient."""
     if mode == "full":
         return _product(linear) * (2 + grad), True
     total = _product(linear) * (1 + grad)

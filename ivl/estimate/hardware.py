@@ -1,4 +1,4 @@
-"""Data sheets of devices, the ceiling of model FLOP utilisation, and the row that memory is estimated for."""
+"""Data sheets of devices, the ceiling of MFU, and the row that memory is estimated for."""
 
 from __future__ import annotations
 

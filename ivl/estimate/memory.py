@@ -1,4 +1,7 @@
-"""Memory of a device in a training step, under each strategy; `ivl.estimate.training_step` simulates the step."""
+"""Memory of a device in a training step, under each strategy.
+
+`ivl.estimate.training_step` simulates the step.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Need:
     """Logits included, at the moment that needs most of all"""
     logits: float
     buffers: float
-    """Of the strategy: buckets, gathered blocks; of the optimizer's step; CUDA's own"""
+    """Buffers of the strategy (buckets, gathered blocks), of the optimizer's step, of CUDA"""
 
     @property
     def total(self) -> float:
@@ -31,11 +34,11 @@ class Need:
 
 
 def need(sketch: Sketch, micro: Micro) -> Need:
-    """What a step takes on the fullest device, from the second step on."""
+    """Estimate a step's memory on the fullest device, from the second step on."""
     setup, parts = sketch.setup, sketch.parameters()
-    found = sketch.activations(micro)
+    activations = sketch.activations(micro)
     if setup.strategy == "layer_split":
-        return _fullest(sketch, found)
+        return _fullest(sketch, activations)
     weights = sum(p.weights for p in parts.values())
     trained = sum(p.trainable for p in parts.values())
     gradients, states = float(trained * FP32), trained * state_bytes(setup.optimizer)
@@ -50,23 +53,23 @@ def need(sketch: Sketch, micro: Micro) -> Need:
         buffers += 2 * sketch.block_bytes() + root if n > 1 else 0.0
     elif setup.strategy == "ddp" and n > 1:
         buffers += gradients  # buckets
-    return _at_most(setup, found, weights, gradients, states, buffers)
+    return _at_most(setup, activations, weights, gradients, states, buffers)
 
 
-def _at_most(setup: Setup, found: Activations, weights: float, gradients: float, states: float, buffers: float) -> Need:
-    """On one device, at the moment that needs most."""
+def _at_most(setup: Setup, peaks: Activations, weights: float, gradients: float, states: float, buffers: float) -> Need:
+    """Peak memory of one device: that of the moment that needs most."""
     # Lightning frees the gradients of the last step after forward, where they are not being added up.
     accumulating = setup.accumulate > 1
     moments = {
-        "forward": (gradients, found.forward),
-        "backward": (gradients * accumulating, found.backward),
-        "end of backward": (gradients, found.recomputed),
+        "forward": (gradients, peaks.forward),
+        "backward": (gradients * accumulating, peaks.backward),
+        "end of backward": (gradients, peaks.recomputed),
         # torch's multi-tensor AdamW, the default on a GPU, makes one more copy of all that trains.
         "optimizer": (gradients, gradients if setup.on_gpu and "8bit" not in setup.optimizer else 0.0),
     }
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations = moments[moment]
-    return Need(weights, gradients, states, activations, min(found.logits, activations), buffers)
+    return Need(weights, gradients, states, activations, min(peaks.logits, activations), buffers)
 
 
 def state_bytes(optimizer: str) -> float:
@@ -80,47 +83,49 @@ def state_bytes(optimizer: str) -> float:
 # -- layers over several devices -----------------------------------------------------------------------------------
 
 
-def split_sizes(sketch: Sketch, found: Activations) -> Sizes:
-    """What each part takes in training, from which layers are spread (`ivl.parallel.device_map.plan`)."""
+def split_sizes(sketch: Sketch, activations: Activations) -> Sizes:
+    """Bytes of each part in training, for `ivl.parallel.device_map.plan` to spread the layers."""
     layers, block = sketch.depths[1], sketch.block()
-    each = FP32 + state_bytes(sketch.setup.optimizer)
-    first = _share(sketch, found, 0, first=True)
-    main = first.weights + first.trained * each + max(first.found.forward, first.found.backward)
-    return Sizes(main, [block.weights + block.trainable * each] * layers, found.block, found.recomputed)
+    state = FP32 + state_bytes(sketch.setup.optimizer)
+    first = _share(sketch, activations, 0, first=True)
+    main = first.weights + first.trained * state + max(first.activations.forward, first.activations.backward)
+    return Sizes(main, [block.weights + block.trainable * state] * layers, activations.block, activations.recomputed)
 
 
 @dataclass(frozen=True)
 class _Share:
-    """Of one device."""
+    """Memory of one device under a pipeline split."""
 
     weights: float
     trained: float
-    found: Activations
+    activations: Activations
 
 
-def _share(sketch: Sketch, found: Activations, count: int, first: bool) -> _Share:
+def _share(sketch: Sketch, activations: Activations, count: int, first: bool) -> _Share:
     """`count` layers of the language model; on the first device, all that is not one of its layers as well."""
     layers, block, parts = sketch.depths[1], sketch.block(), sketch.parameters().values()
     weights, trained = count * block.weights, count * block.trainable
-    kept = count * found.block
+    saved = count * activations.block
     if not first:
-        passing = replace(found, forward=kept + found.recomputed, backward=kept + found.recomputed, logits=0.0)
+        peak = saved + activations.recomputed
+        passing = replace(activations, forward=peak, backward=peak, logits=0.0)
         return _Share(weights, trained, passing)
     weights += sum(p.weights for p in parts) - layers * block.weights
     trained += sum(p.trainable for p in parts) - layers * block.trainable
-    kept -= layers * found.block
-    return _Share(weights, trained, replace(found, forward=found.forward + kept, backward=found.backward + kept))
+    saved -= layers * activations.block
+    forward, backward = activations.forward + saved, activations.backward + saved
+    return _Share(weights, trained, replace(activations, forward=forward, backward=backward))
 
 
-def _fullest(sketch: Sketch, found: Activations) -> Need:
-    """Of devices that are alike, over which the layers are spread."""
+def _fullest(sketch: Sketch, activations: Activations) -> Need:
+    """Peak memory of the fullest device under a pipeline split over equal devices."""
     setup = sketch.setup
-    counts = balance(split_sizes(sketch, found), [float("inf")] * setup.devices, offload=False)
+    counts = balance(split_sizes(sketch, activations), [float("inf")] * setup.devices, offload=False)
     assert counts is not None, "no limit was set"
     needs = []
     for number, count in enumerate(counts[: setup.devices]):
-        share = _share(sketch, found, count, first=number == 0)
+        share = _share(sketch, activations, count, first=number == 0)
         states = share.trained * state_bytes(setup.optimizer)
         buffers = CONTEXT if setup.on_gpu else 0.0
-        needs.append(_at_most(setup, share.found, share.weights, share.trained * FP32, states, buffers))
+        needs.append(_at_most(setup, share.activations, share.weights, share.trained * FP32, states, buffers))
     return max(needs, key=lambda need: need.total)

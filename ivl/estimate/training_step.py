@@ -1,4 +1,4 @@
-"""What a training step allocates, before any weight is read.
+"""Simulation of a training step's allocations, before any weight is read.
 
 A shallow copy of the model (its real code, three blocks of each stack, no data: torch's fake tensors) runs a forward
 and a backward while every allocation is counted; what one block adds is multiplied out to the full depth. So whatever
@@ -41,7 +41,7 @@ Strategy = Literal["single", "ddp", "zero2", "fsdp2", "zero3", "layer_split"]
 
 @dataclass(frozen=True)
 class Micro:
-    """What one forward of one device is given."""
+    """Shape of the batch of one forward on one device."""
 
     rows: int
     length: int
@@ -53,7 +53,7 @@ class Micro:
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides memory, beside the shapes."""
+    """Settings of a run that decide its memory, beside the shapes."""
 
     tune: Tune
     precision: str = "32-true"
@@ -63,7 +63,7 @@ class Setup:
     language_checkpointing: bool = False
     attention: AttentionKernel = "sdpa"
     efficient: bool = True
-    """By `ivl.model.efficient`"""
+    """Training in less memory, by `ivl.model.efficient`"""
     optimizer: str = "AdamW"
     accumulate: int = 1
     strategy: Strategy = "single"
@@ -73,7 +73,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of a part: how many, how many train, and the bytes they are kept in."""
+    """Parameters of a part: number, number that train, and bytes of their weights."""
 
     total: int
     trainable: int
@@ -82,23 +82,23 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes, beside weights, gradients and optimizer states."""
+    """Bytes of activations, beside weights, gradients and optimizer states."""
 
     forward: float
-    """Most, up to the loss"""
+    """Peak, up to the loss"""
     backward: float
-    kept: float
-    """What forward leaves for backward"""
+    saved: float
+    """Saved by forward for backward"""
     recomputed: float
-    """Most in backward once what forward kept is gone: the last block computed again, its gradients on the way"""
+    """Peak of backward without what forward saved: a block that is recomputed, its gradients on the way"""
     logits: float
-    """Of the above, the logits of a chunk, in the three forms that exist at once"""
+    """Logits of a chunk, in the three forms that exist at once; part of the peaks"""
     block: float
-    """Of what forward leaves, that of one block of the language model"""
+    """Saved for backward by one block of the language model; part of `saved`"""
 
 
 class Tally(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive among those made under it, views of a model's weights apart."""
+    """Counter of the bytes of all live tensors created under it, except views of a model's weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -129,13 +129,13 @@ class Tally(TorchDispatchMode):
         self._gone(tensor.untyped_storage()._cdata)
 
     def mark(self) -> int:
-        """The peak so far; a new one begins."""
+        """Return the peak so far, and begin a new one."""
         peak, self.peak = self.peak, self.live
         return peak
 
 
 class Sketch:
-    """A shallow copy of a model, from which the full one is computed."""
+    """Shallow copy of a model, whose figures are multiplied out to the full depth."""
 
     def __init__(self, config: Config, setup: Setup) -> None:
         self.config, self.setup = config, setup
@@ -143,13 +143,13 @@ class Sketch:
         # Where the tower stops early, the same number of blocks is left out of the copy.
         self.used = config.select_layer % (self.depths[0] + 1)
         shallow = min(DEPTH, self.used), min(DEPTH, self.depths[1])
-        small = replace(
+        shallow_config = replace(
             config,
             vision=replace(config.vision, num_hidden_layers=shallow[0], drop_path_rate=config.vision.drop_path_rate),
             llm=copy.deepcopy(config.llm) | {"num_hidden_layers": shallow[1]},
             select_layer=-1,
         )
-        small.llm.pop("layer_types", None)
+        shallow_config.llm.pop("layer_types", None)
         tune = setup.tune
         if isinstance(last := tune.vision_model, tuning.Blocks):
             if not 0 < last.last <= self.used:
@@ -157,7 +157,7 @@ class Sketch:
             tune = replace(tune, vision_model=tuning.Blocks(min(last.last, shallow[0])))
         self.tune = tune
         self.model = InternVL.from_config(
-            small, _dtype(setup.precision), "meta", setup.attention, efficient=setup.efficient
+            shallow_config, _dtype(setup.precision), "meta", setup.attention, efficient=setup.efficient
         )
         with torch.device("meta"):
             tuning.apply(self.model, _without_pissa(tune))
@@ -165,27 +165,27 @@ class Sketch:
         self.blocks = (self.model.vision_model.encoder.layers, self.model.language_model.model.layers)
 
     @property
-    def more(self) -> tuple[int, int]:
-        """Blocks of tower and language model that a full model has beyond the copy, and that are computed."""
+    def omitted(self) -> tuple[int, int]:
+        """Number of computed blocks of tower and language model that the full model has beyond the copy."""
         return self.used - len(self.blocks[0]), self.depths[1] - len(self.blocks[1])
 
     def parameters(self) -> dict[str, Parameters]:
-        """Per part, of the full model."""
-        found = {part: self._count(part) for part in tuning.PARTS}
-        extra = (self.depths[0] - len(self.blocks[0]), self.more[1])
+        """Count the parameters of each part of the full model."""
+        by_part = {part: self._count(part) for part in tuning.PARTS}
+        extra = (self.depths[0] - len(self.blocks[0]), self.omitted[1])
         for part, blocks, times in zip(("vision_model", "language_model"), self.blocks, extra):
             first, last = (self._count(part, block) for block in (blocks[0], blocks[-1]))
             frozen = 0  # blocks that do not train, where only the last do
             if part == "vision_model" and isinstance(mode := self.setup.tune.vision_model, tuning.Blocks):
                 frozen = self.depths[0] - mode.last - (len(blocks) - min(mode.last, len(blocks)))
                 first = Parameters(last.total, 0, last.total * _dtype(self.setup.precision).itemsize)
-            for each, count in ((last, times - frozen), (first, frozen)):
-                sums = [getattr(found[part], k) + count * v for k, v in asdict(each).items()]
-                found[part] = Parameters(*sums)
-        return found
+            for sizes, count in ((last, times - frozen), (first, frozen)):
+                sums = [getattr(by_part[part], k) + count * v for k, v in asdict(sizes).items()]
+                by_part[part] = Parameters(*sums)
+        return by_part
 
     def _count(self, part: str, block: nn.Module | None = None) -> Parameters:
-        """Of a part of the copy, or of one block of it."""
+        """Count the parameters of a part of the copy, or of one block."""
         named = (
             block.named_parameters()
             if block
@@ -215,13 +215,13 @@ class Sketch:
     def activations(self, micro: Micro) -> Activations:
         """Simulate a forward and a backward."""
         model = self.model
-        marks: tuple[list[int], list[int]] = ([], [])
+        block_marks: tuple[list[int], list[int]] = ([], [])
         tower: list[int] = []  # the peak up to the language model, in which its blocks keep nothing yet
         with FakeTensorMode(), _faked(model):
             tally = Tally(model)
             hooks = [
-                block.register_forward_hook(lambda *_, seen=seen: seen.append(tally.live))
-                for blocks, seen in zip(self.blocks, marks)
+                block.register_forward_hook(lambda *_, marks=marks: marks.append(tally.live))
+                for blocks, marks in zip(self.blocks, block_marks)
                 for block in blocks
             ]
             hooks.append(model.language_model.model.register_forward_pre_hook(lambda *_: tower.append(tally.mark())))
@@ -230,31 +230,34 @@ class Sketch:
             batch = _batch(model, micro)
             with tally, _autocast(self.setup.precision):
                 loss = model(**batch).loss_sum
-                forward, kept = tally.mark(), tally.live
-                counted = [list(seen) for seen in marks]  # recomputed blocks run their hooks again
+                forward, saved = tally.mark(), tally.live
+                counted = [list(marks) for marks in block_marks]  # recomputed blocks run their hooks again
                 assert loss is not None
                 loss.backward()
                 backward = tally.mark()
             for hook in hooks:
                 hook.remove()
         # The language model's last block computes less than the others.
-        each = [seen[-end] - seen[-end - 1] if len(seen) > end else 0 for seen, end in zip(counted, (1, 2))]
-        vision, extra = (sum(b * times for b, times in zip(each[:n], self.more_kept())) for n in (1, 2))
+        saved_by_block = [
+            marks[-end] - marks[-end - 1] if len(marks) > end else 0 for marks, end in zip(counted, (1, 2))
+        ]
+        vision, extra = (sum(b * times for b, times in zip(saved_by_block[:n], self.omitted_saving())) for n in (1, 2))
         chunk = min(512, micro.supervised)
         logits = chunk * self.config.llm["vocab_size"] * (3 * FP32 if self.setup.precision.startswith("32") else 14)
         forward = max(tower[0] + vision, forward + extra)
-        return Activations(forward, backward + extra, kept + extra, max(0, backward - kept), logits, each[1])
+        recomputed = max(0, backward - saved)
+        return Activations(forward, backward + extra, saved + extra, recomputed, logits, saved_by_block[1])
 
-    def more_kept(self) -> tuple[int, int]:
-        """Of the blocks beyond the copy, how many keep what its last one does."""
-        vision, language = self.more
+    def omitted_saving(self) -> tuple[int, int]:
+        """Number of blocks beyond the copy that save as much for backward as its last one."""
+        vision, language = self.omitted
         if isinstance(mode := self.setup.tune.vision_model, tuning.Blocks):
             vision = mode.last - min(mode.last, len(self.blocks[0]))
         return vision, language
 
 
 def _batch(model: InternVL, micro: Micro) -> dict[str, Any]:
-    """What the model's forward is given, of these shapes."""
+    """Build a batch of zeros for the model's forward."""
     size, shape = model.config.image_size, (micro.rows, micro.length)
     total = micro.rows * micro.length
     tokens = micro.tiles * model.config.tokens_per_tile
@@ -274,12 +277,12 @@ def _batch(model: InternVL, micro: Micro) -> dict[str, Any]:
 
 @contextmanager
 def _faked(model: InternVL) -> Iterator[None]:
-    """The parameters of a model on the meta device as fake tensors of a CPU, for a while."""
-    kept = []
+    """Context in which the parameters of a model on the meta device are fake tensors of a CPU."""
+    replaced = []
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
-                kept.append((module._parameters, name, p))
+                replaced.append((module._parameters, name, p))
                 fake = torch.empty(p.shape, dtype=p.dtype, device="cpu")
                 module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
     rotary = model.language_model.model.rotary_emb
@@ -289,7 +292,7 @@ def _faked(model: InternVL) -> Iterator[None]:
     try:
         yield
     finally:
-        for place, name, p in kept:
+        for place, name, p in replaced:
             place[name] = p
         for name, tensor in real.items():
             setattr(rotary, name, tensor)
@@ -302,14 +305,14 @@ def _autocast(precision: str) -> AbstractContextManager[Any]:
 
 
 def _dtype(precision: str) -> torch.dtype:
-    """What frozen weights are kept in (`ivl.lit.module`)."""
+    """Dtype of frozen weights (`ivl.lit.module`)."""
     if precision.startswith("32"):
         return torch.float32
     return torch.float16 if precision.startswith("16") else torch.bfloat16
 
 
 def _without_pissa(tune: Tune) -> Tune:
-    """The same shapes, started otherwise: pissa needs weights."""
+    """Return modes of the same shapes without pissa, which needs weights."""
     modes = {part: tune.mode(part) for part in tuning.PARTS}
     other: dict[str, Any] = {k: replace(m, init="default") for k, m in modes.items() if isinstance(m, tuning.LoRA)}
     return replace(tune, **other)

@@ -1,4 +1,4 @@
-"""Resumption from a PEFT adapter: its tensors decide what trains, and are the initial values."""
+"""Training from a PEFT adapter: its tensors decide what trains, and are the initial values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reader of PEFT adapter folders; merge of LoRAs into the weights. `adapter_writer` writes them.
+"""Reader of PEFT adapter folders; merge of LoRAs into the weights. Writer: `adapter_writer`.
 
 A part (or a piece of one) that trained in full goes along as peft's `modules_to_save`.
 """

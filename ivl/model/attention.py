@@ -1,4 +1,4 @@
-"""Attention: one function, `attend`, for packed, masked and plain causal batches, by four kernels.
+"""Attention: one function, `attend`, for packed, masked and causal batches, by four kernels.
 
 | layout | what a token sees | kernels |
 | --- | --- | --- |

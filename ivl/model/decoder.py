@@ -1,4 +1,4 @@
-"""Decoder: the language model of every release (RMSNorm, grouped-query attention, rotary, SwiGLU).
+"""Decoder: the language model of every release (RMSNorm, GQA, rotary positions, SwiGLU).
 
     ids → `embed_tokens` → layers: x + attention(norm(x)), x + mlp(norm(x)) → `norm` → `lm_head`
 

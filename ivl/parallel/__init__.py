@@ -1,1 +1,1 @@
-"""One model over several devices: layer by layer, or shards of every weight."""
+"""Parallelism of one model over devices: layer by layer, or shards of every weight."""

@@ -1,4 +1,4 @@
-"""Which part of the model stands on which device, where one model is split over several; and what a device computes in.
+"""Device map: the layers of one model spread over several devices; dtypes of a device.
 
 The decoder layers are spread so that all devices are equally full, counted in bytes: weights as they are stored
 (quantised ones too), the key-value cache and the activations of the tower. The tower, the projector, the embeddings,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
 
 MAIN = ("mlp1", "language_model.model.embed_tokens", "language_model.model.norm", "language_model.lm_head")
-"""What exchanges tensors with the batch: all on one device"""
+"""Modules that exchange tensors with the batch: all on one device"""
 
 TOWER = "vision_model"
 LAYERS = "language_model.model.layers"
@@ -46,20 +46,20 @@ class Sizes:
     layers: list[float]
     """Weights of each decoder layer"""
     beside: float
-    """What each decoder layer needs beside its weights: its part of the cache, or what training keeps of it"""
+    """Bytes of each decoder layer beside its weights: its part of the cache, or its activations saved in training"""
     once: float = 0.0
-    """What every device but the first needs while one of its layers computes"""
+    """Bytes of every device but the first while one of its layers computes"""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where each part of a model stands: name of a module → device, such as `cuda:0`, or `cpu`."""
+    """Device of each part of a model: name of a module → device, such as `cuda:0`, or `cpu`."""
 
     devices: dict[str, str]
 
     @property
     def main(self) -> str:
-        """Where batches go, and where the answer's logits are."""
+        """Device of batches and of the answer's logits."""
         return self.devices[MAIN[0]]
 
     @property
@@ -83,13 +83,13 @@ class Placement:
                 numbers = names.setdefault(owner if leaf.isdigit() else name, [])
                 if leaf.isdigit():
                     numbers.append(int(leaf))
-            said = [
+            labels = [
                 f"{'tower ' if name.startswith(TOWER) else ''}layers {_spans(numbers)}"
                 if numbers
                 else name.rpartition(".")[2]
                 for name, numbers in names.items()
             ]
-            lines.append(f"{device}: {', '.join(said)}")
+            lines.append(f"{device}: {', '.join(labels)}")
         return "; ".join(lines)
 
 
@@ -112,7 +112,7 @@ def choose(
     needs: Sizes | None = None,
     offload: bool = True,
 ) -> Placement | None:
-    """The placement that the options ask for; None where they ask for none.
+    """Return the placement that the options ask for; None where they ask for none.
 
     Args:
         model: The model, on the meta device too.
@@ -157,11 +157,11 @@ def plan(sizes: Sizes, devices: Sequence[str], limits: Sequence[float], offload:
     if counts is None:
         first = sizes.main + max(sizes.layers)
         total = sizes.main + sum(sizes.layers) + len(sizes.layers) * sizes.beside
-        found = ", ".join(f"{device} {limit / 1e9:.1f} GB" for device, limit in zip(devices, limits))
+        available = ", ".join(f"{device} {limit / 1e9:.1f} GB" for device, limit in zip(devices, limits))
         raise UserError(
             f"devices: the model takes about {total / 1e9:.1f} GB, {first / 1e9:.1f} GB of it on the first device "
-            f"(vision encoder, embeddings, output layer, a decoder layer), but there are {found}; use more devices, "
-            "allow more of each (device_max_memory), or load in 8 or 4 bits (quantize)"
+            f"(vision encoder, embeddings, output layer, a decoder layer), but there are {available}; use more "
+            "devices, allow more of each (device_max_memory), or load in 8 or 4 bits (quantize)"
         )
     where = [device for device, count in zip([*devices, "cpu"], counts) for _ in range(count)]
     fixed = dict.fromkeys((TOWER, *MAIN), devices[0])
@@ -169,7 +169,7 @@ def plan(sizes: Sizes, devices: Sequence[str], limits: Sequence[float], offload:
 
 
 def balance(sizes: Sizes, limits: Sequence[float], offload: bool) -> list[int] | None:
-    """How many layers each device holds, and last the host; None where it does not fit."""
+    """Number of layers on each device, and last on the host; None where the model does not fit."""
     largest = max(sizes.layers)
     for offloaded in range(len(sizes.layers) + 1 if offload else 1):
         # Offloaded layers compute on the first device: it holds their cache, and one of them at a time.
@@ -211,11 +211,11 @@ def sizes(model: InternVL, bits: Mapping[str, float] | None = None) -> Sizes:
 def _names(devices: int | Sequence[str]) -> list[str]:
     if not isinstance(devices, int):
         return [str(torch.device(name)) for name in devices]
-    found = torch.cuda.device_count()
-    if not 1 <= devices <= found:
+    count = torch.cuda.device_count()
+    if not 1 <= devices <= count:
         raise UserError(
-            f"devices: {devices} asked for, {found} GPUs found here; expected 1 to {found}"
-            if found
+            f"devices: {devices} asked for, {count} GPUs found here; expected 1 to {count}"
+            if count
             else f"devices: {devices} asked for, but no GPU is found here; leave it out to compute on the CPU"
         )
     return [f"cuda:{n}" for n in range(devices)]
@@ -253,13 +253,13 @@ def parse_size(text: str, option: str) -> int:
 # -- a map of the user's -----------------------------------------------------------------------------------------
 
 
-def from_map(model: InternVL, given: str | Path | Mapping[str, str | int]) -> Placement:
-    """A placement as written down: names of modules → devices (`cuda:1`, its number, or `cpu`); the longest name wins.
+def from_map(model: InternVL, device_map: str | Path | Mapping[str, str | int]) -> Placement:
+    """Read a user's device map: names of modules → devices (`cuda:1`, its number, or `cpu`); the longest name wins.
 
     A file is JSON or YAML. The smallest parts are a decoder layer, a layer of the tower, and the parts of `MAIN`.
     Raises UserError that lists unknown names, parts without a device, and parts that must stand together.
     """
-    where, entries = _read_map(given)
+    where, entries = _read_map(device_map)
     parts = [f"{TOWER}.embeddings", *_children(model, f"{TOWER}.encoder.layers"), *MAIN, *_children(model, LAYERS)]
     entry_of = {part: max((e for e in entries if _inside(part, e)), key=len, default=None) for part in parts}
     unknown = [entry for entry in entries if not any(_inside(part, entry) for part in parts)]
@@ -285,20 +285,20 @@ def from_map(model: InternVL, given: str | Path | Mapping[str, str | int]) -> Pl
     return placement
 
 
-def _read_map(given: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _read_map(device_map: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     import yaml
 
-    if isinstance(given, Mapping):
-        return "device_map", given
+    if isinstance(device_map, Mapping):
+        return "device_map", device_map
     try:
-        content = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(device_map).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--device_map {given}: cannot be read ({error.strerror})") from error
+        raise UserError(f"--device_map {device_map}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--device_map {given}: neither JSON nor YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"--device_map {device_map}: neither JSON nor YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
-        raise UserError(f'--device_map {given}: expected names and devices, such as {{"{TOWER}": "cuda:0", …}}')
-    return str(given), {str(name): device for name, device in content.items()}
+        raise UserError(f'--device_map {device_map}: expected names and devices, such as {{"{TOWER}": "cuda:0", …}}')
+    return str(device_map), {str(name): device for name, device in content.items()}
 
 
 def _device(value: Any, name: str, where: str) -> str:
@@ -319,7 +319,7 @@ def _inside(name: str, entry: str) -> bool:
     return not entry or name == entry or name.startswith(entry + ".")
 
 
-# -- running it --------------------------------------------------------------------------------------------------
+# -- hooks -------------------------------------------------------------------------------------------------------
 
 
 def dispatch(model: InternVL, placement: Placement) -> None:
@@ -338,7 +338,7 @@ def dispatch(model: InternVL, placement: Placement) -> None:
     for chain in (tower, _children(model, LAYERS)):
         for before, after in pairwise(chain):
             if placement(before) != placement(after):
-                _hand_over(model.get_submodule(before), placement(after))
+                _send_output(model.get_submodule(before), placement(after))
 
 
 def check_at_hand(model: InternVL) -> None:
@@ -350,8 +350,8 @@ def check_at_hand(model: InternVL) -> None:
         )
 
 
-def _hand_over(module: nn.Module, device: str) -> None:
-    """Send what a layer gives to the next one's device at once.
+def _send_output(module: nn.Module, device: str) -> None:
+    """Send a layer's output to the next one's device at once.
 
     A layer that is computed again in backward repeats the random numbers of the device that its input was on.
     """
@@ -381,7 +381,7 @@ def supported_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dty
 
 @lru_cache
 def _computes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether what the model is made of runs. Before compute capability 8, bfloat16 is emulated, many times slower."""
+    """True if the model's operations run. Before compute capability 8, bfloat16 is emulated, many times slower."""
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:

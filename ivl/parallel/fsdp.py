@@ -1,4 +1,4 @@
-"""One model over several processes: each keeps a shard of every weight (FSDP2), and may share layers (tensor parallel).
+"""FSDP2 and tensor parallelism: each process keeps a shard of every weight.
 
 Groups of weights that are gathered together: each block of the tower, each block of the language model, and the rest:
 embeddings, norms, projector and output layer stay in the root's group, since the loss uses the output layer outside
@@ -97,7 +97,7 @@ _FUSED = ("qkv_proj", "gate_up_proj")
 
 
 def tensor_plan(model: InternVL, size: int) -> dict[str, ParallelStyle]:
-    """How each linear layer of the language model's blocks is split.
+    """Return the tensor-parallel style of each linear layer of the language model's blocks.
 
     Beside a layer split by columns the second matrix of its LoRA is split, beside one split by rows the first.
     Raises UserError where the heads cannot be shared out, or a norm of heads trains.
@@ -131,18 +131,18 @@ def tensor_plan(model: InternVL, size: int) -> dict[str, ParallelStyle]:
 
 
 def shard(full: Tensor, like: DTensor, device: torch.device | None = None) -> DTensor:
-    """This process's part of a whole tensor, spread as `like` is; on its device where no other is named."""
+    """Return this process's shard of a full tensor, placed as `like` is; on its device where no other is named."""
     local, mesh = full, like.device_mesh
     for dim in reversed(range(mesh.ndim)):  # FSDP cuts what tensor parallel has left
         if (axis := getattr(like.placements[dim], "dim", None)) is not None:
             parts, rank = local.chunk(mesh.size(dim), axis), mesh.get_local_rank(dim)
             local = parts[rank] if rank < len(parts) else local.narrow(axis, 0, 0)
-    own = torch.empty(local.shape, dtype=like.dtype, device=device or like.to_local().device).copy_(local)
-    return DTensor.from_local(own, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    copy = torch.empty(local.shape, dtype=like.dtype, device=device or like.to_local().device).copy_(local)
+    return DTensor.from_local(copy, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:
-    """A tensor gathered from all processes, in the host's memory; None where it is not to be kept. All must call."""
+    """Gather a tensor from all processes, in the host's memory; None where `keep` is False. All must call."""
     tensor = tensor.detach()
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.cpu() if keep else None
@@ -154,8 +154,8 @@ def _apply_unread(model: InternVL, tune: Tune) -> None:
     peft puts them on the device of the layer beside, so that layer's weight stands in the host's memory meanwhile, as
     one number seen from every place.
     """
-    chosen = tuning.modes(model, tune)
-    loras = {part: mode for part, mode in chosen.items() if isinstance(mode, LoRA)}
+    by_part = tuning.modes(model, tune)
+    loras = {part: mode for part, mode in by_part.items() if isinstance(mode, LoRA)}
     names = [name for part, lora in loras.items() for name in tuning.target_names(model, part, lora)]
     for name in names:
         linear = cast(nn.Linear, model.get_submodule(name))
@@ -174,6 +174,6 @@ def _read_shards(model: InternVL, files: Files, groups: list, device: torch.devi
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         module = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        old = getattr(module, leaf)
-        setattr(module, leaf, nn.Parameter(shard(tensor, old, device), requires_grad=old.requires_grad))
+        parameter = getattr(module, leaf)
+        setattr(module, leaf, nn.Parameter(shard(tensor, parameter, device), requires_grad=parameter.requires_grad))
     tie(model)

@@ -60,7 +60,7 @@ def test_the_real_model_takes_what_is_predicted(mode: str, checkpointing: bool, 
     forward, backward, kept = measured(setup, micro)
     assert found.forward == pytest.approx(forward, rel=0.05)
     assert found.backward == pytest.approx(backward, rel=0.05)
-    assert found.kept == pytest.approx(kept, rel=0.05)
+    assert found.saved == pytest.approx(kept, rel=0.05)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -96,7 +96,7 @@ def test_what_autograd_saves_is_what_is_kept(mode: str, monkeypatch):
     with hooks(count, lambda t: t):
         model(ids, labels=labels, tiles=torch.zeros(16, 3, 56, 56, dtype=torch.uint8))
     found = Sketch(config, Setup(MODES[mode])).activations(micro)
-    assert found.kept == pytest.approx(sum(saved.values()), rel=0.05)
+    assert found.saved == pytest.approx(sum(saved.values()), rel=0.05)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,4 +1,4 @@
-"""Techniques that save memory and time in training, a file each; the model computes the same.
+"""Techniques that save memory and time in training, a file each; results are the same.
 
 `model.efficient: false` (`InternVL.from_pretrained(..., efficient=False)`) leaves all of them out, to see
 whether one is at fault. A technique goes by deleting its file and its line here.
