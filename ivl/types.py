@@ -208,9 +208,21 @@ def supervised_places(labels_BT: Tensor) -> Tensor:
 
 @dataclass
 class SequenceLayout:
-    """Rows that follow one another in one sequence, without padding: what attention must know of them.
+    """Bounds and positions of rows that follow one another in one sequence, without padding, for attention.
 
-    Made on the host, once a batch; only its tensors go to the device.
+    Made on the host, once a batch; only its tensors go to the device. For rows a, b, c of 3, 4 and 2 tokens:
+
+        one pack, B = 1, T = 12             padded, B = 3, T = 4
+        a a a b b b b c c . . .             a a a .
+                                            b b b b
+                                            c c . .
+
+        sequence      a a a b b b b c c     R = 9 tokens in both cases
+        lengths       3     4       2
+        positions     0 1 2 0 1 2 3 0 1
+        cu_seqlens    0     3       7   9   row i: tokens cu_seqlens[i] up to cu_seqlens[i + 1]
+        indices       0 1 2 3 4 5 6 7 8     of the pack; None where it has no padding
+                      0 1 2 4 5 6 7 8 9     of the padded batch, flattened
     """
 
     lengths: tuple[int, ...]

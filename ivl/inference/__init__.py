@@ -1,1 +1,1 @@
-"""One engine for validation, prediction, chat and `InternVL.generate`. Stands on model/ alone."""
+"""Inference engine of validation, prediction, chat and `InternVL.generate`. Built on model/ alone."""

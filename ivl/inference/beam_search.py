@@ -1,4 +1,4 @@
-"""Beam search: the answer of the best likelihood per token that a number of beams find.
+"""Beam search: the answer of the highest log-likelihood per token among several beams.
 
 The rules are those of transformers' beam search with `length_penalty` 1 and `early_stopping` False, so that the answers
 are its answers: candidates are the likeliest continuations of all beams; those among the best `num_beams` that end an
@@ -58,20 +58,20 @@ def beam_search(
             raise FloatingPointError("logits are not finite")
         parents, tokens = (places_C // total_NV.shape[1]).tolist(), (places_C % total_NV.shape[1]).tolist()
         answers = [[*beams[parent], token] for parent, token in zip(parents, tokens)]
-        over = [length == max_new_tokens or criteria.is_met(answer) for answer in answers]
-        for answer, ended, score in zip(answers[:num_beams], over, best_C.tolist()):
+        has_ended = [length == max_new_tokens or criteria.is_met(answer) for answer in answers]
+        for answer, ended, score in zip(answers[:num_beams], has_ended, best_C.tolist()):
             if ended:
                 finished.append(Hypothesis(score / length, answer))
         finished = sorted(finished, reverse=True)[:num_beams]
-        if all(over):
+        if all(has_ended):
             break
-        over_C = torch.tensor(over, device=best_C.device)
-        chosen_N = (best_C + over_C * IMPOSSIBLE).topk(num_beams).indices
-        scores_N = (best_C + over_C * IMPOSSIBLE)[chosen_N]
+        has_ended_C = torch.tensor(has_ended, device=best_C.device)
+        best_N = (best_C + has_ended_C * IMPOSSIBLE).topk(num_beams).indices
+        scores_N = (best_C + has_ended_C * IMPOSSIBLE)[best_N]
         if len(finished) == num_beams and float(scores_N[0]) / length <= finished[-1].score:
             break
-        beams = [answers[n] for n in chosen_N.tolist()]
-        logits_NV = next_logits(places_C[chosen_N] // total_NV.shape[1], places_C[chosen_N] % total_NV.shape[1])
+        beams = [answers[n] for n in best_N.tolist()]
+        logits_NV = next_logits(places_C[best_N] // total_NV.shape[1], places_C[best_N] % total_NV.shape[1])
     return max(finished).answer
 
 

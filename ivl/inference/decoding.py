@@ -113,11 +113,11 @@ class DecodingState:
 
     def grow(self, rows: int) -> None:
         """Make room for more rows."""
-        for name, old in list(vars(self).items()):
+        for name, tensor in list(vars(self).items()):
             if name.endswith(("_R", "_RV")):
-                new = old.new_zeros(rows, *old.shape[1:])
-                new[: len(old)] = old
-                setattr(self, name, new)
+                larger = tensor.new_zeros(rows, *tensor.shape[1:])
+                larger[: len(tensor)] = tensor
+                setattr(self, name, larger)
 
     def admit(self, first: int, lengths: Sequence[int], params: Sequence[SamplingParams], seeds: Sequence[int]) -> None:
         """Set the rows from slot `first` on: prompts of these lengths that have been read, without an answer yet."""
@@ -168,10 +168,10 @@ def choose_next(
     state.ids_R[rows] = ids_n
     state.positions_R[rows] += 1
     state.counts_R[rows] += 1
-    chosen_n = torch.zeros_like(largest_n)
+    logprobs_n = torch.zeros_like(largest_n)
     if logprobs:
-        chosen_n = raw_nV.gather(1, ids_n[:, None])[:, 0] - raw_nV.logsumexp(-1)
-    return torch.stack([ids_n.float(), largest_n, chosen_n], dim=1)
+        logprobs_n = raw_nV.gather(1, ids_n[:, None])[:, 0] - raw_nV.logsumexp(-1)
+    return torch.stack([ids_n.float(), largest_n, logprobs_n], dim=1)
 
 
 def decode_step(

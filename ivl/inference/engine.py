@@ -1,4 +1,4 @@
-"""Inference engine: requests join while others are answered, and leave as soon as their answers end.
+"""Inference engine with continuous batching: requests join and leave between decoding steps.
 
     engine = Engine(model, StoppingCriteria(eos_ids), max_new_tokens=128)
     engine.submit(Request(0, input_ids, tiles))
@@ -59,7 +59,7 @@ class Engine:
         prefix_cache: PrefixCache | None = None,
         runner: StepRunner | None = None,
     ) -> None:
-        """`criteria` None: the checkpoint's own end tokens. `num_beams` above 1: beam search, a row at a time.
+        """Make an engine. `criteria` None: the checkpoint's end tokens. `num_beams` above 1: beam search, row by row.
 
         `logprobs`: keep the log-probability of each token. `prefix_cache`: one request at a time, which reads only what
         does not begin as the one before. `runner`: how the decoding step is run; by default as the device allows.
@@ -112,12 +112,12 @@ class Engine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether any request is not answered."""
+        """True while any request is not answered."""
         return bool(self.waiting or self.running)
 
     @property
     def wants_requests(self) -> bool:
-        """Whether more requests should be submitted before the next step, so that whole groups can be read."""
+        """True if more requests should be submitted before the next step, so that full groups can be read."""
         return len(self.waiting) < self._least_free
 
     @property

@@ -1,4 +1,4 @@
-"""Answers of a batch of prompts, by the engine: the functions behind `InternVL.generate` and `InternVL.stream`."""
+"""Functions of `InternVL.generate` and `InternVL.stream`: answers to a batch of prompts."""
 
 from __future__ import annotations
 

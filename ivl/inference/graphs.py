@@ -1,4 +1,4 @@
-"""Ways to run the decoding step: as it is, compiled, or as CUDA graphs.
+"""Runners of the decoding step: eager, compiled, or as CUDA graphs.
 
 A CUDA graph replays the kernels of a step without Python: at batch 1 a small model waits for the host, not for the GPU.
 A graph is captured for each number of rows, rounded up to a power of two, and each number of columns, rounded up to a
@@ -34,7 +34,7 @@ class StepRunner:
         """`graphs`: auto captures CUDA graphs where the model is on one GPU. `compiled`: torch.compile the step."""
         self.device = device
         self.overlaps = device.type == "cuda"
-        """Whether the next step is started before the result of the last is read"""
+        """True if the next step is started before the result of the last is read"""
         is_split = any(hasattr(module, "_hf_hook") for module in model.modules())
         self._captures = graphs == "auto" and device.type == "cuda" and not is_split
         self._step: Callable[..., Tensor] = decode_step

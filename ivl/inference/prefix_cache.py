@@ -1,4 +1,4 @@
-"""Prefix cache of one conversation: what begins as the prompt before is not read again.
+"""Prefix cache of one conversation: a prompt is read from where it differs from the last.
 
 Every turn brings the whole conversation as token ids and tiles. Where it begins as what was read before, the cache is
 cut there and the rest is read. So an answer is that of a fresh prompt, whatever changed. Features of tiles are kept.

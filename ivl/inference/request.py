@@ -1,4 +1,4 @@
-"""Requests to the inference engine, and how many of them are worked on at the same time.
+"""Requests to the inference engine, and limits of a batch.
 
 Shapes: T tokens of a prompt, N tiles, S pixels a side of a tile.
 """
@@ -18,7 +18,7 @@ from ivl.types import UserError
 
 @dataclass(frozen=True)
 class Batching:
-    """How many rows are worked on at the same time. Answers are the same for any values."""
+    """Limits of the rows that are decoded at the same time. Answers are the same for any values."""
 
     rows: int = 32
     """Most rows that are decoded together."""
@@ -52,9 +52,9 @@ class Request:
     seed: int = 0
     """Seed of this row's sampling"""
     answer: Answer = field(default_factory=Answer)
-    """Its token ids so far, with the one that ended it, and why it ended"""
+    """Token ids so far, with the one that ended it, and the reason"""
     error: str = ""
-    """Why there is no answer"""
+    """Reason why there is no answer"""
     is_finished: bool = False
     room: int = 0
     """Most tokens of its answer, set by `submit`: `max_new_tokens`, or what the model's context has left"""

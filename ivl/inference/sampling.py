@@ -1,4 +1,4 @@
-"""Choice of the next token: penalties, temperature, top-k and top-p, with a seed of its own for each row.
+"""Sampling of the next token: penalties, temperature, top-k, top-p; a seed for each row.
 
 Everything is a function of tensors on the device of the logits: nothing is read back, so a decoding step can be
 compiled whole or captured as a CUDA graph. Random numbers come from a hash of (seed, step). They are the same on every

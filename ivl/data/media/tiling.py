@@ -82,6 +82,14 @@ def cut(
 
     `image` is RGB. It is stretched to the grid by one bicubic resize; the thumbnail is resized from the original.
     `exact` False resizes with torch instead of Pillow: several times as fast, a pixel in some hundreds a level off.
+
+        image, 900 x 600        grid of 3 x 2: one resize to 3 S x 2 S, cut        thumbnail
+
+        +--------------+        +-----+-----+-----+                                +-----+
+        |              |        |  0  |  1  |  2  |                                |     |
+        |              |  -->   +-----+-----+-----+                          and   |  6  |    N = 7
+        |              |        |  3  |  4  |  5  |                                |     |
+        +--------------+        +-----+-----+-----+                                +-----+
     """
     S = image_size
     columns, rows = choose_grid(image.width, image.height, min_tiles, max_tiles, S)
