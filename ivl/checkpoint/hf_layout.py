@@ -23,7 +23,7 @@ from ivl.model.rotary import rope_parameters
 from ivl.model.vision import Embeddings
 
 _QK_NORM_EPS = 1e-6
-"""Epsilon of transformers' class for q and k norms, whatever the config says"""
+"""Epsilon of q and k norms in transformers' class, which ignores the config's"""
 
 
 _NOT_COPIED = ("architectures", "dtype", "torch_dtype", "rope_parameters", "rope_scaling", "rope_theta")

@@ -21,7 +21,7 @@ Tensors = list[Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of a file and what they are in the module; names may hold {n}, a layer, and {p}: weight, bias, or SCB,
+    """Rule from tensors of a file to tensors of the module; names may hold {n}, a layer, and {p}: weight, bias, or SCB,
     the scales of an 8-bit weight's rows.
 
     `read` and `write` change the tensors themselves, given the config; None: they are the same, one for one.
@@ -90,7 +90,7 @@ _INTERNLM2 = (
 
 
 def _hf(tower: str, projector: str, llm: str, head: str) -> tuple[Rule, ...]:
-    """transformers' names; its own files have had two sets of prefixes."""
+    """Rules of transformers' names; its files have had two sets of prefixes."""
     stored, module = tower + "encoder.layer.{n}.", "vision_model.encoder.layers.{n}."
     return (
         Rule(tuple(f"{stored}attention.{x}_proj.{{p}}" for x in "qkv"), (module + "attn.qkv.{p}",), _cat, _thirds),

@@ -27,7 +27,7 @@ Where = torch.device | str | Callable[[str], torch.device | str]
 
 @dataclass
 class Files:
-    """The safetensors files of a folder: which tensor lies where, its shape and its dtype. Reads headers only."""
+    """Safetensors files of a folder: path, shape and dtype of each tensor. Reads headers only."""
 
     folder: Path
     where: dict[str, Path] = field(default_factory=dict)

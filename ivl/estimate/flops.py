@@ -59,11 +59,11 @@ class Trained:
     vision_model: Mode = "frozen"
     mlp1: Mode = "frozen"
     language_model: Mode = "frozen"
-    """Its blocks"""
+    """Blocks of the language model"""
     embeddings: Literal["frozen", "full"] = "frozen"
     head: Mode = "frozen"
     vision_blocks: int | None = None
-    """Only this many of the tower's last blocks, where the tower is full; None: all, and its embeddings"""
+    """Number of the tower's last blocks that train, where the tower is full; None: all, and its embeddings"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Work:
     tokens: int = 0
     """Positions of the language model, image tokens (and padding, where there is any) included"""
     pairs: int = 0
-    """Sum of the squares of the rows' lengths (of what attention sees at once)"""
+    """Sum of the squares of the rows' lengths, which attention costs"""
     supervised: int = 0
 
 
@@ -91,7 +91,7 @@ class Recomputed:
     scores: bool = True
     """Attention's scores: fused kernels do not keep them; attention written out does"""
     last_mlp: bool = False
-    """Not a second time, but for tokens whose result nobody reads: the last block's MLP, see `ivl.model.decoder`"""
+    """Last block's MLP for all tokens; False: for supervised ones alone (`ivl.model.efficient.last_block`)"""
 
 
 NOTHING = Recomputed(head=0.0, scores=False, last_mlp=True)
@@ -270,7 +270,7 @@ def _block(
 
 
 def _linears(linears: tuple[Linear, ...], mode: Mode, grad: bool) -> tuple[float, bool]:
-    """`_linear` of several that read the same."""
+    """Sum of `_linear` over layers with the same input."""
     costs = [_linear(linear, mode, grad) for linear in linears]
     return sum(cost for cost, _ in costs), any(out for _, out in costs)
 

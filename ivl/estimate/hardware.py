@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CONTEXT = 1_000_000_000
-"""Bytes of a GPU beside all that is counted: CUDA's own, kernels' workspaces, the allocator's slack"""
+"""Bytes of a GPU beside all that is counted: CUDA context, kernels' workspaces, the allocator's slack"""
 
 TOKENS, TILES = 4096, 13
 """Row that memory is estimated for: a conversation of this length, an image of twelve tiles and its thumbnail"""
@@ -62,7 +62,7 @@ DEVICES: dict[str, Device] = {
 
 
 def find_device(name: str) -> Device | None:
-    """The device a name means: a row's (`H100` too), or what a driver reports (`NVIDIA A100-SXM4-80GB`); else None."""
+    """Find a device by the name in its data sheet (`H100` too) or its driver (`NVIDIA A100-SXM4-80GB`); else None."""
     words = _words(name)
     known = [row for row in DEVICES.values() if _words(row.name) <= words]
     if known:

@@ -102,7 +102,7 @@ class _Share:
 
 
 def _share(sketch: Sketch, activations: Activations, count: int, first: bool) -> _Share:
-    """`count` layers of the language model; on the first device, all that is not one of its layers as well."""
+    """Sum of `count` layers of the language model and, on the first device, of all other parts."""
     layers, block, parts = sketch.depths[1], sketch.block(), sketch.parameters().values()
     weights, trained = count * block.weights, count * block.trainable
     saved = count * activations.block

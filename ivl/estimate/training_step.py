@@ -32,7 +32,7 @@ from ivl.model.internvl import InternVL
 from ivl.types import SequenceLayout, UserError
 
 DEPTH = 3
-"""Blocks of each stack in the simulation: the first may differ, the other two show what one more adds"""
+"""Blocks of each stack in the simulation: the first may differ, the other two give the cost of one more"""
 FP32 = 4
 QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 """Bytes of a quantised weight, with its scales"""

@@ -34,7 +34,7 @@ NO_EFFECT = {
     *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # ms-swift's, of the training
     "fan_in_fan_out",  # peft itself turns it off on linear layers
 }
-"""Keys that change no answer, whatever they say"""
+"""Keys that change no answer"""
 
 REFUSED = {
     "alora_invocation_tokens": "activated LoRA (aLoRA), which is off before certain tokens",
@@ -54,7 +54,7 @@ REFUSED = {
     "use_qa_lora": "QA-LoRA",
     "use_merged_linear": "merged linear layers",
 }
-"""Keys of features that are not computed here: what each stands for"""
+"""Keys of unsupported features, with the feature's name"""
 
 
 READ = {
@@ -70,7 +70,7 @@ class AdapterConfig:
 
     where: str
     base: str | None = None
-    """The checkpoint it was made for"""
+    """Checkpoint that the adapter was trained on"""
     alpha: float = 8
     alphas: dict[str, float] = field(default_factory=dict)
     """Pattern of a layer's name → its alpha, where it differs"""

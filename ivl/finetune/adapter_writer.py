@@ -53,7 +53,7 @@ DIGEST = "sha256"
 """Key of the file's metadata: `digest` of its tensors. safetensors itself has no checksum"""
 _PREFIX = "base_model.model."
 _LISTS = ("layers", "layer")
-"""Names of lists of layers, which peft cannot put a wrapper around"""
+"""Names of lists of layers, which peft cannot wrap"""
 
 
 @dataclass
@@ -139,7 +139,7 @@ def _full(model: InternVL, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tables(model: InternVL, layout: Layout) -> tuple[list[Group], dict[str, tuple[int, ...]]]:
-    """The groups of a layout and the shapes of the model's tensors, also where they are split over processes."""
+    """Return the groups of a layout, and the full shapes of the model's tensors."""
     state = type(model).from_config(model.config, device="meta").state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     name = "hf" if layout == "hf" else llm_family(model.config.llm_architecture).layout
@@ -193,7 +193,7 @@ def _moved(model: InternVL, group: Group, updates: list[_Update | None], rows: l
 
 
 def _magnitude(model: InternVL, name: str) -> Tensor:
-    """DoRA's sizes of a layer that is not adapted: those of its weight's rows."""
+    """Magnitudes of DoRA for a layer that is not adapted: the norms of its weight's rows."""
     weight = model.get_parameter(name)
     if isinstance(weight, DTensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise UserError(

@@ -48,7 +48,7 @@ class _Pair:
 
 @dataclass
 class Adapter:
-    """An adapter in this model's names: what `peft.LoraConfig` needs, and the tensors of its file."""
+    """Adapter in this model's names: the fields of `peft.LoraConfig`, and the tensors of its file."""
 
     config: AdapterConfig
     ranks: dict[str, int] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Adapter:
     alphas: dict[str, float] = field(default_factory=dict)
     """Layer → alpha; the update is multiplied by alpha / rank"""
     state: dict[str, Tensor] = field(default_factory=dict)
-    """Under peft's names"""
+    """Tensors under peft's names"""
 
     def add(self, layer: str, pair: _Pair) -> None:
         self.ranks[layer] = len(pair.A)
@@ -111,7 +111,7 @@ def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig)
 
 
 def _refuse(model: InternVL, layer: str, half: str, group: Group) -> None:
-    """Raise UserError for a tensor that would not be what it is in peft. `half`: of a LoRA; else empty."""
+    """Raise UserError for a tensor that peft treats differently. `half`: of a LoRA; else empty."""
     if half and any(name.startswith(EMBEDDINGS) for name in group.module):
         raise UserError(
             f"it has a LoRA on the embeddings ({layer}), which is not computed here; merge it with peft "
@@ -156,7 +156,7 @@ def _check_shapes(model: InternVL, group: Group, pairs: list[_Pair | None]) -> N
 
 
 def _stored(model: InternVL, group: Group) -> list[Tensor]:
-    """The base's tensors of a group, as the adapter's layout has them. Raises UserError where they are quantised."""
+    """Return the base's tensors of a group, in the adapter's layout. Raises UserError where they are quantised."""
     tensors = [model.get_parameter(name).detach() for name in group.module]
     if any(not tensor.is_floating_point() for tensor in tensors):
         raise UserError(
@@ -166,7 +166,7 @@ def _stored(model: InternVL, group: Group) -> list[Tensor]:
 
 
 def _with_start(model: InternVL, group: Group, pairs: list[_Pair | None], init: str) -> list[_Pair | None]:
-    """The pairs of stored layers, with what peft takes out of the base's weight as the adapter is put on it."""
+    """Add to stored pairs the part that peft takes out of the base's weight at injection (PiSSA, OLoRA)."""
     from peft import LoraConfig, inject_adapter_in_model
 
     result: list[_Pair | None] = []
@@ -220,7 +220,7 @@ def _full_name(key: str) -> str:
 
 
 def _groups(model_names: Iterable[str], wanted: set[str]) -> dict[str, Group]:
-    """Name of an adapter's tensor → how the model has it, in the layout that knows all of them."""
+    """Map names of an adapter's tensors to groups of the model, in the layout that knows all of them."""
     unknown: list[str] = []
     for layout in LAYOUTS:
         table = {name: group for group in groups(model_names, layout) for name in group.stored}
@@ -235,7 +235,7 @@ def _groups(model_names: Iterable[str], wanted: set[str]) -> dict[str, Group]:
 
 
 def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterConfig) -> dict[str, _Pair]:
-    """Layer → its low-rank pair, scaled as its own program would; `halves`: (layer, kind) → key in the file, tensor.
+    """Map layers to low-rank pairs with the config's scale; `halves`: (layer, kind) → key in the file, tensor.
 
     Raises UserError where a half is missing.
     """
@@ -268,7 +268,7 @@ def _ranks(halves: list[Tensor], dora: bool) -> list[Tensor]:
 
 
 def _without_tied_head(model: InternVL, tensors: dict[str, str], state: dict[str, Tensor]) -> dict[str, str]:
-    """Full name → key, without an output layer that is the embeddings here, and the same in the file.
+    """Drop the output layer from full name → key where it is the embeddings, here and in the file.
 
     Raises UserError where it is another.
     """

@@ -108,7 +108,7 @@ def groups_table(optimizer: Optimizer) -> str:
 
 
 def _block(model: InternVL, name: str) -> tuple[str, int]:
-    """A group's name, and how many blocks of the vision encoder stand above it."""
+    """Name of a group, and the number of blocks of the vision encoder above it."""
     depth = used_blocks(model)
     if name.startswith("vision_model.encoder.layers."):
         number = int(name.split(".")[3])

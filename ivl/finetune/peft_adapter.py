@@ -98,7 +98,7 @@ def _base_note(config: AdapterConfig) -> str:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All trained tensors of an adapter folder: its own file, and the tower that ms-swift puts beside it.
+    """Read all trained tensors of an adapter folder: its file, and the tower that ms-swift puts beside it.
 
     Raises UserError where a file is missing or damaged, or other weights lie beside it.
     """
@@ -168,7 +168,7 @@ def _peft_key(name: str) -> str:
 
 
 def adapted_parts(folder: str | Path) -> list[str]:
-    """The parts of the model that an adapter folder changes. Raises UserError where it has no weights."""
+    """Return the parts of the model that an adapter folder changes. Raises UserError where it has no weights."""
     parts: set[str] = set()
     for name in (WEIGHTS, TOWER):
         path = Path(folder) / name

@@ -81,9 +81,9 @@ class DecodingState:
             return torch.zeros(rows, dtype=dtype, device=device)
 
         self.ids_R = zeros(torch.long)
-        """The last token of each row, which the next step feeds"""
+        """Last token of each row, the next step's input"""
         self.positions_R = zeros(torch.long)
-        """Its position: the column that the next step writes"""
+        """Position of that token: the cache column that the next step writes"""
         self.counts_R = zeros(torch.long)
         """Tokens of the answer so far"""
         self.seeds_R = zeros(torch.long)

@@ -45,7 +45,7 @@ class VisionLanguageModel(TileModel, Protocol):
 
 
 class Engine:
-    """Answers requests in the order they were submitted, as far as `Batching` lets several be worked on."""
+    """Engine that answers requests in the order of submission, several at a time within the limits of `Batching`."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Engine:
         self.batching = replace(batching, rows=1) if prefix_cache else batching
         self.logprobs = logprobs
         self.waiting: deque[list[Request]] = deque()
-        """Requests of the same prompt together"""
+        """Queue of requests; those of the same prompt together"""
         self.running: list[Request] = []
         self.prefix_cache = prefix_cache
         self.cache = prefix_cache.cache if prefix_cache else KVCache(self.batching.rows)
@@ -169,7 +169,7 @@ class Engine:
                 self._launch(1)
 
     def cancel(self) -> None:
-        """Drop everything that is waiting or running."""
+        """Drop all waiting and running requests."""
         self.waiting.clear()
         self.running.clear()
         self._launched = None

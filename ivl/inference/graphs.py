@@ -22,7 +22,7 @@ from ivl.model.decoder import LanguageModel
 
 Graphs = Literal["auto", "off"]
 VARIANTS = 64
-"""Most compiled versions of the step: by kind of sampling, one row or several, full or part-filled cache"""
+"""Limit of compiled versions of the step: by kind of sampling, one row or several, full or part-filled cache"""
 
 
 class StepRunner:

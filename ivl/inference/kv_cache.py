@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = 64
-"""Least capacity, and the step in which the columns that a decoding step looks at grow"""
+"""Least capacity in columns, and the step by which the columns of a decoding step grow"""
 
 
 class KVCache:
@@ -35,7 +35,7 @@ class KVCache:
         """(R, G, C, K) of each layer"""
 
     def reserve(self, rows: int, columns: int, limit: int | None = None) -> bool:
-        """Make room for rows of `columns` tokens. Return whether the tensors were replaced.
+        """Make room for rows of `columns` tokens. Return True if the tensors were replaced.
 
         Capacities double, up to `max_rows` rows and `limit` columns.
         """
@@ -47,10 +47,10 @@ class KVCache:
             doubled = max(2 * self.columns, COLUMNS)
             self.columns = -(-max(columns, doubled if limit is None else min(doubled, limit)) // COLUMNS) * COLUMNS
         for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
-                new = old.new_zeros(self.rows, old.shape[1], self.columns, old.shape[3])
-                new[: old.shape[0], :, : old.shape[2]] = old
-                store[layer] = new
+            for layer, tensor in enumerate(store):
+                larger = tensor.new_zeros(self.rows, tensor.shape[1], self.columns, tensor.shape[3])
+                larger[: tensor.shape[0], :, : tensor.shape[2]] = tensor
+                store[layer] = larger
         return True
 
     def allocate(self, layer: int, like_1GTK: Tensor) -> None:

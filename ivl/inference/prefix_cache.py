@@ -120,7 +120,7 @@ class PrefixCache:
             self._features_PD |= dict(zip(new, features_NPD.to(model.dtype)))
 
     def _serves(self, model: TileModel, total: int) -> bool:
-        """Return whether the cached keys are those that a prompt of `total` tokens would have.
+        """Return True if the cached keys are those of a prompt of `total` tokens.
 
         Beyond a limit the rotary frequencies follow from the length of the row (`ivl.model.rotary`).
         """

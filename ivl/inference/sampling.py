@@ -91,7 +91,7 @@ class StoppingCriteria:
         return "length" if len(answer) >= max_new_tokens else "context"
 
     def is_met(self, answer: list[int]) -> bool:
-        """Return whether the last token of `answer` ends it."""
+        """Return True if the last token of `answer` ends it."""
         if answer[-1] in self.eos_ids:
             return True
         if len(answer) <= self.min_new_tokens:

@@ -31,7 +31,7 @@ class KVCache(Protocol):
     """Keys and values of the tokens before this call."""
 
     def update(self, layer: int, keys_BGTK: Tensor, values_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Take those of this call. Returns all that its queries meet, (B, G, S, K); the mask tells which they see."""
+        """Store keys and values of this call. Returns those that its queries meet, (B, G, S, K); a mask hides some."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class DecoderConfig:
     """Bias of attention's output layer"""
     mlp_bias: bool = False
     qk_norm: bool = False
-    """Queries and keys are normalised head by head"""
+    """True: queries and keys are normalised head by head"""
     fused: bool = False
-    """One layer makes queries, keys and values, and one the MLP's gate and up"""
+    """True: fused layers, one for queries, keys and values, one for the MLP's gate and up"""
     mlp: str = "gated"
     """A key of `MLPS`"""
     sliding_window: int | None = None
@@ -200,11 +200,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
         self.checkpointing = False
-        """Keep only the input of each layer in training, and compute the rest again in backward"""
+        """Activation checkpointing: save only the input of each layer in training, recompute the rest in backward"""
         self.around_layer: Callable[[], AbstractContextManager[None]] = nullcontext
         """Context of each layer's forward in training (`ivl.model.efficient.recompute`)"""
         self.last_layer_selects = False
-        """The last layer computes `outputs_M` alone (`ivl.model.efficient.last_block`)"""
+        """True: the last layer computes `outputs_M` alone (`ivl.model.efficient.last_block`)"""
 
     def forward(
         self,

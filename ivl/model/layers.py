@@ -40,7 +40,7 @@ class Gated(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, in float32 up to the weights whatever these are kept in.
+    """Root-mean-square norm, computed in float32 up to the product with the weights.
 
     Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """

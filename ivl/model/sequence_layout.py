@@ -32,7 +32,7 @@ def layout_of(
 def lengths_of(
     mask_BT: Tensor | None, positions_BT: Tensor | None, rows_BT: Tensor | None, B: int, T: int
 ) -> Tensor | None:
-    """(rows,) tokens of each row, on the CPU; None where they are not runs from position 0, padded on the right."""
+    """Tokens of each row, (rows,), on the CPU; None where they are not runs from position 0, padded on the right."""
     if rows_BT is None:
         row_sizes = torch.full((B,), T) if mask_BT is None else mask_BT.sum(1).cpu()
         return row_sizes if is_plain(mask_BT, positions_BT) else None

@@ -89,7 +89,7 @@ class MLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leaves a residual branch out for some tiles, in training only; not in a frozen tower, which has no gradients."""
+    """Stochastic depth: drops a residual branch for some tiles, in training only; a frozen tower drops none."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
         rates = [config.drop_path_rate * n / max(count - 1, 1) for n in range(count)]
         self.layers = nn.ModuleList(Layer(config, kernel, rate) for rate in rates)
         self.checkpointing = False
-        """Keep only the input of each layer in training, and compute the rest again in backward"""
+        """Activation checkpointing: save only the input of each layer in training, recompute the rest in backward"""
         self.around_layer: Callable[[], AbstractContextManager[None]] = nullcontext
         """Context of each layer's forward in training (`ivl.model.efficient.recompute`)"""
 

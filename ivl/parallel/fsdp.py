@@ -39,7 +39,7 @@ def build_sharded(
     attention: AttentionKernel = "auto",
     efficient: bool = True,
 ) -> InternVL:
-    """A model of which this process has read only its shards, with what trains in place.
+    """Build a model of which this process reads only its shards, tuned as `tune` says.
 
     Peak memory beside the shards: one tensor. Where a LoRA starts from the weights themselves (DoRA, PiSSA), they are
     read whole first, into the host's memory of each process.
@@ -82,7 +82,7 @@ def parallelize(model: InternVL, mesh: DeviceMesh) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what was gathered for a forward, so that parameters are the shards again."""
+    """Free weights that were gathered for a forward, so that parameters are the shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -93,7 +93,7 @@ def reshard(model: nn.Module) -> None:
 _BY_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _BY_ROWS = ("o_proj", "down_proj")
 _FUSED = ("qkv_proj", "gate_up_proj")
-"""Split by columns, and gathered at once, since what follows takes them apart; so the layers behind them split it"""
+"""Fused layers: split by columns and gathered at once, since their outputs are taken apart next"""
 
 
 def tensor_plan(model: InternVL, size: int) -> dict[str, ParallelStyle]:
@@ -149,7 +149,7 @@ def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:
 
 
 def _apply_unread(model: InternVL, tune: Tune) -> None:
-    """`tune.apply` on the meta device, where LoRA matrices still begin with the numbers they have everywhere else.
+    """Apply `tune` on the meta device, where LoRA matrices still get the initial values of any other device.
 
     peft puts them on the device of the layer beside, so that layer's weight stands in the host's memory meanwhile, as
     one number seen from every place.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def install(model: InternVL) -> None:
-    """Install what needs no option of its own; for a model whose weights are not read yet."""
+    """Install the techniques without an option, into a model whose weights are not read yet."""
     from ivl.model.efficient import last_block, layer_scale, recompute
 
     for technique in (layer_scale, recompute, last_block):

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
 
 VARIANTS = 32
-"""Most versions of a layer's code: by kind, with and without gradients, of one size and of any, by what trains in it"""
+"""Limit of compiled versions of a layer: by kind, with and without gradients, static or dynamic, by trained parts"""
 
 
 def compile_layers(model: InternVL, backend: str = "inductor") -> None:
-    """Compile the layers where they stand, when they are first called. `backend`: as in torch.compile."""
+    """Compile the layers in place, at their first call. `backend`: as in torch.compile."""
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for layer in (*model.vision_model.encoder.layers, *model.language_model.model.layers):
         layer.compile(backend=backend)
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Layers run as they are: an answer grows by a token at a time, and the cache with it."""
+    """Context without compiled layers: an answer grows by a token at a time, and the cache with it."""
     return torch.compiler.set_stance("force_eager")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ScaledProduct(torch.autograd.Function):
-    """s (x W' + b), in autocast's dtype up to the scale where that is on."""
+    """Product s (x W' + b); in autocast, x W' + b is in autocast's dtype."""
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor, scale_O: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class ScaledMLP(MLP):
 
 
 class ScaledLayer(Layer):
-    """A layer of the vision encoder whose two branches end in such an operation."""
+    """Layer of the vision encoder whose two branches end in a `ScaledProduct`."""
 
     def forward(self, x_NLD: Tensor) -> Tensor:
         x_NLD = x_NLD + self.drop_path1(self.attn(self.norm1(x_NLD), self.ls1))

@@ -42,7 +42,7 @@ def _masked(x_NI: Tensor, mask_NI: Tensor | None) -> Tensor:
 
 
 class LoRAProduct(torch.autograd.Function):
-    """x W' + bias + scale · dropout(x) A' B', with W and the bias frozen; in autocast's dtype where that is on."""
+    """Product x W' + bias + scale · dropout(x) A' B', W and bias frozen; in autocast's dtype where that is on."""
 
     @staticmethod
     def forward(
@@ -84,7 +84,7 @@ class LoRAProduct(torch.autograd.Function):
 
 
 class LoRALinear(lora.Linear):
-    """peft's layer; what it holds, and what files of it are, is unchanged."""
+    """LoRA layer of peft with another forward; its parameters and files are unchanged."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The compiler sees through peft's own operations, and arranges what is kept by itself.

@@ -70,7 +70,7 @@ _REGION: ContextVar[dict[int, Recompute] | None] = ContextVar("region", default=
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)`; in a region autograd keeps `inputs` where it would keep the result.
+    """Return `function(*inputs)`; in a region autograd saves `inputs` instead of the result.
 
     The function gives the same for the same tensors, and changes none.
     """
@@ -121,14 +121,14 @@ def unpack(packed: Any) -> Tensor:
 
 
 class Recomputed(nn.Module):
-    """A norm in front of linear layers alone: in autocast's dtype where that is on, as these would cast it."""
+    """Norm in front of linear layers alone, cast to autocast's dtype as these layers would cast it."""
 
     def forward(self, x: Tensor) -> Tensor:
         sharded = any(map(is_sharded, self.parameters()))
         return self.cast(x) if sharded or torch.compiler.is_compiling() else recompute(self.cast, x)
 
     def cast(self, x: Tensor) -> Tensor:
-        """The layer's own result, cast."""
+        """Run the layer, and cast its result."""
         dtype, result = autocast_dtype(x.device.type), super().forward(x)
         return result if dtype is None else result.to(dtype)
 
@@ -153,7 +153,7 @@ class InputLayerNorm(Recomputed, nn.LayerNorm):
 
 
 class Activation(nn.Module):
-    """An activation between two linear layers, or in a gated MLP."""
+    """Activation between two linear layers, recomputed in backward."""
 
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
