@@ -23,7 +23,7 @@ import torch
 from ivl.config import Config
 from ivl.demo.model import config as demo_config
 from ivl.estimate.memory import need
-from ivl.estimate.training_step import Micro, Setup, Sketch
+from ivl.estimate.training_step import BatchShape, ShallowModel, TrainSetup
 from ivl.finetune import tune as tuning
 from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
@@ -68,13 +68,13 @@ def config(vision: tuple[int, int, int], llm: tuple[int, int, int], size: int = 
 @dataclass(frozen=True)
 class Case:
     raw: dict[str, Any]
-    setup: Setup
-    micro: Micro
+    setup: TrainSetup
+    micro: BatchShape
 
 
-def _case(raw: dict, tune: Tune, micro: Micro, checkpointing: bool = False) -> Case:
+def _case(raw: dict, tune: Tune, micro: BatchShape, checkpointing: bool = False) -> Case:
     recomputed = {"vision_checkpointing": checkpointing, "language_checkpointing": checkpointing}
-    return Case(raw, Setup(tune, on_gpu=False, **recomputed), micro)
+    return Case(raw, TrainSetup(tune, on_gpu=False, **recomputed), micro)
 
 
 SMALL = config((384, 8, 6), (512, 8, 8))
@@ -83,16 +83,16 @@ LARGE = config((768, 12, 12), (1536, 16, 24), vocabulary=50000)
 BILLION = config((1024, 24, 16), (1536, 24, 24), vocabulary=50000)
 DEMO = demo_config({"<|endoftext|>": 0, "<|im_end|>": 1, "last": 900})
 CASES = {
-    "demo": _case(DEMO, FULL, Micro(128, 96, 128, 1000)),
-    "60M LoRA": _case(SMALL, LOW, Micro(4, 512, 8, 400)),
-    "60M LoRA, recomputed": _case(SMALL, LOW, Micro(4, 512, 8, 400), True),
-    "60M LoRA, packed": _case(SMALL, LOW, Micro(1, 2048, 8, 400, True)),
-    "60M full": _case(SMALL, FULL, Micro(4, 512, 8, 400)),
-    "60M full, recomputed": _case(SMALL, FULL, Micro(4, 512, 8, 400), True),
-    "250M LoRA": _case(MIDDLE, LOW, Micro(2, 512, 4, 256)),
-    "250M full": _case(MIDDLE, FULL, Micro(2, 512, 4, 256)),
-    "700M LoRA": _case(LARGE, LOW, Micro(1, 512, 4, 128)),
-    "1B LoRA, recomputed": _case(BILLION, LOW, Micro(1, 512, 4, 128), True),
+    "demo": _case(DEMO, FULL, BatchShape(128, 96, 128, 1000)),
+    "60M LoRA": _case(SMALL, LOW, BatchShape(4, 512, 8, 400)),
+    "60M LoRA, recomputed": _case(SMALL, LOW, BatchShape(4, 512, 8, 400), True),
+    "60M LoRA, packed": _case(SMALL, LOW, BatchShape(1, 2048, 8, 400, True)),
+    "60M full": _case(SMALL, FULL, BatchShape(4, 512, 8, 400)),
+    "60M full, recomputed": _case(SMALL, FULL, BatchShape(4, 512, 8, 400), True),
+    "250M LoRA": _case(MIDDLE, LOW, BatchShape(2, 512, 4, 256)),
+    "250M full": _case(MIDDLE, FULL, BatchShape(2, 512, 4, 256)),
+    "700M LoRA": _case(LARGE, LOW, BatchShape(1, 512, 4, 128)),
+    "1B LoRA, recomputed": _case(BILLION, LOW, BatchShape(1, 512, 4, 128), True),
 }
 
 
@@ -137,7 +137,7 @@ def warm_up() -> None:
     """What the first step of any model loads: libraries, peft among them."""
     tiny = config((32, 1, 2), (32, 1, 4), 28, 100)
     for tune in (FULL, LOW):
-        steps(_case(tiny, tune, Micro(1, 16, 1, 4)))
+        steps(_case(tiny, tune, BatchShape(1, 16, 1, 4)))
 
 
 def main(names: list[str]) -> None:
@@ -156,7 +156,7 @@ def main(names: list[str]) -> None:
         command = [sys.executable, __file__, "--measure", name]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         measured, count = json.loads(run.stdout.splitlines()[-1])
-        predicted = need(Sketch(Config.from_dict(case.raw), case.setup), case.micro).total
+        predicted = need(ShallowModel(Config.from_dict(case.raw), case.setup), case.micro).total
         micro = case.micro
         print(
             f"| {name} | {count / 1e6:.0f} M | {micro.rows} x {micro.length}, {micro.tiles} tiles | "

@@ -20,7 +20,7 @@ from ivl.commands.models import TABLE, config_of, memory
 from ivl.config import Config
 from ivl.estimate.hardware import TILES, TOKENS
 from ivl.estimate.memory import need
-from ivl.estimate.training_step import Micro, Setup, Sketch, Strategy
+from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
 from ivl.families import MODELS, ReleasedModel, config_for, find_model
 from ivl.finetune.tune import LoRA, Tune
 
@@ -66,7 +66,7 @@ def recipes(row: ReleasedModel, folder: Path) -> Iterator[Recipe]:
 
 def gigabytes(row: ReleasedModel, recipe: Recipe, lora: LoRA) -> float:
     """On the fullest device, of a step on a row of TOKENS with TILES."""
-    setup = Setup(
+    setup = TrainSetup(
         tune=recipe.tune or Tune(language_model=lora),
         precision="bf16-mixed",
         quantize=recipe.quantize,
@@ -76,8 +76,8 @@ def gigabytes(row: ReleasedModel, recipe: Recipe, lora: LoRA) -> float:
         strategy=recipe.strategy,
         devices=recipe.devices,
     )
-    sketch = Sketch(Config.from_dict(config_for(row)), setup)
-    return need(sketch, Micro(1, TOKENS, TILES, SUPERVISED)).total / 1e9
+    sketch = ShallowModel(Config.from_dict(config_for(row)), setup)
+    return need(sketch, BatchShape(1, TOKENS, TILES, SUPERVISED)).total / 1e9
 
 
 def simulated(row: ReleasedModel, folder: Path) -> float:

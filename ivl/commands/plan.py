@@ -13,8 +13,8 @@ from typing import Any
 from ivl.config import Config
 from ivl.estimate import flops
 from ivl.estimate.hardware import DEVICES, Device, find_device
-from ivl.estimate.memory import Need, need
-from ivl.estimate.training_step import Micro, Setup, Sketch, Strategy
+from ivl.estimate.memory import MemoryEstimate, need
+from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
 from ivl.families import config_for, find_model
 from ivl.finetune import tune as tuning
 from ivl.finetune.tune import LoRA, Tune
@@ -39,7 +39,7 @@ has been measured. Exit status 2: the run does not fit --memory (or the memory o
 class Rows:
     """What an epoch is made of, and one micro-batch at its largest."""
 
-    largest: Micro
+    largest: BatchShape
     work: flops.Work | None
     """Of an epoch; None: unknown"""
     batches: float | None
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     config = checkpoint_config(str(fit.model.pretrained))
     setup = setup_of(fit, own.devices, device is not None or own.memory is not None or str(fit.trainer.accelerator))
     rows = rows_of(fit, config)
-    sketch = Sketch(config, setup)
+    sketch = ShallowModel(config, setup)
     found = need(sketch, rows.largest)
     limit = _size(own.memory) if own.memory else device.memory if device else None
     plan = summary(fit, config, sketch, rows, found, device, own.efficiency)
@@ -136,13 +136,13 @@ def checkpoint_config(pretrained: str) -> Config:
 # From the options of fit
 
 
-def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> Setup:
+def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> TrainSetup:
     """What of a fit's options decides memory."""
     trainer, model = fit.trainer, fit.model
     given = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
     count = devices or _sharing(trainer.strategy) or given
     optimizer = getattr(model.optimizer, "class_path", None) or "torch.optim.AdamW"
-    return Setup(
+    return TrainSetup(
         tune=Tune.from_dict(_plain(model.tune)),
         precision=str(trainer.precision or "32-true"),
         quantize=model.quantize,
@@ -203,7 +203,7 @@ def rows_of(fit: Any, config: Config) -> Rows:
     rows = 1 if packed else data.batch_size or 8
     tiles = min(data.pack_tiles or most, most) if packed else rows * min(tiles, most)
     supervised = max(1, int(SUPERVISED * rows * max(length - tiles // rows * config.tokens_per_tile, length // 4)))
-    micro = Micro(rows, length, tiles, supervised, packed)
+    micro = BatchShape(rows, length, tiles, supervised, packed)
     known = f"assumed: rows of {length} tokens, the tiles that they can hold, since {why}"
     return Rows(micro, None, None, known)
 
@@ -242,7 +242,13 @@ def _read_rows(fit: Any) -> Rows:
 
 
 def summary(
-    fit: Any, config: Config, sketch: Sketch, rows: Rows, found: Need, device: Device | None, efficiency: float
+    fit: Any,
+    config: Config,
+    sketch: ShallowModel,
+    rows: Rows,
+    found: MemoryEstimate,
+    device: Device | None,
+    efficiency: float,
 ) -> dict[str, Any]:
     """The plan, as JSON takes it. Bytes, operations, seconds."""
     setup, micro = sketch.setup, rows.largest
@@ -279,7 +285,7 @@ def summary(
     return plan
 
 
-def recomputed(setup: Setup, micro: Micro) -> flops.Recomputed:
+def recomputed(setup: TrainSetup, micro: BatchShape) -> flops.Recomputed:
     """What a step computes twice."""
     return flops.Recomputed(
         head=flops.unkept(micro.supervised),
@@ -290,7 +296,7 @@ def recomputed(setup: Setup, micro: Micro) -> flops.Recomputed:
     )
 
 
-def operations(config: Config, setup: Setup, micro: Micro, again: flops.Recomputed) -> float:
+def operations(config: Config, setup: TrainSetup, micro: BatchShape, again: flops.Recomputed) -> float:
     """Of one micro-batch, forward and backward."""
     work = flops.Work(micro.tiles, micro.rows * micro.length, micro.rows * micro.length**2, micro.supervised)
     return flops.training_flops(config, tuning.described(setup.tune), work, again).total
@@ -330,7 +336,7 @@ def report(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def spare(config: Config, setup: Setup, micro: Micro, limit: float) -> str | None:
+def spare(config: Config, setup: TrainSetup, micro: BatchShape, limit: float) -> str | None:
     """What need not be computed again, because it fits as well: as many of the blocks as can be."""
     names = {"language_model": "language_checkpointing", "vision_model": "vision_checkpointing"}
     on = tuple(part for part, name in names.items() if getattr(setup, name))
@@ -338,7 +344,7 @@ def spare(config: Config, setup: Setup, micro: Micro, limit: float) -> str | Non
     for off in filter(None, dict.fromkeys((on, on[:1], on[1:]))):
         changed: dict[str, Any] = {names[part]: False for part in off}
         tried = replace(setup, **changed)
-        total = need(Sketch(config, tried), micro).total
+        total = need(ShallowModel(config, tried), micro).total
         if total <= limit:
             options = " ".join(f"--model.checkpointing.{part} false" for part in off)
             saved = 1 - operations(config, tried, micro, recomputed(tried, micro)) / now
@@ -346,17 +352,17 @@ def spare(config: Config, setup: Setup, micro: Micro, limit: float) -> str | Non
     return None
 
 
-def first_fit(config: Config, setup: Setup, micro: Micro, limit: float) -> str:
+def first_fit(config: Config, setup: TrainSetup, micro: BatchShape, limit: float) -> str:
     """The first of the usual changes, one upon another, that fits."""
     made: list[str] = []
     for text, tried, batch in changes(setup, micro):
         made.append(text)
-        if need(Sketch(config, tried), batch).total <= limit:
+        if need(ShallowModel(config, tried), batch).total <= limit:
             return "it would fit with " + ", ".join(made)
     return "no usual change makes it fit: take a larger device, or more of them with sharding"
 
 
-def changes(setup: Setup, micro: Micro) -> Iterator[tuple[str, Setup, Micro]]:
+def changes(setup: TrainSetup, micro: BatchShape) -> Iterator[tuple[str, TrainSetup, BatchShape]]:
     """Each with those before it: what costs least first."""
     if not setup.language_checkpointing:
         setup = replace(setup, language_checkpointing=True)
@@ -366,7 +372,7 @@ def changes(setup: Setup, micro: Micro) -> Iterator[tuple[str, Setup, Micro]]:
         yield "--model.checkpointing.vision_model true", setup, micro
     if micro.rows > 1:
         rows = micro.rows
-        micro = Micro(1, micro.length, math.ceil(micro.tiles / rows), math.ceil(micro.supervised / rows))
+        micro = BatchShape(1, micro.length, math.ceil(micro.tiles / rows), math.ceil(micro.supervised / rows))
         setup = replace(setup, accumulate=setup.accumulate * rows)
         yield f"--data.batch_size 1 --trainer.accumulate_grad_batches {setup.accumulate}", setup, micro
     if setup.precision.startswith("32") and setup.on_gpu:

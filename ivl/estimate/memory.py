@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ivl.estimate.hardware import CONTEXT
-from ivl.estimate.training_step import FP32, Activations, Micro, Setup, Sketch
+from ivl.estimate.training_step import FP32, Activations, BatchShape, ShallowModel, TrainSetup
 from ivl.parallel.device_map import Sizes, balance
 
 STATES = {"AdamW": 8, "Adam": 8, "SGD": 4, "Adagrad": 4, "RMSprop": 4, "Adafactor": 0.01, "Lion": 4, "8bit": 2}
@@ -16,7 +16,7 @@ STATES = {"AdamW": 8, "Adam": 8, "SGD": 4, "Adagrad": 4, "RMSprop": 4, "Adafacto
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Bytes on the fullest device."""
 
     weights: float
@@ -33,7 +33,7 @@ class Need:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
-def need(sketch: Sketch, micro: Micro) -> Need:
+def need(sketch: ShallowModel, micro: BatchShape) -> MemoryEstimate:
     """Estimate a step's memory on the fullest device, from the second step on."""
     setup, parts = sketch.setup, sketch.parameters()
     activations = sketch.activations(micro)
@@ -56,7 +56,9 @@ def need(sketch: Sketch, micro: Micro) -> Need:
     return _at_most(setup, activations, weights, gradients, states, buffers)
 
 
-def _at_most(setup: Setup, peaks: Activations, weights: float, gradients: float, states: float, buffers: float) -> Need:
+def _at_most(
+    setup: TrainSetup, peaks: Activations, weights: float, gradients: float, states: float, buffers: float
+) -> MemoryEstimate:
     """Peak memory of one device: that of the moment that needs most."""
     # Lightning frees the gradients of the last step after forward, where they are not being added up.
     accumulating = setup.accumulate > 1
@@ -69,7 +71,7 @@ def _at_most(setup: Setup, peaks: Activations, weights: float, gradients: float,
     }
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations = moments[moment]
-    return Need(weights, gradients, states, activations, min(peaks.logits, activations), buffers)
+    return MemoryEstimate(weights, gradients, states, activations, min(peaks.logits, activations), buffers)
 
 
 def state_bytes(optimizer: str) -> float:
@@ -83,7 +85,7 @@ def state_bytes(optimizer: str) -> float:
 # -- layers over several devices -----------------------------------------------------------------------------------
 
 
-def split_sizes(sketch: Sketch, activations: Activations) -> Sizes:
+def split_sizes(sketch: ShallowModel, activations: Activations) -> Sizes:
     """Bytes of each part in training, for `ivl.parallel.device_map.plan` to spread the layers."""
     layers, block = sketch.depths[1], sketch.block()
     state = FP32 + state_bytes(sketch.setup.optimizer)
@@ -101,7 +103,7 @@ class _Share:
     activations: Activations
 
 
-def _share(sketch: Sketch, activations: Activations, count: int, first: bool) -> _Share:
+def _share(sketch: ShallowModel, activations: Activations, count: int, first: bool) -> _Share:
     """Sum of `count` layers of the language model and, on the first device, of all other parts."""
     layers, block, parts = sketch.depths[1], sketch.block(), sketch.parameters().values()
     weights, trained = count * block.weights, count * block.trainable
@@ -117,7 +119,7 @@ def _share(sketch: Sketch, activations: Activations, count: int, first: bool) ->
     return _Share(weights, trained, replace(activations, forward=forward, backward=backward))
 
 
-def _fullest(sketch: Sketch, activations: Activations) -> Need:
+def _fullest(sketch: ShallowModel, activations: Activations) -> MemoryEstimate:
     """Peak memory of the fullest device under a pipeline split over equal devices."""
     setup = sketch.setup
     counts = balance(split_sizes(sketch, activations), [float("inf")] * setup.devices, offload=False)

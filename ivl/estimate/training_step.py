@@ -40,7 +40,7 @@ Strategy = Literal["single", "ddp", "zero2", "fsdp2", "zero3", "layer_split"]
 
 
 @dataclass(frozen=True)
-class Micro:
+class BatchShape:
     """Shape of the batch of one forward on one device."""
 
     rows: int
@@ -52,7 +52,7 @@ class Micro:
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainSetup:
     """Settings of a run that decide its memory, beside the shapes."""
 
     tune: Tune
@@ -97,7 +97,7 @@ class Activations:
     """Saved for backward by one block of the language model; part of `saved`"""
 
 
-class Tally(TorchDispatchMode):
+class MemTracker(TorchDispatchMode):
     """Counter of the bytes of all live tensors created under it, except views of a model's weights."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -134,10 +134,10 @@ class Tally(TorchDispatchMode):
         return peak
 
 
-class Sketch:
+class ShallowModel:
     """Shallow copy of a model, whose figures are multiplied out to the full depth."""
 
-    def __init__(self, config: Config, setup: Setup) -> None:
+    def __init__(self, config: Config, setup: TrainSetup) -> None:
         self.config, self.setup = config, setup
         self.depths = (config.vision.num_hidden_layers, config.llm["num_hidden_layers"])
         # Where the tower stops early, the same number of blocks is left out of the copy.
@@ -212,13 +212,13 @@ class Sketch:
         size = 4 if self.setup.precision.startswith("32") else 2
         return max(sum(p.numel() for p in blocks[-1].parameters()) for blocks in self.blocks) * size
 
-    def activations(self, micro: Micro) -> Activations:
+    def activations(self, micro: BatchShape) -> Activations:
         """Simulate a forward and a backward."""
         model = self.model
         block_marks: tuple[list[int], list[int]] = ([], [])
         tower: list[int] = []  # the peak up to the language model, in which its blocks keep nothing yet
         with FakeTensorMode(), _faked(model):
-            tally = Tally(model)
+            tally = MemTracker(model)
             hooks = [
                 block.register_forward_hook(lambda *_, marks=marks: marks.append(tally.live))
                 for blocks, marks in zip(self.blocks, block_marks)
@@ -256,7 +256,7 @@ class Sketch:
         return vision, language
 
 
-def _batch(model: InternVL, micro: Micro) -> dict[str, Any]:
+def _batch(model: InternVL, micro: BatchShape) -> dict[str, Any]:
     """Build a batch of zeros for the model's forward."""
     size, shape = model.config.image_size, (micro.rows, micro.length)
     total = micro.rows * micro.length

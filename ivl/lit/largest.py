@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from ivl.estimate.training_step import Micro
+from ivl.estimate.training_step import BatchShape
 from ivl.lit.datamodule import IvlData
 
 
-def largest_batch(data: IvlData) -> Micro:
+def largest_batch(data: IvlData) -> BatchShape:
     """What memory must hold of the training rows: the longest row, the most tiles, the mean of supervised tokens."""
     index = data.training_index()
     tokens, tiles, supervised = (int(counts.sum()) for counts in (index.tokens, index.tiles, index.supervised))
@@ -18,7 +18,7 @@ def largest_batch(data: IvlData) -> Micro:
         length = data.pack_tokens
         most = data.pack_tiles or math.ceil(length * tiles / tokens)
         most, learnt = max(most, int(index.tiles.max())), math.ceil(length * supervised / tokens)
-        return Micro(1, length, most, max(1, learnt), packed=True)
+        return BatchShape(1, length, most, max(1, learnt), packed=True)
     rows = min(data.batch_size, len(index))
     most = int(np.sort(index.tiles)[-rows:].sum())
-    return Micro(rows, int(index.tokens.max()), most, max(1, math.ceil(rows * supervised / len(index))))
+    return BatchShape(rows, int(index.tokens.max()), most, max(1, math.ceil(rows * supervised / len(index))))

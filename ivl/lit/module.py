@@ -46,7 +46,7 @@ from ivl.lit.types import IvlTrainer
 from ivl.model.efficient.compile import compile_layers
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
-from ivl.parallel.device_map import Placement
+from ivl.parallel.device_map import DeviceMap
 from ivl.reasoning import split_reasoning
 from ivl.types import Batch, UserError, some
 
@@ -167,7 +167,7 @@ class LitInternVL(LightningModule):
         model.neftune_alpha = self.neftune
         self.model, self._vectors = model, vectors(model)
         if (placed := getattr(model, "hf_device_map", None)) is not None:
-            rank_zero_info(f"layers over devices: {Placement(placed)}")
+            rank_zero_info(f"layers over devices: {DeviceMap(placed)}")
         if self.trainer.training:
             rank_zero_info(f"{self.pretrained}\n{tuning.table(model)}")
             if self.compiled:

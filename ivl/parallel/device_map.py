@@ -52,7 +52,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Placement:
+class DeviceMap:
     """Device of each part of a model: name of a module → device, such as `cuda:0`, or `cpu`."""
 
     devices: dict[str, str]
@@ -111,7 +111,7 @@ def choose(
     bits: Mapping[str, float] | None = None,
     needs: Sizes | None = None,
     offload: bool = True,
-) -> Placement | None:
+) -> DeviceMap | None:
     """Return the placement that the options ask for; None where they ask for none.
 
     Args:
@@ -147,7 +147,7 @@ def choose(
     return plan(needs or sizes(model, bits), names, limits, offload=offload and not bits)
 
 
-def plan(sizes: Sizes, devices: Sequence[str], limits: Sequence[float], offload: bool = True) -> Placement:
+def plan(sizes: Sizes, devices: Sequence[str], limits: Sequence[float], offload: bool = True) -> DeviceMap:
     """Spread the layers, in their order, so that the fullest device is as empty as can be.
 
     `limits`: bytes that may be used of each device; infinite ones count as equal to each other. `offload`: layers that
@@ -165,7 +165,7 @@ def plan(sizes: Sizes, devices: Sequence[str], limits: Sequence[float], offload:
         )
     where = [device for device, count in zip([*devices, "cpu"], counts) for _ in range(count)]
     fixed = dict.fromkeys((TOWER, *MAIN), devices[0])
-    return Placement(fixed | {f"{LAYERS}.{n}": device for n, device in enumerate(where)})
+    return DeviceMap(fixed | {f"{LAYERS}.{n}": device for n, device in enumerate(where)})
 
 
 def balance(sizes: Sizes, limits: Sequence[float], offload: bool) -> list[int] | None:
@@ -253,7 +253,7 @@ def parse_size(text: str, option: str) -> int:
 # -- a map of the user's -----------------------------------------------------------------------------------------
 
 
-def from_map(model: InternVL, device_map: str | Path | Mapping[str, str | int]) -> Placement:
+def from_map(model: InternVL, device_map: str | Path | Mapping[str, str | int]) -> DeviceMap:
     """Read a user's device map: names of modules → devices (`cuda:1`, its number, or `cpu`); the longest name wins.
 
     A file is JSON or YAML. The smallest parts are a decoder layer, a layer of the tower, and the parts of `MAIN`.
@@ -275,7 +275,7 @@ def from_map(model: InternVL, device_map: str | Path | Mapping[str, str | int]) 
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
     placed = {part: entry for part, entry in entry_of.items() if entry is not None}
-    placement = Placement({part: _device(entries[entry], entry, where) for part, entry in placed.items()})
+    placement = DeviceMap({part: _device(entries[entry], entry, where) for part, entry in placed.items()})
     main = {part: placement.devices[part] for part in MAIN}
     if len(set(main.values())) > 1:
         raise UserError(
@@ -322,7 +322,7 @@ def _inside(name: str, entry: str) -> bool:
 # -- hooks -------------------------------------------------------------------------------------------------------
 
 
-def dispatch(model: InternVL, placement: Placement) -> None:
+def dispatch(model: InternVL, placement: DeviceMap) -> None:
     """Give a model, loaded as `placement` says, the hooks that carry tensors between devices."""
     from accelerate import dispatch_model
 

@@ -141,7 +141,7 @@ def shard(full: Tensor, like: DTensor, device: torch.device | None = None) -> DT
     return DTensor.from_local(copy, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:
+def gather(tensor: Tensor, keep: bool = True) -> Tensor | None:
     """Gather a tensor from all processes, in the host's memory; None where `keep` is False. All must call."""
     tensor = tensor.detach()
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

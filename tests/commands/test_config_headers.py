@@ -7,7 +7,7 @@ import pytest
 from ivl.commands.config_headers import body, header, recipes, simulated
 from ivl.commands.models import config_of, memory
 from ivl.config import Config
-from ivl.estimate.training_step import Setup, Sketch
+from ivl.estimate.training_step import ShallowModel, TrainSetup
 from ivl.families import MODELS, config_for, find_model
 from ivl.finetune.tune import LoRA, Tune
 
@@ -63,6 +63,6 @@ def test_a_release_in_8_bits_is_planned_as_it_is_stored():
     """Its tower, projector and head too: its files have 26.1 GB (see tests/commands/test_models.py)."""
     row = find_model("internvl-chat-v1_5-int8")
     config = Config.from_dict(config_for(row))
-    sketch = Sketch(config, Setup(Tune(language_model=LoRA(rank=8)), "bf16-mixed"))
+    sketch = ShallowModel(config, TrainSetup(Tune(language_model=LoRA(rank=8)), "bf16-mixed"))
     base = sum(p.weights - 4 * p.trainable for p in sketch.parameters().values())
     assert base == pytest.approx(memory(row).weights, rel=0.001)

@@ -7,7 +7,7 @@ import torch
 
 from ivl.config import Config
 from ivl.estimate.memory import need, split_sizes, state_bytes
-from ivl.estimate.training_step import Micro, Setup, Sketch, Tally
+from ivl.estimate.training_step import BatchShape, MemTracker, ShallowModel, TrainSetup
 from ivl.families import config_for, find_model
 from ivl.finetune import tune
 from ivl.finetune.tune import Blocks, LoRA, Tune
@@ -24,7 +24,7 @@ def deep() -> Config:
     return Config.from_dict(raw)
 
 
-def measured(setup: Setup, micro: Micro) -> tuple[int, int, int]:
+def measured(setup: TrainSetup, micro: BatchShape) -> tuple[int, int, int]:
     """Most bytes up to the loss and in backward, and those that forward keeps: of the real thing."""
     config = deep()
     model = InternVL.from_config(config, attention=setup.attention, image_token_id=IMAGE)
@@ -39,7 +39,7 @@ def measured(setup: Setup, micro: Micro) -> tuple[int, int, int]:
         batch["row_ids"] = torch.zeros_like(ids)
         batch["position_ids"] = torch.arange(micro.length)[None]
         batch["tiles_per_row"] = torch.tensor([micro.tiles])
-    tally = Tally(model)
+    tally = MemTracker(model)
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: tally.ignore(p.grad))
@@ -54,9 +54,9 @@ def measured(setup: Setup, micro: Micro) -> tuple[int, int, int]:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("mode", ["lora", "projector", "tower", "last block", "full", "lora everywhere"])
 def test_the_real_model_takes_what_is_predicted(mode: str, checkpointing: bool, packed: bool):
-    setup = Setup(MODES[mode], vision_checkpointing=checkpointing, language_checkpointing=checkpointing)
-    micro = Micro(1 if packed else 2, 600, 16, 200, packed)
-    found = Sketch(deep(), setup).activations(micro)
+    setup = TrainSetup(MODES[mode], vision_checkpointing=checkpointing, language_checkpointing=checkpointing)
+    micro = BatchShape(1 if packed else 2, 600, 16, 200, packed)
+    found = ShallowModel(deep(), setup).activations(micro)
     forward, backward, kept = measured(setup, micro)
     assert found.forward == pytest.approx(forward, rel=0.05)
     assert found.backward == pytest.approx(backward, rel=0.05)
@@ -66,7 +66,7 @@ def test_the_real_model_takes_what_is_predicted(mode: str, checkpointing: bool, 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_what_autograd_saves_is_what_is_kept(mode: str, monkeypatch):
     """torch's own account: the storages handed to saved-tensor hooks or kept by them instead, weights apart."""
-    config, micro = deep(), Micro(2, 600, 16, 200)
+    config, micro = deep(), BatchShape(2, 600, 16, 200)
     model = InternVL.from_config(config, attention="sdpa", image_token_id=IMAGE)
     tune.apply(model, MODES[mode])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -95,7 +95,7 @@ def test_what_autograd_saves_is_what_is_kept(mode: str, monkeypatch):
     labels.view(-1)[-200:] = 5
     with hooks(count, lambda t: t):
         model(ids, labels=labels, tiles=torch.zeros(16, 3, 56, 56, dtype=torch.uint8))
-    found = Sketch(config, Setup(MODES[mode])).activations(micro)
+    found = ShallowModel(config, TrainSetup(MODES[mode])).activations(micro)
     assert found.saved == pytest.approx(sum(saved.values()), rel=0.05)
 
 
@@ -105,7 +105,7 @@ def test_parameters_are_those_of_the_whole_model(mode: str):
     model = InternVL.from_config(config, device="meta")
     with torch.device("meta"):
         tune.apply(model, MODES[mode])
-    for part, found in Sketch(config, Setup(MODES[mode])).parameters().items():
+    for part, found in ShallowModel(config, TrainSetup(MODES[mode])).parameters().items():
         own = [p for n, p in model.named_parameters() if tune.part_of(n) == part]
         assert found.total == sum(p.numel() for p in own)
         assert found.trainable == sum(p.numel() for p in own if p.requires_grad)
@@ -114,7 +114,9 @@ def test_parameters_are_those_of_the_whole_model(mode: str):
 
 def test_a_released_model_from_its_row_alone():
     row = find_model("internvl2-2b")
-    sketch = Sketch(Config.from_dict(config_for(row)), Setup(Tune(language_model=LoRA(rank=8)), "bf16-mixed"))
+    sketch = ShallowModel(
+        Config.from_dict(config_for(row)), TrainSetup(Tune(language_model=LoRA(rank=8)), "bf16-mixed")
+    )
     parts = sketch.parameters()
     trained = sum(p.trainable for p in parts.values())
     assert sum(p.total for p in parts.values()) - trained == row.parameters
@@ -122,15 +124,15 @@ def test_a_released_model_from_its_row_alone():
 
 
 def test_logits_do_not_grow_with_the_length():
-    sketch = Sketch(deep(), Setup(LORA))
-    logits = [sketch.activations(Micro(1, n, 0, n)).logits for n in (512, 1024, 2048)]
+    sketch = ShallowModel(deep(), TrainSetup(LORA))
+    logits = [sketch.activations(BatchShape(1, n, 0, n)).logits for n in (512, 1024, 2048)]
     assert len(set(logits)) == 1
 
 
 def test_more_devices_and_less_precision_take_less():
-    config, micro = deep(), Micro(2, 300, 8, 100)
-    full = Setup(Tune("full", "full", "full"), on_gpu=False)
-    of = lambda **changed: need(Sketch(config, Setup(**(vars(full) | changed))), micro)  # noqa: E731
+    config, micro = deep(), BatchShape(2, 300, 8, 100)
+    full = TrainSetup(Tune("full", "full", "full"), on_gpu=False)
+    of = lambda **changed: need(ShallowModel(config, TrainSetup(**(vars(full) | changed))), micro)  # noqa: E731
     alone, sharded = of(), of(strategy="fsdp2", devices=4)
     assert sharded.weights == alone.weights / 4 and sharded.optimizer == alone.optimizer / 4
     assert of(strategy="ddp", devices=2).total == alone.total + alone.weights
@@ -149,20 +151,20 @@ def splits(layers: int, devices: int):
 @pytest.mark.parametrize("devices", [2, 3])
 @pytest.mark.parametrize("mode", ["lora", "full", "lora everywhere"])
 def test_layers_are_spread_as_evenly_as_they_can_be(mode: str, devices: int):
-    setup = Setup(MODES[mode], on_gpu=False, strategy="layer_split", devices=devices)
-    sketch, micro = Sketch(deep(), setup), Micro(2, 300, 8, 100)
+    setup = TrainSetup(MODES[mode], on_gpu=False, strategy="layer_split", devices=devices)
+    sketch, micro = ShallowModel(deep(), setup), BatchShape(2, 300, 8, 100)
     found = split_sizes(sketch, sketch.activations(micro))
     each = found.layers[0] + found.beside
     loads = [
         max(found.main + first * each, max(found.once + n * each for n in rest))
         for first, *rest in splits(DEEP, devices)
     ]
-    alone = need(Sketch(deep(), Setup(MODES[mode], on_gpu=False)), micro)
+    alone = need(ShallowModel(deep(), TrainSetup(MODES[mode], on_gpu=False)), micro)
     fullest = need(sketch, micro)
     # The moments of a step are told apart in `need` and not in the plan, so it may take less.
     assert alone.total / devices < fullest.total <= min(loads) < alone.total
     # One device holds everything, counted in the same way.
-    assert need(Sketch(deep(), replace(setup, devices=1)), micro) == alone
+    assert need(ShallowModel(deep(), replace(setup, devices=1)), micro) == alone
 
 
 def test_optimizers():
@@ -171,4 +173,4 @@ def test_optimizers():
 
 def test_blocks_beyond_the_tower_are_refused():
     with pytest.raises(ValueError, match="expected 1 to 6 blocks, found 7"):
-        Sketch(deep(), Setup(Tune(vision_model=Blocks(7))))
+        ShallowModel(deep(), TrainSetup(Tune(vision_model=Blocks(7))))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ivl.estimate.training_step import Tally
+from ivl.estimate.training_step import MemTracker
 from ivl.families import LLMS
 from ivl.finetune.tune import LoRA, Tune, apply
 from ivl.model.efficient import layer_scale
@@ -40,7 +40,7 @@ def step(model: InternVL, batch, autocast: bool = False) -> tuple[list[Tensor], 
     """Loss and gradients, and the bytes that forward left for backward."""
     torch.manual_seed(1)
     model.zero_grad()
-    tally = Tally(model)
+    tally = MemTracker(model)
     with tally, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(**batch).loss
     kept = tally.live
@@ -255,7 +255,7 @@ def test_a_scaled_layer_keeps_no_output():
     for way in (lambda linear, x, s: linear(x) * s, layer_scale.scaled):
         linear, scale = torch.nn.Linear(6, 600), torch.randn(600, requires_grad=True)
         x = torch.randn(50, 6, requires_grad=True)
-        with Tally(linear) as tally:
+        with MemTracker(linear) as tally:
             total = way(linear, x, scale).sum()
             sizes.append(tally.live)
         del total

@@ -9,7 +9,7 @@ from torchvision.transforms.functional import normalize as torchvision_normalize
 
 from ivl.checkpoint.layouts import groups
 from ivl.config import Config, read_json
-from ivl.estimate.training_step import Tally
+from ivl.estimate.training_step import MemTracker
 from ivl.families import llm_family
 from ivl.model.internvl import InternVL, normalize, pixel_shuffle
 from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, UserError
@@ -235,7 +235,7 @@ def test_checkpointing_changes_nothing(any_folder, vision, language, recwarn):
     assert_same(gradients(model, **batch), expected, atol=1e-7)
     kept = []
     for _ in range(2):
-        with Tally(model) as tally:
+        with MemTracker(model) as tally:
             loss = model(**batch).loss
         kept.append(tally.live)
         del loss

@@ -15,7 +15,7 @@ from ivl.inference.kv_cache import KVCache
 from ivl.model import decoder, vision
 from ivl.model.internvl import InternVL
 from ivl.parallel import device_map as devices
-from ivl.parallel.device_map import LAYERS, MAIN, Placement, Sizes, choose, dispatch, from_map, parse_size, plan, sizes
+from ivl.parallel.device_map import LAYERS, MAIN, DeviceMap, Sizes, choose, dispatch, from_map, parse_size, plan, sizes
 from ivl.types import UserError
 from tests import tiny
 from tests.model import rows
@@ -35,7 +35,7 @@ def tiny_folder(tmp_path_factory):
     return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny"), llm={"num_hidden_layers": 4})
 
 
-def loads(found: Sizes, placement: Placement) -> dict[str, float]:
+def loads(found: Sizes, placement: DeviceMap) -> dict[str, float]:
     """Bytes on each device."""
     loads = {placement.main: found.main}
     for n, size in enumerate(found.layers):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Shard as Cut
 from ivl.finetune import tune as tuning
 from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
-from ivl.parallel.fsdp import build_sharded, shard, tensor_plan, whole
+from ivl.parallel.fsdp import build_sharded, gather, shard, tensor_plan
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
 
@@ -45,7 +45,7 @@ def test_a_model_read_by_shards_is_the_model(mesh, tmp_path, tune, architecture)
     for name, parameter in expected.named_parameters():
         own = found[name]
         assert isinstance(own, DTensor) and (own.dtype, own.requires_grad) == (parameter.dtype, parameter.requires_grad)
-        assert torch.equal(whole(own), parameter), name
+        assert torch.equal(gather(own), parameter), name
     assert tuning.is_tied(model) == tied
     assert model.always_run_vision
 
@@ -53,8 +53,8 @@ def test_a_model_read_by_shards_is_the_model(mesh, tmp_path, tune, architecture)
 def test_a_shard_is_this_process_part(mesh):
     full = torch.arange(12.0).view(4, 3)
     like = DTensor.from_local(torch.zeros(4, 3), mesh, [Cut(0), Replicate()], run_check=False)
-    assert torch.equal(whole(shard(full, like)), full)
-    assert whole(full, keep=False) is None
+    assert torch.equal(gather(shard(full, like)), full)
+    assert gather(full, keep=False) is None
 
 
 def test_a_plan_splits_every_linear_layer_of_a_block_and_its_lora(tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ivl.parallel.fsdp import reshard, shard, whole
+from ivl.parallel.fsdp import gather, reshard, shard
 
 
 class Sharded(ModelParallelStrategy):
@@ -58,7 +58,7 @@ class Sharded(ModelParallelStrategy):
         """What trains, gathered tensor by tensor; empty but on the first process."""
         model, first = self._built(), self.is_global_zero
         reshard(model)
-        state = {n: whole(p, first) for n, p in model.named_parameters() if p.requires_grad}
+        state = {n: gather(p, first) for n, p in model.named_parameters() if p.requires_grad}
         return state if first else {}
 
     def _built(self) -> nn.Module:
@@ -70,7 +70,7 @@ class Sharded(ModelParallelStrategy):
         state = optimizer.state_dict()
         first = self.is_global_zero
         gathered = {
-            n: {k: whole(v, first) if isinstance(v, Tensor) else v for k, v in values.items()}
+            n: {k: gather(v, first) if isinstance(v, Tensor) else v for k, v in values.items()}
             for n, values in state["state"].items()
         }
         return {"state": gathered, "param_groups": state["param_groups"]} if first else {}

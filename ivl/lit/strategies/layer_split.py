@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from ivl.estimate.memory import split_sizes
-from ivl.estimate.training_step import Setup, Sketch
+from ivl.estimate.training_step import ShallowModel, TrainSetup
 from ivl.lit.largest import largest_batch
 from ivl.parallel.device_map import Sizes
 from ivl.types import UserError
@@ -92,7 +92,7 @@ class LayerSplit(SingleDeviceStrategy):
 def training_sizes(module: LitInternVL) -> Sizes:
     """What each part of a model takes in a training step on the largest batch of the run, simulated without data."""
     trainer = module.trainer
-    setup = Setup(
+    setup = TrainSetup(
         tune=module.tune,
         precision=str(trainer.precision),
         quantize=module.quantize,
@@ -104,5 +104,5 @@ def training_sizes(module: LitInternVL) -> Sizes:
         accumulate=trainer.accumulate_grad_batches,
         strategy="layer_split",
     )
-    sketch = Sketch(trainer.datamodule.processor.config, setup)
+    sketch = ShallowModel(trainer.datamodule.processor.config, setup)
     return split_sizes(sketch, sketch.activations(largest_batch(trainer.datamodule)))
