@@ -18,7 +18,7 @@ from ivl.checkpoint.hf_layout import hf_config
 from ivl.config import read_json
 from ivl.data.processor import Processor
 from ivl.data.text.jinja_template import chat_template
-from ivl.data.text.template import own_system_message
+from ivl.data.text.template import release_system_message
 from ivl.hf_config import is_hf, released_config
 from ivl.types import IMAGENET_MEAN, IMAGENET_STD, UserError
 
@@ -118,7 +118,7 @@ def released_json(settings: Settings) -> dict[str, Any]:
     template = processor.template
     own = raw.get("system_message")
     if own is None:
-        own = own_system_message(settings.base, template)
+        own = release_system_message(settings.base, template)
     raw |= _told(settings)
     if processor.system_message != (template.system_message if own is None else own):
         raw["system_message"] = processor.system_message

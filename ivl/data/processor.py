@@ -130,7 +130,7 @@ class Processor:
         config = read_config(folder)
         if not config.template:
             config = recognised(folder, config)
-        own_message = template.own_system_message(folder, template.find_template(config.template))
+        own_message = template.release_system_message(folder, template.find_template(config.template))
         if system_message is None and config.system_message is None:
             system_message = own_message
         processor = cls(

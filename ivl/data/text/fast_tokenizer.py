@@ -1,4 +1,4 @@
-"""Our tokenizer in the form of the `tokenizers` library, for folders in transformers' own layout.
+"""`tokenizers` form of our tokenizer, for folders in transformers' layout.
 
 Blanks before a text are put per stretch between added tokens, as the slow classes do; or before its first word only
 (`legacy=False`), where a text that begins with a blank of its own gets none: the library cannot say that one.
@@ -19,7 +19,7 @@ from ivl.types import UserError
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The same vocabulary, added tokens and ids. Raises UserError where the library cannot say them."""
+    """Convert: same vocabulary, added tokens and ids. Raises UserError where the library gives other ids."""
     engine = tokenizer.engine
     added = sorted((token for token in tokenizer.added.values() if not token.inside), key=lambda token: token.id)
     if isinstance(engine, SentencePieceEngine):
@@ -37,9 +37,9 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         bos = tokenizer.token_bytes(tokenizer.bos_id).decode()
         around = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B", "special_tokens": [(bos, tokenizer.bos_id)]}
         fast.post_processor = processors.TemplateProcessing(**around)
-    odd = [t.text for t in added if fast.token_to_id(t.text) != t.id]
-    if odd:
-        raise UserError(f"the tokenizers library gives other ids to {', '.join(odd[:5])}")
+    mismatches = [t.text for t in added if fast.token_to_id(t.text) != t.id]
+    if mismatches:
+        raise UserError(f"the tokenizers library gives other ids to {', '.join(mismatches[:5])}")
     return fast
 
 

@@ -1,6 +1,6 @@
-"""A prompt template in the form other programs render: `chat_template`, Jinja over a list of messages.
+"""`chat_template`: a prompt template as Jinja, for other programs and for -hf folders.
 
-What it renders equals `ivl.data.text.template.written`, for messages whose content is a text or a list of parts.
+Its rendering equals `ivl.data.text.template.written`, for messages whose content is a text or a list of parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ivl.data.text.tokenizer import Tokenizer
 from ivl.types import Conversation, Message, UserError
 
 RELEASED_MARKS = ("<image>", "<video>")
-"""What stands for a medium in a text: vLLM and lmdeploy replace it, as the released `chat` does"""
+"""Marks of media in a text: vLLM and lmdeploy replace them, as the released `chat` does"""
 
 # A text after a medium begins a new line, as in `ivl.data.rows.formats`.
 _JINJA = """\
@@ -83,15 +83,15 @@ def chat_template(
 
 
 def _filled(text: str, holes: dict[str, str]) -> str:
-    """In one pass, so that no text is read for holes."""
+    """Replace the names of `holes` in one pass: a text that is put in is not searched for holes."""
     names = sorted(holes, key=len, reverse=True)
     return re.sub("|".join(rf"{re.escape(n)}\b" for n in names), lambda m: holes[m.group()], text)
 
 
 def opening(template: Template, tokenizer: Tokenizer) -> str:
-    """What stands before a conversation's first words: what the tokenizer puts before a text, written out.
+    """Text before a conversation's first words: the begin token where the tokenizer adds one, else empty.
 
-    Phi-3's puts a blank after it where no special token follows.
+    Phi-3's tokenizer puts a blank after it where no special token follows.
     """
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     text = "" if bos is None else tokenizer.token_bytes(bos).decode()
@@ -99,7 +99,7 @@ def opening(template: Template, tokenizer: Tokenizer) -> str:
     return next((t for t in (text, text + " ") if tokenizer.encode(t + template.system) == wanted), text)
 
 
-# The way back: from a folder's own Jinja text to the row of the table that it says in other words
+# The way back: from a folder's Jinja text to the entry of TEMPLATES that renders the same
 
 _PROBE = Conversation((Message("user", (" q ",)), Message("assistant", (" a ",))), system="s")
 USUAL = {"Qwen2ForCausalLM": "internvl2_5", "Qwen3ForCausalLM": "internvl2_5"}
@@ -107,13 +107,13 @@ USUAL = {"Qwen2ForCausalLM": "internvl2_5", "Qwen3ForCausalLM": "internvl2_5"}
 
 
 def recognised(folder: Path, config: Config) -> Config:
-    """The config of a -hf folder with what its chat template renders: the template's name, the default system message,
-    and what a prompt opens the answer with.
+    """Config of a -hf folder, completed from its chat template: `template`, `system_message`, `answer_prefill`.
 
-    System message None: it renders no system message by itself, as the released -hf folders; the template's own stands
-    then, since the models were trained with it. Raises UserError where no known template renders the same.
+    `system_message` None: the folder's template renders none by itself, as the released -hf folders. The default of
+    TEMPLATES is used then, since the models were trained with it. Raises UserError where no known template renders the
+    same text.
     """
-    text, where = _own_text(folder)
+    text, where = _read_chat_template(folder)
     if text is None:
         if config.llm_architecture in USUAL:
             return replace(config, template=USUAL[config.llm_architecture])
@@ -122,14 +122,14 @@ def recognised(folder: Path, config: Config) -> Config:
             f"template; add the file from the model's page"
         )
     messages = [{"role": message.role, "content": message.text} for message in _PROBE.messages]
-    whole = _rendered(text, [{"role": "system", "content": _PROBE.system}, *messages], where)
-    name = next((n for n, row in TEMPLATES.items() if whole.endswith(written(_PROBE, (), row, 0))), None)
+    rendered = _rendered(text, [{"role": "system", "content": _PROBE.system}, *messages], where)
+    name = next((n for n, row in TEMPLATES.items() if rendered.endswith(written(_PROBE, (), row, 0))), None)
     if name is None:
         raise UserError(
-            f"{where}: renders {whole!r}, which no template of this program does; it knows {', '.join(TEMPLATES)}"
+            f"{where}: renders {rendered!r}, which no template of this program does; it knows {', '.join(TEMPLATES)}"
         )
     row = TEMPLATES[name]
-    opening_text = whole.removesuffix(written(_PROBE, (), row, 0))
+    opening_text = rendered.removesuffix(written(_PROBE, (), row, 0))
     before = _rendered(text, messages, where).split(row.user)[0].removeprefix(opening_text)
     system = None
     if before.startswith(row.system) and before.endswith(row.after_user):
@@ -138,8 +138,8 @@ def recognised(folder: Path, config: Config) -> Config:
     return replace(config, template=name, system_message=system, answer_prefill=prefill if opened else "")
 
 
-def _own_text(folder: Path) -> tuple[str | None, Path]:
-    """A folder's chat template and where it stands; transformers has had four places for it."""
+def _read_chat_template(folder: Path) -> tuple[str | None, Path]:
+    """Chat template of a folder, None where it has none, and its path; transformers has had four places for it."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8"), path
@@ -151,7 +151,7 @@ def _own_text(folder: Path) -> tuple[str | None, Path]:
 
 
 def _rendered(text: str, messages: list[dict], where: Path, prompt: bool = False) -> str:
-    """In transformers' sandbox: a template can reach nothing but its messages."""
+    """Render in transformers' sandbox: a template can reach nothing but its messages."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 

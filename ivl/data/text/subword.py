@@ -1,6 +1,6 @@
-"""The sub-word engines under `ivl.data.text.tokenizer`, and the tokenizer files of a checkpoint read into them.
+"""Sub-word engines of the tokenizer: sentencepiece and `tokenizers`, read from a checkpoint's files.
 
-An engine knows a vocabulary and nothing of added tokens. Its tokens stand for bytes that add up to the text's own.
+An engine knows a vocabulary and nothing of added tokens. The bytes of its tokens add up to the bytes of the text.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Qwen2 and Qwen3 cut a text before byte-pair encoding; their `vocab.json` and `merges.txt` do not say it"""
+"""Pre-tokenizer pattern of Qwen2 and Qwen3, which their `vocab.json` and `merges.txt` do not contain"""
 
 
 CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z0-9_]+\]")
-"""What a control token looks like: `<|im_start|>`, `[UNUSED_TOKEN_7]`"""
+"""Spelling of a control token: `<|im_start|>`, `[UNUSED_TOKEN_7]`"""
 
 
 class SentencePieceEngine:
@@ -61,7 +61,7 @@ class SentencePieceEngine:
 
     @staticmethod
     def normalize(text: str) -> str:
-        """The blank of the vocabulary is a blank."""
+        """Replace the vocabulary's blank (`▁`) by a blank."""
         return text.replace("▁", " ")
 
     def encode(self, text: str) -> list[int]:
@@ -77,9 +77,9 @@ class SentencePieceEngine:
         return bytes([int(piece[1:-1], 16)]) if self.sp.is_byte(token) else piece.replace("▁", " ").encode()
 
     def literals(self, ids: dict[int, str]) -> dict[str, str]:
-        """Spellings by which this vocabulary itself reads one of `ids`: spelling → the id's text there."""
-        own = [i for i in ids if 0 <= i < self.size and not self.sp.is_control(i) and not self.sp.is_unknown(i)]
-        return {self.sp.id_to_piece(i): ids[i] for i in own}
+        """Map the vocabulary's spelling of each of `ids` to its text in `ids`; control and unknown pieces left out."""
+        readable = [i for i in ids if 0 <= i < self.size and not self.sp.is_control(i) and not self.sp.is_unknown(i)]
+        return {self.sp.id_to_piece(i): ids[i] for i in readable}
 
     def pieces(self, ids: list[int]) -> list[str]:
         return [self.sp.id_to_piece(i) for i in ids]
@@ -98,7 +98,7 @@ class TokenizersEngine:
         self.byte_level = byte_level
         self.size = tokenizer.get_vocab_size()
         self._byte_of = {char: byte for byte, char in _byte_characters().items()}
-        # As `ivl.data.text.fast_tokenizer` writes sentencepiece's: what a Split leaves whole and the vocabulary has
+        # User-defined symbols as `ivl.data.text.fast_tokenizer` writes them: in the vocabulary, and not cut by a Split
         self.symbols: dict[str, int] = {}
         if not byte_level and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Sequence | pre_tokenizers.Split):
             vocabulary = {t: n for t, n in tokenizer.get_vocab().items() if CONTROL.fullmatch(t)}
@@ -131,9 +131,9 @@ Engine = SentencePieceEngine | TokenizersEngine
 
 def _byte_characters() -> dict[int, str]:
     """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in own]
-    return {byte: chr(byte) for byte in own} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
 
 
 def qwen2_engine(folder: Path) -> TokenizersEngine:
@@ -155,7 +155,7 @@ def qwen2_engine(folder: Path) -> TokenizersEngine:
 
 
 def json_engine(path: Path) -> tuple[TokenizersEngine, list[dict[str, Any]], bool, bool]:
-    """Engine of a `tokenizer.json`, its added tokens, whether it begins a text with bos, and whether with a blank."""
+    """Read a `tokenizer.json`: engine, added tokens, True if a text begins with bos, True if with a blank."""
     raw = read_json(path)
     added = raw.get("added_tokens") or []
     first = '"prepend_scheme": "first"' in json.dumps(raw.get("pre_tokenizer"))
@@ -176,7 +176,7 @@ def json_engine(path: Path) -> tuple[TokenizersEngine, list[dict[str, Any]], boo
 
 
 def _bos_of(post_processor: Any) -> str | None:
-    """The token a template processor puts before a single text."""
+    """Token that a template processor puts before a single text; None where it puts none."""
     if not isinstance(post_processor, dict):
         return None
     if post_processor.get("type") == "Sequence":

@@ -1,9 +1,9 @@
-"""Conversation + tiles per image → token ids and labels, made together, span by span.
+"""Prompt templates: conversation and tiles per image → token ids and labels, span by span.
 
-Templates are rows of data. Source of the texts: OpenGVLab/InternVL, internvl_chat/internvl/conversation.py.
+A template is an entry of TEMPLATES. Source of the texts: OpenGVLab/InternVL, internvl_chat/internvl/conversation.py.
 
-What is read as a control token where
-- the template's own texts: all of them;
+Control tokens that are recognised, by the author of a text:
+- the template: all of them;
 - system and user texts: the grounding tokens (`<ref>`, `<box>`, `<quad>` and their ends) only. `<IMG_CONTEXT>`,
   `<img>`, `<|im_end|>`, `</s>` and the like written by a user are plain characters;
 - an assistant's text: all but the image tokens, as the reference reads it.
@@ -31,11 +31,11 @@ SYSTEM_2_5 = (
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written down. `answer` ends where the model's own words begin."""
+    """Texts around the messages of a conversation. `answer` ends where the model's words begin."""
 
     name: str
     system_message: str
-    """Where neither the row nor the checkpoint brings one"""
+    """Default where neither the row nor the checkpoint has one"""
     system: str
     user: str
     answer: str
@@ -44,15 +44,15 @@ class Template:
     gap: str = ""
     """Follows `end`, never trained on"""
     lead: str = ""
-    """Stands between `answer` and the text of an answer, and belongs to the text"""
+    """Text between `answer` and an answer; it counts as part of the answer"""
     user_end: str | None = None
-    """Closes system and user messages where that is not `end` + `gap`"""
+    """End of system and user messages; None: `end` + `gap`"""
     strip: bool = False
-    """Blanks around a message are dropped in training. A prompt keeps them: the reference's chat drops none"""
+    """Drop blanks around a message in training. A prompt keeps them: the reference's chat drops none"""
     every_turn: bool = False
-    """An answer before the first question is kept, and in training the end of an empty answer; both are learnt from"""
+    """Keep an answer before the first question, and in training the end of an empty answer; both are learnt from"""
     prefill: str = ""
-    """Follows `answer` at the end of a prompt, and in no answer that is given: thinking models begin with `<think>`"""
+    """Text after `answer` at the end of a prompt, never before an answer of a row: `<think>` of thinking models"""
 
     @property
     def after_user(self) -> str:
@@ -74,7 +74,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def find_template(name: str) -> Template:
-    """The row of a config's `template`. Raises UserError listing the known ones."""
+    """Template of a config's `template`. Raises UserError listing the known names."""
     try:
         return TEMPLATES[name]
     except KeyError:
@@ -83,10 +83,10 @@ def find_template(name: str) -> Template:
         ) from None
 
 
-def own_system_message(folder: Path, template: Template) -> str | None:
-    """The default system message that a release's `conversation.py` has for a template; None where there is none.
+def release_system_message(folder: Path, template: Template) -> str | None:
+    """Default system message of a template in a release's `conversation.py`; None where there is none.
 
-    The V1.5 line has others than InternVL2 under the same template's name. The file is parsed, never executed.
+    The V1.5 line and InternVL2 have different ones under one template name. The file is parsed, never executed.
     """
     path = folder / "conversation.py"
     if not path.is_file():
@@ -106,7 +106,7 @@ def own_system_message(folder: Path, template: Template) -> str | None:
 
 Kind = Literal["template", "user", "answer", "image"]
 Span = tuple[Kind, "str | int", bool]
-"""What wrote it, its text (of an image: the number of its tokens), and whether it is trained on"""
+"""Author, text (of an image: the number of its tokens), and True if it is trained on"""
 
 
 def spans(
@@ -117,7 +117,7 @@ def spans(
     system_message: str | None = None,
     frame_prefix: str = "Frame{i}: ",
 ) -> Iterator[Span]:
-    """The conversation as written by a template.
+    """Spans of a conversation as a template writes it.
 
     `tiles`: for each medium the tiles of its image, or of each frame of its video. `system_message`: the checkpoint's,
     used where the row has none. A conversation that ends with an answer is written as the reference's trainer does, a
@@ -167,7 +167,7 @@ def _user_spans(
 
 
 def _stripped(message: Message) -> tuple:
-    """The parts without the blanks at both ends."""
+    """Parts of a message without the blanks at both ends."""
     parts = list(message.parts)
     if parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
@@ -210,7 +210,7 @@ def written(
     system_message: str | None = None,
     frame_prefix: str = "Frame{i}: ",
 ) -> str:
-    """The text that `encode` turns into ids, image tokens written out. Arguments as in `spans`.
+    """Text that `encode` turns into ids, image tokens written out. Arguments as in `spans`.
 
     `tiles` None: media as their marks.
     """

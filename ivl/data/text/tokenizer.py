@@ -1,8 +1,8 @@
-"""A checkpoint's tokenizer files → token ids, without remote code.
+"""Tokenizer: a checkpoint's tokenizer files → token ids, without remote code.
 
 Two engines: `sentencepiece` reads `tokenizer.model` (InternLM2, Phi-3, Yi), `tokenizers` reads `vocab.json` with
 `merges.txt` (Qwen) or `tokenizer.json` (Llama 3). Neither sees an added token: texts are cut at added tokens here, so
-that a caller decides, text by text, which of them are recognised and which are mere characters.
+that a caller decides, text by text, which of them are recognised and which are plain characters.
 
 Ids and `decode_as_reference` equal those of the slow tokenizer classes the released models were trained with
 (transformers 4.37 and the releases' `tokenization_internlm2.py`).
@@ -25,21 +25,21 @@ GROUNDING_TOKENS = frozenset(("<ref>", "</ref>", "<box>", "</box>", "<quad>", "<
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 Span = tuple["str | list[int]", Collection[str], bool]
-"""A text (or ids as they are), the added tokens recognised in it, and whether it is trained on"""
+"""Text (or ids as they are), the added tokens recognised in it, and True if it is trained on"""
 
 Piece = tuple["str | list[int] | None", bool]
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is matched in a text before anything else. `lstrip` / `rstrip`: it swallows blanks beside it."""
+    """Token that is matched in a text before anything else. `lstrip` / `rstrip`: it swallows blanks beside it."""
 
     text: str
     id: int
     lstrip: bool = False
     rstrip: bool = False
     inside: bool = False
-    """The engine itself recognises it inside a text, which it does not cut (sentencepiece's user-defined symbols)"""
+    """True for a token that the engine recognises inside a text (sentencepiece's user-defined symbols)"""
 
 
 class Tokenizer:
@@ -55,8 +55,8 @@ class Tokenizer:
         add_bos: bool = False,
         leading_space: bool = False,
     ) -> None:
-        """`named`: bos_token, eos_token, … → text; `special`: those left out by `skip_special`; `style`: the class
-        whose decoding `decode_as_reference` follows; `leading_space`: a text starts with a blank of its own."""
+        """`named`: bos_token, eos_token, … → text; `special`: tokens left out by `skip_special`; `style`: the class
+        whose decoding `decode_as_reference` follows; `leading_space`: put a blank before a text."""
         self.engine = engine
         self.added = {token.text: token for token in added}
         known = {token.id for token in self.added.values()}
@@ -86,11 +86,11 @@ class Tokenizer:
         return tokenizer
 
     def __len__(self) -> int:
-        """One more than the largest id."""
+        """Largest id plus one."""
         return max(self.engine.size, 1 + max(self._text_of, default=-1))
 
     def token_id(self, text: str) -> int:
-        """The id of an added token. Raises UserError where there is none of this text."""
+        """Id of an added token. Raises UserError where there is none of this text."""
         try:
             return self.added[text].id
         except KeyError:
@@ -110,7 +110,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """What rows are filled up with; masks never come from it, so any id will do."""
+        """Padding id. Masks come from lengths, never from it, so any id will do."""
         for name in ("pad_token", "eos_token"):
             if (token := self._named_id(name)) is not None:
                 return token
@@ -118,7 +118,7 @@ class Tokenizer:
 
     @property
     def context_id(self) -> int:
-        """The id that stands for one position of an image."""
+        """Id of one image position, `<IMG_CONTEXT>`."""
         return self.token_id("<IMG_CONTEXT>")
 
     def encode(self, text: str, special: bool = True, bos: bool = False) -> list[int]:
@@ -126,10 +126,10 @@ class Tokenizer:
         return self.encode_spans([(text, self.added if special else (), False)], bos)[0]
 
     def encode_spans(self, spans: Iterable[Span], bos: bool = False) -> tuple[list[int], list[bool]]:
-        """Ids of texts that follow one another, and for each id whether it is trained on.
+        """Ids of texts that follow one another, and a flag for each id: True if it is trained on.
 
-        What stands between two added tokens is tokenised in one piece, across spans, as in the whole text. A token
-        that reaches from one span into the next belongs to the span it begins in.
+        The text between two added tokens is tokenised in one piece, across spans. A token that reaches from one span
+        into the next belongs to the span it begins in.
         """
         pieces: list[Piece] = []
         for content, names, trained in spans:
@@ -181,7 +181,7 @@ class Tokenizer:
         return pieces
 
     def _swallow_blanks(self, pieces: list[Piece]) -> list[Piece]:
-        """What `lstrip` and `rstrip` of added tokens leave."""
+        """Pieces without the blanks that `lstrip` and `rstrip` of added tokens take."""
         out = list(pieces)
         for n, (piece, _) in enumerate(pieces):
             if not isinstance(piece, list):
@@ -201,7 +201,7 @@ class Tokenizer:
         return [(piece, trained) for piece, trained in out if piece != ""]
 
     def _with_leading_space(self, pieces: list[Piece]) -> list[Piece]:
-        """A blank before the text; none right before one of the special tokens, as `legacy=False` has it."""
+        """Put a blank before the text, but none right before a special token, as `legacy=False` does."""
         first = pieces[0][0]
         if isinstance(first, list) and self._text_of.get(first[0]) in self.special:
             return pieces
@@ -226,9 +226,9 @@ class Tokenizer:
         assert at == end, f"tokens of {at} bytes for a text of {end}"
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for. A character may be spread over several tokens, so a stream decodes these jointly.
+        """Bytes of a token. A character may be spread over several tokens, so a stream decodes these jointly.
 
-        Ids beyond the vocabulary (a model's embedding may have spare rows) stand for nothing.
+        Empty for ids beyond the vocabulary (a model's embedding may have spare rows).
         """
         if token not in self._bytes:
             text = self._text_of.get(token)
@@ -236,7 +236,7 @@ class Tokenizer:
         return self._bytes[token]
 
     def decode(self, ids: Iterable[int], skip: Collection[int] = (), skip_special: bool = False) -> str:
-        """The text exactly as it was encoded: no blank is added or taken away.
+        """Text of ids exactly as it was encoded: no blank is added or taken away.
 
         `skip`: ids to leave out; `skip_special`: leave out all special tokens, `<ref>` and `<box>` among them.
         """
@@ -247,9 +247,9 @@ class Tokenizer:
         return joined.decode("utf-8", errors="replace")
 
     def decode_as_reference(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """What the released tokenizer class gives: blanks around special tokens, none before punctuation.
+        """Text as the released tokenizer class decodes it: blanks around special tokens, none before punctuation.
 
-        Only for answers that must equal published ones character by character; `decode` is the faithful one.
+        Use it only for answers that must equal published ones character by character; `decode` is the faithful one.
         """
         if not isinstance(self.engine, SentencePieceEngine):
             return self.decode(ids, skip_special=skip_special)
@@ -275,7 +275,7 @@ class Tokenizer:
         return " ".join(parts)
 
     def _reference_run(self, engine: SentencePieceEngine, ids: list[int]) -> str:
-        """Tokens between two that stand apart. The engine's own joining drops the blank of a dummy prefix."""
+        """Text of tokens between two added ones. The engine's `join` drops the blank of a dummy prefix."""
         llama = self.style == "llama"
         pieces = [self._text_of[i] if self._text_of.get(i) in self.special else engine.pieces([i])[0] for i in ids]
         if llama and pieces[0].startswith("▁"):
@@ -314,8 +314,8 @@ def _read_files(folder: Path) -> dict[str, Any]:
         engine: Engine = pieces
         add_bos = bool(settings.get("add_bos_token", True))
         named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | named
-        own = {pieces.sp.id_to_piece(i): i for i in (pieces.sp.unk_id(), pieces.sp.bos_id(), pieces.sp.eos_id())}
-        tokens = [{"content": text, "id": i} for text, i in own.items() if i >= 0]
+        control = {pieces.sp.id_to_piece(i): i for i in (pieces.sp.unk_id(), pieces.sp.bos_id(), pieces.sp.eos_id())}
+        tokens = [{"content": text, "id": i} for text, i in control.items() if i >= 0]
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and kind == "Qwen2Tokenizer":
         engine = qwen2_engine(folder)
     elif (folder / "tokenizer.json").is_file():
@@ -344,7 +344,7 @@ def _read_files(folder: Path) -> dict[str, Any]:
 
 
 def _special_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """bos_token, eos_token, … → text, and all that the files call special beside them."""
+    """Named tokens (bos_token, eos_token, … → text), and the texts of all other special tokens of the files."""
     path = folder / "special_tokens_map.json"
     values = settings | (read_json(path) if path.is_file() else {})
 
@@ -352,7 +352,7 @@ def _special_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, s
         return token["content"] if isinstance(token, dict) else str(token)
 
     named = {name: text(values[name]) for name in NAMED if values.get(name) is not None}
-    more = values.get("additional_special_tokens") or values.get("extra_special_tokens") or []
+    others = values.get("additional_special_tokens") or values.get("extra_special_tokens") or []
     return named, {
-        text(token) for token in (more.values() if isinstance(more, dict) and "content" not in more else more)
+        text(token) for token in (others.values() if isinstance(others, dict) and "content" not in others else others)
     }

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ivl.config import Config
 from ivl.data.rows.formats import parse
-from ivl.data.text.template import TEMPLATES, encode, find_template, own_system_message, written
+from ivl.data.text.template import TEMPLATES, encode, find_template, release_system_message, written
 from ivl.data.text.tokenizer import Tokenizer
 from ivl.types import IGNORE, Conversation, Media, Message, UserError
 
@@ -151,7 +151,7 @@ def test_unknown_template():
 
 def test_the_system_message_of_a_release(tmp_path):
     template = find_template("internlm2-chat")
-    assert own_system_message(tmp_path, template) is None
+    assert release_system_message(tmp_path, template) is None
     code = """
 import os
 os._exit(3)
@@ -166,11 +166,11 @@ register_conv_template(
 )
 """
     (tmp_path / "conversation.py").write_text(code, encoding="utf-8")
-    assert own_system_message(tmp_path, template) == "You are an AI assistant whose name is InternLM (书生·浦语)."
-    assert own_system_message(tmp_path, find_template("phi3-chat")) is None
+    assert release_system_message(tmp_path, template) == "You are an AI assistant whose name is InternLM (书生·浦语)."
+    assert release_system_message(tmp_path, find_template("phi3-chat")) is None
     (tmp_path / "conversation.py").write_text("def (", encoding="utf-8")
     with pytest.raises(UserError, match=r"conversation\.py: not Python"):
-        own_system_message(tmp_path, template)
+        release_system_message(tmp_path, template)
 
 
 def test_video_prefix(golden, checkpoint):
