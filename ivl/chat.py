@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from ivl.data.media.tiler import Opened
+from ivl.data.media.tiler import MediaCache
 from ivl.data.processor import Processor
 from ivl.inference.engine import Engine
 from ivl.inference.generate import stream_request
@@ -85,7 +85,7 @@ class Chat:
         """Keys of what the model has read"""
         self._runner = StepRunner(model.language_model, model.device)
         self._messages: tuple[Message, ...] = ()
-        self._opened = Opened()
+        self._opened = MediaCache()
 
     @property
     def history(self) -> list[list[str]]:
@@ -96,7 +96,7 @@ class Chat:
     def clear(self) -> None:
         """Start anew, with the same system message."""
         self._messages = ()
-        self._opened = Opened()
+        self._opened = MediaCache()
         self.prefix_cache.forget()
 
     def ask(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:

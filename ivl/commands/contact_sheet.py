@@ -48,7 +48,7 @@ def _said(message: Message) -> tuple[str, tuple[int, int, int]]:
 
 
 def _pictures(medium: Media, processor: Processor) -> list[Image.Image]:
-    exif, policy = processor.cutter.exif, processor.cutter.policy
+    exif, policy = processor.tiler.exif, processor.tiler.policy
     if medium.kind == "image":
         return [media.load_image(medium.source, exif, policy)]
     return media.load_video(medium.source, MOST, None, MOST, medium.start, medium.end, policy=policy)

@@ -17,7 +17,7 @@ from ivl.data import collate as collating
 from ivl.data import truncation as limits
 from ivl.data.media import load as media
 from ivl.data.media.feature_store import FeatureStore
-from ivl.data.media.tiler import Cutter, Opened, Resize, VideoOptions
+from ivl.data.media.tiler import ImageTiler, MediaCache, Resize, VideoOptions
 from ivl.data.rows import formats
 from ivl.data.rows.box_frames import BoxFrames
 from ivl.data.text import template
@@ -79,7 +79,7 @@ class Processor:
         self.share_tiles = share_tiles
         self.max_length = max_length
         self.on_too_long = on_too_long
-        self.cutter = Cutter(config, video, exif, policy, resize)
+        self.tiler = ImageTiler(config, video, exif, policy, resize)
         self.compact_boxes = compact_boxes
         self.released = released
         self.line = line_of(config)
@@ -162,7 +162,7 @@ class Processor:
         """A row of any format, understood. A Conversation is returned as it is."""
         if isinstance(row, Conversation):
             return row
-        frames = BoxFrames(self.cutter.exif, self.cutter.policy)
+        frames = BoxFrames(self.tiler.exif, self.tiler.policy)
         conversation = formats.parse(row, where, root, frames.size, self.compact_boxes, frames.reorient)
         return replace(conversation, turned_boxes=frames.turned) if frames.turned else conversation
 
@@ -173,7 +173,7 @@ class Processor:
         root: str | Path | None = None,
         max_tiles: int | None = None,
         generator: torch.Generator | None = None,
-        opened: Opened | None = None,
+        opened: MediaCache | None = None,
     ) -> Example:
         """A row (or a Conversation) → Example. A row without an answer ends where the assistant's begins.
 
@@ -183,7 +183,7 @@ class Processor:
         """
         conversation = self.parse(row, where, root)
         with _naming(conversation):
-            opened = opened or Opened()
+            opened = opened or MediaCache()
             plan = self._plan(conversation, max_tiles, opened=opened)
             S = self.config.image_size
             pixels: list[Tensor] = []
@@ -191,10 +191,10 @@ class Processor:
             for medium, limit, counts in zip(plan.conversation.media, plan.limits, plan.tiles, strict=True):
                 if not counts:
                     continue
-                key = self.cutter.key(medium, limit, self.features) if self.features else None
+                key = self.tiler.key(medium, limit, self.features) if self.features else None
                 found = self.features.get(key, sum(counts)) if self.features and key else None
                 if found is None:
-                    cut = partial(self.cutter.pixels, medium, limit, counts, generator)
+                    cut = partial(self.tiler.pixels, medium, limit, counts, generator)
                     pixels.append(opened.pixels(medium, limit, cut))
                 stored.append((key, sum(counts), found))
         return Example(
@@ -227,7 +227,7 @@ class Processor:
     def prompt_text(self, conversation: Conversation) -> str:
         """What the model is asked, for people: as it is written down, with marks for media."""
         asked = conversation.as_prompt()
-        return template.written(asked, None, self.template, 0, self.system_message, self.cutter.video.frame_prefix)
+        return template.written(asked, None, self.template, 0, self.system_message, self.tiler.video.frame_prefix)
 
     # Batches and answers
 
@@ -269,15 +269,15 @@ class Processor:
         conversation: Conversation,
         max_tiles: int | None = None,
         probe_urls: bool = True,
-        opened: Opened | None = None,
+        opened: MediaCache | None = None,
     ) -> Plan:
         self._check_abilities(conversation)
         limit = self.max_tiles if max_tiles is None else max_tiles
         if self.share_tiles:
             images = sum(medium.kind == "image" for medium in conversation.media)
             limit = max(1, limit // max(1, images))
-        most = [limit if medium.kind == "image" else self.cutter.video.max_tiles for medium in conversation.media]
-        shape = self.cutter.shape if opened is None else partial(opened.shape, self.cutter.shape)
+        most = [limit if medium.kind == "image" else self.tiler.video.max_tiles for medium in conversation.media]
+        shape = self.tiler.shape if opened is None else partial(opened.shape, self.tiler.shape)
         plan = self._encode(conversation, [shape(m, probe_urls) for m in conversation.media], most)
         training = conversation.messages[-1].role == "assistant"
         if self.max_length is not None and len(plan.ids) > self.max_length:
@@ -306,7 +306,7 @@ class Processor:
             raise UserError(f"{name} takes no video; InternVL2 models such as internvl2-2b do")
 
     def _encode(self, conversation: Conversation, shapes: Sequence[Shape], most: Sequence[int]) -> Plan:
-        counts = [[self.cutter.count(shape, limit)] * shape.frames for shape, limit in zip(shapes, most, strict=True)]
+        counts = [[self.tiler.count(shape, limit)] * shape.frames for shape, limit in zip(shapes, most, strict=True)]
         ids, labels = template.encode(
             conversation,
             counts,
@@ -314,7 +314,7 @@ class Processor:
             self.template,
             self.config.tokens_per_tile,
             self.system_message,
-            self.cutter.video.frame_prefix,
+            self.tiler.video.frame_prefix,
         )
         return Plan(conversation, list(shapes), list(most), counts, ids, labels)
 
@@ -327,7 +327,7 @@ class Processor:
             raise TooLong(found)
         if self.on_too_long == "truncate_text" and training:
             return limits.truncated(plan, most, self.tokenizer, P)
-        return limits.fitted(plan, most, P, self._encode, self.cutter.count)
+        return limits.fitted(plan, most, P, self._encode, self.tiler.count)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class Answering:
     @cached_property
     def made_by(self) -> Row:
         """What the answers are made with, for the record of their score."""
-        video = self.processor.cutter.video
+        video = self.processor.tiler.video
         return {
             "model": f"{self.name}@{fingerprint(self.model.state_dict().items())}",
             "max_tiles": self.processor.max_tiles,

@@ -1,7 +1,7 @@
-"""A URL becomes a local file, within limits: http(s) only, bounded in time, size and redirects, kept in a cache.
+"""Downloads: an http(s) URL → a cached local file, bounded in time, size and redirects.
 
-Every hop of a redirect is checked again, and the address connected to is the one that was checked, so a name that
-resolves differently the second time gains nothing. Behind a proxy (`https_proxy` and its kin) the proxy resolves.
+Every hop of a redirect is checked again. The address connected to is the one that was checked, so a name that resolves
+differently the second time gains nothing. Behind a proxy (`https_proxy` and its kin) the proxy resolves names.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class FetchPolicy:
     backoff: float = 0.5
     """Pause before the first further attempt; it doubles each time"""
     allow_private: bool = False
-    """Whether addresses that are not public (loopback, private, link-local) may be asked"""
+    """Allow addresses that are not public (loopback, private, link-local)"""
     cache_dir: str | None = None
-    """Where files are kept; None: ~/.cache/ivl/media. A file is fetched once: delete it to fetch it again"""
+    """Folder of fetched files; None: ~/.cache/ivl/media. A file is fetched once: delete it to fetch it again"""
 
 
-class _Passing(Exception):
-    """A fault that may be gone at the next attempt. `after`: seconds the server asked to wait."""
+class _TemporaryFault(Exception):
+    """Fault that may be gone at the next attempt. `after`: seconds the server asked to wait."""
 
     def __init__(self, reason: str, after: float = 0.0) -> None:
         super().__init__(reason)
@@ -64,7 +64,7 @@ class _Passing(Exception):
 
 
 class _DiskFault(Exception):
-    """The cache cannot be written; no fault of the connection."""
+    """Fault of the cache's disk, not of the connection."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -72,17 +72,17 @@ class _DiskFault(Exception):
 
 
 def cached_path(url: str, policy: FetchPolicy | None = None) -> Path:
-    """Where the file of `url` is, or will be, in the cache."""
-    chosen = policy and policy.cache_dir
-    folder = Path(chosen) if chosen else default_cache() / "media"
+    """Path of the file of `url` in the cache, downloaded or not."""
+    directory = policy and policy.cache_dir
+    folder = Path(directory) if directory else default_cache() / "media"
     name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
     return folder / name[:2] / name
 
 
 def fetch(url: str, policy: FetchPolicy | None = None, check: Callable[[Path], None] | None = None) -> Path:
-    """The local file of an http(s) URL, from the cache or downloaded.
+    """Local file of an http(s) URL, from the cache or downloaded.
 
-    `check` is given the downloaded file before it enters the cache and raises UserError where the content is wrong.
+    `check` gets the downloaded file before it enters the cache, and raises UserError where the content is wrong.
     Raises UserError with the URL and what failed.
     """
     policy = policy or FetchPolicy()
@@ -98,7 +98,7 @@ def fetch(url: str, policy: FetchPolicy | None = None, check: Callable[[Path], N
 
 
 def _download(url: str, policy: FetchPolicy, check: Callable[[Path], None] | None, place: Path) -> Path:
-    """`place`, once the file is there. Raises _DiskFault where it cannot be written."""
+    """Download to `place` unless the file is there. Raises _DiskFault where it cannot be written."""
     if os.path.isfile(place):
         return place
     _check_url(url, url)
@@ -117,7 +117,7 @@ def _with_retries(url: str, policy: FetchPolicy, out: BinaryIO) -> None:
     for attempt in range(policy.retries + 1):
         try:
             return _attempt(url, policy, out)
-        except _Passing as fault:
+        except _TemporaryFault as fault:
             if attempt == policy.retries:
                 raise UserError(
                     f"{url}: {fault}, {attempt + 1} times; try again later, or save it and give the path"
@@ -136,14 +136,14 @@ def _attempt(url: str, policy: FetchPolicy, out: BinaryIO) -> None:
         raise UserError(f"{url}: its certificate is not valid ({error.verify_message})") from None
     except (OSError, http.client.HTTPException) as error:
         if deadline.passed:
-            raise _Passing(f"not complete after {policy.total_timeout:g} seconds") from None
-        raise _Passing(f"no answer ({str(error) or type(error).__name__})") from None
+            raise _TemporaryFault(f"not complete after {policy.total_timeout:g} seconds") from None
+        raise _TemporaryFault(f"no answer ({str(error) or type(error).__name__})") from None
     finally:
         deadline.cancel()
 
 
 def _follow(url: str, policy: FetchPolicy, deadline: _Deadline, out: BinaryIO) -> None:
-    """Ask, follow redirects within the limit, write the body to `out`."""
+    """Request, follow redirects within the limit, write the body to `out`."""
     hop = url
     for _ in range(policy.max_redirects + 1):
         connection, target = _connection(hop, url, policy, deadline)
@@ -157,7 +157,7 @@ def _follow(url: str, policy: FetchPolicy, deadline: _Deadline, out: BinaryIO) -
                 answer = f"the server answered {response.status} {response.reason}"
                 if response.status == 429 or response.status >= 500:
                     after = response.headers.get("Retry-After", "")
-                    raise _Passing(answer, float(after) if after.isdecimal() else 0.0)
+                    raise _TemporaryFault(answer, float(after) if after.isdecimal() else 0.0)
                 raise UserError(f"{url}: {answer}; check the address")
         finally:
             connection.close()
@@ -186,67 +186,67 @@ def _copy(
         except OSError as error:
             raise _DiskFault(error) from None
     if deadline.passed:
-        raise _Passing(f"not complete after {policy.total_timeout:g} seconds")
+        raise _TemporaryFault(f"not complete after {policy.total_timeout:g} seconds")
     if expected is not None and count != expected:
-        raise _Passing(f"the connection broke after {count} of {expected} bytes")
+        raise _TemporaryFault(f"the connection broke after {count} of {expected} bytes")
     if count == 0:
         raise UserError(f"{url}: the server sent nothing (0 bytes)")
 
 
-def _check_url(url: str, asked: str) -> None:
-    """Only http and https, with a host. `asked`: the URL of the row, to be named where a redirect led elsewhere."""
-    led = "" if url == asked else f" (redirected to {url})"
+def _check_url(url: str, origin: str) -> None:
+    """Refuse all but http and https with a host. `origin`: the row's URL, named in errors after a redirect."""
+    led = "" if url == origin else f" (redirected to {url})"
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise UserError(f"{asked}: not a valid URL{led} ({error})") from None
+        raise UserError(f"{origin}: not a valid URL{led} ({error})") from None
     if parts.scheme.lower() not in ("http", "https"):
-        raise UserError(f"{asked}: only http and https are fetched{led}; give a local file by its path")
+        raise UserError(f"{origin}: only http and https are fetched{led}; give a local file by its path")
     if not host or not host.isascii() or any(c <= " " for c in host):
-        raise UserError(f"{asked}: not a valid URL{led}; expected a host of ASCII letters")
+        raise UserError(f"{origin}: not a valid URL{led}; expected a host of ASCII letters")
     if parts.username is not None:
-        raise UserError(f"{asked.split('://')[0]}://…: a user name in a URL is not sent{led}; fetch the file yourself")
+        raise UserError(f"{origin.split('://')[0]}://…: a user name in a URL is not sent{led}; fetch the file yourself")
 
 
 def _check_public(host: str, port: int, policy: FetchPolicy) -> list[tuple]:
     """Addresses of a host, as from getaddrinfo. Raises UserError where one is not public and that is not allowed."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for *_, address in found:
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, address in addresses:
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
         ip = getattr(ip, "ipv4_mapped", None) or ip
         if not policy.allow_private and (not ip.is_global or ip.is_multicast):
             raise UserError(
                 f"{host}: its address {ip} is not public; such a host is asked only where allow_private is set"
             )
-    return found
+    return addresses
 
 
 def _connection(
-    hop: str, asked: str, policy: FetchPolicy, deadline: _Deadline
+    hop: str, origin: str, policy: FetchPolicy, deadline: _Deadline
 ) -> tuple[http.client.HTTPConnection, str]:
-    """An unopened connection for a URL that passed `_check_url`, and the target to ask it for."""
+    """Connection, not opened, for a URL that passed `_check_url`, and the target to request."""
     parts = urllib.parse.urlsplit(urllib.parse.quote(hop, safe=string.punctuation))
     tls, host = parts.scheme.lower() == "https", parts.hostname or ""
     port = parts.port or (443 if tls else 80)
     target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     proxy = urllib.request.getproxies().get("https" if tls else "http")
     if not proxy or urllib.request.proxy_bypass(f"{host}:{port}"):
-        return _Checked(host, port, tls, policy, deadline), target
+        return _DirectConnection(host, port, tls, policy, deadline), target
     with contextlib.suppress(socket.gaierror):  # some names only the proxy can resolve
         _check_public(host, port, policy)
     through = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     if through.scheme != "http" or not through.hostname:
-        raise UserError(f"{asked}: the proxy {through.scheme}://{through.hostname} is not supported; expected http://")
-    connection = _Proxied(through.hostname, through.port or 80, tls, policy, deadline)
+        raise UserError(f"{origin}: the proxy {through.scheme}://{through.hostname} is not supported; expected http://")
+    connection = _ProxyConnection(through.hostname, through.port or 80, tls, policy, deadline)
     if not tls:
         return connection, hop
     connection.set_tunnel(host, port)
     return connection, target
 
 
-class _Checked(http.client.HTTPConnection):
-    """Connects to an address that was checked."""
+class _DirectConnection(http.client.HTTPConnection):
+    """Connection to an address that was checked."""
 
     def __init__(self, host: str, port: int, tls: bool, policy: FetchPolicy, deadline: _Deadline) -> None:
         super().__init__(host, port, timeout=policy.timeout)
@@ -254,9 +254,9 @@ class _Checked(http.client.HTTPConnection):
         self.name, self.tls, self.policy, self.deadline = host, tls, policy, deadline
 
     def connect(self) -> None:
-        found = _check_public(self.host, self.port, self.policy)
+        addresses = _check_public(self.host, self.port, self.policy)
         fault = OSError(f"{self.host} has no address")
-        for family, kind, protocol, _, address in found:
+        for family, kind, protocol, _, address in addresses:
             sock = socket.socket(family, kind, protocol)
             sock.settimeout(self.policy.timeout)
             try:
@@ -270,8 +270,8 @@ class _Checked(http.client.HTTPConnection):
         raise fault
 
 
-class _Proxied(http.client.HTTPConnection):
-    """Connects to the proxy, which connects to the host; TLS is spoken through its tunnel."""
+class _ProxyConnection(http.client.HTTPConnection):
+    """Connection to the proxy, which connects to the host; TLS goes through its tunnel."""
 
     def __init__(self, host: str, port: int, tls: bool, policy: FetchPolicy, deadline: _Deadline) -> None:
         super().__init__(host, port, timeout=policy.timeout)
@@ -294,7 +294,7 @@ def _secured(sock: socket.socket, host: str, deadline: _Deadline) -> socket.sock
 
 
 class _Deadline:
-    """Shuts a connection's socket down when the time of an attempt is up, also where bytes still trickle in."""
+    """Timer that shuts a connection's socket down when an attempt's time is up, also where bytes still trickle in."""
 
     def __init__(self, seconds: float) -> None:
         self.passed = False

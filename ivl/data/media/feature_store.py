@@ -1,12 +1,12 @@
-"""Features of images that a frozen tower computed before, on disk: by content, bounded, shared by processes and runs.
+"""Feature cache on disk: outputs of a frozen vision tower, by content, bounded, shared by runs.
 
 DIR/MODEL/ab/abcdef….safetensors   one image: (tiles, P, C), in the type they were computed in
 DIR/names/ab/cdef…                 a link whose text is the key of a file that has not changed since it was read
 
-MODEL says which weights and settings made them, so features of other weights are never found. A file is written under
-another name and moved into place, and carries a checksum: what a crash left is taken for missing. Where the limit is
-reached, features of other models go first, longest unused first; then nothing more is added (in an epoch every image
-is used as often as any other, so replacing one by another gains nothing).
+MODEL names the weights and settings, so features of other weights are never used. A file is written under another name
+and moved into place, and carries a checksum: a file that a crash left counts as missing. Where the limit is reached,
+features of other models are removed first, longest unused first; then nothing more is added (in an epoch every image is
+used as often as any other, so replacing one by another gains nothing).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def bytes_needed(config: Config, tiles: int, width: int, element: int) -> int:
 
 
 def key_of(data: bytes, settings: Any) -> str:
-    """Of an image's bytes and all that decides how they become tiles."""
+    """Digest of an image's bytes and of all settings that decide how they become tiles."""
     return hashlib.blake2b(data, digest_size=20, person=hashlib.md5(repr(settings).encode()).digest()).hexdigest()
 
 
@@ -58,10 +58,11 @@ class FeatureStore:
         return self.folder / self.model / key[:2] / f"{key}{_SUFFIX}"
 
     def key(self, file: Path | None, read: Callable[[], bytes | None], settings: Any) -> str | None:
-        """`key_of` what `read` gives; None where that is None.
+        """`key_of` the bytes that `read` returns; None where there are none.
 
-        `file`: where it is read from. Its key is remembered for all processes and runs, and read only where the file
-        is another by its place, size, or times; the time of the last change cannot be set back, as that of the content.
+        `file`: the file they are read from. Its key is stored for all processes and runs; the file is read again only
+        where its path, size or times have changed. The time of its last change (ctime) cannot be set back, the time of
+        its content can.
         """
         before = _stamp(file)
         name = before and hashlib.blake2b(repr((before, settings)).encode(), digest_size=20).hexdigest()
@@ -72,23 +73,23 @@ class FeatureStore:
         data = read()
         if not data:
             return None
-        found = key_of(data, settings)
+        digest = key_of(data, settings)
         if before and link and _stamp(file) == before and time.time() - max(before[-2:]) / 1e9 > SETTLED:
             with suppress(OSError):  # a link is there at once and whole; without links every epoch reads the files
                 link.parent.mkdir(parents=True, exist_ok=True)
-                os.symlink(found, link)
-        return found
+                os.symlink(digest, link)
+        return digest
 
     def get(self, key: str, tiles: int) -> Tensor | None:
-        """(tiles, P, C), or None where they are not there or not whole; a damaged file is removed."""
+        """Features (tiles, P, C), or None where there are none or the file is damaged; a damaged file is removed."""
         path = self.path(key)
         if not os.path.isfile(path):
             return None
         try:
             with safe_open(path, "pt") as file:
-                found, told = file.get_tensor("features"), file.metadata() or {}
-            if len(found) == tiles and told.get("crc") == _crc(found):
-                return found
+                features, metadata = file.get_tensor("features"), file.metadata() or {}
+            if len(features) == tiles and metadata.get("crc") == _crc(features):
+                return features
         except (SafetensorError, OSError, ValueError):
             pass
         with suppress(OSError):
@@ -96,7 +97,7 @@ class FeatureStore:
         return None
 
     def put(self, key: str, features: Tensor) -> bool:
-        """Keep (tiles, P, C) where there is room. Returns whether they are there now."""
+        """Store features (tiles, P, C) where there is room. Returns True if they are on disk now."""
         path = self.path(key)
         if os.path.isfile(path):
             return True
@@ -107,8 +108,8 @@ class FeatureStore:
         try:
             if not self._room(size):
                 return False
-            with whole_path(path) as made:
-                save_file({"features": features}, made, {"crc": _crc(features)})
+            with whole_path(path) as temporary:
+                save_file({"features": features}, temporary, {"crc": _crc(features)})
         except (OSError, SafetensorError) as error:  # a full disk is no reason to stop a run
             go_without(self.folder, error)
             self._writable = False
@@ -118,9 +119,9 @@ class FeatureStore:
         return True
 
     def _room(self, size: int) -> bool:
-        # Other processes write as well: their share is looked up now and then.
+        # Other processes write as well: their share is measured now and then
         if self._used is None or self._unseen > self.limit // 64:
-            self._used, self._unseen = sum(found.st_size for _, found in self._files()), 0
+            self._used, self._unseen = sum(stat.st_size for _, stat in self._files()), 0
         if self._used + size > self.limit:
             self._used -= self._drop_others(self._used + size - self.limit)
         return self._used + size <= self.limit
@@ -133,13 +134,11 @@ class FeatureStore:
                 continue
 
     def _drop_others(self, wanted: int) -> int:
-        """Remove features of other models, longest unused first, and what crashes left. Returns the bytes gained."""
+        """Remove features of other models, longest unused first, and files that crashes left. Returns bytes freed."""
         for path in self.folder.glob("*/*/.*.part"):
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink(missing_ok=True)
-        others = [
-            (found.st_atime, path, found.st_size) for path, found in self._files() if self.model not in path.parts
-        ]
+        others = [(stat.st_atime, path, stat.st_size) for path, stat in self._files() if self.model not in path.parts]
         gained = 0
         for _, path, size in sorted(others):
             if gained >= wanted:
@@ -150,14 +149,14 @@ class FeatureStore:
 
 
 def _stamp(file: Path | None) -> tuple[Any, ...] | None:
-    """What tells a file from what it was before; the last two are nanoseconds."""
+    """Path, size, device, inode and times of a file, to see that it changed; the last two are nanoseconds."""
     if file is None:
         return None
     try:
-        found = os.stat(file)
+        stat = os.stat(file)
     except (OSError, ValueError):
         return None
-    return (os.path.abspath(file), found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    return (os.path.abspath(file), stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def _crc(tensor: Tensor) -> str:

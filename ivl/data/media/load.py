@@ -1,7 +1,7 @@
-"""Path, URL or bytes → RGB image or sampled video frames, with limits.
+"""Loading of media: path, URL or bytes → RGB image or sampled video frames, with limits.
 
-Whatever a file holds, the result is an RGB image or a UserError: decoders have many ways to fail, so they are entered
-in one place that turns any failure into one sentence.
+The result is an RGB image or a UserError, whatever a file holds. Decoders fail in many ways, so they are called in one
+place that turns any failure into one sentence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ivl.data.media.download import FetchPolicy, cached_path
-from ivl.data.media.orientation import Stored, orientation_of, stored_of, upright, upright_size
+from ivl.data.media.orientation import StoredImage, orientation_of, stored_image, upright, upright_size
 from ivl.data.media.pixels import Transparency, deep_png, to_rgb
 from ivl.data.media.source import HEAD, content, describe, kind_of, open_source
 from ivl.data.media.video import Backend, Sample, Sampling, VideoFile, VideoInfo, sample_indices
@@ -33,10 +33,10 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", 
 
 @dataclass(frozen=True)
 class MediaPolicy:
-    """Limits of what is opened."""
+    """Limits and settings of media that are opened."""
 
     max_pixels: int = MAX_PIXELS
-    """Width times height of an image or a frame; more is refused before anything is decoded"""
+    """Width times height of an image or a frame; a larger one is refused before anything is decoded"""
     max_side: int = MAX_SIDE
     """Longest side of an image in pixels; resizing one of 1 x 80,000,000 would need 100 times its own memory"""
     max_video_pixels: int = 1_000_000_000
@@ -49,10 +49,10 @@ class MediaPolicy:
     folder_fps: float = 3.0
     """Frames per second that a folder of frames stands for, where a start, an end or a rate is given"""
     transparency: Transparency = "drop"
-    """What becomes of transparent ground: drop leaves the colour below it, as the reference does (print on
-    transparent ground may be black on black); white puts the picture on white"""
+    """Transparent ground: drop leaves the colour below it, as the reference does (print on transparent ground may be
+    black on black); white puts the picture on white"""
     boxes: Literal["stored", "upright"] = "stored"
-    """Which picture the boxes of `objects` belong to, where its EXIF block turns it: as it is stored, or upright"""
+    """Picture that the boxes of `objects` belong to, where its EXIF block turns it: as it is stored, or upright"""
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     """Limits of downloads"""
 
@@ -61,7 +61,7 @@ _DEFAULT = MediaPolicy()
 
 
 def load_image(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -> Image.Image:
-    """An image as RGB, upright.
+    """RGB image, upright.
 
     `source`: a local path, an http(s) URL, a `data:` URI, bytes, or a PIL image. `exif` False leaves the picture as it
     is stored, as the reference implementation does. Alpha is dropped without blending, or the picture put on white
@@ -79,31 +79,31 @@ def load_image(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -
 
 
 def image_size(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -> tuple[int, int]:
-    """(width, height) that `load_image` will give, from the header alone.
+    """(width, height) of the image that `load_image` returns, from the header alone.
 
-    Raises UserError as `load_image` does, except for faults that only decoding can find.
+    Raises UserError as `load_image` does, except for faults that only decoding shows.
     """
     where = describe(source)
     if isinstance(source, Image.Image):
         with _decoding(where):
             return _size(source, exif, where, policy)
-    with _opened_image(source, where, policy, whole=False) as (image, _):
+    with _opened_image(source, where, policy, decode=False) as (image, _):
         return _size(image, exif, where, policy)
 
 
-def stored_picture(source: Any, policy: MediaPolicy = _DEFAULT) -> Stored:
+def stored_picture(source: Any, policy: MediaPolicy = _DEFAULT) -> StoredImage:
     """Size of an image as it is stored, and its orientation, from the header alone. Raises as `image_size` does."""
     where = describe(source)
     if isinstance(source, Image.Image):
         with _decoding(where):
-            return stored_of(source)
-    with _opened_image(source, where, policy, whole=False) as (image, _):
+            return stored_image(source)
+    with _opened_image(source, where, policy, decode=False) as (image, _):
         _check_size(image.size, where, policy)
-        return stored_of(image)
+        return stored_image(image)
 
 
 def image_bytes(source: Any, policy: MediaPolicy = _DEFAULT) -> bytes | None:
-    """An image's file as it is, not decoded; None for a PIL image. Raises UserError where it cannot be opened."""
+    """Bytes of an image's file, not decoded; None for a PIL image. Raises UserError where it cannot be opened."""
     if isinstance(source, Image.Image):
         return None
     image_size(source, policy=policy)  # a download is an image before it is kept
@@ -112,7 +112,7 @@ def image_bytes(source: Any, policy: MediaPolicy = _DEFAULT) -> bytes | None:
 
 
 def local_file(source: Any, policy: MediaPolicy = _DEFAULT) -> Path | None:
-    """The file that an image is read from: a path, or where a URL's was or will be kept; None where there is none."""
+    """File that an image is read from: its path, or a URL's path in the cache; None where there is none."""
     if not isinstance(source, (str, os.PathLike)) or str(source)[:5].lower() == "data:":
         return None
     return cached_path(source, policy.fetch) if isinstance(source, str) and is_url(source) else Path(source)
@@ -165,9 +165,9 @@ def video_frame_count(
     end: float | None = None,
     policy: MediaPolicy = _DEFAULT,
 ) -> int:
-    """How many frames `load_video` gives. A video file is decoded only where that depends on its length.
+    """Number of frames that `load_video` returns. A video file is decoded only where that depends on its length.
 
-    Where it does not, a local source is looked at all the same: one that is missing or no video is refused.
+    Where it does not, the first bytes of a local source are read: one that is missing or no video is refused.
     """
     sampling = Sampling(num_segments, fps, max_frames)
     if fps is None:
@@ -181,14 +181,14 @@ def video_frame_count(
 def _info(
     video: VideoFile | _Animation | _Stills, sampling: Sampling, start: float | None, end: float | None
 ) -> VideoInfo:
-    """Facts of a video; those of an animation with its times, where seconds are asked for."""
+    """VideoInfo of a video; of an animation with the time of each frame, where the options are in seconds."""
     seconds = any(value is not None for value in (start, end, sampling.fps))
     return video.timed() if seconds and isinstance(video, _Animation) else video.info
 
 
 @contextmanager
 def _decoding(where: str, opened: BinaryIO | None = None) -> Iterator[None]:
-    """Any failure of a decoder as a UserError."""
+    """Raise any failure of a decoder as a UserError."""
     try:
         yield
     except UserError:
@@ -196,33 +196,35 @@ def _decoding(where: str, opened: BinaryIO | None = None) -> Iterator[None]:
     except UnidentifiedImageError:
         _refuse(opened, where, f"an image ({', '.join(FORMATS)})")
     except Image.DecompressionBombError as error:
-        found = "".join(re.findall(r"\(\d+ pixels\)", str(error)))
-        raise UserError(f"{where}: too large {found}; scale it down, or raise data.media.max_pixels") from None
+        size = "".join(re.findall(r"\(\d+ pixels\)", str(error)))
+        raise UserError(f"{where}: too large {size}; scale it down, or raise data.media.max_pixels") from None
     except Exception as error:  # decoders raise every kind there is
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{where}: a damaged image ({reason[:200]}); copy the file again or remove the row") from error
 
 
 def _refuse(opened: BinaryIO | None, where: str, expected: str) -> None:
-    found = "another thing"
+    kind = "another thing"
     if opened is not None:
         opened.seek(0)
-        found = content(opened.read(HEAD))
-    raise UserError(f"{where}: expected {expected}, found {found}")
+        kind = content(opened.read(HEAD))
+    raise UserError(f"{where}: expected {expected}, found {kind}")
 
 
 @contextmanager
 def _opened_image(
-    source: Any, where: str, policy: MediaPolicy, whole: bool = True
+    source: Any, where: str, policy: MediaPolicy, decode: bool = True
 ) -> Iterator[tuple[Image.Image, BinaryIO]]:
-    """A file's image, its pixels not yet decoded. `whole`: they will be, so look first for what Pillow passes over."""
+    """Image of a file, its pixels not yet decoded. `decode`: they will be, so look first for damage in a JPEG that
+    Pillow passes over.
+    """
 
     def check(opened: BinaryIO) -> None:
         with _decoding(where, opened), open_picture(opened, policy.max_pixels) as image:
             _check_size(image.size, where, policy)
 
     with open_source(source, policy.fetch, check) as opened, _decoding(where, opened):
-        if whole and kind_of(head := opened.read(HEAD)) == "JPEG":
+        if decode and kind_of(head := opened.read(HEAD)) == "JPEG":
             check_jpeg(head + opened.read(MAX_BYTES))
         opened.seek(0)
         with open_picture(opened, policy.max_pixels) as image:
@@ -239,7 +241,7 @@ def _size(image: Image.Image, exif: bool, where: str, policy: MediaPolicy) -> tu
 
 
 def _upright(image: Image.Image, opened: BinaryIO | None, exif: bool, where: str, policy: MediaPolicy) -> Image.Image:
-    """RGB, without the EXIF block, so that it cannot be turned a second time. Changes `image`."""
+    """RGB image without the EXIF block, so that it cannot be turned a second time. Changes `image`."""
     _check_size(image.size, where, policy)
     orientation = orientation_of(image) if exif else 1
     image.load()
@@ -250,7 +252,7 @@ def _upright(image: Image.Image, opened: BinaryIO | None, exif: bool, where: str
 
 
 class _Animation:
-    """An animated GIF, WebP, PNG or AVIF. Its rate is taken from the first frame, until `timed` looks at all."""
+    """Animated GIF, WebP, PNG or AVIF. The rate is that of the first frame, until `timed` draws all frames."""
 
     def __init__(self, opened: BinaryIO, where: str, policy: MediaPolicy) -> None:
         self._opened, self._where, self._policy = opened, where, policy
@@ -263,7 +265,7 @@ class _Animation:
             self.info = VideoInfo(frames, 1000 / max(milliseconds, 1), *self._image.size)
 
     def timed(self) -> VideoInfo:
-        """Facts with the time of each frame, which only drawing all of them tells."""
+        """VideoInfo with the time of each frame; all frames are drawn for it."""
         self._check_drawn(self.info.frames - 1)
         ends: list[float] = []
         with _decoding(self._where, self._opened):
@@ -309,7 +311,7 @@ class _Stills:
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """Sorts frame2 before frame10."""
+    """Sort key of a file name: frame2 before frame10."""
     parts = re.split(r"([0-9]+)", path.name)
     return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts if p]
 
@@ -324,7 +326,7 @@ def _check_video(opened: BinaryIO, where: str) -> None:
 
 
 def _look_at_video(source: Any, where: str, policy: MediaPolicy) -> None:
-    """Refuse what is no video by its first bytes. Nothing is fetched."""
+    """Refuse a local source that is no video by its first bytes. Nothing is fetched."""
     if isinstance(source, str) and is_url(source):
         return
     if isinstance(source, (list, tuple, Image.Image)) or (

@@ -1,4 +1,4 @@
-"""EXIF orientation 1..8: how a stored picture is turned upright, and boxes with it."""
+"""EXIF orientation 1..8: turning stored pictures, and their boxes, upright."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _INVERSE = {6: 8, 8: 6}
 """The other orientations undo themselves"""
 
 
-class Stored(NamedTuple):
-    """An image as it stands in its file."""
+class StoredImage(NamedTuple):
+    """Size and orientation of an image as its file stores it."""
 
     size: tuple[int, int]
     """(width, height)"""
     orientation: int
     turned: bool = False
-    """Whether the decoder turns it in any case"""
+    """True if the decoder turns it in any case"""
 
 
-def stored_of(image: Image.Image) -> Stored:
-    """What a header says of the image in its file. A TIFF's is turned by Pillow, which gives the turned size."""
+def stored_image(image: Image.Image) -> StoredImage:
+    """Size and orientation from the header. Pillow turns a TIFF by itself, and its header shows the turned size."""
     if image.format != "TIFF":
-        return Stored(image.size, orientation_of(image))
+        return StoredImage(image.size, orientation_of(image))
     value = image.getexif().get(_TAG, 1)
     orientation = value if value in range(1, 9) else 1
-    return Stored(upright_size(image.size, orientation), orientation, turned=True)
+    return StoredImage(upright_size(image.size, orientation), orientation, turned=True)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -54,7 +54,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """A stored picture, turned upright."""
+    """Turn a stored picture upright."""
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
@@ -64,7 +64,7 @@ def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def upright_box(box: Box, orientation: int) -> Box:
-    """A box of the stored picture, in thousandths → the same box of the upright one."""
+    """Convert a box of the stored picture, in thousandths, to the same box of the upright one."""
     x1, y1, x2, y2 = box
     if orientation >= 5:  # rows become columns
         x1, y1, x2, y2 = y1, x1, y2, x2
@@ -76,5 +76,5 @@ def upright_box(box: Box, orientation: int) -> Box:
 
 
 def stored_box(box: Box, orientation: int) -> Box:
-    """A box of the upright picture, in thousandths → the same box of the stored one."""
+    """Convert a box of the upright picture, in thousandths, to the same box of the stored one."""
     return upright_box(box, _INVERSE.get(orientation, orientation))

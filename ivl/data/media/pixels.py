@@ -1,4 +1,4 @@
-"""Pixels of any mode → 8-bit RGB."""
+"""Conversion of pixels of any mode to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Transparency = Literal["drop", "white"]
 
 
 def to_rgb(image: Image.Image, where: str, transparency: Transparency = "drop") -> Image.Image:
-    """As `convert("RGB")`, except that 16-bit grey is scaled (Pillow cuts it off at 255), and "white" blends."""
+    """Convert as `convert("RGB")` does, except that 16-bit grey is scaled (Pillow clips at 255) and "white" blends."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in (None, "PNG", "PPM")):
         return Image.fromarray(scaled(np.asarray(image).astype(np.int64).clip(0, 65535))).convert("RGB")
     if image.mode in ("I", "F"):
@@ -28,7 +28,7 @@ def to_rgb(image: Image.Image, where: str, transparency: Transparency = "drop") 
 
 
 def scaled(values: np.ndarray) -> np.ndarray:
-    """16-bit values as 8-bit ones: from 16, 12 or 8 bits, the fewest that hold the largest value.
+    """Scale 16-bit values to 8 bits: from 16, 12 or 8 bits, the fewest that hold the largest value.
 
     Cameras and scanners store 12 bits in 16; by the upper 8 bits alone such a picture is black.
     """
@@ -38,7 +38,7 @@ def scaled(values: np.ndarray) -> np.ndarray:
 
 
 def deep_png(image: Image.Image, opened: BinaryIO) -> Image.Image | None:
-    """A PNG of 16 bits a colour whose upper 8 bits are nearly black, scaled; None for any other picture.
+    """Decode a PNG of 16 bits a colour whose upper 8 bits are nearly black, scaled; None for any other picture.
 
     Pillow keeps the upper 8 bits only, so such a file is decoded again.
     """

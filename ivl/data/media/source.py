@@ -1,6 +1,6 @@
-"""Where a medium comes from, opened as bytes, and what those bytes are by their first few.
+"""Sources of media (path, URL, `data:` URI, bytes), opened as bytes; file kinds by the first bytes.
 
-Text is never taken for a video: ffmpeg would follow a playlist to files and addresses that no row named.
+Text never counts as a video: ffmpeg would follow a playlist to files and addresses that no row named.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ivl.picture_file import open_regular
 from ivl.types import UserError
 
 HEAD = 512
-"""Bytes that `kind_of` wants to see"""
+"""Number of bytes that `kind_of` needs"""
 
 _MAGIC = (
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -57,7 +57,7 @@ _MAGIC = (
 
 
 def kind_of(head: bytes) -> str | None:
-    """What a file is by its first bytes: an image format, "video", another kind, or None where that is not known."""
+    """Kind of a file by its first bytes: an image format, "video", another kind, or None where it is not known."""
     for offset, magic, kind in _MAGIC:
         if head[offset : offset + len(magic)] == magic:
             return kind
@@ -65,7 +65,7 @@ def kind_of(head: bytes) -> str | None:
 
 
 def content(head: bytes) -> str:
-    """What a file holds, for a message."""
+    """Description of a file's content for a message."""
     kind = kind_of(head)
     if kind:
         return f"{kind} data, damaged or of a sort that is not supported"
@@ -78,7 +78,7 @@ def content(head: bytes) -> str:
 
 
 def describe(source: Any) -> str:
-    """A short name of a source for messages; never its content."""
+    """Short name of a source for messages; never its content."""
     if isinstance(source, Image.Image):
         return f"PIL image {source.mode} {source.width}x{source.height}"
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -94,9 +94,9 @@ def describe(source: Any) -> str:
 
 
 def open_source(source: Any, policy: FetchPolicy, check: Callable[[BinaryIO], None]) -> BinaryIO:
-    """A seekable stream over a path, http(s) URL, `data:` URI or bytes; not empty. A local file's has a `name`.
+    """Seekable stream over a path, http(s) URL, `data:` URI or bytes; not empty. That of a local file has a `name`.
 
-    `check` is given a download before it is kept, and raises UserError where it is not the medium that was expected.
+    `check` gets a download before it enters the cache, and raises UserError where it is not the expected medium.
     """
     where = describe(source)
     if isinstance(source, (bytes, bytearray, memoryview)):

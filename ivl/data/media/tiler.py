@@ -1,4 +1,4 @@
-"""Images and videos → tiles: how many there will be, from headers alone, and their pixels."""
+"""Image tiler: images and videos → number of tiles, from headers alone, and pixels."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from ivl.types import Media, UserError
 
 Resize = Literal["exact", "fast"]
 _PIXELS = 2
-"""Raised where the same file gives other pixels than before, so that kept features of it are not used"""
+"""Version of the pixels: raise it where the same file gives other pixels, so that cached features are not used"""
 
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How a video becomes frames."""
+    """Sampling of a video's frames, and their tiles."""
 
     num_segments: int = 8
-    """Frames spread evenly over the video"""
+    """Number of frames, spread evenly over the video"""
     fps: float | None = None
     """Frames per second of the video instead of `num_segments`"""
     max_frames: int = 256
     """Most frames of one video"""
     sample: Literal["middle", "random"] = "middle"
-    """The middle frame of each segment, or any frame of it (in training)"""
+    """Frame of each segment: its middle one, or any one (in training)"""
     max_tiles: int = 1
     """Most tiles of one frame"""
     frame_prefix: str = "Frame{i}: "
-    """What stands before each frame; `Frame-{i}: ` is the other spelling of the releases"""
+    """Text before each frame; `Frame-{i}: ` is the other spelling of the releases"""
 
 
-class Opened:
-    """What is known of the media of a conversation that goes on, so that each of them is opened once."""
+class MediaCache:
+    """Shapes and pixels of the media of a conversation that goes on, so that each medium is opened once."""
 
     def __init__(self) -> None:
         self._shapes: dict[int, tuple[Media, Shape]] = {}
@@ -50,7 +50,7 @@ class Opened:
 
     def shape(self, find: Callable[[Media, bool], Shape], medium: Media, probe_urls: bool) -> Shape:
         if id(medium) not in self._shapes:
-            self._shapes[id(medium)] = medium, find(medium, probe_urls)  # held, so that the id stays its own
+            self._shapes[id(medium)] = medium, find(medium, probe_urls)  # a reference, so that the id is not reused
         return self._shapes[id(medium)][1]
 
     def pixels(self, medium: Media, limit: int, cut: Callable[[], Tensor]) -> Tensor:
@@ -59,8 +59,8 @@ class Opened:
         return self._pixels[id(medium), limit]
 
 
-class Cutter:
-    """Cuts media into tiles, by a checkpoint's config and the options of `ivl.data.processor`."""
+class ImageTiler:
+    """Cut media into tiles, by a checkpoint's config and the options of `ivl.data.processor`."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Cutter:
         self.policy = policy or media.MediaPolicy()
 
     def shape(self, medium: Media, probe_urls: bool = True) -> Shape:
-        """Frames and size of an image or a video; of one behind a URL that is not asked, the most there can be."""
+        """Frames and size of an image or a video; behind a URL that is not probed, the most frames there can be."""
         if not probe_urls and isinstance(medium.source, str) and formats.is_url(medium.source):
             return Shape(1 if medium.kind == "image" else self._video_frames(), 0, 0)
         if medium.kind == "image":
@@ -106,33 +106,33 @@ class Cutter:
         return tiles.tile_count(shape.width, shape.height, config.image_size, low, limit, config.use_thumbnail)
 
     def key(self, medium: Media, limit: int, store: FeatureStore) -> str | None:
-        """Where a feature cache keeps an image. None: a video, or an image that has no bytes of its own."""
+        """Key of an image in a feature cache. None: a video, or an image without a file or bytes."""
         if medium.kind != "image":
             return None
         config = self.config
-        how = (config.image_size, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail, self.exif)
-        settings = (*how, config.dynamic_image_size, config.pad2square, self.resize, self.policy.transparency, _PIXELS)
+        grid = (config.image_size, min(config.min_dynamic_patch, limit), limit, config.use_thumbnail, self.exif)
+        settings = (*grid, config.dynamic_image_size, config.pad2square, self.resize, self.policy.transparency, _PIXELS)
         read = partial(media.image_bytes, medium.source, self.policy)
         return store.key(media.local_file(medium.source, self.policy), read, settings)
 
     def pixels(self, medium: Media, limit: int, counts: list[int], generator: torch.Generator | None) -> Tensor:
-        """(N, 3, S, S) uint8 of an image, or of the frames of a video."""
+        """Tiles (N, 3, S, S) uint8 of an image, or of the frames of a video."""
         v, config, S = self.video, self.config, self.config.image_size
         if medium.kind == "image":
             images = [media.load_image(medium.source, self.exif, self.policy)]
         else:
-            cut = (medium.start, medium.end, v.sample, generator, self.policy)
-            images = media.load_video(medium.source, v.num_segments, v.fps, v.max_frames, *cut)
+            clip = (medium.start, medium.end, v.sample, generator, self.policy)
+            images = media.load_video(medium.source, v.num_segments, v.fps, v.max_frames, *clip)
         low = min(config.min_dynamic_patch, limit)
-        found = [
+        parts = [
             tiles.cut(image, S, low, limit, config.use_thumbnail, exact=self.resize == "exact")
             if config.dynamic_image_size
             else tiles.single(image, S, config.pad2square, exact=self.resize == "exact")
             for image in images[: len(counts)]
         ]
-        if [len(part) for part in found] != counts:
+        if [len(part) for part in parts] != counts:
             raise UserError(
-                f"{media.describe(medium.source)}: {sum(map(len, found))} tiles but its header promised {sum(counts)}; "
+                f"{media.describe(medium.source)}: {sum(map(len, parts))} tiles but its header promised {sum(counts)}; "
                 f"the file changed or is damaged"
             )
-        return torch.cat(found)
+        return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""An image becomes tiles: choose the grid, resize once, cut.
+"""Image tiling: choose the grid, resize once, cut into tiles.
 
 Shapes: N tiles, S pixels a side of a tile. Source of the rules: `dynamic_preprocess` and `build_transform` of
 OpenGVLab/InternVL, internvl_chat/internvl/train/dataset.py. Tiles stay uint8; the model normalises them on its device.
@@ -117,7 +117,7 @@ def single(image: Image.Image, image_size: int, pad2square: bool = False, exact:
 
 
 def _resizer(image: Image.Image, exact: bool) -> Callable[[int, int], Iterable[np.ndarray]]:
-    """Width, height → of each colour (height, width) uint8, the image resized."""
+    """Resize function: width, height → for each colour the resized plane, (height, width) uint8."""
     if image.mode != "RGB":
         raise UserError(f"tiles: expected an RGB image, found mode {image.mode}; open it with load_image")
     if exact:
@@ -150,7 +150,7 @@ def _pad_to_square(image: Image.Image) -> Image.Image:
 
 
 def plain_pictures(tiles: Tensor, tiles_per_image: list[int]) -> int:
-    """Pictures and frames of one colour among (N, 3, S, S) tiles: black or empty ones, for example."""
+    """Number of pictures and frames of one colour among (N, 3, S, S) tiles: black or empty ones, for example."""
     colours = tiles.flatten(2)
     spread = (colours.amax(2).int(), colours.amin(2).int())
     ranges = zip(*(part.split(tiles_per_image) for part in spread), strict=True)

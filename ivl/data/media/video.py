@@ -1,7 +1,7 @@
-"""Which frames of a video are taken, and how they are decoded from one.
+"""Video frame sampling, and decoding of the sampled frames.
 
 Source of the formulas: `get_index` of the released models' README, `get_frame_indices` of OpenGVLab/InternVL,
-internvl_chat/internvl/train/dataset.py. `ivl.data.media.load.load_video` is the way in.
+internvl_chat/internvl/train/dataset.py. The entry point is `ivl.data.media.load.load_video`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Frames of a video, when they are shown, and their size in pixels. `fps` is the average over the file."""
+    """Frames of a video, their times, and their size in pixels. `fps` is the average over the file."""
 
     frames: int
     fps: float
@@ -40,7 +40,7 @@ class VideoInfo:
 
     @property
     def seconds(self) -> float:
-        """How long it plays."""
+        """Duration in seconds."""
         return self.frames / self.fps if self.times is None else self.times[0] + self.frames / self.fps
 
     def frame_at(self, seconds: float) -> int:
@@ -57,9 +57,9 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames to take: `num_segments` spread evenly, or `fps` frames per second where that is given.
+    """Frame sampling: `num_segments` frames spread evenly, or `fps` frames per second where that is set.
 
-    At most `max_frames` are taken; where `fps` asks for more, they are spread evenly instead. `sample` "middle" takes
+    At most `max_frames` are taken; where `fps` would take more, they are spread evenly instead. `sample` "middle" takes
     the middle of each segment as the released models do, "random" any frame of it (for training).
     """
 
@@ -161,8 +161,8 @@ def sample_indices(
 
 
 def _clock_indices(info: VideoInfo, fps: float, start: float | None, end: float | None) -> list[int]:
-    """The frame on screen in the middle of every 1/fps seconds, for frames that are not evenly spaced."""
-    assert info.times is not None, "asked only for such videos"
+    """Frame on screen in the middle of every 1/fps seconds, for frames that are not evenly spaced."""
+    assert info.times is not None, "only for videos with uneven times"
     step = 1 / fps
     last = info.seconds if end is None else min(end, info.seconds)
     return [info.frame_at(float(t)) for t in np.arange(max(start or 0.0, info.times[0]) + step / 2, last, step)]
@@ -190,7 +190,7 @@ _DECODER = Decoder(memory=8 << 30)
 
 
 class VideoFile:
-    """A video read by `backend`. `where` names it in errors; `timeout` bounds each call, in seconds."""
+    """Video file read by `backend`. `where` names it in errors; `timeout` bounds each call, in seconds."""
 
     def __init__(self, source: Path | bytes, where: str, timeout: float, backend: Backend = "pyav") -> None:
         if backend == "decord" and find_spec("decord") is None:

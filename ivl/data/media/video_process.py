@@ -1,8 +1,8 @@
-"""Video decoding in a process of its own: on damaged files a decoder may crash or never return, which must cost a row,
-not a run.
+"""Video decoding in a helper process, so that a damaged file costs a row, not a run.
 
-One helper per process, started with its first video and ended with it. Requests and answers are lines of JSON, each
-followed by raw bytes where it says so. The helper imports only numpy and the decoder (`ivl.data.media.video_reader`).
+On damaged files a decoder may crash or never return. There is one helper per process, started with its first video and
+ended with it. Requests and answers are lines of JSON, followed by raw bytes where the line gives their number. The
+helper imports only numpy and the decoder (`ivl.data.media.video_reader`).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _START = (
 
 
 class DecodeError(Exception):
-    """A video that could not be read, and why."""
+    """Reason why a video cannot be read."""
 
 
 class DecodeTimeout(DecodeError):
-    """The file may be sound, and the machine slow."""
+    """Decoding did not end in time; the file may be sound and the machine slow."""
 
 
 class Decoder:
-    """The helper of this process. `memory`: bytes that it may allocate."""
+    """Client of this process's helper. `memory`: bytes that the helper may allocate."""
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
@@ -51,10 +51,10 @@ class Decoder:
     def __call__(
         self, key: object, source: str | bytes, indices: Sequence[int], timeout: float, backend: str = "pyav"
     ) -> tuple[dict[str, Any], memoryview]:
-        """Facts of a video (frames, fps, times, width, height), and the RGB bytes of its frames at `indices`.
+        """Frames, fps, times, width and height of a video, and the RGB bytes of its frames at `indices`.
 
-        It stays open until another `key` is asked for. `timeout` in seconds; `backend`: pyav or decord. Raises
-        DecodeError; the next call starts afresh.
+        The video stays open until a call with another `key`. `timeout` in seconds; `backend`: pyav or decord. Raises
+        DecodeError; the next call starts a new helper.
         """
         with self._lock:
             try:
@@ -65,14 +65,14 @@ class Decoder:
                     body = source if isinstance(source, bytes) else b""
                     request |= {"source": len(body) if body else source, "backend": backend}
                 answer = self._ask(json.dumps(request).encode() + b"\n" + body, time.monotonic() + timeout)
-            except BaseException:  # whatever it was, what the helper would say next is no longer known
+            except BaseException:  # after any fault, the helper's next answer may belong to another request
                 self.close()
                 raise
             self._opened = key
             return answer
 
     def close(self) -> None:
-        """Ends the helper."""
+        """End the helper."""
         process, self._process, self._opened = self._process, None, None
         if process is not None and self._owner == os.getpid():
             process.kill()
@@ -98,7 +98,7 @@ class Decoder:
 
     def _ask(self, request: bytes, deadline: float) -> tuple[dict[str, Any], memoryview]:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died; reading tells how
+        with contextlib.suppress(BrokenPipeError):  # it died; reading below raises the reason
             self._process.stdin.write(request)
             self._process.stdin.flush()
         header = bytearray()
@@ -127,13 +127,13 @@ class Decoder:
 
 
 def serve() -> None:
-    """The helper's side: answers until its input ends."""
+    """Answer requests in the helper process until its input ends."""
     import resource
 
     from ivl.data.media.video_reader import open_reader
 
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    os.dup2(2, 1)  # prints of libraries must not be read as an answer
     reader: VideoReader | None = None
     for line in requests:
         request = json.loads(line)

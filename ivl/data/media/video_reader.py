@@ -1,4 +1,4 @@
-"""Frames of a video file by number, as a player shows them: PyAV, or decord where a machine has it.
+"""Video readers: frames of a file by number, as a player shows them; PyAV, or decord.
 
 Runs in the process of `ivl.data.media.video_process` and imports neither torch nor Pillow.
 """
@@ -17,7 +17,7 @@ _SEEKABLE = frozenset(("mov", "matroska", "avi", "flv", "asf", "mpegts"))
 
 
 class VideoReader(Protocol):
-    """An open video. Frames are numbered in the order in which a player shows them."""
+    """Open video. Frames are numbered in the order in which a player shows them."""
 
     frames: int
     fps: float
@@ -46,7 +46,7 @@ class PyAVReader:
         self._source = source
         self._open()
         self._marks: list[int] = []
-        """Of each frame its time stamp, or its number where packets have no time stamps"""
+        """Time stamp of each frame, or its number where packets have no time stamps"""
         self._keys: list[tuple[int, int]] = []
         """Time stamp and decoding time stamp of each key frame"""
         self._numbered = not self._list_packets()
@@ -59,7 +59,7 @@ class PyAVReader:
         self.fps, self.times = self._clock(np.array(stamps, np.int64))
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        pixels = [self._pixels(self._shown(self._marks[i])) for i in indices]
+        pixels = [self._pixels(self._frame_on_screen(self._marks[i])) for i in indices]
         return np.stack(pixels)
 
     # Position: frames are decoded in order from the last seek
@@ -92,7 +92,7 @@ class PyAVReader:
         """Frames from here on. Damaged packets are passed over."""
         import av
 
-        # What ffmpeg cannot demux any further is the end of the video
+        # The video ends where ffmpeg cannot demux any further
         with contextlib.suppress(av.error.InvalidDataError, av.error.EOFError, av.error.OSError):
             for packet in self._container.demux(self._stream):
                 with contextlib.suppress(av.error.InvalidDataError):
@@ -102,7 +102,7 @@ class PyAVReader:
             yield from self._stream.decode(None)
 
     def _advance(self) -> None:
-        """The next frame becomes the last one."""
+        """Make the next frame the last one."""
         self._last = self._peek()
         self._next = None
 
@@ -112,8 +112,8 @@ class PyAVReader:
             self._count += 1
         return self._next
 
-    def _shown(self, mark: int) -> Any:
-        """The frame of this mark, or the one that is still shown then."""
+    def _frame_on_screen(self, mark: int) -> Any:
+        """Frame of this mark, or the one that is still on screen then."""
         key = bisect_right(self._keys, mark, key=lambda pair: pair[0]) - 1
         before = self._keys[key][0] if key >= 0 else None
         ahead = self._seekable and before is not None and self._last is not None and before > self._last[0]
@@ -142,10 +142,10 @@ class PyAVReader:
         else:
             self._restart()
 
-    # What there is to see, and when
+    # List of frames, and their times
 
     def _list_packets(self) -> bool:
-        """Fill marks and keys from the packets. Returns whether they say when each frame is shown."""
+        """Fill marks and keys from the packets. Returns True if each packet has its time stamp."""
         import av
 
         marks, known = set(), True
@@ -225,5 +225,5 @@ def _paced(times: np.ndarray, fps: float) -> tuple[float, np.ndarray | None]:
 
 
 def _even(times: np.ndarray, fps: float) -> bool:
-    """Whether each frame is at most half a frame off its place by a rate."""
+    """True if each frame is at most half a frame off its time by the rate."""
     return fps > 0 and bool(np.abs(times - np.arange(len(times)) / fps).max() <= 0.5 / fps)

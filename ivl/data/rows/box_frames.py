@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ivl.data.media.load import MediaPolicy, stored_picture
-from ivl.data.media.orientation import Stored, stored_box, upright_box, upright_size
+from ivl.data.media.orientation import StoredImage, stored_box, upright_box, upright_size
 from ivl.data.rows.formats import is_url
 from ivl.data.rows.grounding import Box
 
@@ -15,14 +15,14 @@ class BoxFrames:
 
     def __init__(self, exif: bool, policy: MediaPolicy) -> None:
         self._exif, self._policy = exif, policy
-        self._opened: list[tuple[Any, Stored]] = []
+        self._opened: list[tuple[Any, StoredImage]] = []
         self.turned = 0
         """Boxes that were turned"""
 
     def size(self, source: Any) -> tuple[int, int]:
         """(width, height) of the picture that a row's boxes in pixels belong to."""
-        found = self._stored(source)
-        return upright_size(found.size, found.orientation) if self._policy.boxes == "upright" else found.size
+        image = self._stored(source)
+        return upright_size(image.size, image.orientation) if self._policy.boxes == "upright" else image.size
 
     def reorient(self, source: Any, box: Box, pixels: bool) -> Box:
         """A box in thousandths of the picture it was given for → of the picture as it is shown.
@@ -31,16 +31,16 @@ class BoxFrames:
         """
         if not pixels and isinstance(source, str) and is_url(source):
             return box
-        found = self._stored(source)
-        shown, given = self._exif or found.turned, self._policy.boxes == "upright"
-        if found.orientation == 1 or shown == given:
+        image = self._stored(source)
+        shown, upright = self._exif or image.turned, self._policy.boxes == "upright"
+        if image.orientation == 1 or shown == upright:
             return box
         self.turned += 1
-        return (upright_box if shown else stored_box)(box, found.orientation)
+        return (upright_box if shown else stored_box)(box, image.orientation)
 
-    def _stored(self, source: Any) -> Stored:
-        for known, found in self._opened:
-            if known is source:
-                return found
+    def _stored(self, source: Any) -> StoredImage:
+        for opened, image in self._opened:
+            if opened is source:
+                return image
         self._opened.append((source, stored_picture(source, self._policy)))
         return self._opened[-1][1]

@@ -53,7 +53,7 @@ def shown(processor: Processor, path: str, bbox, kind: str = "real") -> list[int
     """The box that a row gives, in pixels of the picture as the model sees it."""
     conversation = processor.parse(row(path, bbox, kind))
     ((_, (box,)),) = parse_boxes(conversation.messages[-1].text)
-    size = load_image(path, processor.cutter.exif, processor.cutter.policy).size
+    size = load_image(path, processor.tiler.exif, processor.tiler.policy).size
     return [round(v) for v in to_pixels(box, size)]
 
 
