@@ -1,4 +1,4 @@
-"""Boxes of `objects` follow their picture, where its EXIF block turns it or would."""
+"""EXIF turns of the boxes of `objects`, together with their picture."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ivl.data.rows.grounding import Box
 
 
 class BoxFrames:
-    """Turns the boxes of one row. `exif`: whether pictures are shown upright."""
+    """Turn the boxes of one row. `exif`: True if pictures are shown upright."""
 
     def __init__(self, exif: bool, policy: MediaPolicy) -> None:
         self._exif, self._policy = exif, policy
         self._opened: list[tuple[Any, StoredImage]] = []
         self.turned = 0
-        """Boxes that were turned"""
+        """Number of boxes that were turned"""
 
     def size(self, source: Any) -> tuple[int, int]:
         """(width, height) of the picture that a row's boxes in pixels belong to."""
@@ -25,9 +25,9 @@ class BoxFrames:
         return upright_size(image.size, image.orientation) if self._policy.boxes == "upright" else image.size
 
     def reorient(self, source: Any, box: Box, pixels: bool) -> Box:
-        """A box in thousandths of the picture it was given for → of the picture as it is shown.
+        """Convert a box in thousandths of the picture it was written for to the picture as it is shown.
 
-        Only for a box in `pixels` is anything fetched; others are taken to fit a picture behind a URL.
+        A picture behind a URL is fetched only for a box in `pixels`; other boxes are taken to fit it.
         """
         if not pixels and isinstance(source, str) and is_url(source):
             return box

@@ -1,12 +1,13 @@
-"""A row of any format → Conversation. Each format is one function; a row says itself which it is by its keys.
+"""Row formats: a row of any format → Conversation.
 
+Each format is one function; the keys of a row tell its format.
 - `query` (ms-swift): query, response, history, system, images, videos, objects
 - `conversations` (OpenGVLab, LLaVA): from human / gpt / system, image, video
 - `messages` (OpenAI): role user / assistant / system, content a text or a list of parts, images, videos
 
-Media stand where `<image>` and `<video>` are written in a user's text, in order over the whole conversation. Where no
-mark is written anywhere they come first in the last user's turn (`conversations`: in the first, as OpenGVLab has it).
-`<img>path</img>` in a user's text names an image where it stands. The keys that are read are in `ivl.data.rows.keys`.
+Media replace the marks `<image>` and `<video>` in users' texts, in order over the whole conversation. Without any mark
+they come first in the last user's turn (`conversations`: in the first, as OpenGVLab has it). `<img>path</img>` in a
+user's text is an image at that place. The keys that are read are in `ivl.data.rows.keys`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|,(?=\s*[}\]])', re.DOTAL
 
 
 def is_url(source: str) -> bool:
-    """Whether opening a source means fetching it."""
+    """True for an http(s) URL, which must be fetched to be opened."""
     return source[:8].lower().startswith(("http://", "https://"))
 
 
@@ -47,17 +48,17 @@ class _Turn:
 
 @dataclass
 class _Draft:
-    """A row on its way: what each format gives."""
+    """Conversation as a format reads it, before media and boxes are put in place."""
 
     turns: list[_Turn]
     system: str | None = None
     media_first: bool = False
-    """Media without marks come in the first user's turn, not in the last"""
+    """Put media without marks into the first user's turn, not the last"""
     media: dict[str, list[Media]] = field(default_factory=dict)
 
 
 def loads(line: str | bytes) -> Any:
-    """`json.loads`, forgiving a comma before a closing bracket: the document's own example has one.
+    """Parse as `json.loads`, but accept a comma before a closing bracket: ms-swift's document has one in its example.
 
     Raises ValueError or RecursionError as `json.loads` does.
     """
@@ -79,12 +80,12 @@ def parse(
     compact_boxes: bool = False,
     reorient: Reorient | None = None,
 ) -> Conversation:
-    """Understand a row. Raises UserError that begins with `where` and names the field.
+    """Parse a row. Raises UserError that begins with `where` and names the field.
 
     `root`: folder that relative paths of media start from. `size`: a medium's source → (width, height) of the image,
-    asked where `objects` give boxes in pixels; by default its header is read. `reorient`: a medium's source, a box in
-    thousandths, whether it was given in pixels → the box in the image as it is shown. A row without response (or null)
-    is a prompt; with no media at all, it keeps a literal `<image>` as text.
+    called where `objects` has boxes in pixels; by default the image's header is read. `reorient`: a medium's source, a
+    box in thousandths, True if it was written in pixels → the box in the image as it is shown. A row without response
+    (or null) is a prompt; with no media at all, it keeps a literal `<image>` as text.
     """
     try:
         return _parse(row, where, root, size, compact_boxes, reorient)
@@ -99,8 +100,8 @@ def _parse(
         raise UserError(f"expected an object such as {{'query': ..., 'response': ...}}, found {type(row).__name__}")
     kinds = [key for key in _FORMATS if row.get(key) is not None]
     if len(kinds) != 1:
-        found = sorted(kinds or (str(key) for key in row if row[key] is not None))[:12]
-        raise UserError(f"expected one of query, conversations or messages, found {', '.join(found) or 'nothing'}")
+        keys = sorted(kinds or (str(key) for key in row if row[key] is not None))[:12]
+        raise UserError(f"expected one of query, conversations or messages, found {', '.join(keys) or 'nothing'}")
     reader = RowReader(root)
     reader.keys.look(kinds[0], row)
     check_row_weight(row)
@@ -128,7 +129,7 @@ def _all_media(draft: _Draft) -> Iterator[Media]:
 
 
 def _joined(content: list[str | Media]) -> tuple[str | Media, ...]:
-    """Texts that follow one another as one, and no empty ones."""
+    """Join texts that follow one another, and drop empty ones."""
     out: list[str | Media] = []
     for part in content:
         if isinstance(part, str) and out and isinstance(out[-1], str):
@@ -210,7 +211,7 @@ def _from_messages(row: Row, reader: RowReader) -> _Draft:
 
 
 def _one_system(of_row: str | None, of_turn: str, name: str) -> str:
-    """The system message of a turn. Raises UserError where the row's key `system` says something else."""
+    """System message of a turn. Raises UserError where the row's key `system` differs from it."""
     if of_row and of_row != of_turn:
         raise UserError(f"system and {name}: two system messages, {short(of_row)} and {short(of_turn)}; keep one")
     return of_turn
@@ -224,7 +225,7 @@ _FORMATS: dict[str, Callable[[Row, RowReader], _Draft]] = {
 
 
 def _parts(content: Any, name: str, row: Row, role: str, reader: RowReader) -> Iterator[str | Media]:
-    """A message's content; a part that names no medium becomes a mark for the next of the row's own."""
+    """Parts of a message's content; a part that names no medium becomes a mark for the row's next medium."""
     if isinstance(content, str):
         yield from reader.content(content, role, name)
         return
@@ -237,7 +238,7 @@ def _parts(content: Any, name: str, row: Row, role: str, reader: RowReader) -> I
         if kind == "text":
             reader.keys.look("text part", part, where)
             text = text_of(part.get("text"), f"{where}.text")
-            # parts carry no line break of their own, and the models were trained with one after a medium
+            # Parts have no line break between them, and the models were trained with one after a medium
             text = "\n" * (after_medium and not text.startswith("\n")) + text
             yield from reader.content(text, role, f"{where}.text")
         elif kind in ("image", "image_url", "video", "video_url"):
@@ -263,7 +264,7 @@ def _entries(row: Row, key: str) -> list[Row]:
 
 
 def _place(draft: _Draft, reader: RowReader) -> None:
-    """Put the row's media where the marks are, or at the default place."""
+    """Put the row's media in place of the marks, or at the default place."""
     users = [turn for turn in draft.turns if turn.role == "user"]
     if not users:
         raise UserError("no user's turn; expected a question before the first answer")
@@ -334,7 +335,10 @@ def _header_size(source: Any) -> tuple[int, int]:
 
 
 def _check_turns(draft: _Draft) -> None:
-    """User and assistant alternate, nobody says nothing. The model may speak first; not all templates write it down."""
+    """Check that user and assistant alternate, and that no text is empty.
+
+    The assistant may come first; not all templates write such a turn.
+    """
     turns = draft.turns
     for n, turn in enumerate(turns):
         if n and turn.role == turns[n - 1].role:

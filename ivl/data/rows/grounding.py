@@ -1,4 +1,4 @@
-"""`<ref-object>` and `<bbox>` marks with `objects` → `<ref>…</ref>` and `<box>…</box>`, and boxes back from an answer.
+"""Grounding: `<ref-object>` and `<bbox>` marks → `<ref>` and `<box>` text; boxes of an answer.
 
 Boxes are x1, y1, x2, y2; in texts integers 0..1000, thousandths of the width and height of the image as it was before
 any resize. Source: the grounding section of ms-swift's InternVL document.
@@ -31,17 +31,17 @@ def fill(
     compact: bool = False,
     reorient: Reorient | None = None,
 ) -> list[str]:
-    """The texts of a conversation in reading order, with their marks replaced.
+    """Replace the marks in the texts of a conversation, in reading order.
 
     `objects` has one of two forms, or is the JSON of one:
-    - a list: the k-th `<ref-object>` and the k-th `<bbox>` both speak of the k-th entry, which has `caption`, `bbox`
+    - a list: the k-th `<ref-object>` and the k-th `<bbox>` both refer to the k-th entry, which has `caption`, `bbox`
       (one box or a list of boxes), `bbox_type` (default real) and `image` (index, default 0; or `image_id`);
     - lists in an object, as ms-swift 3 writes them: the k-th `<ref-object>` is the k-th of `ref`, the k-th `<bbox>` the
       k-th of `bbox`, a box or a point; one `bbox_type` for all, and `image_id` for each box.
     `bbox_type` is real (pixels), norm_1000 or norm_1 (norm1000, norm1). `size`: index of an image → (width, height);
-    asked only for `real` boxes. `compact`: `<box>[[…]]</box>` as the releases write it, not the document's
-    `<box> [[…]] </box>`. `reorient`: index of an image, box in thousandths, whether it was given in pixels → the box in
-    the image as it is shown; None: as it is given.
+    called only for `real` boxes. `compact`: `<box>[[…]]</box>` as the releases write it, not the document's
+    `<box> [[…]] </box>`. `reorient`: index of an image, box in thousandths, True if it was written in pixels → the box
+    in the image as it is shown; None: boxes stay as they are.
     Raises UserError where counts differ or a box is not one.
     """
     objects = read(objects)
@@ -53,8 +53,8 @@ def fill(
     )
     for mark, key, there in (("<ref-object>", "ref", len(captions)), ("<bbox>", "bbox", len(boxes))):
         if counts[mark] not in (0, there):
-            found = many(there, "object") if isinstance(objects, list) else f"{there} in objects.{key}"
-            raise UserError(f"{many(counts[mark], f'{mark} mark')} but {found}; expected one mark each")
+            objects_text = many(there, "object") if isinstance(objects, list) else f"{there} in objects.{key}"
+            raise UserError(f"{many(counts[mark], f'{mark} mark')} but {objects_text}; expected one mark each")
     if (captions or boxes) and not any(counts.values()):
         objects_there = many(max(len(captions), len(boxes)), "object")
         raise UserError(f"{objects_there} but no <ref-object> or <bbox> mark; write a mark where each is named")
@@ -86,7 +86,7 @@ def read(objects: Any) -> Objects:
 
 
 def _is_columns(objects: dict[str, Any]) -> bool:
-    """Whether an object holds the lists of all objects, and is not the only one itself."""
+    """True for the form with lists in an object; False for a single object."""
     boxes = objects.get("bbox")
     nested = isinstance(boxes, list) and (not boxes or isinstance(boxes[0], (list, tuple)))
     return "caption" not in objects and (isinstance(objects.get("ref"), list) or nested)
@@ -142,7 +142,7 @@ def _columns(
 
 
 def _kind(value: Any, where: str) -> str:
-    """The unit of a box."""
+    """Unit of a box: real, norm_1000 or norm_1."""
     kind = _SPELLED.get(value, value) if isinstance(value, str) else value
     kind = "real" if kind is None or kind == "" else kind
     if kind not in _TYPES:
@@ -151,7 +151,7 @@ def _kind(value: Any, where: str) -> str:
 
 
 def _index(image: Any, where: str) -> int:
-    """The image that a box belongs to."""
+    """Index of the image that a box belongs to."""
     image = 0 if image is None else image
     if not isinstance(image, int) or isinstance(image, bool):
         raise UserError(f"{where}: expected the index of an image, from 0, found {_short(image)}")
@@ -159,7 +159,7 @@ def _index(image: Any, where: str) -> int:
 
 
 def _shown(points: Points, image: int, kind: str, reorient: Reorient | None) -> Points:
-    """A box or point in the image as it is shown."""
+    """Convert a box or point to the image as it is shown."""
     if reorient is None:
         return points
     x1, y1, x2, y2 = points if len(points) == 4 else (*points, *points)
@@ -174,13 +174,13 @@ def _extent(kind: str, image: int, size: Callable[[int], tuple[int, int]]) -> tu
 
 
 def _scaled(box: Any, width: int, height: int, where: str, kind: str, points: bool = False) -> Points:
-    """A box in thousandths, not yet rounded; with `points`, a point as well."""
+    """Scale a box to thousandths, not yet rounded; with `points`, a point as well."""
     numbers = isinstance(box, (list, tuple)) and all(
         isinstance(v, (int, float)) and not isinstance(v, bool) and -1e9 < v < 1e9 for v in box
     )
     if not numbers or not (len(box) == 4 or (points and len(box) == 2)):
-        more = ", or a point x, y" * points
-        raise UserError(f"{where}: expected four numbers x_min, y_min, x_max, y_max{more}, found {_short(box)}")
+        point = ", or a point x, y" * points
+        raise UserError(f"{where}: expected four numbers x_min, y_min, x_max, y_max{point}, found {_short(box)}")
     x1, y1, x2, y2 = box if len(box) == 4 else (*box, *box)
     if x1 > x2 or y1 > y2:
         raise UserError(f"{where}: expected x_min <= x_max and y_min <= y_max, found {_short(box)}")
@@ -193,8 +193,8 @@ def _scaled(box: Any, width: int, height: int, where: str, kind: str, points: bo
 
 def write_boxes(boxes: Sequence[Points], compact: bool = False) -> str:
     """Boxes in thousandths as a model writes them, rounded as Python rounds and clamped to 0..1000."""
-    whole = [[min(1000, max(0, round(v))) for v in box] for box in boxes]
-    return f"<box>{whole}</box>" if compact else f"<box> {whole} </box>"
+    rounded = [[min(1000, max(0, round(v))) for v in box] for box in boxes]
+    return f"<box>{rounded}</box>" if compact else f"<box> {rounded} </box>"
 
 
 _NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
@@ -205,17 +205,17 @@ _TAG = re.compile(r"</?(?:box|ref)>")
 
 
 def parse_boxes(text: str) -> list[tuple[str | None, list[Box]]]:
-    """Boxes of an answer in reading order, in 0..1000, each group with what it speaks of where that is said.
+    """Boxes of an answer in reading order, in 0..1000: pairs of a name (None where there is none) and its boxes.
 
     Reads `<ref>cat</ref><box>[[1, 2, 3, 4]]</box>` in both spellings, and the same with the tags lost
-    (`cat[[1, 2, 3, 4]]`), not those of a thought before `</think>`. Never raises: what is no box (reversed, above
-    1000, not four numbers) is left out.
+    (`cat[[1, 2, 3, 4]]`), not those of a thought before `</think>`. Never raises: numbers that are no box (reversed,
+    above 1000, not four) are left out.
     """
     groups: list[tuple[str | None, list[Box]]] = []
     text, end = without_reasoning(text), 0
     for match in _BOXES.finditer(text):
         before, end = text[end : match.start()], match.end()
-        boxes = [box for one in _ONE.findall(match[0]) if (box := _parsed(one)) is not None]
+        boxes = [box for box_text in _ONE.findall(match[0]) if (box := _parsed(box_text)) is not None]
         if not boxes:
             continue
         ref = next((part for part in reversed(before.split("</ref>")[:-1]) if "<ref>" in part), None)
@@ -231,7 +231,7 @@ def _parsed(text: str) -> Box | None:
 
 
 def to_pixels(box: Box, size: tuple[int, int]) -> Box:
-    """A box in thousandths → pixels of an image of `size` (width, height)."""
+    """Convert a box in thousandths to pixels of an image of `size` (width, height)."""
     width, height = size
     x1, y1, x2, y2 = box
     return x1 * width / 1000, y1 * height / 1000, x2 * width / 1000, y2 * height / 1000

@@ -1,7 +1,7 @@
-"""Keys of a row, turn, part, object or medium: those that are read, and those that would change its meaning.
+"""Keys of rows, turns, parts, objects and media: keys that are read, and keys that are refused.
 
-Each level of each format names the keys it reads. A key that changes the meaning and is not read makes the row one with
-a problem. All others are gathered, and `check` and `fit` list them with counts: `Keys.unread`.
+Each level of each format names the keys it reads. A key that is not read and would change the meaning of the row makes
+it a row with a problem. All others are gathered in `Keys.unread`; `check` and `fit` list them with counts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOSS = (
     *("loss", "train", "weight", "loss_scale", "loss_weight"),
     *("training", "trainable", "train_on_turn", "loss_mask"),
 )
-"""Names under which programs say whether a turn is trained on"""
+"""Keys of several programs that say if a turn is trained on"""
 
 _ROW = ("id", "source", "system", "image", "images", "video", "videos", "start", "end", "objects", *TRUTH)
 READ: dict[str, frozenset[str]] = {
@@ -83,9 +83,9 @@ class Keys:
     """Names of keys that are not read, `messages[].name`; also marks of other programs"""
 
     def look(self, level: str, entry: Mapping[str, Any], name: str = "") -> None:
-        """Gather the keys of an entry that its level does not read; `name` is the entry's own, `messages[3]`.
+        """Gather the keys of an entry that its level does not read; `name`: name of the entry, such as `messages[3]`.
 
-        Raises UserError for a key that would change the meaning. A key without a value says nothing.
+        Raises UserError for a key that would change the meaning. A key without a value has no effect.
         """
         refused = REFUSED.get(level, {})
         for key, value in entry.items():
@@ -99,32 +99,32 @@ class Keys:
                 self.note(_PLACE.sub("[]", path))
 
     def note(self, text: str) -> None:
-        """Gather something that a row holds and that has no effect."""
+        """Gather the name of a key, or a text, that has no effect."""
         self.unread.setdefault(text if len(text) <= 120 else text[:117] + "...")
 
 
 def says_nothing(value: Any) -> bool:
-    """Whether a value stands for a missing one."""
+    """True for a value that stands for a missing one."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or value is False or (isinstance(value, (bytes, list, tuple, dict)) and len(value) == 0)
 
 
 def is_trained(entry: Mapping[str, Any], name: str, role: Literal["user", "assistant", "system"]) -> bool:
-    """Whether a turn is learnt from, as the keys of LOSS say; an assistant's is without them.
+    """True if a turn is learnt from, by its keys of LOSS; without such a key an assistant's turn is.
 
-    Raises UserError for a value between, and where a turn by another speaker is to be learnt.
+    Raises UserError for a value between 0 and 1, and where a turn by another speaker is to be learnt.
     """
-    found = {key: _zero_or_one(entry[key], f"{name}.{key}") for key in LOSS if entry.get(key) is not None}
-    if len(set(found.values())) > 1:
-        raise UserError(f"{name}: {' and '.join(found)} do not agree; keep one")
-    if role != "assistant" and any(found.values()):
-        raise UserError(f"{name}.{next(iter(found))}: only an assistant's turn is learnt from; remove the key")
-    return all(found.values())
+    flags = {key: _zero_or_one(entry[key], f"{name}.{key}") for key in LOSS if entry.get(key) is not None}
+    if len(set(flags.values())) > 1:
+        raise UserError(f"{name}: {' and '.join(flags)} do not agree; keep one")
+    if role != "assistant" and any(flags.values()):
+        raise UserError(f"{name}.{next(iter(flags))}: only an assistant's turn is learnt from; remove the key")
+    return all(flags.values())
 
 
 def check_row_weight(row: Mapping[str, Any]) -> None:
-    """Raise UserError where a row asks to count more or less than others."""
+    """Raise UserError where a row has a weight other than 1."""
     for key in LOSS:
         if row.get(key) is not None and not (isinstance(row[key], (int, float)) and row[key] == 1):
             raise UserError(

@@ -1,6 +1,6 @@
-"""Files of rows, read at random without being loaded: jsonl, a JSON list, and both compressed.
+"""Row files with random access, not loaded into memory: jsonl or a JSON list, plain or compressed.
 
-What a file holds is seen from its content, since rows one a line are often named `.json` and lists `.jsonl`.
+The form is seen from the content, since files of one row a line are often named `.json` and lists `.jsonl`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from ivl.types import UserError, printable
 
 _CHUNK = 1 << 20
 _BLANK = 16
-"""Bytes of the shortest line that is not looked at for being blank; a row is longer"""
+"""Bytes of the shortest line that counts as a row without a look at its content"""
 _SOLID = ~np.isin(np.arange(256), np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8))
-"""Of each byte, whether it is no blank"""
+"""(256,) bool: True for each byte that is no blank"""
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
 _ALWAYS = 256 << 20
-"""Bytes that any compressed file may become"""
+"""Bytes to which any compressed file may expand"""
 
 
 @dataclass(frozen=True)
 class FileLimits:
-    """Limits of files of rows: how much one may ask of memory and disk."""
+    """Limits of files of rows, in memory and on disk."""
 
     max_row_bytes: int = 64 << 20
     """Bytes of the longest row; a longer one is a problem."""
     max_expansion: float = 200.0
-    """Times its own size that a compressed file may become; 256 MiB are always allowed."""
+    """Most times its size to which a compressed file may expand; 256 MiB are always allowed."""
 
     def __post_init__(self) -> None:
         if self.max_row_bytes < 1 or not self.max_expansion >= 1:
@@ -52,10 +52,10 @@ class FileLimits:
 
 
 class RowFile:
-    """One file of rows. Picklable; opened anew in each process.
+    """File of rows. Picklable; opened anew in each process.
 
     Blank lines hold no row. Compressed files (.gz, .zst) are decompressed once, into `cache_dir`.
-    Raises UserError where there is no file, no row, or the file as a whole cannot be read.
+    Raises UserError where there is no file, no row, or the file cannot be read.
     """
 
     def __init__(self, path: str | Path, cache_dir: str | Path | None = None, limits: FileLimits | None = None) -> None:
@@ -84,7 +84,7 @@ class RowFile:
         return f"{printable(str(self.path), ' ')}:{self._line(i)}"
 
     def raw(self, i: int) -> bytes:
-        """Row `i` as it stands in the file. Raises UserError with `file:line` where it is longer than the limit."""
+        """Bytes of row `i` in the file. Raises UserError with `file:line` where it is longer than the limit."""
         start, end = int(self._starts[i]), int(self._ends[i])
         if end - start > self.limits.max_row_bytes:
             raise UserError(
@@ -130,7 +130,7 @@ def load_rows(path: str | Path, cache_dir: str | Path | None = None) -> Iterator
 
 
 def _is_list(opened: BinaryIO, path: Path) -> bool:
-    """Whether a file is one JSON list rather than a row a line."""
+    """True for a file of one JSON list, False for one row a line."""
     head = opened.read(4096)
     opened.seek(0)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -139,8 +139,8 @@ def _is_list(opened: BinaryIO, path: Path) -> bool:
     if first == b"[":
         return True
     if first not in (b"{", b""):
-        found = head[:40].decode("utf-8", "replace")
-        raise UserError(f"{path}:1: expected JSON objects, such as {_EXAMPLE}, found {found!r}")
+        start = head[:40].decode("utf-8", "replace")
+        raise UserError(f"{path}:1: expected JSON objects, such as {_EXAMPLE}, found {start!r}")
     if first == b"{":
         line = opened.readline(1 << 20).strip()
         opened.seek(0)
@@ -153,18 +153,18 @@ def _is_list(opened: BinaryIO, path: Path) -> bool:
 
 
 def _scan_lines(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, str]:
-    """Start and end of each line that is not blank, its number where some are, and the digest of the content."""
+    """Start, end and number of each line that is not blank (None where no line is), and a digest of the file."""
     digest = hashlib.blake2b(digest_size=16)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    begin, line, size = 0, 1, 0  # of the line that is open, and what is read
+    begin, line, size = 0, 1, 0  # start and number of the open line, and bytes read
     while chunk := opened.read(_CHUNK):
         digest.update(chunk)
         data = np.frombuffer(chunk, np.uint8)
         stops = np.flatnonzero(data == 10)
         if len(stops):
             starts = np.concatenate([[begin - size], stops[:-1] + 1])
-            kept = _not_blank(opened, data, starts, stops, size)
-            parts.append((starts[kept] + size, stops[kept] + size, np.flatnonzero(kept) + line))
+            solid = _not_blank(opened, data, starts, stops, size)
+            parts.append((starts[solid] + size, stops[solid] + size, np.flatnonzero(solid) + line))
             begin, line = size + int(stops[-1]) + 1, line + len(stops)
         size += len(chunk)
     if size - begin >= _BLANK or _read(opened, begin, size).strip():
@@ -177,15 +177,15 @@ def _scan_lines(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _not_blank(opened: BinaryIO, data: np.ndarray, starts: np.ndarray, stops: np.ndarray, size: int) -> np.ndarray:
-    """(lines,) bool: whether each line of a chunk holds a row. The first may begin before the chunk, at `size`."""
-    kept = stops - starts >= _BLANK
-    if kept.all():
-        return kept
-    solid = np.concatenate([[0], np.cumsum(_SOLID[data], dtype=np.int32)])
-    kept |= solid[stops] > solid[np.maximum(starts, 0)]
-    if starts[0] < 0 and not kept[0]:
-        kept[0] = bool(_read(opened, size + int(starts[0]), size + int(stops[0])).strip())
-    return kept
+    """(lines,) bool: True for each line of a chunk with a row. The first may begin before the chunk, at `size`."""
+    solid = stops - starts >= _BLANK
+    if solid.all():
+        return solid
+    counts = np.concatenate([[0], np.cumsum(_SOLID[data], dtype=np.int32)])
+    solid |= counts[stops] > counts[np.maximum(starts, 0)]
+    if starts[0] < 0 and not solid[0]:
+        solid[0] = bool(_read(opened, size + int(starts[0]), size + int(stops[0])).strip())
+    return solid
 
 
 def _read(opened: BinaryIO, start: int, end: int) -> bytes:
@@ -198,28 +198,28 @@ def _scan_list(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np
     with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         depth, closed, previous = 0, False, data.find(b"[")
-        for found in _STRUCTURE.finditer(data):
-            mark = data[found.start() : found.start() + 1]
+        for match in _STRUCTURE.finditer(data):
+            mark = data[match.start() : match.start() + 1]
             if mark in b"[{":
                 if depth == 1:
-                    gap = data[previous + 1 : found.start()].strip()
+                    gap = data[previous + 1 : match.start()].strip()
                     if mark == b"[" or gap != (b"," if starts else b""):
-                        raise _not_a_list(data, found.start(), path)
-                    starts.append(found.start())
+                        raise _not_a_list(data, match.start(), path)
+                    starts.append(match.start())
                 depth += 1
             elif mark in b"]}":
                 depth -= 1
                 if depth == 1:
-                    ends.append(found.end())
-                    previous = found.end() - 1
+                    ends.append(match.end())
+                    previous = match.end() - 1
                 if depth == 0:
-                    gap, rest = data[previous + 1 : found.start()].strip(), data[found.end() :].strip()
+                    gap, rest = data[previous + 1 : match.start()].strip(), data[match.end() :].strip()
                     if gap or rest or mark == b"}":
-                        raise _not_a_list(data, found.start() if gap else found.end(), path)
+                        raise _not_a_list(data, match.start() if gap else match.end(), path)
                     closed = True
                     break
             elif depth == 1:
-                raise _not_a_list(data, found.start(), path)
+                raise _not_a_list(data, match.start(), path)
         if not closed:
             raise UserError(f"{path}: the JSON list has no end; is the file complete?")
         line, at = 1, 0
@@ -232,12 +232,12 @@ def _scan_list(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np
 
 def _not_a_list(data: mmap.mmap, at: int, path: Path) -> UserError:
     line = data[:at].count(b"\n") + 1
-    found = data[at : at + 30].decode("utf-8", "replace")
-    return UserError(f"{path}:{line}: expected a list of JSON objects, such as [{_EXAMPLE}], found {found!r}")
+    start = data[at : at + 30].decode("utf-8", "replace")
+    return UserError(f"{path}:{line}: expected a list of JSON objects, such as [{_EXAMPLE}], found {start!r}")
 
 
 def _decompressed(path: Path, cache: Path, max_expansion: float) -> Path:
-    """The plain file of a compressed one, kept under the digest of the compressed bytes."""
+    """Path of the decompressed file, cached under the digest of the compressed bytes; a plain file as it is."""
     if path.suffix not in (".gz", ".zst"):
         return path
     digest, size = hashlib.blake2b(digest_size=16), 0
@@ -276,7 +276,7 @@ def _decompress(path: Path, place: Path, most: int) -> Path:
 
 
 def _opener(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
-    """The decompressing stream of a file, and what it raises on damaged ones."""
+    """Decompressing stream of a file, and the exceptions it raises on damaged data."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb"), (EOFError, zlib.error, gzip.BadGzipFile)
     try:

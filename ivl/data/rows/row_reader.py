@@ -1,4 +1,4 @@
-"""Fields of a row, read with their keys: texts, media in every spelling, and `<img>path</img>` in a text."""
+"""Reader of a row's fields: texts, media in every spelling, and `<img>path</img>` in a text."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
 def nothing(value: Any) -> bool:
-    """Whether a field holds no value."""
+    """True for a field without a value."""
     return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and len(value) == 0)
 
 
 def text_of(value: Any, name: str) -> str:
-    """A field that must be a text. Raises UserError that begins with its name."""
+    """Check that a field is a text. Raises UserError that begins with its name."""
     if not isinstance(value, str):
         raise UserError(f"{name}: expected a text, found {'nothing' if value is None else short(value)}")
     if not value.isascii():
@@ -40,31 +40,31 @@ def text_of(value: Any, name: str) -> str:
 
 
 def optional_text(row: Row, key: str) -> str | None:
-    """A text, or None where the row has none."""
+    """Text of a key, or None where the row has none."""
     return None if row.get(key) is None else text_of(row[key], key)
 
 
 def optional_name(row: Row, key: str) -> str | None:
-    """A value as text, or None where the row has none."""
+    """Value of a key as text, or None where the row has none."""
     value = row.get(key)
     return value if value is None else str(value)
 
 
 class RowReader:
-    """Reads one row. Relative paths of media start at `root`; `keys` gathers what is not read."""
+    """Reader of one row. Relative paths of media start at `root`; `keys` gathers keys that are not read."""
 
     def __init__(self, root: str | Path | None) -> None:
         self.root = root
         self.keys = Keys()
 
     def resolved(self, path: str) -> str:
-        """A path as seen from `root`; an absolute one, a URL and a `data:` URI as they are."""
+        """Join a path to `root`; an absolute path, a URL and a `data:` URI stay as they are."""
         if self.root is None or os.path.isabs(path) or _SCHEME.match(path):
             return path
         return os.path.join(self.root, path)
 
     def user_text(self, value: Any, name: str) -> list[str | Media]:
-        """A user's text, each `<img>path</img>` in it as an image."""
+        """Split a user's text into texts and the images of `<img>path</img>`."""
         text = text_of(value, name)
         if "<img>" not in text:
             return [text]
@@ -78,7 +78,7 @@ class RowReader:
         return parts
 
     def content(self, value: Any, role: str, name: str) -> list[str | Media]:
-        """A text of any speaker; `<img>path</img>` is an image in a user's only."""
+        """Parts of a text of any speaker; `<img>path</img>` is an image in a user's text only."""
         return self.user_text(value, name) if role == "user" else [text_of(value, name)]
 
     def _check_unclosed(self, text: str, name: str) -> None:
@@ -96,13 +96,13 @@ class RowReader:
             self.keys.note(f"{mark}, a mark of another program, plain characters in a user's text")
 
     def media(self, row: Row, kind: Kind) -> list[Media]:
-        """The row's list of one kind, in whichever way it is spelled."""
-        given = [key for key in (kind, f"{kind}s") if not nothing(row.get(key))]
-        if not given:
+        """Media of one kind that the row lists, in any spelling."""
+        keys = [key for key in (kind, f"{kind}s") if not nothing(row.get(key))]
+        if not keys:
             return []
-        if len(given) == 2:
-            raise UserError(f"{given[0]} and {given[1]}: both are given; keep one")
-        name, value = given[0], row[given[0]]
+        if len(keys) == 2:
+            raise UserError(f"{keys[0]} and {keys[1]}: both are given; keep one")
+        name, value = keys[0], row[keys[0]]
         if isinstance(value, str):
             # a comma belongs to a data: URI, and may belong to a name
             one = value[:5].lower() == "data:" or os.path.exists(self.resolved(value))
@@ -116,7 +116,7 @@ class RowReader:
         return media
 
     def medium(self, kind: Kind, source: Any, name: str) -> Media:
-        """One image or video: a path, a URL, bytes, a picture, frames, or an object around one of them."""
+        """Read one image or video: a path, a URL, bytes, a picture, frames, or an object around one of them."""
         start = end = None
         if isinstance(source, dict):  # as Hugging Face datasets has it, and a video with its own times
             self.keys.look(kind, source, name)
@@ -133,7 +133,7 @@ class RowReader:
         return Media(kind, source, start, end)
 
     def part_medium(self, kind: Kind, part: Row, source: Any, name: str) -> Media:
-        """The medium that a part of a content names; a video's part may say its times."""
+        """Medium that a part of a content names; a video's part may hold its times."""
         medium = self.medium(kind, source, name)
         if kind == "image" or (part.get("start") is None and part.get("end") is None):
             return medium
@@ -142,7 +142,7 @@ class RowReader:
 
 
 def _seconds(value: Any, name: str, count: int) -> list[float | None]:
-    """A time for each video: one for all, or a list."""
+    """Time of each video, from one time for all or a list."""
     values = value if isinstance(value, list) else [value] * count
     if len(values) != count:
         raise UserError(f"{name}: {len(values)} times but {count} videos")
