@@ -23,7 +23,7 @@ from PIL import Image
 from ivl.config import Config
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Rows
-from ivl.data.sets.index import build_index, usable
+from ivl.data.sets.index import build_index, drop_unusable
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.text.tokenizer import Tokenizer
 
@@ -76,7 +76,7 @@ def main() -> None:
         print(f"| build the index | {taken:.1f} s, {options.rows / taken:.0f} rows a second |")
         began = time.perf_counter()
         rows = Rows(path, processor)
-        rows, index = usable(rows, build_index(rows, cache_dir=folder / "cache"))
+        rows, index = drop_unusable(rows, build_index(rows, cache_dir=folder / "cache"))
         print(f"| second start | {time.perf_counter() - began:.2f} s |")
         print(f"| peak memory of this process | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB |")
         tokens, tiles = index.tokens, index.tiles

@@ -21,7 +21,7 @@ from ivl.data.processor import Processor
 from ivl.data.rows.row_file import FileLimits
 from ivl.data.sets.dataset import Mixture, Part
 from ivl.data.sets.facts import read_facts
-from ivl.data.sets.index import Index, answers_needed, build_index, joined, progress_bar, reasons
+from ivl.data.sets.index import Index, answers_needed, build_index, concat, progress_bar, reasons
 from ivl.data.sets.sources import Source, open_sources
 from ivl.files import whole_path
 from ivl.types import UserError, many, printable
@@ -233,7 +233,7 @@ def _checked(name: str, parts: list[Part], args: Namespace) -> Checked:
         with progress_bar(f"{name}: texts of {part.name}", part.rows) as progress:
             workers = os.cpu_count() or 1 if args.workers is None else args.workers
             facts.append(read_facts(part.rows, index.records["usable"], workers, args.cache_dir, progress, seen))
-    return Checked(name, Mixture(parts), joined(indexes), np.concatenate(facts))
+    return Checked(name, Mixture(parts), concat(indexes), np.concatenate(facts))
 
 
 # The report

@@ -38,8 +38,8 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
         batch["labels"][at[0], at[1].start] = IGNORE
         row_ids[at] = n
         start += length
-    stored = [one for example in examples for one in example.stored or []]
-    found = [features for *_, features in stored if features is not None]
+    references = [one for example in examples for one in example.stored or []]
+    cached = [features for *_, features in references if features is not None]
     return Batch(
         **batch,
         tiles=torch.cat([example.tiles for example in examples]),
@@ -49,8 +49,8 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
         layout=SequenceLayout.of(torch.tensor(lengths), T, packed),
         image_at=None if image_id is None else places(batch["input_ids"] == image_id),
         supervised_at=supervised_places(batch["labels"]),
-        features=torch.cat(found) if found else None,
-        stored=[(key, tiles, features is not None) for key, tiles, features in stored],
+        features=torch.cat(cached) if cached else None,
+        stored=[(key, tiles, features is not None) for key, tiles, features in references],
         rows=[example.conversation for example in examples],
         supervised=[example.num_supervised for example in examples],
     )

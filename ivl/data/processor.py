@@ -130,9 +130,9 @@ class Processor:
         config = read_config(folder)
         if not config.template:
             config = recognised(folder, config)
-        own_message = template.release_system_message(folder, template.find_template(config.template))
+        release_message = template.release_system_message(folder, template.find_template(config.template))
         if system_message is None and config.system_message is None:
-            system_message = own_message
+            system_message = release_message
         processor = cls(
             config,
             Tokenizer.load(folder),
@@ -148,7 +148,7 @@ class Processor:
             resize,
             find_model(str(name_or_path)),
         )
-        processor.line = line_of(config, own_message)
+        processor.line = line_of(config, release_message)
         return processor
 
     @property
@@ -192,11 +192,11 @@ class Processor:
                 if not counts:
                     continue
                 key = self.tiler.key(medium, limit, self.features) if self.features else None
-                found = self.features.get(key, sum(counts)) if self.features and key else None
-                if found is None:
+                features = self.features.get(key, sum(counts)) if self.features and key else None
+                if features is None:
                     cut = partial(self.tiler.pixels, medium, limit, counts, generator)
                     pixels.append(opened.pixels(medium, limit, cut))
-                stored.append((key, sum(counts), found))
+                stored.append((key, sum(counts), features))
         return Example(
             input_ids=torch.tensor(plan.ids, dtype=torch.int64),
             labels=torch.tensor(plan.labels, dtype=torch.int64),
@@ -226,8 +226,8 @@ class Processor:
 
     def prompt_text(self, conversation: Conversation) -> str:
         """What the model is asked, for people: as it is written down, with marks for media."""
-        asked = conversation.as_prompt()
-        return template.written(asked, None, self.template, 0, self.system_message, self.tiler.video.frame_prefix)
+        prompt = conversation.as_prompt()
+        return template.written(prompt, None, self.template, 0, self.system_message, self.tiler.video.frame_prefix)
 
     # Batches and answers
 
@@ -320,11 +320,11 @@ class Processor:
 
     def _shortened(self, plan: Plan, most: int, training: bool) -> Plan:
         P = self.config.tokens_per_tile
-        found = f"{len(plan.ids)} tokens ({plan.num_tiles * P} of them image) but max_length is {most}"
+        excess = f"{len(plan.ids)} tokens ({plan.num_tiles * P} of them image) but max_length is {most}"
         if self.on_too_long == "error":
-            raise UserError(f"{found}; raise it, lower max_tiles, or choose what to do by on_too_long")
+            raise UserError(f"{excess}; raise it, lower max_tiles, or choose what to do by on_too_long")
         if self.on_too_long == "drop":
-            raise TooLong(found)
+            raise TooLong(excess)
         if self.on_too_long == "truncate_text" and training:
             return limits.truncated(plan, most, self.tokenizer, P)
         return limits.fitted(plan, most, P, self._encode, self.tiler.count)

@@ -69,13 +69,13 @@ def truncated(plan: Plan, max_length: int, tokenizer: Tokenizer, tokens_per_tile
     if ids.count(opening) > ids.count(closing):
         ids = ids[: -1 - ids[::-1].index(opening)]
     # `<img>` written by a user is never that token, so what is left tells how many tiles are
-    kept = ids.count(tokenizer.context_id) // tokens_per_tile
+    tiles_left = ids.count(tokenizer.context_id) // tokens_per_tile
     tiles: list[list[int]] = []
     for frames in plan.tiles:
         tiles.append([])
         for count in frames:
-            kept -= count
-            if kept >= 0:
+            tiles_left -= count
+            if tiles_left >= 0:
                 tiles[-1].append(count)
     notes = [f"text {len(plan.ids)} -> {len(ids)} tokens"]
     return replace(plan, tiles=tiles, ids=ids, labels=plan.labels[: len(ids)], notes=notes)
@@ -92,14 +92,14 @@ def fitted(plan: Plan, max_length: int, tokens_per_tile: int, encode: Encode, co
         text = len(plan.ids) - plan.num_tiles * tokens_per_tile
         return lowered(plan.shapes, plan.limits, (max_length - text) // tokens_per_tile, count)
 
-    whole, turns = plan, 0
-    limits = limits_of(whole)
+    full, turns = plan, 0
+    limits = limits_of(full)
     if limits is None:
-        guess = _turns_to_drop(whole, max_length, tokens_per_tile)
-        plan, limits, turns = _shortest_cut(whole, guess, encode, limits_of)
+        guess = _turns_to_drop(full, max_length, tokens_per_tile)
+        plan, limits, turns = _shortest_cut(full, guess, encode, limits_of)
     if limits is None:
         raise UserError(
-            f"{len(whole.ids)} tokens ({whole.num_tiles * tokens_per_tile} of them image) but max_length is "
+            f"{len(full.ids)} tokens ({full.num_tiles * tokens_per_tile} of them image) but max_length is "
             f"{max_length}, and the last turn alone with the fewest tiles does not fit; shorten it or raise it"
         )
     before = plan.num_tiles
@@ -116,17 +116,17 @@ Fit = tuple[Plan, list[int] | None, int]
 """A plan without its oldest turns, the limits under which it fits (None: there are none), and how many turns went"""
 
 
-def _shortest_cut(whole: Plan, guess: int, encode: Encode, limits_of: Callable[[Plan], list[int] | None]) -> Fit:
+def _shortest_cut(full: Plan, guess: int, encode: Encode, limits_of: Callable[[Plan], list[int] | None]) -> Fit:
     """Without as few of the oldest turns as will do; without all but the last where that does not fit either.
 
     Tried are `guess`, then numbers ever further from it until one fits and another does not, then those between.
     """
-    messages, starts = whole.conversation.messages, _starts(whole)
+    messages, starts = full.conversation.messages, _starts(full)
 
     def without(turns: int) -> Fit:
         gone = sum(not isinstance(part, str) for message in messages[: starts[turns]] for part in message.parts)
-        rest = replace(whole.conversation, messages=messages[starts[turns] :])
-        plan = encode(rest, whole.shapes[gone:], whole.limits[gone:]) if turns else whole
+        rest = replace(full.conversation, messages=messages[starts[turns] :])
+        plan = encode(rest, full.shapes[gone:], full.limits[gone:]) if turns else full
         return plan, limits_of(plan), turns
 
     best, too_few = without(len(starts) - 1), 0  # to drop none is known not to do

@@ -25,7 +25,7 @@ from ivl.data.processor import Processor
 from ivl.data.rows.row_file import FileLimits
 from ivl.data.sets.dataset import Mixture, Rows, split
 from ivl.data.sets.holdout import held_out, remember
-from ivl.data.sets.index import Index, answers_needed, joined, usable, write_report
+from ivl.data.sets.index import Index, answers_needed, concat, drop_unusable, write_report
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.sets.sources import Source, open_sources
 from ivl.lit.benchmark import rows_file
@@ -221,14 +221,14 @@ class IvlData(LightningDataModule):
             self.rows("val")
         read = [looked_through(part.rows, part.name, self.probe_urls) for part in parts]
         before, indexes = [answers_needed(part.rows, index) for part, index in zip(parts, read)], []
-        whole = joined(before)
+        whole = concat(before)
         if self.report and self.trainer.is_global_zero:
             write_report(self.report, whole)
         for n, part in enumerate(parts):
-            kept, index = usable(part.rows, before[n], self.max_bad, self.report, written=True)
+            kept, index = drop_unusable(part.rows, before[n], self.max_bad, self.report, written=True)
             parts[n] = replace(part, rows=kept)
             indexes.append(index)
-        mixture, index = Mixture(parts, self.seed), joined(indexes)
+        mixture, index = Mixture(parts, self.seed), concat(indexes)
         say_left_out(whole, self.report)
         say_changed(whole)
         say_unread(index, mixture.where)

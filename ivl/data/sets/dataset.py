@@ -1,7 +1,7 @@
-"""Rows of files → Examples: what stands where, which rows make up an epoch, and what is held out.
+"""Data sets: rows of files → Examples; mixtures of sources, and held-out rows.
 
-A row is named by its number over all files of a `Rows`, or over all parts of a `Mixture`. `(epoch, number)` may stand
-for it where random choices inside a row are to differ from epoch to epoch, whichever process makes it.
+The key of a row is its number over all files of a `Rows`, or over all parts of a `Mixture`. With the key
+`(epoch, number)` random choices inside a row differ from epoch to epoch, in any process alike.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Key = int | tuple[int, int]
 """A row's number, or (epoch, number)"""
 
 
-class MakesExamples(Protocol):
-    """What is needed of `ivl.data.processor.Processor`."""
+class RowProcessor(Protocol):
+    """Interface of `ivl.data.processor.Processor` that data sets need."""
 
     def parse(self, row: Any, where: str = "", root: str | Path | None = None) -> Conversation: ...
 
@@ -48,12 +48,12 @@ class MakesExamples(Protocol):
 
 
 class Rows(Dataset[Example]):
-    """Rows of one or more files. Picklable, so that loader workers can have it."""
+    """Data set of the rows of one or more files. Picklable for loader workers."""
 
     def __init__(
         self,
         paths: str | Path | Sequence[str | Path],
-        processor: MakesExamples,
+        processor: RowProcessor,
         root: str | Path | None = None,
         as_prompt: bool = False,
         on_error: Literal["error", "skip"] = "error",
@@ -65,14 +65,14 @@ class Rows(Dataset[Example]):
     ) -> None:
         """
         Args:
-            root: where relative media paths start; None: the folder of the file they stand in.
-            as_prompt: leave out the last answer, which is to be generated.
+            root: folder that relative media paths start from; None: the folder of the file of rows.
+            as_prompt: leave out the last answer, for generation.
             on_error: error: a bad row raises UserError; skip: `__getitems__`, which a DataLoader calls with the
                 rows of a batch, leaves it out and calls `on_skip`. Rows known to be bad are left out before batches
                 are made, by `ivl.data.sets.index`.
-            source: name of this data set in scores and losses per source; a row's own is kept.
+            source: name of this data set in scores and losses per source; a row's key `source` goes before it.
             max_tiles: most tiles of an image of these rows; None: the processor's limit.
-            seed: of random choices inside rows, together with epoch and number.
+            seed: seed of random choices inside rows, together with epoch and number.
             cache_dir, limits: see `RowFile`.
         """
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
@@ -84,27 +84,27 @@ class Rows(Dataset[Example]):
         self.on_error, self.max_tiles, self.seed = on_error, max_tiles, seed
         self.on_skip: Callable[[str], None] | None = None
         self.lengths: np.ndarray | None = None
-        """(rows, 2) tokens and tiles that each Example must have, where an index has said so; -1: any"""
+        """(rows, 2) tokens and tiles that each Example must have by the index; -1: any; None: no index"""
         self._first = np.cumsum([0] + [len(file) for file in self.files])
-        self._chosen: np.ndarray | None = None
+        self._selection: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return int(self._first[-1]) if self._chosen is None else len(self._chosen)
+        return int(self._first[-1]) if self._selection is None else len(self._selection)
 
     def select(self, numbers: np.ndarray) -> Rows:
-        """The rows of these numbers, in this order."""
+        """Rows of these numbers, in this order."""
         part = object.__new__(type(self))
         part.__dict__ = dict(self.__dict__)
-        part._chosen = numbers if self._chosen is None else self._chosen[numbers]
+        part._selection = numbers if self._selection is None else self._selection[numbers]
         part.lengths = None if self.lengths is None else self.lengths[numbers]
         return part
 
     def per_file(self) -> list[Rows]:
-        """All rows of each file, selected or not."""
+        """Rows of each file, all of them, selected or not."""
         parts = []
         for file in self.files:
             part = self.select(np.arange(0))
-            part.files, part._chosen, part.lengths = [file], None, None
+            part.files, part._selection, part.lengths = [file], None, None
             part._first = np.array([0, len(file)])
             parts.append(part)
         return parts
@@ -112,12 +112,12 @@ class Rows(Dataset[Example]):
     @property
     def numbers(self) -> np.ndarray:
         """(rows,) number of each row over all rows of the files."""
-        return np.arange(int(self._first[-1])) if self._chosen is None else self._chosen
+        return np.arange(int(self._first[-1])) if self._selection is None else self._selection
 
     def _number(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
-        return int(i if self._chosen is None else self._chosen[i])
+        return int(i if self._selection is None else self._selection[i])
 
     def _at(self, i: int) -> tuple[RowFile, int]:
         number = self._number(i)
@@ -130,17 +130,17 @@ class Rows(Dataset[Example]):
         return file.where(at)
 
     def raw(self, i: int) -> bytes:
-        """A row as it stands in its file."""
+        """Bytes of a row in its file."""
         file, at = self._at(i)
         return file.raw(at)
 
     def row(self, i: int) -> Any:
-        """A row as JSON. Raises UserError with `file:line`."""
+        """Row as parsed JSON. Raises UserError with `file:line`."""
         file, at = self._at(i)
         return file[at]
 
     def conversation(self, i: int) -> Conversation:
-        """A row, understood. Raises UserError with `file:line`."""
+        """Row as a Conversation. Raises UserError with `file:line`."""
         file, at = self._at(i)
         root = file.path.parent if self.root is None else self.root
         conversation = self.processor.parse(file[at], file.where(at), root)
@@ -149,7 +149,7 @@ class Rows(Dataset[Example]):
         return conversation.as_prompt() if self.as_prompt else conversation
 
     def __getitem__(self, key: Key) -> Example:
-        """Raises UserError with `file:line`, also where the row is not what the index saw."""
+        """Example of a row. Raises UserError with `file:line`, also where its lengths are not those of the index."""
         epoch, i = key if isinstance(key, tuple) else (0, key)
         generator = torch.Generator().manual_seed(_seed(self.seed, epoch, self._number(i)))
         example = self.processor(self.conversation(i), max_tiles=self.max_tiles, generator=generator)
@@ -163,7 +163,7 @@ class Rows(Dataset[Example]):
         return example
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
-        """The rows of a batch; where `on_error` is skip, without those that cannot be made."""
+        """Examples of a batch; where `on_error` is skip, rows with an error are left out."""
         return _gather(self, keys)
 
 
@@ -185,27 +185,27 @@ def _gather(dataset: Rows | Mixture, keys: Sequence[Key]) -> list[Example]:
 
 
 def _seed(*numbers: int | str) -> int:
-    """A seed below 2**63 from numbers, the same on every machine."""
+    """Seed below 2**63 from numbers, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def permutation(count: int, *seed: int | str) -> np.ndarray:
-    """(count,) int64: an order of `count` rows, the same on every machine for the same seed."""
+    """Random order of `count` rows, (count,) int64; the same on every machine for the same seed."""
     return np.random.Generator(np.random.PCG64(_seed(*seed))).permutation(count)
 
 
 def digests(rows: Rows, seed: int = 0) -> np.ndarray:
-    """(rows,) uint64: equal for rows of equal text."""
+    """Digest of each row's text, (rows,) uint64."""
     salt = str(seed).encode()
-    found = (hashlib.blake2b(rows.raw(i).strip(), digest_size=8, key=salt).digest() for i in range(len(rows)))
-    return np.frombuffer(b"".join(found), dtype=">u8")
+    hashes = (hashlib.blake2b(rows.raw(i).strip(), digest_size=8, key=salt).digest() for i in range(len(rows)))
+    return np.frombuffer(b"".join(hashes), dtype=">u8")
 
 
 def split(rows: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
-    """(training rows, held-out rows): `fraction` of the rows, at least one, is held out.
+    """Split into (training rows, held-out rows): `fraction` of the rows, at least one, is held out.
 
-    Which ones depends on the rows' text and `seed`, not on their order or on what else the file holds; rows of equal
-    text stay together, save where that would hold out more than was asked for.
+    The choice depends on the rows' text and `seed`, not on their order or on other rows of the file. Rows of equal text
+    stay together, except where that would hold out more than `fraction`.
     """
     if not 0 < fraction < 1:
         raise UserError(f"val_fraction: expected a share between 0 and 1, found {fraction}")
@@ -225,16 +225,16 @@ class Part:
     rows: Rows
     name: str = ""
     repeat: float | None = None
-    """How often each row is seen in an epoch: 2 is twice, 0.1 a tenth of the rows, another tenth each epoch"""
+    """Times that each row is seen in an epoch: 2 is twice, 0.1 a tenth of the rows, another tenth each epoch"""
     ratio: float | None = None
     """Share of the epoch's rows, relative to the other parts'; the epoch has as many rows as all parts together"""
 
 
 class Mixture(Dataset[Example]):
-    """Several sources, each with its exact share of every epoch. Row numbers run over the parts in order.
+    """Mixture of several sources, each with its exact share of every epoch. Row numbers run over the parts in order.
 
-    A part's rows are drawn from an endless series of shuffles of them, each epoch going on where the last ended: no
-    row comes a third time before every one came twice.
+    A part's rows are drawn from an endless series of their shuffles. Each epoch goes on where the last ended, so no row
+    comes a third time before every row came twice.
     """
 
     def __init__(self, parts: Sequence[Part | Rows], seed: int = 0, epoch_rows: int | None = None) -> None:
@@ -247,7 +247,7 @@ class Mixture(Dataset[Example]):
         self.counts = self._counts(epoch_rows)
 
     def __len__(self) -> int:
-        """Different rows; an epoch has `sum(counts)`."""
+        """Number of different rows; an epoch has `sum(counts)`."""
         return int(self.first[-1])
 
     @overload
@@ -257,7 +257,7 @@ class Mixture(Dataset[Example]):
     def at(self, key: Key) -> tuple[Rows, Key]: ...
 
     def at(self, key: Key) -> tuple[Rows, Key]:
-        """The part a row belongs to, and its key there."""
+        """Rows of the part that a row belongs to, and its key there."""
         epoch, i = key if isinstance(key, tuple) else (None, key)
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
@@ -278,7 +278,7 @@ class Mixture(Dataset[Example]):
         return _gather(self, keys)
 
     def order(self, epoch: int) -> np.ndarray:
-        """(sum of counts,) int64: the rows of an epoch, shuffled. The same for the same seed on every machine."""
+        """Row numbers of an epoch, shuffled, (sum of counts,) int64; the same for the same seed on every machine."""
         drawn = [self._draw(n, epoch) for n in range(len(self.parts))]
         numbers = np.concatenate(drawn)
         return numbers[permutation(len(numbers), self.seed, "order", epoch)]
@@ -294,9 +294,9 @@ class Mixture(Dataset[Example]):
     def _counts(self, epoch_rows: int | None) -> list[int]:
         sizes = [len(part.rows) for part in self.parts]
         for part in self.parts:
-            given = [v for v in (part.repeat, part.ratio) if v is not None]
-            if len(given) > 1 or any(not 0 < v < 1e6 for v in given):
-                raise UserError(f"mixture: {part.name or 'source'}: expected repeat or ratio above 0, found {given}")
+            values = [v for v in (part.repeat, part.ratio) if v is not None]
+            if len(values) > 1 or any(not 0 < v < 1e6 for v in values):
+                raise UserError(f"mixture: {part.name or 'source'}: expected repeat or ratio above 0, found {values}")
         ratios = [float(part.ratio) for part in self.parts if part.ratio is not None]
         if not ratios:
             counts = [round(n * (1.0 if p.repeat is None else p.repeat)) for n, p in zip(sizes, self.parts)]
@@ -310,7 +310,7 @@ class Mixture(Dataset[Example]):
         return counts
 
     def describe(self) -> str:
-        """A table: rows, repeats and effective share of each part."""
+        """Table of rows, repeats and effective share of each part."""
         total = sum(self.counts)
         lines = ["| source | rows | rows an epoch | times | share |", "| --- | --- | --- | --- | --- |"]
         for n, (part, count) in enumerate(zip(self.parts, self.counts)):

@@ -1,4 +1,4 @@
-"""What a check of data counts beside lengths: turns, media, boxes, and which rows say the same; kept on disk."""
+"""Facts of rows for `check` beside lengths: turns, media, boxes, duplicates; cached on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ivl.files import whole_file
 from ivl.types import Conversation
 
 FACTS = np.dtype([("turns", "<i4"), ("media", "<i4"), ("boxes", "<i4"), ("same", "<u8")])
-"""One row: answers, images and videos, boxes in all texts; `same` is equal for rows of equal text and media"""
+"""Record of a row: answers, images and videos, boxes in all texts; `same` is equal for rows of equal text and media"""
 _CHUNK = 256
 
 
@@ -33,15 +33,15 @@ def read_facts(
     progress: Callable[[int], None] | None = None,
     media: bytes = b"",
 ) -> np.ndarray:
-    """(rows,) of FACTS; zeros where `usable` (rows,) is False. `progress`: called with rows done.
+    """Records of FACTS, (rows,); zeros where `usable` (rows,) is False. `progress`: called with rows done.
 
     `media`: sizes and times of the rows' media, which decide their boxes.
     """
     path = _place(rows, usable, media, Path(cache_dir or default_cache()) / "facts")
-    found = _load(path, len(rows))
-    if found is not None:
-        return found
-    found, numbers, done = np.zeros(len(rows), FACTS), np.flatnonzero(usable), 0
+    facts = _load(path, len(rows))
+    if facts is not None:
+        return facts
+    facts, numbers, done = np.zeros(len(rows), FACTS), np.flatnonzero(usable), 0
     chunks = [numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK)]
     loader = WorkerLoader(
         _Facts(rows),
@@ -52,18 +52,18 @@ def read_facts(
         generator=torch.Generator(),
     )
     for chunk, part in zip(chunks, loader):
-        found[chunk] = part
+        facts[chunk] = part
         done += len(chunk)
         if progress is not None:
             progress(done)
-    _save(path, found)
-    return found
+    _save(path, facts)
+    return facts
 
 
 def facts_of(conversation: Conversation) -> tuple[int, int, int, int]:
-    """The FACTS of a row."""
+    """Fields of FACTS of a row."""
     answers = sum(message.role == "assistant" for message in conversation.messages)
-    boxes = sum(len(found) for message in conversation.messages for _, found in parse_boxes(message.text))
+    boxes = sum(len(group) for message in conversation.messages for _, group in parse_boxes(message.text))
     digest = hashlib.blake2b(digest_size=8)
     for message in conversation.messages:
         digest.update(f"\0{message.role}\0{message.text}".encode())
@@ -93,18 +93,18 @@ def _as_it_is(value: Any) -> Any:
 def _place(rows: Rows, usable: np.ndarray, media: bytes, folder: Path) -> Path:
     files = [(file.digest, str(Path(rows.root or file.path.parent).absolute())) for file in rows.files]
     settings = repr((ivl.__version__, files, rows.as_prompt, FACTS.descr)).encode()
-    chosen = np.ascontiguousarray(rows.numbers).tobytes() + np.packbits(usable).tobytes() + media
-    return folder / f"{hashlib.blake2b(settings + chosen, digest_size=16).hexdigest()}.npy"
+    selection = np.ascontiguousarray(rows.numbers).tobytes() + np.packbits(usable).tobytes() + media
+    return folder / f"{hashlib.blake2b(settings + selection, digest_size=16).hexdigest()}.npy"
 
 
 def _load(path: Path, count: int) -> np.ndarray | None:
     try:
-        found = np.load(path, allow_pickle=False)
+        facts = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return found if found.dtype == FACTS and len(found) == count else None
+    return facts if facts.dtype == FACTS and len(facts) == count else None
 
 
-def _save(path: Path, found: np.ndarray) -> None:
+def _save(path: Path, facts: np.ndarray) -> None:
     with optional(path), whole_file(path) as out:
-        np.save(out, found)
+        np.save(out, facts)

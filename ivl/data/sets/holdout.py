@@ -1,4 +1,4 @@
-"""The held-out rows of a run, written beside it, so that they can be found again after it."""
+"""Held-out rows of a run: a file in its folder lists them, to score or predict them later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from ivl.data.rows.row_file import FileLimits
-from ivl.data.sets.dataset import MakesExamples, Rows, digests
+from ivl.data.sets.dataset import RowProcessor, Rows, digests
 from ivl.files import whole_file
 from ivl.types import UserError
 
@@ -19,7 +19,7 @@ NAME = "validation-split"
 
 
 def remember(folder: str | Path, held: Rows, seed: int = 0) -> Path:
-    """Write a run's held-out rows into its folder; beside an earlier file that says something else, never over it."""
+    """Write a run's held-out rows into its folder; a different earlier file is never overwritten."""
     folder = Path(folder)
     new = folder / f".{NAME}.{os.getpid()}.json"
     save_split(new, held, seed)
@@ -32,14 +32,14 @@ def remember(folder: str | Path, held: Rows, seed: int = 0) -> Path:
 
 
 def remembered(folder: str | Path) -> Path | None:
-    """The file of held-out rows that a run wrote last; None where there is none."""
-    found = sorted(Path(folder).glob(f"{NAME}*.json"), key=lambda path: (len(path.name), path.name))
-    return found[-1] if found else None
+    """Last file of held-out rows that a run wrote; None where there is none."""
+    paths = sorted(Path(folder).glob(f"{NAME}*.json"), key=lambda path: (len(path.name), path.name))
+    return paths[-1] if paths else None
 
 
 def save_split(path: str | Path, held: Rows, seed: int = 0) -> None:
-    """Write down the held-out rows of `ivl.data.sets.dataset.split`: their files, and a digest of each row's text."""
-    kept = {
+    """Write the held-out rows of `ivl.data.sets.dataset.split`: their files, and a digest of each row's text."""
+    record = {
         "files": [str(file.path.absolute()) for file in held.files],
         "root": None if held.root is None else str(Path(held.root).absolute()),
         "source": held.source,
@@ -48,26 +48,28 @@ def save_split(path: str | Path, held: Rows, seed: int = 0) -> None:
         "rows": [f"{digest:016x}" for digest in digests(held, seed)],
     }
     with whole_file(Path(path)) as out:
-        out.write(json.dumps(kept, indent=0).encode())
+        out.write(json.dumps(record, indent=0).encode())
 
 
 def open_split(
-    path: str | Path, processor: MakesExamples, root: str | Path | None = None, limits: FileLimits | None = None
+    path: str | Path, processor: RowProcessor, root: str | Path | None = None, limits: FileLimits | None = None
 ) -> Rows:
-    """The held-out rows that were remembered, from the files they were in. `root`, `limits`: as in `Rows`; the root
-    where the run that wrote them had none of its own. Raises UserError as `load_split`."""
-    found = _read(path)
-    root, source, max_tiles = found.get("root") or root, found.get("source") or "", found.get("max_tiles")
-    rows = Rows(found["files"], processor, root=root, source=source, max_tiles=max_tiles, limits=limits)
+    """Held-out rows of a file that `save_split` wrote, from the files of rows it names.
+
+    `root`, `limits`: as in `Rows`; `root` is used where the run had none. Raises UserError as `load_split`.
+    """
+    record = _read(path)
+    root, source, max_tiles = record.get("root") or root, record.get("source") or "", record.get("max_tiles")
+    rows = Rows(record["files"], processor, root=root, source=source, max_tiles=max_tiles, limits=limits)
     return load_split(path, rows)[1]
 
 
 def held_out(
-    run: str | Path, processor: MakesExamples, root: str | Path | None = None, limits: FileLimits | None = None
+    run: str | Path, processor: RowProcessor, root: str | Path | None = None, limits: FileLimits | None = None
 ) -> Rows:
-    """The rows that a run held out: those it remembered, or its files of `data.val`. Raises UserError where none."""
-    if (found := remembered(run)) is not None:
-        return open_split(found, processor, root, limits)
+    """Rows that a run held out: those of its split file, or its files of `data.val`. Raises UserError where none."""
+    if (path := remembered(run)) is not None:
+        return open_split(path, processor, root, limits)
     settings = Path(run) / "config.yaml"
     if not settings.is_file():
         raise UserError(f"--data.split {run}: no config.yaml in it; expected run-validation, or the folder of a run")
@@ -78,21 +80,21 @@ def held_out(
 
 
 def load_split(path: str | Path, rows: Rows) -> tuple[Rows, Rows]:
-    """(training rows, held-out rows) as they were remembered, also where files were moved, sorted or added to.
+    """Split into (training rows, held-out rows) as a split file says, also where files were moved, sorted or added to.
 
-    Raises UserError where the file is no split, or a row that was held out is not among `rows`.
+    Raises UserError where the file is no split, or a held-out row is not among `rows`.
     """
-    found = _read(path)
-    left = Counter(int(digest, 16) for digest in found["rows"])
+    record = _read(path)
+    left = Counter(int(digest, 16) for digest in record["rows"])
     held = np.zeros(len(rows), bool)
-    for number, digest in enumerate(digests(rows, found["seed"]).tolist()):
+    for number, digest in enumerate(digests(rows, record["seed"]).tolist()):
         if left[digest] > 0:
             left[digest] -= 1
             held[number] = True
     if missing := sum(left.values()):
         names = ", ".join(str(file.path) for file in rows.files)
         raise UserError(
-            f"{path}: {missing} of its {len(found['rows'])} held-out rows are not in {names}; they changed since. "
+            f"{path}: {missing} of its {len(record['rows'])} held-out rows are not in {names}; they changed since. "
             f"Give the rows to be answered as a file"
         )
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
@@ -100,10 +102,10 @@ def load_split(path: str | Path, rows: Rows) -> tuple[Rows, Rows]:
 
 def _read(path: str | Path) -> dict:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        [int(digest, 16) for digest in found["rows"]]
-        if isinstance(found["seed"], int) and isinstance(found["files"], list):
-            return found
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        [int(digest, 16) for digest in record["rows"]]
+        if isinstance(record["seed"], int) and isinstance(record["files"], list):
+            return record
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as held-out rows of a run ({error})") from None
     raise UserError(f"{path}: expected files, seed and rows, as a run writes them")

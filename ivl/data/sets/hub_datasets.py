@@ -1,8 +1,8 @@
-"""Data sets known by name: fetched from their hub once, converted to rows, kept.
+"""Data sets by name: fetched once from Hugging Face or ModelScope, converted to rows, cached.
 
 Names, repositories, prompts and the choice of answers are those of ms-swift's table of data sets, where it has them.
-A repository's tables are found by its listing: ModelScope's own `<name>.json` (subset → split → meta, file), or
-files named after the split. Nothing of a repository is executed.
+The listing of a repository gives its tables: ModelScope's `<name>.json` (subset → split → meta, file), or files named
+after the split. No code of a repository is executed.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "WEBP": ".webp", "BMP
 
 @dataclass(frozen=True)
 class NamedSet:
-    """Where a data set lies, and how one of its records becomes a row."""
+    """Repository of a data set, and the conversion of its records to rows."""
 
     name: str
     hub: Literal["modelscope", "huggingface"]
     repo: str
     convert: Callable[[Row], Row] = field(repr=False)
-    """A record → a row of any format; `images` may hold paths inside `archives`, bytes, or URLs"""
+    """Converts a record to a row of any format; `images` may hold paths inside `archives`, bytes, or URLs"""
     subset: str = ""
     splits: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
-    """Files of records; none: found by subset and splits"""
+    """Files of records; empty: chosen by subset and splits"""
     archives: tuple[str, ...] = ()
     """Zip files that hold the media"""
 
@@ -63,7 +63,7 @@ class _File:
 
 
 def _coco(record: Row) -> Row:
-    """The first of the captions, which validation rows join by `&&`."""
+    """Row with the first caption; validation records join several by `&&`."""
     caption = record["caption"].split("&&")[0]
     return {"query": "please describe the image.", "response": caption, "images": [record["image"]]}
 
@@ -111,21 +111,21 @@ SETS: dict[str, NamedSet] = {
 
 
 def find(name: str) -> NamedSet | None:
-    """The row of a name."""
+    """Entry of a name in SETS; None where it is not known."""
     return SETS.get(name)
 
 
 def fetch_rows(name: str, cache_dir: str | Path | None = None, policy: FetchPolicy | None = None) -> Path:
-    """The file of rows (jsonl) of a data set, from the cache or made; media lie beside it, or behind URLs.
+    """File of rows (jsonl) of a data set, from the cache or made; media lie beside it, or behind URLs.
 
-    What was downloaded is kept where something failed, so that another try goes on. `policy`: limits; its cache is
-    not used. HF_ENDPOINT and MODELSCOPE_DOMAIN name other servers. Raises UserError where the hub does not have what
-    the table says, a file does not match its checksum, or a record cannot be converted.
+    Downloads stay where something failed, so that another try goes on. `policy`: limits; its cache is not used.
+    HF_ENDPOINT and MODELSCOPE_DOMAIN name other servers. Raises UserError where the hub lacks a file of the entry in
+    SETS, a file does not match its checksum, or a record cannot be converted.
     """
     from filelock import FileLock
 
-    chosen = SETS[name]
-    key = hashlib.blake2b(repr((ivl.__version__, chosen)).encode(), digest_size=6).hexdigest()
+    dataset = SETS[name]
+    key = hashlib.blake2b(repr((ivl.__version__, dataset)).encode(), digest_size=6).hexdigest()
     folder = Path(cache_dir or default_cache()) / "named" / f"{name}-{key}"
     if os.path.isfile(folder / "rows.jsonl"):
         return folder / "rows.jsonl"
@@ -137,76 +137,76 @@ def fetch_rows(name: str, cache_dir: str | Path | None = None, policy: FetchPoli
             return rows
         downloads = folder.with_suffix(".downloads")
         policy = replace(policy or _POLICY, cache_dir=str(downloads))
-        own = os.environ.get("HF_ENDPOINT" if chosen.hub == "huggingface" else "MODELSCOPE_DOMAIN")
-        policy = replace(policy, allow_private=policy.allow_private or bool(own))
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{name}.part"))
+        endpoint = os.environ.get("HF_ENDPOINT" if dataset.hub == "huggingface" else "MODELSCOPE_DOMAIN")
+        policy = replace(policy, allow_private=policy.allow_private or bool(endpoint))
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{name}.part"))
         try:
-            _make(chosen, made, policy)
-            os.replace(made, folder)
+            _make(dataset, temporary, policy)
+            os.replace(temporary, folder)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(downloads, ignore_errors=True)
     return rows
 
 
-def _make(chosen: NamedSet, folder: Path, policy: FetchPolicy) -> None:
-    listing = {file.path: file for file in _listing(chosen, policy)}
-    tables, archives = _wanted(chosen, listing, policy)
+def _make(dataset: NamedSet, folder: Path, policy: FetchPolicy) -> None:
+    listing = {file.path: file for file in _listing(dataset, policy)}
+    tables, archives = _wanted(dataset, listing, policy)
     for name in archives:
-        _unpack(_download(chosen, listing[name], policy), folder / "media", name)
+        _unpack(_download(dataset, listing[name], policy), folder / "media", name)
     count = 0
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as out:
         for table in tables:
-            path = _download(chosen, listing[table], policy)
+            path = _download(dataset, listing[table], policy)
             for n, record in enumerate(_records(path, table), start=1):
-                where = f"{chosen.repo}: {table}:{n}"
+                where = f"{dataset.repo}: {table}:{n}"
                 try:
-                    row = chosen.convert(record)
+                    row = dataset.convert(record)
                 except (KeyError, TypeError, AttributeError) as error:
-                    found = sorted(record) if isinstance(record, dict) else type(record).__name__
+                    fields = sorted(record) if isinstance(record, dict) else type(record).__name__
                     raise UserError(
-                        f"{where}: expected the field {error}, found {found}; the set has changed"
+                        f"{where}: expected the field {error}, found {fields}; the set has changed"
                     ) from None
                 key = "images" if "images" in row else "image"
                 row[key] = [_stored(image, f"{count}", folder, where) for image in row[key]]
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
     if not count:
-        raise UserError(f"{chosen.repo}: no records in {', '.join(tables)}")
+        raise UserError(f"{dataset.repo}: no records in {', '.join(tables)}")
 
 
 # The hub
 
 
-def _base(chosen: NamedSet) -> str:
-    if chosen.hub == "modelscope":
-        return f"{modelscope.endpoint()}/api/v1/datasets/{chosen.repo}/repo"
+def _base(dataset: NamedSet) -> str:
+    if dataset.hub == "modelscope":
+        return f"{modelscope.endpoint()}/api/v1/datasets/{dataset.repo}/repo"
     return (huggingface.own_endpoint() or "https://huggingface.co").rstrip("/")
 
 
-def _url(chosen: NamedSet, path: str) -> str:
-    if chosen.hub == "modelscope":
-        return f"{_base(chosen)}?{urlencode({'Revision': 'master', 'FilePath': path})}"
-    return f"{_base(chosen)}/datasets/{chosen.repo}/resolve/main/{quote(path)}"
+def _url(dataset: NamedSet, path: str) -> str:
+    if dataset.hub == "modelscope":
+        return f"{_base(dataset)}?{urlencode({'Revision': 'master', 'FilePath': path})}"
+    return f"{_base(dataset)}/datasets/{dataset.repo}/resolve/main/{quote(path)}"
 
 
-def _listing(chosen: NamedSet, policy: FetchPolicy) -> Iterator[_File]:
-    if chosen.hub == "huggingface":
-        for entry in _json_at(f"{_base(chosen)}/api/datasets/{chosen.repo}/tree/main?recursive=true", policy):
+def _listing(dataset: NamedSet, policy: FetchPolicy) -> Iterator[_File]:
+    if dataset.hub == "huggingface":
+        for entry in _json_at(f"{_base(dataset)}/api/datasets/{dataset.repo}/tree/main?recursive=true", policy):
             if entry.get("type") == "file":
                 yield _File(entry["path"], entry.get("size"), (entry.get("lfs") or {}).get("oid"))
         return
-    page, found = 1, _PAGE
-    while found == _PAGE:
+    page, count = 1, _PAGE
+    while count == _PAGE:
         query = {"Revision": "master", "Recursive": "True", "Root": "/", "PageNumber": page, "PageSize": _PAGE}
-        answer = _json_at(f"{_base(chosen)}/tree?{urlencode(query)}", policy)
+        answer = _json_at(f"{_base(dataset)}/tree?{urlencode(query)}", policy)
         if answer.get("Code") != 200 or not isinstance(answer.get("Data"), dict):
-            raise UserError(f"{chosen.repo}: modelscope does not list it ({answer.get('Message')})")
+            raise UserError(f"{dataset.repo}: modelscope does not list it ({answer.get('Message')})")
         files = answer["Data"].get("Files") or []
         for entry in files:
             if entry.get("Type") != "tree":
                 yield _File(entry["Path"], entry.get("Size"), entry.get("Sha256") or None)
-        page, found = page + 1, len(files)
+        page, count = page + 1, len(files)
 
 
 def _json_at(url: str, policy: FetchPolicy) -> Any:
@@ -219,45 +219,45 @@ def _json_at(url: str, policy: FetchPolicy) -> Any:
         path.unlink()  # a listing may be another tomorrow
 
 
-def _download(chosen: NamedSet, file: _File, policy: FetchPolicy) -> Path:
+def _download(dataset: NamedSet, file: _File, policy: FetchPolicy) -> Path:
     def check(path: Path) -> None:
         if file.sha256 is None:
             return
-        how = hashlib.sha256()
+        digest = hashlib.sha256()
         with open(path, "rb") as opened:
             while chunk := opened.read(1 << 22):
-                how.update(chunk)
-        if how.hexdigest() != file.sha256:
-            raise UserError(f"{chosen.repo}: {file.path} does not match the hub's checksum; run again")
+                digest.update(chunk)
+        if digest.hexdigest() != file.sha256:
+            raise UserError(f"{dataset.repo}: {file.path} does not match the hub's checksum; run again")
 
     size = "" if file.size is None else f" ({file.size / 1e6:,.1f} MB)"
-    print(f"{chosen.name}: {file.path}{size} from {chosen.hub}", file=sys.stderr, flush=True)
-    return fetch(_url(chosen, file.path), policy, check)
+    print(f"{dataset.name}: {file.path}{size} from {dataset.hub}", file=sys.stderr, flush=True)
+    return fetch(_url(dataset, file.path), policy, check)
 
 
-def _wanted(chosen: NamedSet, listing: dict[str, _File], policy: FetchPolicy) -> tuple[list[str], list[str]]:
-    """Tables and archives of a data set."""
-    tables, archives = list(chosen.tables), list(chosen.archives)
-    own = f"{chosen.repo.split('/')[1]}.json"
-    if not tables and own in listing:
-        splits = json.loads(_download(chosen, listing[own], policy).read_bytes()).get(chosen.subset, {})
-        parts = [splits.get(split) or {} for split in chosen.splits]
+def _wanted(dataset: NamedSet, listing: dict[str, _File], policy: FetchPolicy) -> tuple[list[str], list[str]]:
+    """Paths of the tables and archives of a data set."""
+    tables, archives = list(dataset.tables), list(dataset.archives)
+    listing_name = f"{dataset.repo.split('/')[1]}.json"
+    if not tables and listing_name in listing:
+        splits = json.loads(_download(dataset, listing[listing_name], policy).read_bytes()).get(dataset.subset, {})
+        parts = [splits.get(split) or {} for split in dataset.splits]
         tables = [part["meta"] for part in parts if part.get("meta")]
         archives = [part["file"] for part in parts if part.get("file")]
-    for split in chosen.splits if not tables else ():
+    for split in dataset.splits if not tables else ():
         pattern = re.compile(rf"(?:.*/)?{split}(?:[-_./].*)?\.(?:parquet|jsonl|csv)")
         named = [path for path in sorted(listing) if pattern.fullmatch(path)]
-        tables += [path for path in named if chosen.subset in PurePosixPath(path).parts] or named
-    missing = [path for path in (*tables, *archives) if path not in listing] or ([] if tables else chosen.splits)
+        tables += [path for path in named if dataset.subset in PurePosixPath(path).parts] or named
+    missing = [path for path in (*tables, *archives) if path not in listing] or ([] if tables else dataset.splits)
     if missing:
         raise UserError(
-            f"{chosen.repo}: {chosen.hub} has no {', '.join(missing)}; it has {', '.join(sorted(listing)[:20])}. "
+            f"{dataset.repo}: {dataset.hub} has no {', '.join(missing)}; it has {', '.join(sorted(listing)[:20])}. "
             f"Download the data set by hand and give its rows as a file"
         )
     return tables, archives
 
 
-# What was downloaded
+# Downloaded files
 
 
 def _records(path: Path, name: str) -> Iterator[Row]:
@@ -273,7 +273,7 @@ def _records(path: Path, name: str) -> Iterator[Row]:
 
 
 def _unpack(path: Path, folder: Path, name: str) -> None:
-    """A zip file's members below `folder`."""
+    """Extract a zip file below `folder`."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
@@ -290,7 +290,7 @@ def _unpack(path: Path, folder: Path, name: str) -> None:
 
 
 def _stored(image: Any, number: str, folder: Path, where: str) -> str:
-    """The path of a picture as a row has it: bytes are written, names are looked for in what was unpacked."""
+    """Path of a picture for a row: bytes are written to a file, a name is looked up in the unpacked archives."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -302,14 +302,14 @@ def _stored(image: Any, number: str, folder: Path, where: str) -> str:
         return image
     if not isinstance(image, str) or ".." in PurePosixPath(image).parts:
         raise UserError(f"{where}: expected a picture or its path, found {str(image)[:80]!r}")
-    found = next((path for path in _places(folder / "media", image) if path.is_file()), None)
-    if found is None:
+    picture = next((path for path in _places(folder / "media", image) if path.is_file()), None)
+    if picture is None:
         raise UserError(f"{where}: its picture {image} is in none of the archives; the set has changed")
-    return found.relative_to(folder).as_posix()
+    return picture.relative_to(folder).as_posix()
 
 
 def _places(media: Path, name: str) -> Iterator[Path]:
-    """Where an archive may have a picture: below folders of its own making, the only ones at their level."""
+    """Candidate paths of a picture in an unpacked archive, also below folders that are alone at their level."""
     name = name.lstrip("/")
     yield media / name
     while media.is_dir():

@@ -1,9 +1,9 @@
-"""Lengths of every row, found in one parallel pass over text and image headers, and kept on disk.
+"""Index: lengths of every row, from one parallel pass over text and image headers, cached on disk.
 
-Packing, checking and planning read it. The key under which a file's index is kept holds the file's whole content and
-everything that decides lengths, so an index is never older than its file. Sizes and times of pictures and videos are
-kept with it: rows of which one changed are looked at again, and those with a problem at each start, since a missing
-picture may have come back. What decoding finds is not kept.
+Packing, checking and planning read it. The cache key of a file's index holds the file's content and everything that
+decides lengths, so an index is never older than its file. Sizes and times of pictures and videos are stored with it:
+rows of which one changed are read anew, and so are rows with a problem at each start, since a missing picture may have
+come back. Results of decoding are not cached.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ RECORD = np.dtype(
         ("unread", "<u2"),
     ]
 )
-"""One row: tokens (text and image together), tiles, supervised labels; changes: what `on_too_long` did to it, as
-`ivl.data.truncation.changes` has it; exact: False where media behind URLs were not
-looked at; usable: False where the row is left out, all else then 0; plain: pictures and frames of one colour (at most
-255), counted where they are decoded; turned: True where EXIF turned boxes; unread: which of `Index.unread` the row
-holds"""
+"""Record of a row: tokens (text and image together), tiles, supervised labels; changes: bits of `on_too_long`, see
+`ivl.data.truncation.changes`; exact: False where media behind URLs were not probed; usable: False where the row is left
+out, all other fields then 0; plain: pictures and frames of one colour (at most 255), counted where they are decoded;
+turned: True where EXIF turned boxes; unread: number of the row's set of keys in `Index.unread`"""
 
 MediaCheck = Literal["header", "decode"]
 
@@ -70,13 +69,13 @@ class Index:
     records: np.ndarray
     """(rows,) of RECORD"""
     problems: dict[int, str] = field(default_factory=dict)
-    """Row → what is wrong with it, beginning with `file:line`"""
+    """Row → its problem, beginning with `file:line`"""
     dropped: dict[int, str] = field(default_factory=dict)
-    """Row → why the limits leave it out, as `on_too_long: drop` asks for"""
+    """Row → reason why `on_too_long: drop` leaves it out"""
     unread: list[tuple[str, ...]] = field(default_factory=lambda: [()])
     """Sets of names of keys that are not read, the empty one first"""
     media: MediaStamps = field(default_factory=MediaStamps)
-    """Files of the rows' media, of all rows of whole files"""
+    """Files of the rows' media, for all rows of the files"""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -97,17 +96,17 @@ class Index:
         return self.records["supervised"]
 
     def describe_changes(self) -> str:
-        """How many rows were changed or left out because of max_length, in words; empty: none."""
-        made = self.records["changes"][self.records["usable"]]
-        counts = {what: int((made >> n & 1).sum()) for n, what in enumerate(CHANGES.values())}
+        """Text with the numbers of rows changed or left out because of max_length; empty: none."""
+        bits = self.records["changes"][self.records["usable"]]
+        counts = {what: int((bits >> n & 1).sum()) for n, what in enumerate(CHANGES.values())}
         counts["left out"] = len(self.dropped)
         return ", ".join(f"{what} {count}" for what, count in counts.items() if count)
 
     def select(self, numbers: np.ndarray) -> Index:
-        """The records of these rows, in this order."""
+        """Index of these rows, in this order."""
         place = {int(number): at for at, number in enumerate(numbers)} if self.problems or self.dropped else {}
         problems, dropped = (
-            {place[n]: t for n, t in kept.items() if n in place} for kept in (self.problems, self.dropped)
+            {place[n]: t for n, t in texts.items() if n in place} for texts in (self.problems, self.dropped)
         )
         return Index(self.records[numbers], problems, dropped, self.unread)
 
@@ -116,30 +115,30 @@ class Index:
         return unread.counts(self.records["unread"], self.unread)
 
 
-def joined(indexes: Sequence[Index]) -> Index:
-    """The index of several `Rows` one after the other, as a `Mixture` numbers them."""
+def concat(indexes: Sequence[Index]) -> Index:
+    """Concatenate the indexes of several `Rows`, numbered as in a `Mixture`."""
     if len(indexes) == 1:
         return indexes[0]
-    whole = Index(np.concatenate([index.records for index in indexes]))
+    total = Index(np.concatenate([index.records for index in indexes]))
     first = 0
     for index in indexes:
-        whole.problems |= {first + n: text for n, text in index.problems.items()}
-        whole.dropped |= {first + n: text for n, text in index.dropped.items()}
-        numbers = unread.merged(whole.unread, index.unread)
-        whole.records["unread"][first : first + len(index)] = numbers[index.records["unread"]]
+        total.problems |= {first + n: text for n, text in index.problems.items()}
+        total.dropped |= {first + n: text for n, text in index.dropped.items()}
+        numbers = unread.merged(total.unread, index.unread)
+        total.records["unread"][first : first + len(index)] = numbers[index.records["unread"]]
         first += len(index)
-    whole.media = MediaStamps.joined([index.media for index in indexes], [len(index) for index in indexes])
-    return whole
+    total.media = MediaStamps.concat([index.media for index in indexes], [len(index) for index in indexes])
+    return total
 
 
 def answers_needed(rows: Rows, index: Index) -> Index:
-    """The index for rows to be learnt from or scored: prompts, which it takes for good rows, are problems there."""
+    """Index for training or scoring: rows without an answer (prompts) become problems."""
     prompts = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
-    found = Index(index.records.copy(), dict(index.problems), index.dropped, index.unread)
-    found.records[prompts] = np.zeros((), RECORD)
+    answered = Index(index.records.copy(), dict(index.problems), index.dropped, index.unread)
+    answered.records[prompts] = np.zeros((), RECORD)
     text = "the row has no answer to learn from; add a response, or move it to data.predict"
-    found.problems |= {n: f"{rows.where(n)}: {text}" for n in prompts.tolist()}
-    return found
+    answered.problems |= {n: f"{rows.where(n)}: {text}" for n in prompts.tolist()}
+    return answered
 
 
 def build_index(
@@ -150,18 +149,18 @@ def build_index(
     cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Index:
-    """The index of `rows`, read from the cache where it is there, made where it is not.
+    """Index of `rows`, read from the cache, or made and cached.
 
     Args:
         workers: processes that make it; None: as many as there are cores.
-        media: header: pictures are opened, not decoded; decode: every row is made in full.
+        media: header: pictures are opened, not decoded; decode: every Example is made with its pixels.
         probe_urls: fetch media behind URLs; otherwise they count with the most tiles they can have.
         cache_dir: folder of the cache; None: `~/.cache/ivl`.
         progress: called with the number of rows done.
     """
     settings = fingerprint(rows.processor)
     folder = Path(cache_dir or default_cache()) / "index"
-    made, done = [], 0
+    indexes, done = [], 0
     for part in rows.per_file():
         digest, root = part.files[0].digest, part.root or part.files[0].path.parent
         parts = [_FORMAT, ivl.__version__, digest, settings, str(Path(root).absolute()), part.as_prompt, part.max_tiles]
@@ -171,47 +170,47 @@ def build_index(
         if index is None:
             shown = None if progress is None else (lambda n, done=done: progress(done + n))
             index = _probed(probe, _spread(np.arange(len(part))), workers, shown)
-            if media == "header":  # what decoding finds is not kept
+            if media == "header":  # results of decoding are not cached
                 _save(folder / key, index)
-        elif len(again := np.union1d(sorted(index.problems), index.media.changed()).astype(np.int64)):
-            _renew(index, again, _probed(probe, _spread(again), workers, None))
+        elif len(stale := np.union1d(sorted(index.problems), index.media.changed()).astype(np.int64)):
+            _renew(index, stale, _probed(probe, _spread(stale), workers, None))
             _save(folder / key, index)
         for texts in (index.problems, index.dropped):
             texts.update({n: f"{part.where(n)}: {text}" for n, text in texts.items()})
-        made.append(index)
+        indexes.append(index)
         done += len(part)
-    whole = joined(made)
+    total = concat(indexes)
     return (
-        whole
-        if len(rows) == len(whole) and (rows.numbers == np.arange(len(whole))).all()
-        else whole.select(rows.numbers)
+        total
+        if len(rows) == len(total) and (rows.numbers == np.arange(len(total))).all()
+        else total.select(rows.numbers)
     )
 
 
-def _renew(index: Index, again: np.ndarray, found: Index) -> None:
-    """Put what was `found` for the rows `again` into an index."""
+def _renew(index: Index, stale: np.ndarray, fresh: Index) -> None:
+    """Replace the entries of the rows `stale` in an index by those of the index `fresh`."""
     index.records = index.records.copy()
-    found.records["unread"] = unread.merged(index.unread, found.unread)[found.records["unread"]]
-    index.records[again] = found.records
-    index.problems = {int(again[n]): text for n, text in found.problems.items()}
-    index.dropped = {n: text for n, text in index.dropped.items() if n not in set(again.tolist())}
-    index.dropped |= {int(again[n]): text for n, text in found.dropped.items()}
-    found.media.rows = again[found.media.rows]
-    index.media = MediaStamps.joined([index.media.without(again), found.media])
+    fresh.records["unread"] = unread.merged(index.unread, fresh.unread)[fresh.records["unread"]]
+    index.records[stale] = fresh.records
+    index.problems = {int(stale[n]): text for n, text in fresh.problems.items()}
+    index.dropped = {n: text for n, text in index.dropped.items() if n not in set(stale.tolist())}
+    index.dropped |= {int(stale[n]): text for n, text in fresh.dropped.items()}
+    fresh.media.rows = stale[fresh.media.rows]
+    index.media = MediaStamps.concat([index.media.without(stale), fresh.media])
 
 
-def usable(
+def drop_unusable(
     rows: Rows,
     index: Index,
     max_bad: float = 0.05,
     report: str | Path | None = None,
     written: bool = False,
 ) -> tuple[Rows, Index]:
-    """The rows that can be made and their index; each row made later must have these lengths.
+    """Drop rows that cannot be used. Returns the usable rows and their index; Examples must have these lengths later.
 
-    Rows that `on_too_long: drop` leaves out are left out. A row with a problem raises where `rows.on_error` is error,
-    and is left out where it is skip. `report`: a file that lists what was left out; rows that fail later, when their
-    pictures are decoded, are added to it. `written`: it is there already, with the rows of several sources.
+    Rows that `on_too_long: drop` leaves out are dropped. A row with a problem raises where `rows.on_error` is error,
+    and is dropped where it is skip. `report`: a file that lists the dropped rows; rows that fail later, when their
+    pictures are decoded, are added to it. `written`: the report exists already, with the rows of several sources.
     Raises UserError where more than a share `max_bad` of rows has problems, or no row is left.
     """
     bad = index.problems
@@ -224,21 +223,21 @@ def usable(
             raise UserError(first + where)
         limit = "on_error is error" if rows.on_error == "error" else f"more than max_bad = {max_bad:.1%}"
         counts = [f"{count:8} {reason}" for reason, count in reasons(bad.values()).most_common(_SHOWN)]
-        more = f"{len(bad)} of {len(rows)} rows cannot be used ({limit}){where}; by reason:"
-        raise UserError(first, more, *counts, "the next of them:", *others)
+        summary = f"{len(bad)} of {len(rows)} rows cannot be used ({limit}){where}; by reason:"
+        raise UserError(first, summary, *counts, "the next of them:", *others)
     good = np.flatnonzero(index.records["usable"])
     if not len(good):
         first = next(iter([*index.dropped.values(), *bad.values()]))
         raise UserError(first, f"none of the {len(rows)} rows can be used{where}")
-    kept, part = rows.select(good), index.select(good)
-    kept.lengths = np.stack([part.tokens, part.tiles], 1)
-    kept.lengths[~part.records["exact"]] = -1
-    kept.on_skip = None if report is None else Report(Path(report))
-    return kept, part
+    usable_rows, usable_index = rows.select(good), index.select(good)
+    usable_rows.lengths = np.stack([usable_index.tokens, usable_index.tiles], 1)
+    usable_rows.lengths[~usable_index.records["exact"]] = -1
+    usable_rows.on_skip = None if report is None else Report(Path(report))
+    return usable_rows, usable_index
 
 
 class Report:
-    """Adds lines to a report, from any process."""
+    """Add lines to a report, from any process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -249,7 +248,7 @@ class Report:
 
 
 def write_report(path: str | Path, index: Index) -> None:
-    """What an index leaves out: counts by reason, then each row with `file:line`."""
+    """Write the rows that an index leaves out: counts by reason, then each row with `file:line`."""
     lines = []
     for name, texts in (("problem", index.problems), ("left out by max_length", index.dropped)):
         lines.append(f"# {name}: {len(texts)} of {len(index)} rows")
@@ -259,7 +258,7 @@ def write_report(path: str | Path, index: Index) -> None:
 
 
 def reasons(problems: Iterable[str]) -> Counter[str]:
-    """How often each kind of problem occurs: the messages without file, line, names and numbers."""
+    """Count problems by reason: messages without file, line, names and numbers."""
     return Counter(map(_reason, problems))
 
 
@@ -270,7 +269,7 @@ def _reason(problem: str) -> str:
 
 
 class _Probe(Dataset):
-    """Rows' numbers → their records and problems."""
+    """Data set of chunks: numbers of rows → their records and problems."""
 
     def __init__(self, rows: Rows, media: MediaCheck, probe_urls: bool) -> None:
         self.rows, self.media, self.probe_urls = rows, media, probe_urls
@@ -287,15 +286,15 @@ class _Probe(Dataset):
                 index.dropped[at] = self._reason(number, error)
             except UserError as error:
                 index.problems[at] = self._reason(number, error)
-        index.media = MediaStamps.joined(self._seen)
+        index.media = MediaStamps.concat(self._seen)
         index.media.rows = np.searchsorted(numbers, index.media.rows)
         return index
 
     def _reason(self, number: int, error: UserError) -> str:
-        return str(error).removeprefix(f"{self.rows.where(int(number))}: ")  # the file may be kept elsewhere tomorrow
+        return str(error).removeprefix(f"{self.rows.where(int(number))}: ")  # the file may be moved later
 
     def _record(self, number: int) -> tuple[Any, ...]:
-        """A record, but for the names of keys that are not read, which stand last."""
+        """Record of a row, with the names of keys that are not read as its last element."""
         rows = self.rows
         conversation = rows.conversation(number)
         turned = conversation.turned_boxes > 0
@@ -306,8 +305,8 @@ class _Probe(Dataset):
             numbers = (len(example.input_ids), len(example.tiles), example.num_supervised)
             plain = min(255, plain_pictures(example.tiles, example.tiles_per_image))
             return *numbers, changes(example.notes), True, True, plain, turned, conversation.unread
-        found = rows.processor.lengths(conversation, max_tiles=rows.max_tiles, probe_urls=self.probe_urls)
-        return *found, self.probe_urls or not urls, True, 0, turned, conversation.unread
+        lengths = rows.processor.lengths(conversation, max_tiles=rows.max_tiles, probe_urls=self.probe_urls)
+        return *lengths, self.probe_urls or not urls, True, 0, turned, conversation.unread
 
 
 def cores() -> int:
@@ -323,18 +322,18 @@ def _probed(
     probe: _Probe, chunks: list[np.ndarray], workers: int | None, progress: Callable[[int], None] | None
 ) -> Index:
     workers = min(cores() if workers is None else workers, len(chunks) // 8)  # a process starts slowly
-    found, done = [], 0
-    draw = torch.Generator()  # a loader draws a seed, which must not come from the run's own generator
-    for index in WorkerLoader(probe, batch_size=None, sampler=chunks, num_workers=workers, generator=draw):
-        found.append(index)
+    indexes, done = [], 0
+    generator = torch.Generator()  # a loader draws a seed, which must not come from the run's own generator
+    for index in WorkerLoader(probe, batch_size=None, sampler=chunks, num_workers=workers, generator=generator):
+        indexes.append(index)
         done += len(index)
         if progress is not None:
             progress(done)
-    return joined(found)
+    return concat(indexes)
 
 
 def _save(path: Path, index: Index) -> None:
-    """Texts first: records are what says that an index is complete."""
+    """Save an index, records last: their file shows that the index is complete."""
     with optional(path):
         index.media.save(path.with_suffix(".npz"))
         with whole_file(path.with_suffix(".json")) as out:
@@ -345,7 +344,7 @@ def _save(path: Path, index: Index) -> None:
 
 
 def _load(path: Path, count: int) -> Index | None:
-    """An index from the cache, its records mapped from disk; None where it is not there or not whole."""
+    """Index from the cache, its records mapped from disk; None where it is missing or damaged."""
     try:
         records = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
         texts = json.loads(path.with_suffix(".json").read_bytes())
@@ -360,7 +359,7 @@ def _load(path: Path, count: int) -> Index | None:
 
 @contextlib.contextmanager
 def progress_bar(text: str, rows: Rows) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal for work on rows; to be called with how many are done."""
+    """Progress bar on the terminal for work on rows. Yields a function to call with the number of rows done."""
     with tqdm(total=len(rows), desc=printable(text, " "), unit="row", disable=None, leave=False) as bar:
 
         def advance(done: int) -> None:
@@ -370,7 +369,7 @@ def progress_bar(text: str, rows: Rows) -> Iterator[Callable[[int], None]]:
 
 
 def fingerprint(processor: Any) -> str:
-    """A digest of all settings that an object holds in its public attributes; the same in every process."""
+    """Digest of all settings that an object holds in its public attributes; the same in every process."""
     return _digest("\n".join(_settings(processor)).encode())
 
 

@@ -1,4 +1,4 @@
-"""Files that rows' media are read from, with their sizes and times: they tell whether an index is older than one."""
+"""Stamps of media files: sizes and times, to see that a file is newer than an index."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Stamp = tuple[int, int, int]
 MISSING: Stamp = (-1, -1, -1)
 _BLOCK = 4096
 _THREADS = 16
-"""For files on a network, where a look at each takes long"""
+"""Threads for stats of files; on a network each stat is slow"""
 
 
 @dataclass
 class MediaStamps:
-    """One entry for each file of a row; files behind URLs and media without a file have none."""
+    """Stamps of the media files of rows, one entry for each file; media behind URLs or without a file have none."""
 
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """(files,)"""
@@ -36,14 +36,14 @@ class MediaStamps:
 
     @classmethod
     def of(cls, row: int, media: Iterable[Media]) -> MediaStamps:
-        """As the files of a row are now."""
+        """Stamps of the files of a row as they are now."""
         paths = [os.fsencode(path) for medium in media for path in _paths(medium.source)]
         stamps = np.array([stamp(path) for path in paths], np.int64).reshape(-1, 3)
         return cls(np.full(len(paths), row, np.int64), stamps, b"".join(path + b"\0" for path in paths))
 
     @classmethod
-    def joined(cls, parts: Sequence[MediaStamps], counts: Sequence[int] | None = None) -> MediaStamps:
-        """All of them; `counts`: rows of each, which follow one another."""
+    def concat(cls, parts: Sequence[MediaStamps], counts: Sequence[int] | None = None) -> MediaStamps:
+        """Concatenate. `counts`: number of rows of each part; rows of a part are numbered after those before it."""
         if not parts:
             return cls()
         first = np.cumsum([0, *(counts or [0] * len(parts))])
@@ -51,7 +51,7 @@ class MediaStamps:
         return cls(rows, np.concatenate([part.stamps for part in parts]), b"".join(part.paths for part in parts))
 
     def changed(self) -> np.ndarray:
-        """Rows of which a file is another than it was, in order."""
+        """Rows with a file that has changed, in ascending order."""
         paths = self.paths.split(b"\0")[:-1]
         blocks = [paths[start : start + _BLOCK] for start in range(0, len(paths), _BLOCK)]
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -59,10 +59,10 @@ class MediaStamps:
         return np.unique(self.rows[(np.array(now, np.int64).reshape(-1, 3) != self.stamps).any(1)])
 
     def without(self, rows: np.ndarray) -> MediaStamps:
-        """Those of the other rows."""
-        kept = ~np.isin(self.rows, rows)
+        """Stamps of all rows but these."""
+        mask = ~np.isin(self.rows, rows)
         paths = self.paths.split(b"\0")[:-1]
-        return MediaStamps(self.rows[kept], self.stamps[kept], b"".join(paths[n] + b"\0" for n in np.flatnonzero(kept)))
+        return MediaStamps(self.rows[mask], self.stamps[mask], b"".join(paths[n] + b"\0" for n in np.flatnonzero(mask)))
 
     def save(self, path: Path) -> None:
         with whole_file(path) as out:
@@ -70,24 +70,24 @@ class MediaStamps:
 
     @classmethod
     def load(cls, path: Path) -> MediaStamps:
-        """Raises OSError or ValueError where it is not there or not whole."""
+        """Load a file of `save`. Raises OSError or ValueError where it is missing or damaged."""
         with np.load(path, allow_pickle=False) as file:
-            found = cls(file["rows"], file["stamps"], file["paths"].tobytes())
-        if not len(found.rows) == len(found.stamps) == found.paths.count(b"\0"):
+            stamps = cls(file["rows"], file["stamps"], file["paths"].tobytes())
+        if not len(stamps.rows) == len(stamps.stamps) == stamps.paths.count(b"\0"):
             raise ValueError("not whole")
-        return found
+        return stamps
 
 
 def stamp(path: bytes) -> Stamp:
-    """What tells a file from what it was before; of a folder of frames, of all that is in it."""
+    """Size and times of a file, to see that it changed; of a folder of frames, over all its files."""
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
         if not os.path.isdir(path):
-            return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+            return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
         inside = [entry.stat() for entry in os.scandir(path)]
     except (OSError, ValueError):
         return MISSING
-    inside.append(found)
+    inside.append(stat)
     return (
         sum(one.st_size for one in inside),
         max(one.st_mtime_ns for one in inside),

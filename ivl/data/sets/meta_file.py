@@ -1,4 +1,4 @@
-"""Meta files of OpenGVLab: several sources of rows, each with its folder of media and how often it is seen."""
+"""Meta files of OpenGVLab: several sources of rows, each with its media folder and repeats."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ivl.data.sets.dataset import MakesExamples, Part, Rows
+from ivl.data.sets.dataset import Part, RowProcessor, Rows
 from ivl.types import UserError
 
 
-def read_meta(path: str | Path, processor: MakesExamples, **options: Any) -> list[Part]:
-    """The sources of an OpenGVLab meta file: name → root, annotation, repeat_time, max_dynamic_patch, length.
+def read_meta(path: str | Path, processor: RowProcessor, **options: Any) -> list[Part]:
+    """Sources of an OpenGVLab meta file: name → root, annotation, repeat_time, max_dynamic_patch, length.
 
     `annotation` is a file of rows or a list of them. Paths are tried as seen from the working directory, then from the
     meta file's folder; `root` first from where the annotations are. A `repeat_time` below 1 takes that share of the
@@ -28,8 +28,8 @@ def read_meta(path: str | Path, processor: MakesExamples, **options: Any) -> lis
         raise UserError(f'{path}: expected {{"name": {{"root": …, "annotation": …, "repeat_time": 1}}, …}}')
     parts = []
     for name, entry in meta.items():
-        files, own, repeat = _meta_source(entry, Path(path).parent, f"{path}: {name}")
-        rows = Rows(files, processor, **(options | {"source": name} | own))
+        files, source_options, repeat = _meta_source(entry, Path(path).parent, f"{path}: {name}")
+        rows = Rows(files, processor, **(options | {"source": name} | source_options))
         parts.append(Part(rows, name, repeat=repeat))
     return parts
 
@@ -38,7 +38,7 @@ _META = ("root", "annotation", "repeat_time", "max_dynamic_patch", "length", "da
 
 
 def _meta_source(entry: dict[str, Any], folder: Path, where: str) -> tuple[list[Path], dict[str, Any], float]:
-    """Files, options of `Rows`, and how often each row is seen, of one source of a meta file."""
+    """Files, options of `Rows`, and repeats of one source of a meta file."""
     if unknown := sorted(entry.keys() - set(_META)):
         raise UserError(f"{where}: {unknown[0]} is not read; expected {', '.join(_META)}; remove it")
     if entry.get("data_augment"):
@@ -61,14 +61,14 @@ def _meta_source(entry: dict[str, Any], folder: Path, where: str) -> tuple[list[
     paths = [_existing(file, here, there) for file in files]
     if paths != [Path(file) for file in files]:
         here, there = there, here
-    own = {"root": _existing(root, here, there) if root else None, "max_tiles": tiles}
+    source_options = {"root": _existing(root, here, there) if root else None, "max_tiles": tiles}
     return (
         paths,
-        {key: value for key, value in own.items() if value is not None},
+        {key: value for key, value in source_options.items() if value is not None},
         float(repeat),
     )
 
 
 def _existing(path: str, *folders: Path) -> Path:
-    """A path below the first of the folders that has it; as seen from the working directory where none has."""
+    """Path below the first of the folders that has it; relative to the working directory where none has."""
     return next((folder / path for folder in folders if (folder / path).exists()), Path(path))

@@ -1,13 +1,13 @@
-"""Lengths of rows → batches: packs filled to the last token, or padded batches of rows of like length.
+"""Batch samplers: packs filled to the last token, or padded batches of rows of like length.
 
-Every batch is decided from lengths alone, before any row is made: the same for the same seed and epoch on every rank
-and with any number of workers, as many on every rank and in every epoch, each row of the epoch once.
+Batches are decided from lengths alone, before any Example is made. They are the same for the same seed and epoch on
+every rank and with any number of workers. Each rank and each epoch has the same number. Each row of the epoch comes once.
 
-How packs are filled. The epoch's rows, in their shuffled order, are cut into windows of equal size. The rows of a
-window are taken longest first, those with tiles before those without; each goes into the open pack that it fills best,
-or opens a new one. At the end of a window its packs are closed as they are. Where the number of packs is no multiple
-of the ranks, or below that of the epoch that needs most, the packs with most rows are split in two until it is. Then
-packs are shuffled over the epoch.
+Packing: the epoch's rows, in their shuffled order, are cut into windows of equal size. The rows of a window are taken
+longest first, those with tiles before those without. Each goes into the open pack that it fills best, or opens a new
+one. At the end of a window its packs are closed as they are. Where the number of packs is no multiple of the ranks, or
+below that of the epoch that needs most, the packs with most rows are split in two until it is. Then packs are shuffled
+over the epoch.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _BLOCK = 16
 def fill_packs(
     tokens: np.ndarray, tiles: np.ndarray, max_tokens: int, max_tiles: int | None = None, window: int = 8192
 ) -> list[list[int]]:
-    """Packs of rows, each within both limits, by the rule at the top of this file.
+    """Fill packs of rows, each within both limits, by the rule at the top of this file.
 
-    `tokens`, `tiles`: (rows,) in the order of the epoch. A pack lists places in that order, ascending.
+    `tokens`, `tiles`: (rows,) in the order of the epoch. A pack lists positions in that order, ascending.
     Raises UserError where a row is above a limit by itself.
     """
     limit = int(tiles.sum()) if max_tiles is None else max_tiles
@@ -54,25 +54,25 @@ def fill_packs(
 
 
 def _fill(places: list[int], tokens: np.ndarray, tiles: np.ndarray, max_tokens: int, max_tiles: int) -> list[list[int]]:
-    """Best fit, longest first; packs hold `places`. Rows with tiles come first, those without fill what is left."""
+    """Best fit, longest first; packs hold `places`. Rows with tiles come first, those without fill the room left."""
     scale = max(max_tiles, 1)
-    sizes, areas = tokens * scale, tiles * max_tokens  # in these units a pack has as much room for one as for the other
-    whole = max_tokens * scale
+    sizes, areas = tokens * scale, tiles * max_tokens  # in these units a pack has the same capacity for both
+    capacity = max_tokens * scale
     costs = np.maximum(sizes, areas)
     packs: list[list[int]] = []
     left: list[tuple[int, int]] = []
     for with_tiles in (True, False):
         room = sorted((min(left[n]) if with_tiles else left[n][0], n) for n in range(len(packs)))
-        chosen = np.flatnonzero((tiles > 0) == with_tiles)
-        chosen = chosen[np.argsort(-costs[chosen], kind="stable")]
-        for at, cost, size, area in zip(*(x.tolist() for x in (chosen, costs[chosen], sizes[chosen], areas[chosen]))):
+        order = np.flatnonzero((tiles > 0) == with_tiles)
+        order = order[np.argsort(-costs[order], kind="stable")]
+        for at, cost, size, area in zip(*(x.tolist() for x in (order, costs[order], sizes[order], areas[order]))):
             place = bisect_left(room, (cost, -1))
             if place < len(room):
                 _, pack = room.pop(place)
             else:
                 pack = len(packs)
                 packs.append([])
-                left.append((whole, whole))
+                left.append((capacity, capacity))
             packs[pack].append(places[at])
             tokens_left, tiles_left = left[pack][0] - size, left[pack][1] - area
             left[pack] = tokens_left, tiles_left
@@ -81,7 +81,7 @@ def _fill(places: list[int], tokens: np.ndarray, tiles: np.ndarray, max_tokens: 
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
-    """Batches of one rank. Each is a list of (epoch, row): keys of a `Rows` or a `Mixture`."""
+    """Base of the batch samplers of one rank. A batch is a list of (epoch, row): keys of a `Rows` or a `Mixture`."""
 
     def __init__(
         self,
@@ -102,40 +102,42 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         self.epochs = epochs
         self.epoch = 0
         self.done = 0
-        """Batches of this epoch already used: where the next pass begins"""
+        """Number of batches of this epoch already used; the next pass begins there"""
         self.sampler = self
-        """Where Lightning looks for `set_epoch`"""
+        """Attribute whose `set_epoch` Lightning calls"""
         self._order = order
-        self._made: tuple[int, list[list[int]]] | None = None
+        self._cached: tuple[int, list[list[int]]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Other batches from the next pass on."""
+        """Set the epoch whose batches the next pass yields."""
         self.epoch = epoch
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """All ranks' batches of an epoch, as rows; rank r has those at r, r + ranks, …"""
-        if self._made is None or self._made[0] != epoch:
+        """Batches of an epoch for all ranks, as rows; rank r has those at r, r + ranks, …"""
+        if self._cached is None or self._cached[0] != epoch:
             order = self._rows(epoch)
             groups = self._groups(self.tokens[order], self.tiles[order])
             _divide(groups, self.count)
             costs = np.array([self._cost(order[group]) for group in groups])
-            self._made = epoch, [order[groups[n]].tolist() for n in self._dealt(costs, epoch)]
-        return self._made[1]
+            self._cached = epoch, [order[groups[n]].tolist() for n in self._dealt(costs, epoch)]
+        return self._cached[1]
 
     @cached_property
     def count(self) -> int:
-        """Batches of all ranks in an epoch: as many as the epoch needs that needs most, and a multiple of the ranks."""
+        """Number of batches of all ranks in an epoch: that of the epoch that needs most, rounded up to a multiple of
+        the ranks.
+        """
         orders = (self._rows(epoch) for epoch in range(self.epochs))
         most = max(len(self._groups(self.tokens[order], self.tiles[order])) for order in orders)
         count = most + -most % self.ranks
-        if count > (rows := len(self._rows(0))):  # said before training begins, not at its first batch
+        if count > (rows := len(self._rows(0))):  # raised before training begins, not at its first batch
             raise UserError(
                 f"batches: {rows} rows cannot be spread over {count} batches; give more rows or fewer processes"
             )
         return count
 
     def __len__(self) -> int:
-        """Batches of this rank in an epoch."""
+        """Number of batches of this rank in an epoch."""
         return self.count // self.ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -145,17 +147,19 @@ class _Batches(Sampler[list[tuple[int, int]]]):
             yield [(epoch, row) for row in rows]
 
     def state_dict(self, used: int) -> dict[str, Any]:
-        """The position after `used` batches of this epoch; a loader's workers have asked for more than were used."""
+        """Position after `used` batches of this epoch; a loader's workers have fetched more than were used."""
         return {"epoch": self.epoch, "done": used, "settings": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a position. Raises UserError where, inside an epoch, rows, limits, seed or ranks have changed."""
+        """Go on from a position. Raises UserError where, inside an epoch, rows, limits, seed or ranks have changed."""
         changed = {
             k: (v, state["settings"].get(k)) for k, v in self._settings().items() if v != state["settings"].get(k)
         }
         if changed and state["done"]:
-            found = ", ".join(f"{name} was {was!r} and is now {now!r}" for name, (now, was) in changed.items())
-            raise UserError(f"batches: cannot go on in the middle of an epoch: {found}; restore it or begin a new run")
+            changes = ", ".join(f"{name} was {was!r} and is now {now!r}" for name, (now, was) in changed.items())
+            raise UserError(
+                f"batches: cannot go on in the middle of an epoch: {changes}; restore it or begin a new run"
+            )
         self.epoch, self.done = state["epoch"], state["done"]
 
     def _rows(self, epoch: int) -> np.ndarray:
@@ -168,7 +172,7 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         return {"lengths": lengths, "ranks": self.ranks, "seed": self.seed}
 
     def _dealt(self, costs: np.ndarray, epoch: int) -> np.ndarray:
-        """An order of the batches in which those of one step, one a rank, cost about the same."""
+        """Order of the batches in which those of one step, one a rank, cost about the same."""
         order = permutation(len(costs), self.seed, "batches", epoch)
         if self.ranks == 1:
             return order
@@ -188,7 +192,7 @@ class _Batches(Sampler[list[tuple[int, int]]]):
 
 
 class PackedBatches(_Batches):
-    """Packs of at most `max_tokens` and `max_tiles`, whole rows, one pack a batch."""
+    """Batch sampler of packs of at most `max_tokens` and `max_tiles`; rows are not cut, one pack a batch."""
 
     def __init__(
         self,
@@ -209,7 +213,7 @@ class PackedBatches(_Batches):
             tiles: (rows,) tiles of each row, `Index.tiles`.
             order: epoch → rows; None: each row once, shuffled.
             window: rows that are packed together, at most.
-            epochs: how many there will be; all get as many packs as the one that needs most.
+            epochs: number of epochs; all get as many packs as the one that needs most.
         """
         super().__init__(tokens, tiles, order, rank, ranks, seed, epochs)
         self.max_tokens, self.max_tiles, self.window = max_tokens, max_tiles, window
@@ -220,8 +224,8 @@ class PackedBatches(_Batches):
         return float(sum(self.tokens[pack].sum() for pack in packs) / (len(packs) * self.max_tokens))
 
     def _settings(self) -> dict[str, Any]:
-        own = {"max_tokens": self.max_tokens, "max_tiles": self.max_tiles, "window": self.window, "packs": self.count}
-        return super()._settings() | own
+        sizes = {"max_tokens": self.max_tokens, "max_tiles": self.max_tiles, "window": self.window, "packs": self.count}
+        return super()._settings() | sizes
 
     def _groups(self, tokens: np.ndarray, tiles: np.ndarray) -> list[list[int]]:
         return fill_packs(tokens, tiles, self.max_tokens, self.max_tiles, self.window)
@@ -231,7 +235,7 @@ class PackedBatches(_Batches):
 
 
 class GroupedBatches(_Batches):
-    """Batches of `batch_size` rows of like length, to be padded to the longest."""
+    """Batch sampler of `batch_size` rows of like length, to be padded to the longest."""
 
     def __init__(
         self,

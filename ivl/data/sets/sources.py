@@ -1,4 +1,4 @@
-"""What a data option names → its sources: a file of rows, a meta file of several, or a data set known by name."""
+"""Sources of a data option: files of rows, meta files, or data sets known by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ivl.data.sets import hub_datasets as named
-from ivl.data.sets.dataset import MakesExamples, Part, Rows, permutation
+from ivl.data.sets.dataset import Part, RowProcessor, Rows, permutation
 from ivl.data.sets.meta_file import read_meta
 from ivl.types import UserError
 
@@ -22,42 +22,42 @@ _COUNT = re.compile(r"(.+)#(\d+)")
 
 @dataclass(frozen=True)
 class Source:
-    """One source of rows. Give repeat or ratio to all sources, or to none."""
+    """Source of rows. Give repeat or ratio to all sources, or to none."""
 
     path: str
     """A file of rows (jsonl or json), a meta file of several, or a data set's name; #N after it takes N rows."""
     name: str = ""
     """Its name in losses and scores per source; a row's own `source` wins."""
     repeat: float | None = None
-    """How often each row is seen in an epoch; 0.1 is a tenth of the rows, another tenth each epoch."""
+    """Times that each row is seen in an epoch; 0.1 is a tenth of the rows, another tenth each epoch."""
     ratio: float | None = None
     """Share of the epoch's rows, relative to the other sources."""
     media_root: str | None = None
-    """Where this source's relative media paths start."""
+    """Folder that this source's relative media paths start from."""
     max_tiles: int | None = None
     """Most tiles of an image of this source."""
 
 
-Given = str | Path | Source
+SourceLike = str | Path | Source
 
 
 def open_sources(
-    given: Given | Sequence[Given], processor: MakesExamples, root: str | Path | None = None, **options: Any
+    values: SourceLike | Sequence[SourceLike], processor: RowProcessor, root: str | Path | None = None, **options: Any
 ) -> list[Part]:
-    """The parts of a mixture that a data option gives.
+    """Open the sources of a data option as parts of a mixture.
 
-    Each is a file of rows, an OpenGVLab meta file (see `read_meta`), or a name of `ivl.data.sets.hub_datasets`. `#N`
-    after it takes N of its rows, the same ones for the same seed. `options` go to `Rows`. A source's own root and tile
-    limit go before `root`, and those that a meta file states before both. Raises UserError naming the file.
+    A source is a file of rows, an OpenGVLab meta file (see `read_meta`), or a name of `ivl.data.sets.hub_datasets`.
+    `#N` after it takes N of its rows, the same ones for the same seed. `options` go to `Rows`. The root and tile limit
+    of a Source go before `root`, and those of a meta file before both. Raises UserError naming the file.
     """
-    given = [given] if isinstance(given, (str, Path, Source)) else list(given)
-    if not given:
+    values = [values] if isinstance(values, (str, Path, Source)) else list(values)
+    if not values:
         raise UserError("data: no files; expected one or more (jsonl or json), or names of data sets")
-    sources = [one if isinstance(one, Source) else Source(str(one)) for one in given]
+    sources = [one if isinstance(one, Source) else Source(str(one)) for one in values]
     return [part for source in sources for part in _parts(source, processor, root, options)]
 
 
-def _parts(source: Source, processor: MakesExamples, root: str | Path | None, options: dict[str, Any]) -> list[Part]:
+def _parts(source: Source, processor: RowProcessor, root: str | Path | None, options: dict[str, Any]) -> list[Part]:
     path = Path(source.path).expanduser()
     counted = None if path.exists() else _COUNT.fullmatch(source.path)
     if counted:
@@ -83,19 +83,19 @@ def _parts(source: Source, processor: MakesExamples, root: str | Path | None, op
 def _sampled(part: Part, count: int, file: str) -> Part:
     if not 0 < count <= len(part.rows):
         raise UserError(f"{file}: asked for {count} rows of {len(part.rows)}; expected 1 to {len(part.rows)}")
-    chosen = sorted(permutation(len(part.rows), part.rows.seed, "sample", part.name)[:count])
-    return replace(part, rows=part.rows.select(np.array(chosen)))
+    numbers = sorted(permutation(len(part.rows), part.rows.seed, "sample", part.name)[:count])
+    return replace(part, rows=part.rows.select(np.array(numbers)))
 
 
 def is_meta(path: Path) -> bool:
-    """Whether a file is one object of sources, each with an `annotation`, rather than rows."""
+    """True for a file that is one object of sources, each with an `annotation`; False for rows."""
     if path.suffix != ".json" or not path.is_file() or path.stat().st_size > _META_BYTES:
         return False
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
     if not text.startswith(b"{"):
         return False
     try:
-        found = json.loads(text)
+        meta = json.loads(text)
     except (ValueError, RecursionError):
-        return False  # rows one a line; what is wrong with them is found where they are read
-    return bool(found) and all(isinstance(v, dict) and "annotation" in v for v in found.values())
+        return False  # one row a line; errors in them are raised where they are read
+    return bool(meta) and all(isinstance(v, dict) and "annotation" in v for v in meta.values())

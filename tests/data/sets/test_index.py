@@ -14,7 +14,7 @@ from PIL import Image
 from ivl.data.processor import Processor
 from ivl.data.sets import index as indexing
 from ivl.data.sets.dataset import Rows
-from ivl.data.sets.index import Index, build_index, fingerprint, joined, reasons, usable
+from ivl.data.sets.index import Index, build_index, concat, drop_unusable, fingerprint, reasons
 from ivl.data.truncation import changes
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
@@ -83,7 +83,7 @@ def test_lengths_equal_those_of_1000_examples(checkpoint, tmp_path, options):
     rows = Rows(path, Processor.from_pretrained(checkpoint, **options))
     index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
     assert bool(index.dropped) == ("on_too_long" in options) and index.tiles.max() > 3
-    kept, part = usable(rows, index)
+    kept, part = drop_unusable(rows, index)
     assert len(kept) == len(part) == count - len(index.dropped)
     changed = 0
     for i in range(len(kept)):
@@ -183,12 +183,12 @@ def test_a_picture_that_came_back_and_one_that_changed(small, tmp_path):
     mended = build_index(small("a.jsonl"), **options)
     assert not mended.problems and mended.tokens.min() > 0
     assert not build_index(small("a.jsonl"), **options).problems
-    rows, _ = usable(small("a.jsonl"), build_index(small("a.jsonl"), **options))
+    rows, _ = drop_unusable(small("a.jsonl"), build_index(small("a.jsonl"), **options))
     Image.new("RGB", (500, 100)).save(tmp_path / "1.png")
     assert len(rows[0].tiles) == mended.tiles[0]
     with pytest.raises(UserError, match=r"a\.jsonl:2: .* its index says .* start again"):
         rows[1]
-    rows, _ = usable(small("a.jsonl"), build_index(small("a.jsonl"), **options))
+    rows, _ = drop_unusable(small("a.jsonl"), build_index(small("a.jsonl"), **options))
     assert len(rows[1].tiles) != mended.tiles[1]
 
 
@@ -213,15 +213,15 @@ def test_bad_rows_stop_or_are_left_out(small, tmp_path):
     index = build_index(small(), workers=0, cache_dir=tmp_path / "cache")
     assert sorted(index.problems) == [1, 4, 7, 10, 12]
     with pytest.raises(UserError) as caught:
-        usable(small(), index)
+        drop_unusable(small(), index)
     text = str(caught.value)
     assert text.startswith(f"{tmp_path}/a.jsonl:2: ") and "\n5 of 13 rows cannot be used (on_error is error)" in text
     assert f"{tmp_path}/b.jsonl:7: not JSON" in text
     assert "4 … expected an image" in text
     report = tmp_path / "out" / "report.txt"
     with pytest.raises(UserError, match=r"more than max_bad = 5\.0%.*report\.txt"):
-        usable(small(on_error="skip"), index, report=report)
-    rows, part = usable(small(on_error="skip"), index, max_bad=0.5, report=report)
+        drop_unusable(small(on_error="skip"), index, report=report)
+    rows, part = drop_unusable(small(on_error="skip"), index, max_bad=0.5, report=report)
     assert len(rows) == len(part) == 8 and not part.problems
     assert [rows.where(i).split("/")[-1] for i in range(3)] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4"]
     lines = report.read_text().splitlines()
@@ -241,11 +241,11 @@ def test_nothing_left(small, tmp_path):
     index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
     assert len(index.dropped) == 6 and not index.problems
     with pytest.raises(UserError, match=r"a\.jsonl:1: .*\nnone of the 6 rows can be used"):
-        usable(rows, index)
+        drop_unusable(rows, index)
     (tmp_path / "bad.jsonl").write_text('{"query": "no answer", "response": ""}\n')
     rows = small("bad.jsonl", on_error="skip")
     with pytest.raises(UserError, match=r"bad\.jsonl:1: .*\nnone of the 1 rows can be used"):
-        usable(rows, build_index(rows, workers=0, cache_dir=tmp_path / "cache"), max_bad=1.0)
+        drop_unusable(rows, build_index(rows, workers=0, cache_dir=tmp_path / "cache"), max_bad=1.0)
 
 
 def test_urls_are_not_asked(checkpoint, tmp_path):
@@ -254,7 +254,7 @@ def test_urls_are_not_asked(checkpoint, tmp_path):
     rows = Rows(path, Processor.from_pretrained(checkpoint))
     index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
     assert not index.problems and index.tiles[0] == 13 and not index.records["exact"][0]
-    kept, _ = usable(rows, index)
+    kept, _ = drop_unusable(rows, index)
     assert kept.lengths.tolist() == [[-1, -1]]
 
 
@@ -264,7 +264,7 @@ def test_select_and_join_keep_problems():
     index = Index(records, {1: "bad"}, {3: "long"})
     part = index.select(np.array([3, 0, 1]))
     assert part.tokens.tolist() == [4, 1, 2] and part.problems == {2: "bad"} and part.dropped == {0: "long"}
-    both = joined([part, index])
+    both = concat([part, index])
     assert both.tokens.tolist() == [4, 1, 2, 1, 2, 3, 4]
     assert both.problems == {2: "bad", 4: "bad"} and both.dropped == {0: "long", 6: "long"}
 
