@@ -1,1 +1,1 @@
-"""Rows of files into examples and batches. Imports nothing of model/ or lit/."""
+"""Data: rows of files → examples and batches. Imports nothing of model/ or lit/."""

@@ -1,4 +1,4 @@
-"""The cache: where it is, and going on without it where it cannot be written."""
+"""Cache folder, and a temporary one where it cannot be written."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 from ivl.files import disk_fault, whole_file
 
 _PROBE = bytes(4096)
-"""Written for a test: a full disk still takes an empty file"""
+"""Bytes of a test write: a full disk still takes an empty file"""
 _noted: list[str] = []
 
 
 def default_cache() -> Path:
-    """The folder of decompressed rows, indexes, facts and fetched media, by the XDG rules."""
+    """Folder of decompressed rows, indexes, facts and fetched media, by the XDG rules."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl"
 
 
 def go_without(place: Path, error: BaseException) -> None:
-    """Say, once a run, that the cache cannot be written. Raises `error` where it is no fault of a disk."""
+    """Print, once a run, that the cache cannot be written. Raises `error` where it is no fault of a disk."""
     fault = disk_fault(error) or (str(error) if isinstance(error, OSError) else None)
     if fault is None:
         raise error
@@ -37,7 +37,7 @@ def go_without(place: Path, error: BaseException) -> None:
 
 
 def writable(place: Path) -> Path:
-    """`place`, a file of the cache, where it is there or can be written; else one of its name in a temporary folder.
+    """Return `place`, a file of the cache, if it exists or can be written; else a temporary file of the same name.
 
     The temporary folder is shared with processes forked later, and removed when this one ends.
     """
@@ -47,7 +47,7 @@ def writable(place: Path) -> Path:
 
 
 def temporary(place: Path) -> Path:
-    """A file of the same name in the temporary folder that stands for a cache that cannot be written."""
+    """Path of the same name in the temporary folder that replaces a cache that cannot be written."""
     folder = _temporary_folder() / place.parent.name
     folder.mkdir(exist_ok=True)
     return folder / place.name
@@ -55,7 +55,7 @@ def temporary(place: Path) -> Path:
 
 @contextlib.contextmanager
 def optional(place: Path) -> Iterator[None]:
-    """Around writing `place`, a file of the cache that only saves time."""
+    """Context for writing `place`, a file of the cache that only saves time: a fault of the disk is noted."""
     try:
         yield
     except OSError as error:

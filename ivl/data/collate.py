@@ -1,4 +1,4 @@
-"""List of Example → Batch, padded on the right or packed into one row.
+"""Collation: a list of Example → Batch, padded on the right or packed into one row.
 
 Masks come from lengths: a pad id inside a text is an ordinary token.
 """
@@ -13,10 +13,10 @@ from ivl.types import IGNORE, Batch, Example, SequenceLayout, places, supervised
 
 
 def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, image_id: int | None = None) -> Batch:
-    """Batch of the examples in order: (B, T) with T the longest, or packed (1, T) with T the sum.
+    """Batch of the examples in order: (B, T) with T the longest length, or packed (1, T) with T the sum.
 
-    The first label of every row is IGNORE: there is nothing before it to predict it from, and in a pack it would be
-    predicted from the row before. `image_id`: the id of image tokens.
+    The first label of every row is IGNORE: no token precedes it, and in a pack it would be predicted from the row
+    before. `image_id`: id of image tokens.
     """
     assert examples, "a batch of no examples"
     lengths = [len(example) for example in examples]

@@ -1,4 +1,4 @@
-"""Processor: tokenizer, template, media and tiles behind one call, the same for training and for inference."""
+"""Processor: tokenizer, template, media and tiles in one call, for training and inference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ivl.config import Config
 from ivl.data import collate as collating
-from ivl.data import truncation as limits
+from ivl.data import truncation
 from ivl.data.media import load as media
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.media.tiler import ImageTiler, MediaCache, Resize, VideoOptions
@@ -23,7 +23,7 @@ from ivl.data.rows.box_frames import BoxFrames
 from ivl.data.text import template
 from ivl.data.text.jinja_template import recognised
 from ivl.data.text.tokenizer import Tokenizer
-from ivl.data.truncation import Plan, Shape
+from ivl.data.truncation import EncodedRow, Shape
 from ivl.families import ReleasedModel, find_model, line_of
 from ivl.hf_config import read_config
 from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Batch, Conversation, Example, Stored, UserError
@@ -32,11 +32,11 @@ OnTooLong = Literal["fit", "truncate_text", "drop", "error"]
 
 
 class TooLong(UserError):
-    """A row that `on_too_long: drop` leaves out: to be counted, not to stop a run."""
+    """Error of a row that `on_too_long: drop` leaves out; it is counted and does not stop a run."""
 
 
 class Lengths(NamedTuple):
-    """Numbers of a row that are known before its pixels."""
+    """Lengths of a row, known before its pixels."""
 
     tokens: int
     """Text and image tokens together"""
@@ -44,11 +44,11 @@ class Lengths(NamedTuple):
     supervised: int
     """Labels that count for the loss; 0 for a prompt"""
     changes: int = 0
-    """What was done to make the row fit, as `ivl.data.truncation.changes` has it"""
+    """Bits of the changes that made the row fit, see `ivl.data.truncation.changes`"""
 
 
 class Processor:
-    """Rows → examples and batches; token ids → answers. Picklable."""
+    """Processor: rows → examples and batches; token ids → answers. Picklable."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Processor:
         resize: Resize = "exact",
         released: ReleasedModel | None = None,
     ) -> None:
-        """Options as in `from_pretrained`; `released`: what this checkpoint is able to do, where that is known."""
+        """Options as in `from_pretrained`; `released`: abilities of this checkpoint, where they are known."""
         for name, value in (("max_tiles", max_tiles), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected at least 1, found {value}")
@@ -86,9 +86,9 @@ class Processor:
         known = (system_message, config.system_message, released.system_message if released else None)
         self.system_message = next((text for text in known if text is not None), self.template.system_message)
         self.answer_room = 0
-        """Tokens that a row which has to be shortened leaves free below max_length"""
+        """Tokens left free below max_length in a row that has to be shortened"""
         self.features: FeatureStore | None = None
-        """Where features of images are looked for before their pixels are decoded"""
+        """Cache of image features, read before pixels are decoded; None: no cache"""
         self.stop_ids = [tokenizer.token_id(self.template.end)]
 
     @classmethod
@@ -106,21 +106,21 @@ class Processor:
         policy: media.MediaPolicy | None = None,
         resize: Resize = "exact",
     ) -> Processor:
-        """The processor of a checkpoint: a folder, or a name that `ivl.hub` turns into one.
+        """Load the processor of a checkpoint: a folder, or a name that `ivl.hub` resolves to one.
 
         Args:
-            max_tiles: most tiles of one image, the thumbnail not counted; None: the checkpoint's own limit.
+            max_tiles: most tiles of one image, the thumbnail not counted; None: the checkpoint's limit.
             share_tiles: divide that limit by the number of images of a row, as the reference's trainer does and its
                 chat does not.
             max_length: most tokens of one row, text and image tokens together; None: no limit.
             on_too_long: fit lowers the row's tiles, largest image first, then drops the oldest turns;
                 truncate_text cuts the end (of a prompt, which needs its end: as fit); drop leaves the row out;
                 error stops.
-            video: how videos become frames.
+            video: sampling of videos' frames.
             exif: turn pictures upright as their EXIF block says; False: as stored, like the reference.
             compact_boxes: write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`.
-            system_message: for rows without one, instead of the checkpoint's.
-            policy: limits of what is opened and fetched.
+            system_message: default for rows without one, instead of the checkpoint's.
+            policy: limits of media that are opened and fetched.
             resize: exact makes the reference's pixels, bit for bit; fast resizes with torch: about half the time, and
                 a pixel in some hundreds is a level off.
         """
@@ -153,13 +153,13 @@ class Processor:
 
     @property
     def abilities(self) -> ReleasedModel | None:
-        """The released model that tells what this checkpoint takes: by its name, else by its files."""
+        """Released model whose abilities this checkpoint has: by its name, else by its files."""
         return self.released or self.line
 
     # Rows
 
     def parse(self, row: Any, where: str = "", root: str | Path | None = None) -> Conversation:
-        """A row of any format, understood. A Conversation is returned as it is."""
+        """Parse a row of any format. A Conversation is returned as it is."""
         if isinstance(row, Conversation):
             return row
         frames = BoxFrames(self.tiler.exif, self.tiler.policy)
@@ -175,20 +175,20 @@ class Processor:
         generator: torch.Generator | None = None,
         opened: MediaCache | None = None,
     ) -> Example:
-        """A row (or a Conversation) → Example. A row without an answer ends where the assistant's begins.
+        """Make the Example of a row or a Conversation. A prompt ends where the assistant's answer begins.
 
-        `where`, `root`: as in `ivl.data.rows.formats.parse`. `max_tiles`: this row's own limit. `generator` draws the
+        `where`, `root`: as in `ivl.data.rows.formats.parse`. `max_tiles`: limit of this row. `generator` draws the
         frames where `video.sample` is random. `opened`: media of earlier calls, not opened again.
         Raises UserError that begins with the row's `where`.
         """
         conversation = self.parse(row, where, root)
-        with _naming(conversation):
+        with _prefix_errors(conversation):
             opened = opened or MediaCache()
-            plan = self._plan(conversation, max_tiles, opened=opened)
+            encoded = self._encode_fitting(conversation, max_tiles, opened=opened)
             S = self.config.image_size
             pixels: list[Tensor] = []
             stored: list[Stored] = []
-            for medium, limit, counts in zip(plan.conversation.media, plan.limits, plan.tiles, strict=True):
+            for medium, limit, counts in zip(encoded.conversation.media, encoded.limits, encoded.tiles, strict=True):
                 if not counts:
                     continue
                 key = self.tiler.key(medium, limit, self.features) if self.features else None
@@ -198,13 +198,13 @@ class Processor:
                     pixels.append(opened.pixels(medium, limit, cut))
                 stored.append((key, sum(counts), features))
         return Example(
-            input_ids=torch.tensor(plan.ids, dtype=torch.int64),
-            labels=torch.tensor(plan.labels, dtype=torch.int64),
+            input_ids=torch.tensor(encoded.ids, dtype=torch.int64),
+            labels=torch.tensor(encoded.labels, dtype=torch.int64),
             tiles=torch.cat([torch.empty((0, 3, S, S), dtype=torch.uint8), *pixels]),
             stored=None if self.features is None else stored,
-            tiles_per_image=[count for counts in plan.tiles for count in counts],
-            conversation=plan.conversation,
-            notes=plan.notes,
+            tiles_per_image=[count for counts in encoded.tiles for count in counts],
+            conversation=encoded.conversation,
+            notes=encoded.notes,
         )
 
     def lengths(
@@ -215,37 +215,40 @@ class Processor:
         max_tiles: int | None = None,
         probe_urls: bool = True,
     ) -> Lengths:
-        """What the Example will have, from text and headers alone. Arguments and errors as in `__call__`.
+        """Lengths of a row's Example, from text and headers alone. Arguments and errors as in `__call__`.
 
         `probe_urls` False: nothing is fetched; media behind a URL count with the most tiles they can have.
         """
         conversation = self.parse(row, where, root)
-        with _naming(conversation):
-            plan = self._plan(conversation, max_tiles, probe_urls)
-        return Lengths(len(plan.ids), plan.num_tiles, plan.num_supervised, limits.changes(plan.notes))
+        with _prefix_errors(conversation):
+            encoded = self._encode_fitting(conversation, max_tiles, probe_urls)
+        return Lengths(len(encoded.ids), encoded.num_tiles, encoded.num_supervised, truncation.changes(encoded.notes))
 
     def prompt_text(self, conversation: Conversation) -> str:
-        """What the model is asked, for people: as it is written down, with marks for media."""
+        """Prompt text of a conversation for people, with marks for media."""
         prompt = conversation.as_prompt()
         return template.written(prompt, None, self.template, 0, self.system_message, self.tiler.video.frame_prefix)
 
     # Batches and answers
 
     def collate(self, examples: Sequence[Example], packed: bool = False) -> Batch:
-        """See `ivl.data.collate.collate`."""
+        """Collate examples into a Batch, see `ivl.data.collate.collate`."""
         return collating.collate(examples, self.tokenizer.pad_id, packed, self.tokenizer.context_id)
 
     def decode(self, ids: Sequence[int] | Tensor, stop: Sequence[str] = ()) -> str:
-        """The text of an answer: what comes before the token that ends it, without blanks around.
+        """Text of an answer, up to the token that ends it, without blanks around.
 
-        `<ref>` and `<box>` are kept; bos, eos and padding are left out. `stop`: texts that end an answer; the first
-        of them is not part of it.
+        `<ref>` and `<box>` stay; bos, eos and padding are left out. `stop`: texts that end an answer; the first of them
+        is not part of it.
         """
         text = self._text(ids)
         return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))].strip()
 
     def stopped_by(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-        """Says of an answer's tokens whether their text holds one of these; None where there are none to look for."""
+        """Stopping criterion: a function of an answer's token ids, True if their text contains one of `stop`.
+
+        None where `stop` is empty.
+        """
         if "" in stop:
             raise UserError("stop: an empty text would end every answer; remove it")
         return (lambda ids: any(text in self._text(ids) for text in stop)) if stop else None
@@ -258,19 +261,19 @@ class Processor:
 
     @staticmethod
     def pixel_values(tiles: Tensor) -> Tensor:
-        """(N, 3, S, S) uint8 → float32 with ImageNet's mean and deviation, as the model makes them itself."""
+        """Normalise tiles (N, 3, S, S), uint8 → float32, by ImageNet's mean and deviation, as the model does."""
         mean, std = (torch.tensor(v, device=tiles.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         return (tiles.float() / 255 - mean) / std
 
-    # From a conversation to what will be encoded
+    # Encoding of a conversation within the limits
 
-    def _plan(
+    def _encode_fitting(
         self,
         conversation: Conversation,
         max_tiles: int | None = None,
         probe_urls: bool = True,
         opened: MediaCache | None = None,
-    ) -> Plan:
+    ) -> EncodedRow:
         self._check_abilities(conversation)
         limit = self.max_tiles if max_tiles is None else max_tiles
         if self.share_tiles:
@@ -278,19 +281,19 @@ class Processor:
             limit = max(1, limit // max(1, images))
         most = [limit if medium.kind == "image" else self.tiler.video.max_tiles for medium in conversation.media]
         shape = self.tiler.shape if opened is None else partial(opened.shape, self.tiler.shape)
-        plan = self._encode(conversation, [shape(m, probe_urls) for m in conversation.media], most)
+        encoded = self._encode(conversation, [shape(m, probe_urls) for m in conversation.media], most)
         training = conversation.messages[-1].role == "assistant"
-        if self.max_length is not None and len(plan.ids) > self.max_length:
-            plan = self._shortened(plan, self.max_length - self.answer_room, training)
+        if self.max_length is not None and len(encoded.ids) > self.max_length:
+            encoded = self._shorten(encoded, self.max_length - self.answer_room, training)
         if not training:
-            plan.labels = [IGNORE] * len(plan.ids)
-        elif not plan.num_supervised:
-            cut = any(note.startswith("text") for note in plan.notes)
+            encoded.labels = [IGNORE] * len(encoded.ids)
+        elif not encoded.num_supervised:
+            cut = any(note.startswith("text") for note in encoded.notes)
             left_out = not any(m.trained for m in conversation.messages if m.role == "assistant")
             reason = "its turns say that none is learnt from" if left_out else "the answers are empty"
             reason = f"the answer begins after token {self.max_length}" if cut else reason
             raise UserError(f"no token is left to train on: {reason}; mend the row or leave it out")
-        return plan
+        return encoded
 
     def _check_abilities(self, conversation: Conversation) -> None:
         if self.abilities is None:
@@ -305,7 +308,7 @@ class Processor:
         if not self.abilities.video and any(medium.kind == "video" for medium in conversation.media):
             raise UserError(f"{name} takes no video; InternVL2 models such as internvl2-2b do")
 
-    def _encode(self, conversation: Conversation, shapes: Sequence[Shape], most: Sequence[int]) -> Plan:
+    def _encode(self, conversation: Conversation, shapes: Sequence[Shape], most: Sequence[int]) -> EncodedRow:
         counts = [[self.tiler.count(shape, limit)] * shape.frames for shape, limit in zip(shapes, most, strict=True)]
         ids, labels = template.encode(
             conversation,
@@ -316,23 +319,23 @@ class Processor:
             self.system_message,
             self.tiler.video.frame_prefix,
         )
-        return Plan(conversation, list(shapes), list(most), counts, ids, labels)
+        return EncodedRow(conversation, list(shapes), list(most), counts, ids, labels)
 
-    def _shortened(self, plan: Plan, most: int, training: bool) -> Plan:
+    def _shorten(self, encoded: EncodedRow, most: int, training: bool) -> EncodedRow:
         P = self.config.tokens_per_tile
-        excess = f"{len(plan.ids)} tokens ({plan.num_tiles * P} of them image) but max_length is {most}"
+        excess = f"{len(encoded.ids)} tokens ({encoded.num_tiles * P} of them image) but max_length is {most}"
         if self.on_too_long == "error":
             raise UserError(f"{excess}; raise it, lower max_tiles, or choose what to do by on_too_long")
         if self.on_too_long == "drop":
             raise TooLong(excess)
         if self.on_too_long == "truncate_text" and training:
-            return limits.truncated(plan, most, self.tokenizer, P)
-        return limits.fitted(plan, most, P, self._encode, self.tiler.count)
+            return truncation.truncated(encoded, most, self.tokenizer, P)
+        return truncation.fitted(encoded, most, P, self._encode, self.tiler.count)
 
 
 @contextmanager
-def _naming(conversation: Conversation) -> Iterator[None]:
-    """Errors begin with where the row stands."""
+def _prefix_errors(conversation: Conversation) -> Iterator[None]:
+    """Put the row's `file:line` before the messages of errors."""
     try:
         yield
     except UserError as error:

@@ -1,6 +1,6 @@
-"""A row that is too long is made to fit: fewer tiles, fewer turns, or its end cut off. Image tokens are counted.
+"""Truncation of rows that are too long: fewer tiles, fewer turns, or the end cut off.
 
-Everything is decided from a row's text and the headers of its media, so that lengths are known before pixels.
+Image tokens count. All is decided from a row's text and the headers of its media, so lengths are known before pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ivl.types import IGNORE, Conversation, UserError, many
 
 
 class Shape(NamedTuple):
-    """What the header of a medium says. Size in pixels; 0 where it is not known."""
+    """Frames and size of a medium, from its header. Size in pixels; 0 where it is not known."""
 
     frames: int
     width: int
@@ -24,12 +24,12 @@ class Shape(NamedTuple):
 
 
 @dataclass
-class Plan:
-    """How a row is encoded."""
+class EncodedRow:
+    """Encoded row: token ids, labels, and the tiles of its media."""
 
     conversation: Conversation
     shapes: list[Shape]
-    """One for each medium, as the two lists that follow"""
+    """Shape of each medium; `limits` and `tiles` have one entry for each medium, too"""
     limits: list[int]
     """Most tiles of the image, or of each frame of the video"""
     tiles: list[list[int]]
@@ -37,7 +37,7 @@ class Plan:
     ids: list[int]
     labels: list[int]
     notes: list[str] = field(default_factory=list)
-    """What was changed to make the row fit"""
+    """Changes that made the row fit"""
 
     @property
     def num_tiles(self) -> int:
@@ -50,86 +50,86 @@ class Plan:
 
 
 CHANGES = {"tiles": "fewer tiles", "dropped": "oldest turns dropped", "text": "end of the text cut off"}
-"""First word of a note → what was changed"""
+"""First word of a note → name of the change"""
 
 
 def changes(notes: Sequence[str]) -> int:
-    """Notes as a number: the bit n is set where the change n of CHANGES was made."""
+    """Encode notes as a number: the bit n is set where the change n of CHANGES was made."""
     return sum(1 << n for n, word in enumerate(CHANGES) if any(note.startswith(word) for note in notes))
 
 
-Encode = Callable[[Conversation, Sequence[Shape], Sequence[int]], Plan]
+Encode = Callable[[Conversation, Sequence[Shape], Sequence[int]], EncodedRow]
 Count = Callable[[Shape, int], int]
 
 
-def truncated(plan: Plan, max_length: int, tokenizer: Tokenizer, tokens_per_tile: int) -> Plan:
-    """The end cut off. An image that the cut would go through is left out whole, with its tiles."""
+def truncated(row: EncodedRow, max_length: int, tokenizer: Tokenizer, tokens_per_tile: int) -> EncodedRow:
+    """Cut off the end of a row. An image that the cut would go through is left out with all its tiles."""
     opening, closing = tokenizer.token_id("<img>"), tokenizer.token_id("</img>")
-    ids = plan.ids[:max_length]
+    ids = row.ids[:max_length]
     if ids.count(opening) > ids.count(closing):
         ids = ids[: -1 - ids[::-1].index(opening)]
-    # `<img>` written by a user is never that token, so what is left tells how many tiles are
+    # `<img>` written by a user is never that token, so the image tokens left give the number of tiles
     tiles_left = ids.count(tokenizer.context_id) // tokens_per_tile
     tiles: list[list[int]] = []
-    for frames in plan.tiles:
+    for frames in row.tiles:
         tiles.append([])
         for count in frames:
             tiles_left -= count
             if tiles_left >= 0:
                 tiles[-1].append(count)
-    notes = [f"text {len(plan.ids)} -> {len(ids)} tokens"]
-    return replace(plan, tiles=tiles, ids=ids, labels=plan.labels[: len(ids)], notes=notes)
+    notes = [f"text {len(row.ids)} -> {len(ids)} tokens"]
+    return replace(row, tiles=tiles, ids=ids, labels=row.labels[: len(ids)], notes=notes)
 
 
-def fitted(plan: Plan, max_length: int, tokens_per_tile: int, encode: Encode, count: Count) -> Plan:
-    """Fewer tiles, the largest image first; where that is not enough, without the oldest turns.
+def fitted(row: EncodedRow, max_length: int, tokens_per_tile: int, encode: Encode, count: Count) -> EncodedRow:
+    """Lower the tiles, the largest image first; where that is not enough, drop the oldest turns.
 
     The last turn stays. Raises UserError where it does not fit with the fewest tiles there can be. A long conversation
-    is not encoded again for each turn that goes, but a few times around a guess.
+    is encoded only a few times around a guess, not once for each dropped turn.
     """
 
-    def limits_of(plan: Plan) -> list[int] | None:
-        text = len(plan.ids) - plan.num_tiles * tokens_per_tile
-        return lowered(plan.shapes, plan.limits, (max_length - text) // tokens_per_tile, count)
+    def lower(row: EncodedRow) -> list[int] | None:
+        text = len(row.ids) - row.num_tiles * tokens_per_tile
+        return lowered(row.shapes, row.limits, (max_length - text) // tokens_per_tile, count)
 
-    full, turns = plan, 0
-    limits = limits_of(full)
+    full, turns = row, 0
+    limits = lower(full)
     if limits is None:
         guess = _turns_to_drop(full, max_length, tokens_per_tile)
-        plan, limits, turns = _shortest_cut(full, guess, encode, limits_of)
+        row, limits, turns = _shortest_cut(full, guess, encode, lower)
     if limits is None:
         raise UserError(
             f"{len(full.ids)} tokens ({full.num_tiles * tokens_per_tile} of them image) but max_length is "
             f"{max_length}, and the last turn alone with the fewest tiles does not fit; shorten it or raise it"
         )
-    before = plan.num_tiles
-    plan = encode(plan.conversation, plan.shapes, limits)
-    assert len(plan.ids) <= max_length
-    if plan.num_tiles < before:
-        plan.notes.append(f"tiles {before} -> {plan.num_tiles}")
+    before = row.num_tiles
+    row = encode(row.conversation, row.shapes, limits)
+    assert len(row.ids) <= max_length
+    if row.num_tiles < before:
+        row.notes.append(f"tiles {before} -> {row.num_tiles}")
     if turns:
-        plan.notes.append(f"dropped {many(turns, 'turn')}")
-    return plan
+        row.notes.append(f"dropped {many(turns, 'turn')}")
+    return row
 
 
-Fit = tuple[Plan, list[int] | None, int]
-"""A plan without its oldest turns, the limits under which it fits (None: there are none), and how many turns went"""
+Fit = tuple[EncodedRow, list[int] | None, int]
+"""Row without its oldest turns, the limits under which it fits (None: there are none), and number of dropped turns"""
 
 
-def _shortest_cut(full: Plan, guess: int, encode: Encode, limits_of: Callable[[Plan], list[int] | None]) -> Fit:
-    """Without as few of the oldest turns as will do; without all but the last where that does not fit either.
+def _shortest_cut(full: EncodedRow, guess: int, encode: Encode, lower: Callable[[EncodedRow], list[int] | None]) -> Fit:
+    """Drop as few of the oldest turns as needed; all but the last where the row does not fit even then.
 
-    Tried are `guess`, then numbers ever further from it until one fits and another does not, then those between.
+    Search: `guess`, then numbers ever further from it until one fits and another does not, then those between.
     """
     messages, starts = full.conversation.messages, _starts(full)
 
     def without(turns: int) -> Fit:
         gone = sum(not isinstance(part, str) for message in messages[: starts[turns]] for part in message.parts)
         rest = replace(full.conversation, messages=messages[starts[turns] :])
-        plan = encode(rest, full.shapes[gone:], full.limits[gone:]) if turns else full
-        return plan, limits_of(plan), turns
+        row = encode(rest, full.shapes[gone:], full.limits[gone:]) if turns else full
+        return row, lower(row), turns
 
-    best, too_few = without(len(starts) - 1), 0  # to drop none is known not to do
+    best, too_few = without(len(starts) - 1), 0  # the row with all turns does not fit
     step, turns, bounded = 1, guess, {True: False, False: False}
     while best[1] is not None and best[2] - too_few > 1:
         turns = min(max(turns, too_few + 1), best[2] - 1)
@@ -145,28 +145,28 @@ def _shortest_cut(full: Plan, guess: int, encode: Encode, limits_of: Callable[[P
     return best
 
 
-def _starts(plan: Plan) -> list[int]:
-    """The message that each turn begins with: a user's, or the first where an answer comes before all questions."""
-    messages = plan.conversation.messages
+def _starts(row: EncodedRow) -> list[int]:
+    """Index of each turn's first message: a user's, or 0 where an answer comes before all questions."""
+    messages = row.conversation.messages
     return [n for n, message in enumerate(messages) if n == 0 or message.role == "user"]
 
 
-def _turns_to_drop(plan: Plan, max_length: int, tokens_per_tile: int) -> int:
-    """About how many turns are too many, by the characters of each and its fewest tiles."""
-    sizes = [sum(len(p) if isinstance(p, str) else 0 for p in m.parts) for m in plan.conversation.messages]
-    media = iter(plan.shapes)
-    fewest = [sum(next(media).frames for p in m.parts if not isinstance(p, str)) for m in plan.conversation.messages]
-    ratio = (len(plan.ids) - plan.num_tiles * tokens_per_tile) / max(1, sum(sizes))
+def _turns_to_drop(row: EncodedRow, max_length: int, tokens_per_tile: int) -> int:
+    """Estimate of the number of turns to drop, by the characters of each turn and its fewest tiles."""
+    sizes = [sum(len(p) if isinstance(p, str) else 0 for p in m.parts) for m in row.conversation.messages]
+    media = iter(row.shapes)
+    fewest = [sum(next(media).frames for p in m.parts if not isinstance(p, str)) for m in row.conversation.messages]
+    ratio = (len(row.ids) - row.num_tiles * tokens_per_tile) / max(1, sum(sizes))
     room: float = max_length
     n = len(sizes)
     while n and room >= 0:
         n -= 1
         room -= ratio * sizes[n] + fewest[n] * tokens_per_tile
-    return bisect.bisect_right(_starts(plan), n)
+    return bisect.bisect_right(_starts(row), n)
 
 
 def lowered(shapes: Sequence[Shape], limits: Sequence[int], budget: int, count: Count) -> list[int] | None:
-    """Limits under which all media together have at most `budget` tiles; None where there are none such.
+    """Lower limits until all media together have at most `budget` tiles; None where that is impossible.
 
     The medium with the most tiles, the first of several, is lowered by one step at a time.
     """

@@ -10,7 +10,7 @@ from ivl.data.workers import leave_signals, signals_held
 
 
 class WorkerLoader(DataLoader):
-    """A DataLoader whose workers neither end with Ctrl-C, SIGTERM or SIGHUP nor handle them."""
+    """DataLoader whose workers neither end with Ctrl-C, SIGTERM or SIGHUP nor handle them."""
 
     def __iter__(self) -> Any:
         self.worker_init_fn = leave_signals

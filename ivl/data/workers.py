@@ -1,7 +1,8 @@
-"""Child processes leave signals to the program: Ctrl-C, SIGTERM and SIGHUP reach every process of the group.
+"""Signals in child processes: loader workers and decoders leave them to the program.
 
-A loader worker or a decoder that ended with them would cost the run the step that is under way. They end with the
-program: a worker when its parent asks or is gone, a decoder when its input ends.
+Ctrl-C, SIGTERM and SIGHUP reach every process of the group. A loader worker or a decoder that ended with them would
+cost the run the step that is under way. They end with the program: a worker when its parent asks or is gone, a decoder
+when its input ends.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Start child processes inside: they, and the fork server, begin with these signals blocked, from the first
-    instruction on. The program itself receives them at the end.
+    """Context for starting child processes: they, and the fork server, begin with these signals blocked, from the first
+    instruction on. The program receives signals held back at the end.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -33,15 +34,16 @@ def signals_held() -> Iterator[None]:
 
 
 def leave_signals(worker: int = 0) -> None:
-    """Leave signals to the parent, in a loader's worker (its `worker_init_fn`): only the parent's own SIGTERM counts,
-    with which a loader ends a worker that hangs.
+    """Leave signals to the parent: `worker_init_fn` of a loader.
+
+    Only SIGTERM from the parent counts, with which a loader ends a worker that hangs.
     """
     if not hasattr(signal, "pthread_sigmask"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    else:  # macOS: no telling who sent it
+    else:  # macOS does not tell the sender
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 

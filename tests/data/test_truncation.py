@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ivl.data.truncation import Plan, Shape, fitted, lowered
+from ivl.data.truncation import EncodedRow, Shape, fitted, lowered
 from ivl.types import IGNORE, Conversation, Media, Message, UserError
 
 P = 4
@@ -26,7 +26,7 @@ class Encoder:
         length = 3 + sum(len(part) for m in conversation.messages for part in m.parts if isinstance(part, str))
         length += P * sum(map(sum, tiles))
         self.work += length
-        return Plan(conversation, list(shapes), list(limits), tiles, [0] * length, [IGNORE] * length)
+        return EncodedRow(conversation, list(shapes), list(limits), tiles, [0] * length, [IGNORE] * length)
 
 
 def dialogue(draw, turns, length, images=0.3, first="user"):

@@ -1,1 +1,1 @@
-"""Pictures and videos, from a path, URL or bytes to tiles."""
+"""Media: pictures and videos, from a path, URL or bytes to tiles."""

@@ -1,12 +1,12 @@
-"""Feature cache on disk: outputs of a frozen vision tower, by content, bounded, shared by runs.
+"""Feature cache on disk: outputs of a frozen vision tower by content, shared by runs.
 
 DIR/MODEL/ab/abcdef….safetensors   one image: (tiles, P, C), in the type they were computed in
 DIR/names/ab/cdef…                 a link whose text is the key of a file that has not changed since it was read
 
-MODEL names the weights and settings, so features of other weights are never used. A file is written under another name
-and moved into place, and carries a checksum: a file that a crash left counts as missing. Where the limit is reached,
-features of other models are removed first, longest unused first; then nothing more is added (in an epoch every image is
-used as often as any other, so replacing one by another gains nothing).
+The size of the cache is bounded. MODEL names the weights and settings, so features of other weights are never used. A
+file is written under another name and moved into place, and carries a checksum: a file that a crash left counts as
+missing. Where the limit is reached, features of other models are removed first, longest unused first; then nothing more
+is added (in an epoch every image is used as often as any other, so replacing one by another gains nothing).
 """
 
 from __future__ import annotations

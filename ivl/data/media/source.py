@@ -1,4 +1,4 @@
-"""Sources of media (path, URL, `data:` URI, bytes), opened as bytes; file kinds by the first bytes.
+"""Sources of media: path, URL, `data:` URI or bytes, opened; file kinds by the first bytes.
 
 Text never counts as a video: ffmpeg would follow a playlist to files and addresses that no row named.
 """

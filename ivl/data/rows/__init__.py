@@ -1,1 +1,1 @@
-"""A row of any format into a conversation."""
+"""Rows: files of rows, and a row of any format → conversation."""

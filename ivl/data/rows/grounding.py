@@ -1,4 +1,6 @@
-"""Grounding: `<ref-object>` and `<bbox>` marks → `<ref>` and `<box>` text; boxes of an answer.
+"""Grounding: marks for objects and boxes → `<ref>` and `<box>` text; boxes of an answer.
+
+The marks are `<ref-object>` and `<bbox>`; their contents are in the row's `objects`.
 
 Boxes are x1, y1, x2, y2; in texts integers 0..1000, thousandths of the width and height of the image as it was before
 any resize. Source: the grounding section of ms-swift's InternVL document.

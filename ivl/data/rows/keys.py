@@ -1,4 +1,4 @@
-"""Keys of rows, turns, parts, objects and media: keys that are read, and keys that are refused.
+"""Keys of rows, turns, parts, objects and media: those that are read, those refused.
 
 Each level of each format names the keys it reads. A key that is not read and would change the meaning of the row makes
 it a row with a problem. All others are gathered in `Keys.unread`; `check` and `fit` list them with counts.

@@ -1,4 +1,6 @@
-"""Row files with random access, not loaded into memory: jsonl or a JSON list, plain or compressed.
+"""Row files with random access: jsonl or a JSON list, plain or compressed.
+
+A file is not loaded into memory.
 
 The form is seen from the content, since files of one row a line are often named `.json` and lists `.jsonl`.
 """

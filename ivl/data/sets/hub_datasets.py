@@ -1,4 +1,4 @@
-"""Data sets by name: fetched once from Hugging Face or ModelScope, converted to rows, cached.
+"""Data sets by name: fetched from Hugging Face or ModelScope, converted to rows, cached.
 
 Names, repositories, prompts and the choice of answers are those of ms-swift's table of data sets, where it has them.
 The listing of a repository gives its tables: ModelScope's `<name>.json` (subset → split → meta, file), or files named

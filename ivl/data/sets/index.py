@@ -1,4 +1,4 @@
-"""Index: lengths of every row, from one parallel pass over text and image headers, cached on disk.
+"""Index: lengths of every row, from a parallel pass over text and headers, cached on disk.
 
 Packing, checking and planning read it. The cache key of a file's index holds the file's content and everything that
 decides lengths, so an index is never older than its file. Sizes and times of pictures and videos are stored with it:

@@ -1,7 +1,7 @@
 """Batch samplers: packs filled to the last token, or padded batches of rows of like length.
 
 Batches are decided from lengths alone, before any Example is made. They are the same for the same seed and epoch on
-every rank and with any number of workers. Each rank and each epoch has the same number. Each row of the epoch comes once.
+every rank and with any number of workers. Their number is the same for each rank and epoch. Each row comes once.
 
 Packing: the epoch's rows, in their shuffled order, are cut into windows of equal size. The rows of a window are taken
 longest first, those with tiles before those without. Each goes into the open pack that it fills best, or opens a new

@@ -1,1 +1,1 @@
-"""Conversations into token ids and labels: tokenizers and templates."""
+"""Text: conversations → token ids and labels, by tokenizers and templates."""

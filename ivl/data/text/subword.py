@@ -1,4 +1,4 @@
-"""Sub-word engines of the tokenizer: sentencepiece and `tokenizers`, read from a checkpoint's files.
+"""Sub-word engines of the tokenizer (sentencepiece, `tokenizers`), read from a checkpoint.
 
 An engine knows a vocabulary and nothing of added tokens. The bytes of its tokens add up to the bytes of the text.
 """
