@@ -22,7 +22,7 @@ from PIL import Image
 
 from ivl.config import Config
 from ivl.data.processor import Processor
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import build_index, drop_unusable
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.text.tokenizer import Tokenizer
@@ -68,14 +68,14 @@ def main() -> None:
         print(f"Python {platform.python_version()}, torch {torch.__version__}\n\n| what | result |\n| --- | --- |")
 
         began = time.perf_counter()
-        rows = Rows(path, processor)
+        rows = RowDataset(path, processor)
         print(f"| find the rows of the file | {time.perf_counter() - began:.2f} s |")
         began = time.perf_counter()
         index = build_index(rows, options.workers, cache_dir=folder / "cache")
         taken = time.perf_counter() - began
         print(f"| build the index | {taken:.1f} s, {options.rows / taken:.0f} rows a second |")
         began = time.perf_counter()
-        rows = Rows(path, processor)
+        rows = RowDataset(path, processor)
         rows, index = drop_unusable(rows, build_index(rows, cache_dir=folder / "cache"))
         print(f"| second start | {time.perf_counter() - began:.2f} s |")
         print(f"| peak memory of this process | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB |")

@@ -78,10 +78,10 @@ def counted(args: argparse.Namespace) -> tuple[float, float, float, float | None
     operations of our step a padded step takes that makes all logits, and of ours with kept features (LoRA)."""
     from ivl.config import Config
     from ivl.data.processor import Processor
-    from ivl.data.sets.dataset import Rows
+    from ivl.data.sets.dataset import RowDataset
     from ivl.estimate.flops import Adapter, Recomputed, Trained, Work, training_flops
 
-    read = Rows(args.rows, Processor.from_pretrained(args.model, max_tiles=args.max_tiles))
+    read = RowDataset(args.rows, Processor.from_pretrained(args.model, max_tiles=args.max_tiles))
     examples = [read[n] for n in range(len(read))]
     config, lora = Config.load(args.model), args.recipe == "lora"
     trained = Trained(language_model=Adapter(LORA["rank"])) if lora else Trained(*["full"] * 5)
@@ -169,7 +169,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import InternVLForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
     from ivl.data.processor import Processor
-    from ivl.data.sets.dataset import Rows
+    from ivl.data.sets.dataset import RowDataset
 
     processor = Processor.from_pretrained(args.model, max_tiles=args.max_tiles)
     model = InternVLForConditionalGeneration.from_pretrained(f"{args.model}-hf", dtype=torch.float32)
@@ -211,7 +211,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
         logging_steps=1, save_strategy="no", report_to=[], lr_scheduler_type="constant", learning_rate=RATE,
         max_grad_norm=0.0, use_cpu=True, remove_unused_columns=False, dataloader_num_workers=0, disable_tqdm=True,
     )  # fmt: skip
-    rows = Rows(args.rows, processor)
+    rows = RowDataset(args.rows, processor)
     trained = optimizer([p for p in model.parameters() if p.requires_grad])
     trainer = InOrder(
         model, settings, data_collator=collate, train_dataset=rows, callbacks=[Watch()], optimizers=(trained, None)

@@ -19,7 +19,7 @@ from ivl.data.media.load import MediaPolicy
 from ivl.data.media.tiler import VideoOptions
 from ivl.data.processor import Processor
 from ivl.data.rows.row_file import FileLimits
-from ivl.data.sets.dataset import Mixture, Part
+from ivl.data.sets.dataset import Mixture, MixtureSource
 from ivl.data.sets.facts import read_facts
 from ivl.data.sets.index import Index, answers_needed, build_index, concat, progress_bar, reasons
 from ivl.data.sets.sources import Source, open_sources
@@ -200,7 +200,7 @@ def _processor(args: Namespace) -> Processor:
 # Reading
 
 
-def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tuple[list[Part], list[str]]:
+def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tuple[list[MixtureSource], list[str]]:
     """The sources of an option, and what is wrong with those that cannot be read at all."""
     parts, problems = [], []
     for given in [files] if isinstance(files, str) else files:
@@ -220,7 +220,7 @@ def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tupl
     return parts, problems
 
 
-def _checked(name: str, parts: list[Part], args: Namespace) -> Checked:
+def _checked(name: str, parts: list[MixtureSource], args: Namespace) -> Checked:
     indexes, facts = [], []
     for part in parts:
         with progress_bar(f"{name}: lengths of {part.name}", part.rows) as progress:

@@ -23,7 +23,7 @@ from ivl.data.media.load import MediaPolicy
 from ivl.data.media.tiler import VideoOptions
 from ivl.data.processor import Processor
 from ivl.data.rows.row_file import FileLimits
-from ivl.data.sets.dataset import Mixture, Rows, split
+from ivl.data.sets.dataset import Mixture, RowDataset, split
 from ivl.data.sets.holdout import held_out, remember
 from ivl.data.sets.index import Index, answers_needed, concat, drop_unusable, write_report
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
@@ -158,7 +158,7 @@ class IvlData(LightningDataModule):
             compact_boxes=compact_boxes,
             system_message=system_message,
         )
-        self._rows: dict[str, Rows] = {}
+        self._rows: dict[str, RowDataset] = {}
         self._train: tuple[Mixture, Index] | None = None
         self.feature_cache, self.feature_cache_gb = feature_cache, feature_cache_gb
         self.feature_store: FeatureStore | None = None
@@ -179,7 +179,7 @@ class IvlData(LightningDataModule):
         else:
             self.rows({"validate": "val"}.get(stage, stage))
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> RowDataset:
         """The rows of val, test or predict, in their order. Raises UserError where no file is named."""
         if name not in self._rows:
             if name == "val" and self.val_fraction and not self.files["val"]:
@@ -200,7 +200,7 @@ class IvlData(LightningDataModule):
             if not files:
                 raise UserError(f"--data.{name}: not given; expected one or more files of rows (jsonl or json)")
             limits = self.file_limits
-            self._rows[name] = Rows(files, processor, root=self.media_root, seed=self.seed, limits=limits)
+            self._rows[name] = RowDataset(files, processor, root=self.media_root, seed=self.seed, limits=limits)
         return self._rows[name]
 
     def _set_up_training(self) -> None:

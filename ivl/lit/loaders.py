@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from ivl.data.processor import Processor
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import cores
 from ivl.data.worker_loader import WorkerLoader
 from ivl.types import IGNORE, Batch, Example
@@ -143,7 +143,7 @@ class PacedLoader(ResumableLoader):
 class Asked(Dataset):
     """Held-out rows with their index, as a prompt and with the answer, whose loss is wanted."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: RowDataset):
         self.rows = rows
 
     def __len__(self) -> int:

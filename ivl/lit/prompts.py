@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
 from ivl.data.processor import Processor
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import Index
 from ivl.types import Conversation, Example, UserError
 
@@ -57,7 +57,7 @@ def report_prompts(index: Index, keep_errors: bool) -> None:
 class Prompts(Dataset):
     """Rows to be answered, one by one. Where errors are not kept they are raised."""
 
-    def __init__(self, rows: Rows, keep_errors: bool):
+    def __init__(self, rows: RowDataset, keep_errors: bool):
         self.rows, self.keep_errors = rows, keep_errors
 
     def __getitem__(self, index: int) -> Prompt:

@@ -13,7 +13,7 @@ import yaml
 
 from ivl.__main__ import main
 from ivl.data.processor import Processor
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.finetune import tune as tuning
 from ivl.finetune.tune import Tune
 from ivl.model.internvl import InternVL
@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(base, tmp_path)
     """Its size too, which clipping and weight decay depend on, and which Adam alone would not show."""
     fit(base, tmp_path, data__batch_size=12, trainer__max_epochs=1)
     processor, model = Processor.from_pretrained(base / "model"), InternVL.from_pretrained(base / "model")
-    rows = Rows(base / "data/train.jsonl", processor)
+    rows = RowDataset(base / "data/train.jsonl", processor)
     tuning.apply(model, Tune("full", "full", "full"))
     loss = model(**processor.collate([rows[n] for n in range(len(rows))])).loss
     loss.backward()

@@ -1,6 +1,6 @@
 """Data sets: rows of files → Examples; mixtures of sources, and held-out rows.
 
-The key of a row is its number over all files of a `Rows`, or over all parts of a `Mixture`. With the key
+The key of a row is its number over all files of a `RowDataset`, or over all parts of a `Mixture`. With the key
 `(epoch, number)` random choices inside a row differ from epoch to epoch, in any process alike.
 """
 
@@ -47,7 +47,7 @@ class RowProcessor(Protocol):
     ) -> tuple[int, int, int, int]: ...
 
 
-class Rows(Dataset[Example]):
+class RowDataset(Dataset[Example]):
     """Data set of the rows of one or more files. Picklable for loader workers."""
 
     def __init__(
@@ -91,7 +91,7 @@ class Rows(Dataset[Example]):
     def __len__(self) -> int:
         return int(self._first[-1]) if self._selection is None else len(self._selection)
 
-    def select(self, numbers: np.ndarray) -> Rows:
+    def select(self, numbers: np.ndarray) -> RowDataset:
         """Rows of these numbers, in this order."""
         part = object.__new__(type(self))
         part.__dict__ = dict(self.__dict__)
@@ -99,7 +99,7 @@ class Rows(Dataset[Example]):
         part.lengths = None if self.lengths is None else self.lengths[numbers]
         return part
 
-    def per_file(self) -> list[Rows]:
+    def per_file(self) -> list[RowDataset]:
         """Rows of each file, all of them, selected or not."""
         parts = []
         for file in self.files:
@@ -167,10 +167,10 @@ class Rows(Dataset[Example]):
         return _gather(self, keys)
 
 
-def _gather(dataset: Rows | Mixture, keys: Sequence[Key]) -> list[Example]:
+def _gather(dataset: RowDataset | Mixture, keys: Sequence[Key]) -> list[Example]:
     examples, reasons = [], []
     for key in keys:
-        rows, inner = (dataset, key) if isinstance(dataset, Rows) else dataset.at(key)
+        rows, inner = (dataset, key) if isinstance(dataset, RowDataset) else dataset.at(key)
         try:
             examples.append(rows[inner])
         except UserError as error:
@@ -194,14 +194,14 @@ def permutation(count: int, *seed: int | str) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(_seed(*seed))).permutation(count)
 
 
-def digests(rows: Rows, seed: int = 0) -> np.ndarray:
+def digests(rows: RowDataset, seed: int = 0) -> np.ndarray:
     """Digest of each row's text, (rows,) uint64."""
     salt = str(seed).encode()
     hashes = (hashlib.blake2b(rows.raw(i).strip(), digest_size=8, key=salt).digest() for i in range(len(rows)))
     return np.frombuffer(b"".join(hashes), dtype=">u8")
 
 
-def split(rows: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
+def split(rows: RowDataset, fraction: float, seed: int = 0) -> tuple[RowDataset, RowDataset]:
     """Split into (training rows, held-out rows): `fraction` of the rows, at least one, is held out.
 
     The choice depends on the rows' text and `seed`, not on their order or on other rows of the file. Rows of equal text
@@ -219,10 +219,10 @@ def split(rows: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
 
 
 @dataclass(frozen=True)
-class Part:
+class MixtureSource:
     """One source of a mixture. Give `repeat` or `ratio` to all parts of a mixture, or neither."""
 
-    rows: Rows
+    rows: RowDataset
     name: str = ""
     repeat: float | None = None
     """Times that each row is seen in an epoch: 2 is twice, 0.1 a tenth of the rows, another tenth each epoch"""
@@ -237,9 +237,11 @@ class Mixture(Dataset[Example]):
     comes a third time before every row came twice.
     """
 
-    def __init__(self, parts: Sequence[Part | Rows], seed: int = 0, epoch_rows: int | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[MixtureSource | RowDataset], seed: int = 0, epoch_rows: int | None = None
+    ) -> None:
         """`epoch_rows`: rows of an epoch where parts have ratios."""
-        self.parts = [part if isinstance(part, Part) else Part(part) for part in parts]
+        self.parts = [part if isinstance(part, MixtureSource) else MixtureSource(part) for part in parts]
         if not self.parts:
             raise UserError("mixture: no sources; expected at least one")
         self.seed = seed
@@ -251,12 +253,12 @@ class Mixture(Dataset[Example]):
         return int(self.first[-1])
 
     @overload
-    def at(self, key: int) -> tuple[Rows, int]: ...
+    def at(self, key: int) -> tuple[RowDataset, int]: ...
 
     @overload
-    def at(self, key: Key) -> tuple[Rows, Key]: ...
+    def at(self, key: Key) -> tuple[RowDataset, Key]: ...
 
-    def at(self, key: Key) -> tuple[Rows, Key]:
+    def at(self, key: Key) -> tuple[RowDataset, Key]:
         """Rows of the part that a row belongs to, and its key there."""
         epoch, i = key if isinstance(key, tuple) else (None, key)
         if not 0 <= i < len(self):

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 import ivl
 from ivl.data.cache import default_cache, optional
 from ivl.data.rows.grounding import parse_boxes
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.data.worker_loader import WorkerLoader
 from ivl.files import whole_file
 from ivl.types import Conversation
@@ -26,7 +26,7 @@ _CHUNK = 256
 
 
 def read_facts(
-    rows: Rows,
+    rows: RowDataset,
     usable: np.ndarray,
     workers: int = 0,
     cache_dir: str | Path | None = None,
@@ -79,7 +79,7 @@ def _source(source: object) -> bytes:
 
 
 class _Facts(Dataset):
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: RowDataset) -> None:
         self.rows = rows
 
     def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _place(rows: Rows, usable: np.ndarray, media: bytes, folder: Path) -> Path:
+def _place(rows: RowDataset, usable: np.ndarray, media: bytes, folder: Path) -> Path:
     files = [(file.digest, str(Path(rows.root or file.path.parent).absolute())) for file in rows.files]
     settings = repr((ivl.__version__, files, rows.as_prompt, FACTS.descr)).encode()
     selection = np.ascontiguousarray(rows.numbers).tobytes() + np.packbits(usable).tobytes() + media

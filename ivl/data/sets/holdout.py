@@ -11,14 +11,14 @@ import numpy as np
 import yaml
 
 from ivl.data.rows.row_file import FileLimits
-from ivl.data.sets.dataset import RowProcessor, Rows, digests
+from ivl.data.sets.dataset import RowDataset, RowProcessor, digests
 from ivl.files import whole_file
 from ivl.types import UserError
 
 NAME = "validation-split"
 
 
-def remember(folder: str | Path, held: Rows, seed: int = 0) -> Path:
+def remember(folder: str | Path, held: RowDataset, seed: int = 0) -> Path:
     """Write a run's held-out rows into its folder; a different earlier file is never overwritten."""
     folder = Path(folder)
     new = folder / f".{NAME}.{os.getpid()}.json"
@@ -37,7 +37,7 @@ def remembered(folder: str | Path) -> Path | None:
     return paths[-1] if paths else None
 
 
-def save_split(path: str | Path, held: Rows, seed: int = 0) -> None:
+def save_split(path: str | Path, held: RowDataset, seed: int = 0) -> None:
     """Write the held-out rows of `ivl.data.sets.dataset.split`: their files, and a digest of each row's text."""
     record = {
         "files": [str(file.path.absolute()) for file in held.files],
@@ -53,20 +53,20 @@ def save_split(path: str | Path, held: Rows, seed: int = 0) -> None:
 
 def open_split(
     path: str | Path, processor: RowProcessor, root: str | Path | None = None, limits: FileLimits | None = None
-) -> Rows:
+) -> RowDataset:
     """Held-out rows of a file that `save_split` wrote, from the files of rows it names.
 
-    `root`, `limits`: as in `Rows`; `root` is used where the run had none. Raises UserError as `load_split`.
+    `root`, `limits`: as in `RowDataset`; `root` is used where the run had none. Raises UserError as `load_split`.
     """
     record = _read(path)
     root, source, max_tiles = record.get("root") or root, record.get("source") or "", record.get("max_tiles")
-    rows = Rows(record["files"], processor, root=root, source=source, max_tiles=max_tiles, limits=limits)
+    rows = RowDataset(record["files"], processor, root=root, source=source, max_tiles=max_tiles, limits=limits)
     return load_split(path, rows)[1]
 
 
 def held_out(
     run: str | Path, processor: RowProcessor, root: str | Path | None = None, limits: FileLimits | None = None
-) -> Rows:
+) -> RowDataset:
     """Rows that a run held out: those of its split file, or its files of `data.val`. Raises UserError where none."""
     if (path := remembered(run)) is not None:
         return open_split(path, processor, root, limits)
@@ -76,10 +76,10 @@ def held_out(
     files = (yaml.safe_load(settings.read_text(encoding="utf-8")).get("data") or {}).get("val")
     if not files:
         raise UserError(f"--data.split: {run} held out no rows by data.val or data.val_fraction; give --data.predict")
-    return Rows(files, processor, root=root, limits=limits)
+    return RowDataset(files, processor, root=root, limits=limits)
 
 
-def load_split(path: str | Path, rows: Rows) -> tuple[Rows, Rows]:
+def load_split(path: str | Path, rows: RowDataset) -> tuple[RowDataset, RowDataset]:
     """Split into (training rows, held-out rows) as a split file says, also where files were moved, sorted or added to.
 
     Raises UserError where the file is no split, or a held-out row is not among `rows`.

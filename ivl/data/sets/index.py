@@ -31,7 +31,7 @@ from ivl.data.media.tiling import plain_pictures
 from ivl.data.processor import TooLong
 from ivl.data.rows.formats import is_url
 from ivl.data.sets import unread_keys as unread
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.media_stamps import MediaStamps
 from ivl.data.truncation import CHANGES, changes
 from ivl.data.worker_loader import WorkerLoader
@@ -64,7 +64,7 @@ MediaCheck = Literal["header", "decode"]
 
 @dataclass
 class Index:
-    """Lengths of the rows of a `Rows`, in its order."""
+    """Lengths of the rows of a `RowDataset`, in its order."""
 
     records: np.ndarray
     """(rows,) of RECORD"""
@@ -116,7 +116,7 @@ class Index:
 
 
 def concat(indexes: Sequence[Index]) -> Index:
-    """Concatenate the indexes of several `Rows`, numbered as in a `Mixture`."""
+    """Concatenate the indexes of several `RowDataset`, numbered as in a `Mixture`."""
     if len(indexes) == 1:
         return indexes[0]
     total = Index(np.concatenate([index.records for index in indexes]))
@@ -131,7 +131,7 @@ def concat(indexes: Sequence[Index]) -> Index:
     return total
 
 
-def answers_needed(rows: Rows, index: Index) -> Index:
+def answers_needed(rows: RowDataset, index: Index) -> Index:
     """Index for training or scoring: rows without an answer (prompts) become problems."""
     prompts = np.flatnonzero(index.records["usable"] & (index.supervised == 0))
     answered = Index(index.records.copy(), dict(index.problems), index.dropped, index.unread)
@@ -142,7 +142,7 @@ def answers_needed(rows: Rows, index: Index) -> Index:
 
 
 def build_index(
-    rows: Rows,
+    rows: RowDataset,
     workers: int | None = None,
     media: MediaCheck = "header",
     probe_urls: bool = False,
@@ -200,12 +200,12 @@ def _renew(index: Index, stale: np.ndarray, fresh: Index) -> None:
 
 
 def drop_unusable(
-    rows: Rows,
+    rows: RowDataset,
     index: Index,
     max_bad: float = 0.05,
     report: str | Path | None = None,
     written: bool = False,
-) -> tuple[Rows, Index]:
+) -> tuple[RowDataset, Index]:
     """Drop rows that cannot be used. Returns the usable rows and their index; Examples must have these lengths later.
 
     Rows that `on_too_long: drop` leaves out are dropped. A row with a problem raises where `rows.on_error` is error,
@@ -271,7 +271,7 @@ def _reason(problem: str) -> str:
 class _Probe(Dataset):
     """Data set of chunks: numbers of rows → their records and problems."""
 
-    def __init__(self, rows: Rows, media: MediaCheck, probe_urls: bool) -> None:
+    def __init__(self, rows: RowDataset, media: MediaCheck, probe_urls: bool) -> None:
         self.rows, self.media, self.probe_urls = rows, media, probe_urls
         self._seen: list[MediaStamps] = []
 
@@ -358,7 +358,7 @@ def _load(path: Path, count: int) -> Index | None:
 
 
 @contextlib.contextmanager
-def progress_bar(text: str, rows: Rows) -> Iterator[Callable[[int], None]]:
+def progress_bar(text: str, rows: RowDataset) -> Iterator[Callable[[int], None]]:
     """Progress bar on the terminal for work on rows. Yields a function to call with the number of rows done."""
     with tqdm(total=len(rows), desc=printable(text, " "), unit="row", disable=None, leave=False) as bar:
 

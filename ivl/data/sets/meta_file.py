@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ivl.data.sets.dataset import Part, RowProcessor, Rows
+from ivl.data.sets.dataset import MixtureSource, RowDataset, RowProcessor
 from ivl.types import UserError
 
 
-def read_meta(path: str | Path, processor: RowProcessor, **options: Any) -> list[Part]:
+def read_meta(path: str | Path, processor: RowProcessor, **options: Any) -> list[MixtureSource]:
     """Sources of an OpenGVLab meta file: name → root, annotation, repeat_time, max_dynamic_patch, length.
 
     `annotation` is a file of rows or a list of them. Paths are tried as seen from the working directory, then from the
     meta file's folder; `root` first from where the annotations are. A `repeat_time` below 1 takes that share of the
-    rows, another one each epoch. `length` is not needed. `options` go to `Rows`.
+    rows, another one each epoch. `length` is not needed. `options` go to `RowDataset`.
     Raises UserError naming the source and the key.
     """
     try:
@@ -29,8 +29,8 @@ def read_meta(path: str | Path, processor: RowProcessor, **options: Any) -> list
     parts = []
     for name, entry in meta.items():
         files, source_options, repeat = _meta_source(entry, Path(path).parent, f"{path}: {name}")
-        rows = Rows(files, processor, **(options | {"source": name} | source_options))
-        parts.append(Part(rows, name, repeat=repeat))
+        rows = RowDataset(files, processor, **(options | {"source": name} | source_options))
+        parts.append(MixtureSource(rows, name, repeat=repeat))
     return parts
 
 
@@ -38,7 +38,7 @@ _META = ("root", "annotation", "repeat_time", "max_dynamic_patch", "length", "da
 
 
 def _meta_source(entry: dict[str, Any], folder: Path, where: str) -> tuple[list[Path], dict[str, Any], float]:
-    """Files, options of `Rows`, and repeats of one source of a meta file."""
+    """Files, options of `RowDataset`, and repeats of one source of a meta file."""
     if unknown := sorted(entry.keys() - set(_META)):
         raise UserError(f"{where}: {unknown[0]} is not read; expected {', '.join(_META)}; remove it")
     if entry.get("data_augment"):

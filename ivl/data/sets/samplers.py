@@ -81,7 +81,7 @@ def _fill(places: list[int], tokens: np.ndarray, tiles: np.ndarray, max_tokens: 
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
-    """Base of the batch samplers of one rank. A batch is a list of (epoch, row): keys of a `Rows` or a `Mixture`."""
+    """Base of the batch samplers of one rank. A batch is a list of keys (epoch, row) of a `RowDataset` or `Mixture`."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ivl.data.sets import hub_datasets as named
-from ivl.data.sets.dataset import Part, RowProcessor, Rows, permutation
+from ivl.data.sets.dataset import MixtureSource, RowDataset, RowProcessor, permutation
 from ivl.data.sets.meta_file import read_meta
 from ivl.types import UserError
 
@@ -43,12 +43,12 @@ SourceLike = str | Path | Source
 
 def open_sources(
     values: SourceLike | Sequence[SourceLike], processor: RowProcessor, root: str | Path | None = None, **options: Any
-) -> list[Part]:
+) -> list[MixtureSource]:
     """Open the sources of a data option as parts of a mixture.
 
     A source is a file of rows, an OpenGVLab meta file (see `read_meta`), or a name of `ivl.data.sets.hub_datasets`.
-    `#N` after it takes N of its rows, the same ones for the same seed. `options` go to `Rows`. The root and tile limit
-    of a Source go before `root`, and those of a meta file before both. Raises UserError naming the file.
+    `#N` after it takes N of its rows, the same ones for the same seed. `options` go to `RowDataset`. The root and tile
+    limit of a Source go before `root`, and those of a meta file before both. Raises UserError naming the file.
     """
     values = [values] if isinstance(values, (str, Path, Source)) else list(values)
     if not values:
@@ -57,7 +57,9 @@ def open_sources(
     return [part for source in sources for part in _parts(source, processor, root, options)]
 
 
-def _parts(source: Source, processor: RowProcessor, root: str | Path | None, options: dict[str, Any]) -> list[Part]:
+def _parts(
+    source: Source, processor: RowProcessor, root: str | Path | None, options: dict[str, Any]
+) -> list[MixtureSource]:
     path = Path(source.path).expanduser()
     counted = None if path.exists() else _COUNT.fullmatch(source.path)
     if counted:
@@ -76,11 +78,11 @@ def _parts(source: Source, processor: RowProcessor, root: str | Path | None, opt
                 f"{path}: a meta file says how often each of its sources is seen; leave repeat and ratio out"
             )
         return read_meta(path, processor, **options)
-    rows = Rows(path, processor, **options)
-    return [Part(rows, source.name or Path(source.path).name, source.repeat, source.ratio)]
+    rows = RowDataset(path, processor, **options)
+    return [MixtureSource(rows, source.name or Path(source.path).name, source.repeat, source.ratio)]
 
 
-def _sampled(part: Part, count: int, file: str) -> Part:
+def _sampled(part: MixtureSource, count: int, file: str) -> MixtureSource:
     if not 0 < count <= len(part.rows):
         raise UserError(f"{file}: asked for {count} rows of {len(part.rows)}; expected 1 to {len(part.rows)}")
     numbers = sorted(permutation(len(part.rows), part.rows.seed, "sample", part.name)[:count])

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import Index, build_index, progress_bar, reasons
 from ivl.data.sets.unread_keys import describe
 
 
-def looked_through(rows: Rows, name: str, probe_urls: bool = False) -> Index:
+def looked_through(rows: RowDataset, name: str, probe_urls: bool = False) -> Index:
     """The index of rows, with a bar on the terminal where it is made."""
     with progress_bar(f"index {name}", rows) as progress:
         return build_index(rows, probe_urls=probe_urls, progress=progress)

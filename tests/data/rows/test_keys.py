@@ -7,7 +7,7 @@ import pytest
 from ivl.data.processor import Processor
 from ivl.data.rows.formats import parse
 from ivl.data.rows.keys import LOSS
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import build_index
 from ivl.data.sets.unread_keys import counts, describe, merged, number_of
 from ivl.types import Media, UserError
@@ -201,7 +201,7 @@ def test_an_index_counts_the_keys_that_are_not_read(tmp_path):
     }
     for name, rows in files.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = Rows([tmp_path / name for name in files], Processor.from_pretrained(tmp_path / "model"))
+    rows = RowDataset([tmp_path / name for name in files], Processor.from_pretrained(tmp_path / "model"))
     for _ in range(2):  # made, and from the cache
         index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
         assert index.unread_keys() == [("score", 2, 1), ("width", 2, 2)] and len(index.problems) == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ivl.data.sets.dataset import Mixture, Part, Rows, split
+from ivl.data.sets.dataset import Mixture, MixtureSource, RowDataset, split
 from ivl.data.sets.meta_file import read_meta
 from ivl.types import Conversation, Example, Message, UserError
 
@@ -45,7 +45,7 @@ def query(rows, i):
 
 def test_rows_of_several_files(tmp_path):
     a, b = write(tmp_path, "a.jsonl", 3), write(tmp_path / "sub", "b.jsonl", 2, source="own")
-    rows = Rows([a, b], Stub(), source="mine")
+    rows = RowDataset([a, b], Stub(), source="mine")
     assert [query(rows, i) for i in range(len(rows))] == [
         "a.jsonl 0",
         "a.jsonl 1",
@@ -56,20 +56,20 @@ def test_rows_of_several_files(tmp_path):
     assert rows.where(4) == f"{b}:2" and rows.row(4)["source"] == "own"
     assert [rows.conversation(i).source for i in (0, 4)] == ["mine", "own"]
     assert [rows.conversation(i).id for i in (0, 4)] == [str(tmp_path), str(tmp_path / "sub")]
-    assert Rows(a, Stub(), root="media").conversation(0).id == "media"
+    assert RowDataset(a, Stub(), root="media").conversation(0).id == "media"
     chosen = rows.select(np.array([4, 0, 2])).select(np.array([0, 2]))
     assert [query(chosen, i) for i in range(2)] == ["b.jsonl 1", "a.jsonl 2"] and chosen.numbers.tolist() == [4, 2]
     assert [len(part) for part in chosen.per_file()] == [3, 2] and query(chosen.per_file()[1], 0) == "b.jsonl 0"
     for i in (5, -1):
         with pytest.raises(IndexError):
             rows[i]
-    prompt = Rows(a, Stub(), as_prompt=True).conversation(0)
+    prompt = RowDataset(a, Stub(), as_prompt=True).conversation(0)
     assert prompt.messages[-1].role == "user" and prompt.reference == "r"
 
 
 def test_random_choices_belong_to_the_row(tmp_path):
     """Not to the worker, the order, or the selection."""
-    rows = Rows(write(tmp_path, "a.jsonl", 12), Stub(), seed=3)
+    rows = RowDataset(write(tmp_path, "a.jsonl", 12), Stub(), seed=3)
     first = [int(rows[i].input_ids[0]) for i in range(12)]
     assert len(set(first)) > 6
     for workers in (0, 1, 4):
@@ -78,7 +78,7 @@ def test_random_choices_belong_to_the_row(tmp_path):
     assert int(rows.select(np.array([5]))[0].input_ids[0]) == first[5]
     assert [int(rows[0, i].input_ids[0]) for i in range(12)] == first
     assert [int(rows[1, i].input_ids[0]) for i in range(12)] != first
-    assert int(Rows(rows.files[0].path, Stub(), seed=4)[0].input_ids[0]) != first[0]
+    assert int(RowDataset(rows.files[0].path, Stub(), seed=4)[0].input_ids[0]) != first[0]
     again = pickle.loads(pickle.dumps(rows))
     assert [int(again[i].input_ids[0]) for i in range(12)] == first
 
@@ -88,8 +88,8 @@ def test_bad_rows_stop_or_are_left_out(tmp_path):
     queries = ["fine", "damaged", "fine", None]
     path.write_text("".join(json.dumps({"query": q, "response": "r"} if q else {}) + "\n" for q in queries))
     with pytest.raises(UserError, match=r"a\.jsonl:2: a\.jpg"):
-        Rows(path, Stub()).__getitems__([0, 1])
-    rows = Rows(path, Stub(), on_error="skip")
+        RowDataset(path, Stub()).__getitems__([0, 1])
+    rows = RowDataset(path, Stub(), on_error="skip")
     skipped = []
     rows.on_skip = skipped.append
     for dataset, keys in ((rows, [0, 1, 2, 3]), (Mixture([rows]), [(0, 0), (0, 1), (0, 2), (0, 3)])):
@@ -101,7 +101,7 @@ def test_bad_rows_stop_or_are_left_out(tmp_path):
 
 
 def test_what_the_index_said_is_checked(tmp_path):
-    rows = Rows(write(tmp_path, "a.jsonl", 3), Stub(), max_tiles=2)
+    rows = RowDataset(write(tmp_path, "a.jsonl", 3), Stub(), max_tiles=2)
     rows.lengths = np.array([[9, 2], [9, 2], [9, 3]])
     assert len(rows[1].tiles) == 2
     with pytest.raises(UserError, match=r"a\.jsonl:3: 9 tokens and 2 tiles, but its index says 9 and 3"):
@@ -112,28 +112,31 @@ def test_what_the_index_said_is_checked(tmp_path):
 
 def test_split_is_exact_disjoint_and_does_not_depend_on_the_order(tmp_path):
     path = write(tmp_path, "a.jsonl", 200)
-    train, val = split(Rows(path, Stub()), 0.1)
+    train, val = split(RowDataset(path, Stub()), 0.1)
     names = [{query(part, i) for i in range(len(part))} for part in (train, val)]
     assert [len(train), len(val)] == [180, 20] == [len(name) for name in names]
     assert not names[0] & names[1]
     lines = path.read_text().splitlines()
     other = tmp_path / "b.jsonl"
     other.write_text("\n".join(reversed(lines)))
-    _, again = split(Rows(other, Stub()), 0.1)
+    _, again = split(RowDataset(other, Stub()), 0.1)
     assert {query(again, i) for i in range(20)} == names[1]
-    _, seeded = split(Rows(path, Stub()), 0.1, seed=1)
+    _, seeded = split(RowDataset(path, Stub()), 0.1, seed=1)
     assert {query(seeded, i) for i in range(20)} != names[1]
     other.write_text("\n".join(lines[:100] + lines[:100]))
-    train, val = split(Rows(other, Stub()), 0.1)
+    train, val = split(RowDataset(other, Stub()), 0.1)
     assert not {query(train, i) for i in range(len(train))} & {query(val, i) for i in range(len(val))}
     for fraction in (0, 1, -1, 2):
         with pytest.raises(UserError, match="val_fraction"):
-            split(Rows(path, Stub()), fraction)
+            split(RowDataset(path, Stub()), fraction)
 
 
 def test_mixture_is_exact(tmp_path):
-    a, b = Rows(write(tmp_path, "a.jsonl", 10), Stub()), Rows(write(tmp_path, "b.jsonl", 7), Stub(), source="bees")
-    mixture = Mixture([Part(a, "ants", repeat=2), Part(b, repeat=0.5)], seed=1)
+    a, b = (
+        RowDataset(write(tmp_path, "a.jsonl", 10), Stub()),
+        RowDataset(write(tmp_path, "b.jsonl", 7), Stub(), source="bees"),
+    )
+    mixture = Mixture([MixtureSource(a, "ants", repeat=2), MixtureSource(b, repeat=0.5)], seed=1)
     assert mixture.counts == [20, 4] and len(mixture) == 17
     assert "| bees | 7 | 4 | 0.571 | 16.7% |" in mixture.describe()
     seen = Counter()
@@ -157,27 +160,27 @@ def test_mixture_is_exact(tmp_path):
 
 
 def test_mixture_by_ratio(tmp_path):
-    parts = [Rows(write(tmp_path, f"{n}.jsonl", n), Stub()) for n in (10, 20, 30)]
-    mixture = Mixture([Part(rows, ratio=1) for rows in parts])
+    parts = [RowDataset(write(tmp_path, f"{n}.jsonl", n), Stub()) for n in (10, 20, 30)]
+    mixture = Mixture([MixtureSource(rows, ratio=1) for rows in parts])
     assert mixture.counts == [20, 20, 20]
-    mixture = Mixture([Part(rows, ratio=r) for rows, r in zip(parts, (1, 1, 5))], epoch_rows=100)
+    mixture = Mixture([MixtureSource(rows, ratio=r) for rows, r in zip(parts, (1, 1, 5))], epoch_rows=100)
     assert sum(mixture.counts) == 100 and mixture.counts == [14, 14, 72]
     assert Mixture(parts).counts == [10, 20, 30]
 
 
 def test_mixture_refusals(tmp_path):
-    rows = Rows(write(tmp_path, "a.jsonl", 10), Stub())
+    rows = RowDataset(write(tmp_path, "a.jsonl", 10), Stub())
     for parts, words in (
         ([], "no sources"),
-        ([Part(rows, repeat=0)], "above 0"),
-        ([Part(rows, repeat=1, ratio=1)], "repeat or ratio"),
-        ([Part(rows, ratio=1), Part(rows)], "some have none"),
-        ([Part(rows, repeat=0.01)], "less than one row"),
+        ([MixtureSource(rows, repeat=0)], "above 0"),
+        ([MixtureSource(rows, repeat=1, ratio=1)], "repeat or ratio"),
+        ([MixtureSource(rows, ratio=1), MixtureSource(rows)], "some have none"),
+        ([MixtureSource(rows, repeat=0.01)], "less than one row"),
     ):
         with pytest.raises(UserError, match=words):
             Mixture(parts)
     with pytest.raises(UserError, match="no files"):
-        Rows([], Stub())
+        RowDataset([], Stub())
 
 
 def test_meta_file(tmp_path, monkeypatch):

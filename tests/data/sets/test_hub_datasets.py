@@ -13,7 +13,7 @@ from PIL import Image
 
 from ivl.data.media.download import FetchPolicy
 from ivl.data.sets import hub_datasets as named
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.sources import open_sources
 from ivl.types import Conversation, Message, UserError
 
@@ -222,4 +222,4 @@ def test_a_name_where_a_file_is_accepted(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a file of that name is the file
     (tmp_path / "coco-en-2-mini").write_text('{"query": "q", "response": "r"}')
     (part,) = open_sources("coco-en-2-mini", Stub(), **options)
-    assert isinstance(part.rows, Rows) and len(part.rows) == 1
+    assert isinstance(part.rows, RowDataset) and len(part.rows) == 1

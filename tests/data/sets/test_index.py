@@ -13,7 +13,7 @@ from PIL import Image
 
 from ivl.data.processor import Processor
 from ivl.data.sets import index as indexing
-from ivl.data.sets.dataset import Rows
+from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import Index, build_index, concat, drop_unusable, fingerprint, reasons
 from ivl.data.truncation import changes
 from ivl.types import UserError
@@ -80,7 +80,7 @@ def test_lengths_equal_those_of_1000_examples(checkpoint, tmp_path, options):
     path = tmp_path / "a.jsonl"
     count = 1000 if not options else 300
     path.write_text("".join(json.dumps(random_row(rng, names)) + "\n" for _ in range(count)))
-    rows = Rows(path, Processor.from_pretrained(checkpoint, **options))
+    rows = RowDataset(path, Processor.from_pretrained(checkpoint, **options))
     index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
     assert bool(index.dropped) == ("on_too_long" in options) and index.tiles.max() > 3
     kept, part = drop_unusable(rows, index)
@@ -118,7 +118,7 @@ def small(checkpoint, tmp_path):
     processor = Processor.from_pretrained(checkpoint)
 
     def make(*names, **options):
-        return Rows([tmp_path / name for name in names or ("a.jsonl", "b.jsonl")], processor, **options)
+        return RowDataset([tmp_path / name for name in names or ("a.jsonl", "b.jsonl")], processor, **options)
 
     return make
 
@@ -251,7 +251,7 @@ def test_nothing_left(small, tmp_path):
 def test_urls_are_not_asked(checkpoint, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"query": "a", "response": "b", "images": ["http://nowhere.invalid/a.png"]}) + "\n")
-    rows = Rows(path, Processor.from_pretrained(checkpoint))
+    rows = RowDataset(path, Processor.from_pretrained(checkpoint))
     index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
     assert not index.problems and index.tiles[0] == 13 and not index.records["exact"][0]
     kept, _ = drop_unusable(rows, index)
@@ -357,7 +357,7 @@ def test_frames_in_a_folder_and_in_a_list(checkpoint, tmp_path):
         {"query": "a", "response": "b", "videos": [["frames/0.png", "frames/1.png"]]},
     ]
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = Rows(tmp_path / "v.jsonl", Processor.from_pretrained(checkpoint))
+    rows = RowDataset(tmp_path / "v.jsonl", Processor.from_pretrained(checkpoint))
     index = build_index(rows, workers=0, cache_dir=tmp_path / "cache")
     assert not len(index.media.changed()) and index.media.rows.tolist() == [0, 1, 1]
     (folder / "1.png").write_bytes(b"")
@@ -371,7 +371,7 @@ def test_pictures_of_one_colour_are_counted_where_they_are_decoded(checkpoint, t
     Image.effect_noise((100, 100), 90).save(tmp_path / "noise.png")
     row = {"query": "a", "response": "b", "images": ["black.jpg", "noise.png", "black.jpg"]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    rows = Rows(tmp_path / "a.jsonl", Processor.from_pretrained(checkpoint))
+    rows = RowDataset(tmp_path / "a.jsonl", Processor.from_pretrained(checkpoint))
     for media, count in (("decode", 2), ("header", 0)):
         index = build_index(rows, workers=0, media=media, cache_dir=tmp_path / "cache")
         assert index.records["plain"].tolist() == [count]

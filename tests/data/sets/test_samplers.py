@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ivl.data.sets.dataset import Mixture, Part, Rows
+from ivl.data.sets.dataset import Mixture, MixtureSource, RowDataset
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches, fill_packs
 from ivl.types import UserError
 from tests.data.sets.test_dataset import Stub
@@ -126,7 +126,7 @@ def rows(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [{"query": "x" * int(rng.integers(1, 90)), "response": str(n)} for n in range(200)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Rows(path, Stub(), seed=1)
+    return RowDataset(path, Stub(), seed=1)
 
 
 def lengths(rows):
@@ -188,7 +188,7 @@ def test_resume_through_state(rows):
 
 def test_a_mixture_is_packed_in_its_proportions(rows, tmp_path):
     half = rows.select(np.arange(100)), rows.select(np.arange(100, 200))
-    mixture = Mixture([Part(half[0], "a", repeat=2), Part(half[1], "b", repeat=0.5)], seed=2)
+    mixture = Mixture([MixtureSource(half[0], "a", repeat=2), MixtureSource(half[1], "b", repeat=0.5)], seed=2)
     tokens, tiles = lengths(rows)
     sampler = PackedBatches(tokens, tiles, 256, order=mixture.order)
     for epoch in range(2):
