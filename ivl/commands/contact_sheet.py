@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from ivl.data.media import load as media
 from ivl.data.processor import Processor
-from ivl.lit.callbacks.images import EXPECTED, GIVEN, draw_boxes, lettering, wrapped
+from ivl.lit.callbacks.images import ANSWERED, EXPECTED, draw_boxes, lettering, wrapped
 from ivl.types import Conversation, Media, Message
 
 WIDTH, HEIGHT, LINE, LINES = 320, 240, 13, 7
@@ -29,7 +29,7 @@ def cell(row: Conversation, about: str, processor: Processor) -> Image.Image:
         if len(row.media) == 1 and row.media[0].kind == "image":
             draw = ImageDraw.Draw(picture)
             for message in row.messages:
-                draw_boxes(draw, message.text, picture.size, EXPECTED if message.role == "assistant" else GIVEN)
+                draw_boxes(draw, message.text, picture.size, EXPECTED if message.role == "assistant" else ANSWERED)
         place = n % across * WIDTH // across, n // across * HEIGHT // 2
         drawn.paste(picture, place)
         bottom = max(bottom, place[1] + picture.height)

@@ -1,4 +1,4 @@
-"""Answers in words: how they are made, in validation a batch at a time, in prediction as rows come and go."""
+"""Generation of answers: by batches in validation, by continuous batching in prediction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ivl.types import Batch, Conversation, UserError
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are generated in validation and prediction."""
+    """Options of sampling and length of answers, in validation and prediction."""
 
     max_new_tokens: int = 128
     """The longest answer, in tokens."""
@@ -62,7 +62,7 @@ class Generation:
 
 
 class Answering:
-    """The rows of a prediction on their way through the engine."""
+    """Answering of prompts by the engine, row by row."""
 
     def __init__(
         self,
@@ -74,20 +74,21 @@ class Answering:
         keep_errors: bool = False,
         compiled: bool = False,
     ) -> None:
-        """`name`: what the model is called in the record of a score. `keep_errors`: a row that the model cannot take
-        is answered with its error; else it is raised. `compiled`: the decoding step by torch.compile."""
-        chosen, criteria = generation, stopping_criteria(model, processor, generation)
+        """`name`: name of the model in the record of a score. `keep_errors`: a row that the model cannot take is
+        answered with its error; else the error is raised. `compiled`: the decoding step by torch.compile."""
+        criteria = stopping_criteria(model, processor, generation)
         self.model, self.name = model, name
-        settings = chosen.sampling_params, chosen.max_new_tokens, chosen.num_beams, batching, chosen.logprobs
+        params, limit = generation.sampling_params, generation.max_new_tokens
         runner = StepRunner(model.language_model, model.device, batching.graphs, compiled)
+        settings = params, limit, generation.num_beams, batching, generation.logprobs
         self.engine = Engine(model, criteria, *settings, runner=runner)
         self._siblings: dict[int, list[Request]] = {}
-        """Requests of each row that is being answered"""
+        """Index of a row that is being answered → its requests"""
         self.processor, self.generation, self.keep_errors = processor, generation, keep_errors
 
     @cached_property
-    def made_by(self) -> Row:
-        """What the answers are made with, for the record of their score."""
+    def answer_settings(self) -> Row:
+        """Model and settings of the answers, for the record of their score."""
         video = self.processor.tiler.video
         return {
             "model": f"{self.name}@{fingerprint(self.model.state_dict().items())}",
@@ -97,7 +98,7 @@ class Answering:
         }
 
     def take(self, prompt: Prompt) -> list[Row]:
-        """Hand a prompt to the engine. Returns the rows whose answers have come to an end meanwhile."""
+        """Submit a prompt to the engine. Returns the rows whose answers ended meanwhile."""
         if prompt.index == LAST:
             return []
         example = prompt.example
@@ -118,7 +119,7 @@ class Answering:
         return rows
 
     def step(self) -> list[Row]:
-        """The next token of every row that is being answered. Returns those that have come to an end."""
+        """Decode the next token of every row that is being answered. Returns the rows that ended."""
         rows = []
         for request in self.engine.step():
             siblings = self._siblings.get(request.key.index, [])
@@ -128,7 +129,7 @@ class Answering:
         return rows
 
     def _row(self, requests: Sequence[Request]) -> Row:
-        """Return the line of a row whose answers have all come to an end."""
+        """Return the line of a row whose answers have all ended."""
         prompt: Prompt = requests[0].key
         example = prompt.example
         assert example is not None, "it was submitted"
@@ -142,10 +143,10 @@ class Answering:
             row["logprobs"] = first.logprobs
         if len(requests) > 1:
             row["responses"] = [_response(text, request.answer) for text, request in zip(texts, requests)]
-        return row | self.made_by
+        return row | self.answer_settings
 
     def _failed(self, prompt: Prompt, error: str) -> Row:
-        """The line of a row that has no answer. Raises UserError where errors are not kept."""
+        """Return the line of a row without an answer. Raises UserError where errors are not kept."""
         text = f"{prompt.where}: {error}"
         if not self.keep_errors:
             raise UserError(text)
@@ -160,29 +161,30 @@ def _response(text: str, answer: Answer) -> Row:
 
 
 @contextmanager
-def rows_named(rows: Sequence[Conversation]) -> Iterator[None]:
-    """An error about logits that are not finite begins with where its row stands."""
+def name_rows(rows: Sequence[Conversation]) -> Iterator[None]:
+    """Prefix errors of logits that are not finite with the place of their row."""
     try:
         yield
     except NotFinite as error:
         raise UserError(f"{rows[error.row].where}: {error}") from error
 
 
-def stopping_criteria(model: InternVL, processor: Processor, chosen: Generation) -> StoppingCriteria:
-    """Return what ends an answer: the checkpoint's end tokens, the template's, and the texts chosen."""
+def stopping_criteria(model: InternVL, processor: Processor, generation: Generation) -> StoppingCriteria:
+    """Return the stopping criteria: end tokens of checkpoint and template, and the texts of `generation.stop`."""
     eos_ids = [*processor.stop_ids, *model.eos_ids]
-    return StoppingCriteria(eos_ids, stopped=processor.stopped_by(chosen.stop), min_new_tokens=chosen.min_new_tokens)
+    stopped = processor.stopped_by(generation.stop)
+    return StoppingCriteria(eos_ids, stopped=stopped, min_new_tokens=generation.min_new_tokens)
 
 
 def answers(
-    model: InternVL, processor: Processor, chosen: Generation, prompts: Batch, all_done: Callable[[bool], bool]
+    model: InternVL, processor: Processor, generation: Generation, prompts: Batch, all_done: Callable[[bool], bool]
 ) -> list[str]:
-    """The answers of a batch of prompts. `all_done`: as in `ivl.inference.generate.generate`, asked where every process
-    must compute every token, since the model is shared out."""
-    criteria = stopping_criteria(model, processor, chosen)
-    settings = {k: v for k, v in vars(chosen).items() if k not in ("stop", "num_answers", "logprobs")}
+    """Answer a batch of prompts. `all_done`: as in `ivl.inference.generate.generate`, called where the model is
+    sharded, as every process must then compute every token."""
+    criteria = stopping_criteria(model, processor, generation)
+    settings = {k: v for k, v in vars(generation).items() if k not in ("stop", "num_answers", "logprobs")}
     if model.always_run_vision:
         settings["all_done"] = all_done
     with uncompiled():
-        found = model.generate(prompts, eos_ids=criteria.eos_ids, stopped=criteria.stopped, **settings)
-    return [processor.decode(ids, chosen.stop) for ids in found]
+        answer_ids = model.generate(prompts, eos_ids=criteria.eos_ids, stopped=criteria.stopped, **settings)
+    return [processor.decode(ids, generation.stop) for ids in answer_ids]

@@ -1,4 +1,4 @@
-"""Arguments of a command as typed: options that are given several times, a run's config beside its checkpoint."""
+"""Rewrites of typed arguments: repeated options, and the config of a checkpoint's run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 import yaml
 
 from ivl.hub.hints import is_run
-from ivl.lit.run.resume import newest_whole
+from ivl.lit.run.resume import newest_checkpoint
 from ivl.types import UserError
 
 
 def run_config(argv: list[str]) -> list[str]:
-    """The run's own config in front, where only a fitted run's checkpoint is given (`--ckpt_path`)."""
+    """Prepend the config of the run where `--ckpt_path` is typed without `--config`."""
     command, *rest = argv = with_nulls(argv)
     path = value_of(rest, "--ckpt_path")
     if command == "fit" or path is None or value_of(rest, "--config") or value_of(rest, "-c"):
         return argv
     if path == "last":
-        checkpoint = newest_whole(sorted(Path("runs").glob("*/checkpoints")))
+        checkpoint = newest_checkpoint(sorted(Path("runs").glob("*/checkpoints")))
         if checkpoint is None:
             raise UserError("--ckpt_path last: no whole checkpoint in runs/; give the file of one, or a --config")
         rest += ["--ckpt_path", str(checkpoint)]
@@ -45,7 +45,7 @@ def run_config(argv: list[str]) -> list[str]:
 
 
 def value_of(argv: list[str], option: str) -> str | None:
-    """The value of an option as typed, `--option value` or `--option=value`."""
+    """Return the typed value of an option, `--option value` or `--option=value`."""
     for i, arg in enumerate(argv):
         if arg == option:
             return argv[i + 1] if i + 1 < len(argv) else None
@@ -68,17 +68,17 @@ def with_nulls(argv: list[str]) -> list[str]:
 
 
 def with_lists(argv: list[str]) -> list[str]:
-    """The arguments with an option that takes several values and is given several times made one list of them all."""
-    found: dict[str, list[str]] = {}
+    """Join the values of a repeated option of `LISTS` into one list."""
+    values: dict[str, list[str]] = {}
     places: dict[str, list[int]] = {}
-    spread = [part for word in argv for part in (word.split("=", 1) if word.partition("=")[0] in LISTS else [word])]
-    for i, word in enumerate(spread[:-1]):
+    words = [part for word in argv for part in (word.split("=", 1) if word.partition("=")[0] in LISTS else [word])]
+    for i, word in enumerate(words[:-1]):
         if word in LISTS:
-            value = spread[i + 1]
+            value = words[i + 1]
             listed = yaml.safe_load(value) if value.startswith("[") else [value]
-            found.setdefault(word, []).extend(map(str, listed))
+            values.setdefault(word, []).extend(map(str, listed))
             places.setdefault(word, []).append(i)
     repeated = {option for option, at in places.items() if len(at) > 1}
     drop = {i + n for option in repeated for i in places[option] for n in (0, 1)}
-    rest = [word for i, word in enumerate(spread) if i not in drop]
-    return rest + [word for option in sorted(repeated) for word in (option, json.dumps(found[option]))]
+    rest = [word for i, word in enumerate(words) if i not in drop]
+    return rest + [word for option in sorted(repeated) for word in (option, json.dumps(values[option]))]

@@ -1,4 +1,4 @@
-"""The command line of fit, validate, test and predict: Lightning's, with this package's links and defaults."""
+"""Command line of fit, validate, test and predict: LightningCLI with this package's links and defaults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ivl.finetune.tune import Tune
 from ivl.hub import with_revision
 from ivl.lit import benchmark
 from ivl.lit.arguments import run_config, value_of, with_lists
-from ivl.lit.callbacks.checkpoint import Checkpoints, WholeFiles
+from ivl.lit.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
 from ivl.lit.callbacks.monitor import Progress, Watch
 from ivl.lit.callbacks.prediction_writer import PredictionWriter
 from ivl.lit.callbacks.sample_answers import Pictures
@@ -38,12 +38,12 @@ from ivl.lit.module import LitInternVL
 from ivl.lit.ranges import check_ranges
 from ivl.lit.run.experiment import Experiment, experiment_of, tune_settings
 from ivl.lit.run.lock import run_lock
-from ivl.lit.run.resume import check_checkpoint, keep_others_files, resolve_last
+from ivl.lit.run.resume import check_checkpoint, resolve_last, use_free_folder
 from ivl.lit.run.signals import STOP
 from ivl.lit.strategies.deepspeed import check_installed, weights_beside
 from ivl.lit.strategies.peers import Peers
 from ivl.lit.strategies.precision import choose_precision, device_has_bf16
-from ivl.lit.types import IvlTrainer, own
+from ivl.lit.types import IvlTrainer, as_lit
 from ivl.types import UserError
 
 
@@ -51,12 +51,12 @@ class SaveConfig(SaveConfigCallback):
     """Config, versions and digests of the data beside each fit; under new names where a run goes on in its folder."""
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if stage == "fit" and not own(module).adapter:
+        if stage == "fit" and not as_lit(module).adapter:
             self._save(trainer, module)
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if own(module).adapter:  # what trains is known once it has been read
-            self.config.model.tune = dict_to_namespace(tune_settings(own(module).tune))
+        if as_lit(module).adapter:  # what trains is known once it has been read
+            self.config.model.tune = dict_to_namespace(tune_settings(as_lit(module).tune))
             self._save(trainer, module)
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
@@ -68,28 +68,28 @@ class SaveConfig(SaveConfigCallback):
         ending = next(ending for ending in endings if not (Path(folder) / f"config{ending}.yaml").exists())
         with whole_path(Path(folder) / f"config{ending}.yaml") as path:
             self.parser.save(self.config, path, skip_none=False)
-        made = {"versions": versions(), "data": own(module).trainer.datamodule.fingerprints()}
-        write_text(Path(folder) / f"versions{ending}.json", json.dumps(made, indent=2) + "\n")
+        record = {"versions": versions(), "data": as_lit(module).trainer.datamodule.fingerprints()}
+        write_text(Path(folder) / f"versions{ending}.json", json.dumps(record, indent=2) + "\n")
         self.already_saved = True
 
 
 def versions() -> dict[str, str]:
-    """What made a run: python, the packages it computes with, and the commit of this one where it is a checkout."""
+    """Versions of python and of the packages that compute, and the commit of this package in a checkout."""
     names = ("ivl", "torch", "lightning", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pillow")
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # run from a folder, not installed
-            found[name] = "not installed"
+            versions[name] = "not installed"
     folder = Path(__file__).resolve().parents[2]
     if (folder / ".git").exists():
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         try:
-            found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            versions["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
-            found["commit"] = "unknown"
-    return found
+            versions["commit"] = "unknown"
+    return versions
 
 
 class IvlCLI(LightningCLI):
@@ -104,15 +104,15 @@ class IvlCLI(LightningCLI):
     peers: Peers
     prepare_demo: Callable[[Path], None]
     experiment: Experiment | None = None
-    """Of a fit"""
-    taken_as_typed: tuple[str, ...] = ()
+    """Identity of the run; of a fit only"""
+    changed_options: tuple[str, ...] = ()
     """Options of a resumed fit that differ from those of its checkpoint's run"""
     only: str
-    """The command whose options are read: those of all four take seconds more"""
+    """Name of the command; only its options are read, as those of all four take seconds more"""
 
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:
-        """The one of Lightning's commands that was given, and the arguments that it leaves out."""
+        """Return the typed command alone, with the arguments that Lightning leaves out of it."""
         return {cls.only: LightningCLI.subcommands()[cls.only]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -143,7 +143,7 @@ class IvlCLI(LightningCLI):
         elif config.get("ckpt_path") == "last":
             resolve_last(config, resume=False)
         if config.data.split == "run-validation":
-            config.data.split = str(run_of(config.get("ckpt_path")))
+            config.data.split = str(run_folder(config.get("ckpt_path")))
         if self.subcommand == "predict" and config.data.task:
             for line in benchmark.apply(config, sys.argv):
                 self._say(f"{config.data.task}: {line}")
@@ -154,7 +154,7 @@ class IvlCLI(LightningCLI):
         self._choose_precision(config)
 
     def _settle_tune(self, config: Namespace) -> None:
-        """What trained or trains: the defaults where it is null; a checkpoint, not the adapter its run began with."""
+        """Fill in the defaults of model.tune; a checkpoint replaces the adapter that its run began with."""
         if config.model.tune is None:
             config.model.tune = dict_to_namespace(asdict(Tune()))
         if self.subcommand != "fit" and config.get("ckpt_path") and config.model.adapter:
@@ -163,19 +163,19 @@ class IvlCLI(LightningCLI):
             config.model.adapter = None
 
     def _place_run(self, config: Namespace) -> None:
-        """Where a fit goes on, or begins; beside other experiments' runs, never over them."""
+        """Choose the folder and checkpoint of a fit. Other experiments' runs are never overwritten."""
         self.experiment = experiment_of(config)
         if config.ckpt_path == "last":
             resolve_last(config, resume=True, experiment=self.experiment)
         elif config.ckpt_path:
-            self.taken_as_typed = tuple(check_checkpoint(config.ckpt_path, self.experiment))
-        keep_others_files(config)
+            self.changed_options = tuple(check_checkpoint(config.ckpt_path, self.experiment))
+        use_free_folder(config)
 
     def after_instantiate_classes(self) -> None:
-        self.model.experiment, self.model.taken_as_typed = self.experiment, self.taken_as_typed
+        self.model.experiment, self.model.changed_options = self.experiment, self.changed_options
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning reads the whole file here, in every process, for hyperparameters that ours do not hold."""
+        """Skip Lightning's reading of the file: its hyperparameters are not in our checkpoints."""
 
     def before_predict(self) -> None:
         self._writer().checkpoint = self.config.predict.ckpt_path
@@ -196,17 +196,17 @@ class IvlCLI(LightningCLI):
             rank_zero_info("model.optimizer: not fused, as 16-mixed's loss scale would be taken out too late")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        given = self.config_init[self.subcommand].trainer
-        if given.enable_progress_bar is not False and not any(
-            isinstance(c, ProgressBar) for c in given.callbacks or []
+        options = self.config_init[self.subcommand].trainer
+        if options.enable_progress_bar is not False and not any(
+            isinstance(c, ProgressBar) for c in options.callbacks or []
         ):
-            kwargs["callbacks"] = [*(given.callbacks or []), Progress()]
+            kwargs["callbacks"] = [*(options.callbacks or []), Progress()]
         self.peers = Peers()
-        kwargs["callbacks"] = [*kwargs.get("callbacks", given.callbacks or []), self.peers]
-        plugins = given.plugins or []
+        kwargs["callbacks"] = [*kwargs.get("callbacks", options.callbacks or []), self.peers]
+        plugins = options.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, WholeFiles()]
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
@@ -215,14 +215,14 @@ class IvlCLI(LightningCLI):
         except (ValueError, ImportError) as error:
             if isinstance(error, UserError) or "class_path" not in str(error):
                 raise
-            named = str(error).partition("class_path '")[2].partition("'")[0]
-            raise UserError(f"{named}: {_cause(error)}; install what it needs, or choose another class") from error
+            class_path = str(error).partition("class_path '")[2].partition("'")[0]
+            raise UserError(f"{class_path}: {_cause(error)}; install what it needs, or choose another class") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         folder = self.trainer.log_dir
-        alone = subcommand == "fit" and folder is not None and self.trainer.is_global_zero
+        locks = subcommand == "fit" and folder is not None and self.trainer.is_global_zero
         lock = (
-            run_lock(Path(self._checkpoints().dirpath or Path(str(folder)) / "checkpoints")) if alone else nullcontext()
+            run_lock(Path(self._checkpoints().dirpath or Path(str(folder)) / "checkpoints")) if locks else nullcontext()
         )
         with lock:
             try:
@@ -237,11 +237,11 @@ class IvlCLI(LightningCLI):
 
     def after_fit(self) -> None:
         self._report()
-        kept = self._checkpoints()
+        checkpoints = self._checkpoints()
         lines = [f"  tensorboard --logdir {self.trainer.log_dir}"]
-        for path, which in kept.offered(self.trainer):
+        for path, description in checkpoints.next_checkpoints(self.trainer):
             command = f"python -m ivl predict --ckpt_path {weights_beside(path)} --data.predict FILE.jsonl"
-            lines.append(f"  {command}  # {which}")
+            lines.append(f"  {command}  # {description}")
         self._say("\n".join(["\nNext:", *lines]))
 
     def after_validate(self) -> None:
@@ -269,8 +269,8 @@ class IvlCLI(LightningCLI):
         print(text, flush=True)
 
 
-class Reading(IvlCLI):
-    """Reads and checks the options of a command, and makes nothing of them."""
+class OptionReader(IvlCLI):
+    """Command line that reads and checks the options, and instantiates nothing."""
 
     def before_instantiate_classes(self) -> None:
         pass
@@ -281,8 +281,8 @@ class Reading(IvlCLI):
         pass
 
 
-def run_of(checkpoint: str | None) -> Path:
-    """The folder of the run that a checkpoint belongs to. Raises UserError where there is none."""
+def run_folder(checkpoint: str | None) -> Path:
+    """Return the run folder of a checkpoint. Raises UserError where there is none."""
     parents = Path(checkpoint).parents[:3] if checkpoint else []
     for folder in parents:
         if (folder / "config.yaml").is_file():
@@ -291,7 +291,7 @@ def run_of(checkpoint: str | None) -> Path:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost of errors that were raised from one another, in one line."""
+    """Return the innermost error of a chain, in one line."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     return " ".join(str(error).split())[:300]
@@ -306,16 +306,16 @@ PURPOSES = {
 
 
 def read(argv: list[str]) -> Namespace:
-    """The options of `fit` in full, its configs merged and its defaults filled in; nothing is made or run."""
-    given = sys.argv
+    """Return all options of `fit`: configs merged, defaults filled in; nothing is instantiated or run."""
+    argv_before = sys.argv
     try:
-        return _cli(Reading, ["fit", *argv]).config["fit"]
+        return _cli(OptionReader, ["fit", *argv]).config["fit"]
     finally:
-        sys.argv = given
+        sys.argv = argv_before
 
 
 def data_of(fit: Namespace) -> IvlData:
-    """The data module that options of `fit` describe, without a run around it."""
+    """Build the data module from options of `fit`, without a run."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(IvlData, "data")
     data = fit.data.clone()

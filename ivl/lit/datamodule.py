@@ -1,5 +1,6 @@
-"""Files of rows → DataLoaders: lengths first, then the same work for every rank, and a position that can be saved.
+"""LightningDataModule: files of rows → DataLoaders of training, validation and prediction.
 
+Lengths are read first; every rank then gets the same work, and the position among the rows can be saved.
 Long: __init__, since each option of the command line is an argument with its type and default.
 """
 
@@ -29,12 +30,12 @@ from ivl.data.sets.index import Index, answers_needed, concat, drop_unusable, wr
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.sets.sources import Source, open_sources
 from ivl.lit.benchmark import rows_file
-from ivl.lit.callbacks.checkpoint import unfinished
-from ivl.lit.callbacks.row_report import looked_through, say_changed, say_left_out, say_unread
+from ivl.lit.callbacks.checkpoint import micro_batches_pending
+from ivl.lit.callbacks.row_report import index_rows, report_changed, report_left_out, report_unread
 from ivl.lit.feature_cache import open_store
-from ivl.lit.loaders import Asked, Pace, PacedLoader, RankRows, ResumableLoader, WorkerLoader, validation_batch
+from ivl.lit.loaders import Pace, PacedLoader, RankRows, ResumableLoader, ValidationRows, WorkerLoader, validation_batch
 from ivl.lit.prompts import LAST, Prompt, Prompts, processor_of_prompts, report_prompts
-from ivl.lit.types import own
+from ivl.lit.types import as_lit
 from ivl.types import UserError
 
 
@@ -66,13 +67,13 @@ class IvlData(LightningDataModule):
         max_prompt_length: Most tokens of a prompt in predict, where a typed --data.max_length means it too. Default:
             the model's context.
         max_tiles: Most tiles of an image, thumbnail not counted. Default: the checkpoint's.
-        on_too_long: What happens to a row above its limit: fit lowers tiles, largest image first, then drops the
+        on_too_long: Treatment of a row above its limit: fit lowers tiles, largest image first, then drops the
             oldest turns; truncate_text cuts the end; drop leaves the row out; error stops.
         on_error: A row that cannot be used stops the run, or is skipped: in training it is left out and listed in
             `report`; in prediction its line says the error instead of an answer.
         max_bad: Largest share of rows that may be skipped.
         report: File that lists the training rows that were left out, and why.
-        video: How videos become frames.
+        video: Sampling of frames from videos.
         media: Limits of what is opened and fetched: pixels, frames, times, sizes, addresses.
         file_limits: Limits of files of rows: bytes of a row, and what a compressed file may become.
         probe_urls: Fetch media behind URLs before training, so that their sizes are known; otherwise they count with
@@ -87,7 +88,7 @@ class IvlData(LightningDataModule):
         feature_cache_gb: Most disk of that folder, in gigabytes.
         num_workers: Loader processes. Default: at most four, and in training more where rows are waited for, up to one
             less than a process has cores.
-        seed: Of the order of rows and of random choices inside them.
+        seed: Seed of the order of rows and of random choices inside them.
     """
 
     trainer: Trainer
@@ -163,7 +164,7 @@ class IvlData(LightningDataModule):
         self.feature_cache, self.feature_cache_gb = feature_cache, feature_cache_gb
         self.feature_store: FeatureStore | None = None
         self.answered: set[int] = set()
-        """Rows to predict that need not be answered again"""
+        """Indices of rows to predict whose answers are on disk already"""
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -180,19 +181,19 @@ class IvlData(LightningDataModule):
             self.rows({"validate": "val"}.get(stage, stage))
 
     def rows(self, name: str) -> RowDataset:
-        """The rows of val, test or predict, in their order. Raises UserError where no file is named."""
+        """Return the rows of val, test or predict, in order. Raises UserError without a file."""
         if name not in self._rows:
             if name == "val" and self.val_fraction and not self.files["val"]:
                 self._set_up_training()
                 return self._rows["val"]
             files, processor = self.files[name], self.processor
             if name == "predict":
-                generation = own(self.trainer.lightning_module).generation
+                generation = as_lit(self.trainer.lightning_module).generation
                 processor = processor_of_prompts(processor, self.max_prompt_length, generation.max_new_tokens)
                 options = {"predict": files, "split": self.split, "task": self.task}
-                found = [f"--data.{option}" for option, value in options.items() if value]
-                if len(found) > 1:
-                    raise UserError(f"{' and '.join(found)}: expected one of them, found both; set the other to null")
+                typed = [f"--data.{option}" for option, value in options.items() if value]
+                if len(typed) > 1:
+                    raise UserError(f"{' and '.join(typed)}: expected one of them, found both; set the other to null")
                 files = str(rows_file(self.task, self.task_root)) if self.task else files
             if name == "predict" and self.split:
                 self._rows[name] = held_out(self.split, processor, self.media_root, self.file_limits)
@@ -206,32 +207,32 @@ class IvlData(LightningDataModule):
     def _set_up_training(self) -> None:
         if self._train is not None:
             return
-        given = [sources for sources in (self.files["train"], self.mixture) if sources]
-        if len(given) != 1:
-            found = "both" if given else "neither"
-            raise UserError(f"--data.train: expected files of rows here or sources in --data.mixture, found {found}")
+        sources = [value for value in (self.files["train"], self.mixture) if value]
+        if len(sources) != 1:
+            count = "both" if sources else "neither"
+            raise UserError(f"--data.train: expected files of rows here or sources in --data.mixture, found {count}")
         options = {"on_error": self.on_error, "seed": self.seed, "limits": self.file_limits}
-        parts = open_sources(given[0], self.processor, self.media_root, **options)
+        parts = open_sources(sources[0], self.processor, self.media_root, **options)
         if self.val_fraction and not self.files["val"]:
             if len(parts) > 1:
                 raise UserError("--data.val_fraction: works with one training file; give files to --data.val instead")
-            kept, self._rows["val"] = split(parts[0].rows, self.val_fraction, self.seed)
-            parts = [replace(parts[0], rows=kept)]
+            train_rows, self._rows["val"] = split(parts[0].rows, self.val_fraction, self.seed)
+            parts = [replace(parts[0], rows=train_rows)]
         elif self.files["val"]:
             self.rows("val")
-        read = [looked_through(part.rows, part.name, self.probe_urls) for part in parts]
-        before, indexes = [answers_needed(part.rows, index) for part, index in zip(parts, read)], []
-        whole = concat(before)
+        read = [index_rows(part.rows, part.name, self.probe_urls) for part in parts]
+        checked, indexes = [answers_needed(part.rows, index) for part, index in zip(parts, read)], []
+        full_index = concat(checked)
         if self.report and self.trainer.is_global_zero:
-            write_report(self.report, whole)
+            write_report(self.report, full_index)
         for n, part in enumerate(parts):
-            kept, index = drop_unusable(part.rows, before[n], self.max_bad, self.report, written=True)
-            parts[n] = replace(part, rows=kept)
+            rows, index = drop_unusable(part.rows, checked[n], self.max_bad, self.report, written=True)
+            parts[n] = replace(part, rows=rows)
             indexes.append(index)
         mixture, index = Mixture(parts, self.seed), concat(indexes)
-        say_left_out(whole, self.report)
-        say_changed(whole)
-        say_unread(index, mixture.where)
+        report_left_out(full_index, self.report)
+        report_changed(full_index)
+        report_unread(index, mixture.where)
         if len(parts) > 1:
             rank_zero_info(mixture.describe())
         self._train = mixture, index
@@ -240,25 +241,25 @@ class IvlData(LightningDataModule):
         rows = self.rows("predict")
         rows = self._rows["predict"] = rows.select(np.arange(len(rows)))
         rows.as_prompt = True
-        index = looked_through(rows, "questions")
+        index = index_rows(rows, "questions")
         report_prompts(index, keep_errors=self.on_error == "skip")
-        say_unread(index, rows.where)
+        report_unread(index, rows.where)
         # Long rows first: rows of like length are answered together, and none is left over at the end.
         self._order = np.argsort(-index.tokens, kind="stable")
 
     @property
     def training(self) -> tuple[Mixture, Index]:
-        """The training rows and their index, once they are set up."""
+        """Training rows and their index, after `setup`."""
         assert self._train is not None, "setup comes first"
         return self._train
 
     def training_index(self) -> Index:
-        """The lengths of the training rows."""
+        """Lengths of the training rows."""
         self._set_up_training()
         return self.training[1]
 
     def fingerprints(self) -> dict[str, str]:
-        """Each file of training and held-out rows, and a digest of its contents."""
+        """Map each file of training and held-out rows to a digest of its contents."""
         parts = [part.rows for part in self._train[0].parts] if self._train else []
         return {str(file.path): file.digest for rows in (*parts, *self._rows.values()) for file in rows.files}
 
@@ -272,7 +273,7 @@ class IvlData(LightningDataModule):
         return self._epochs() * self._steps(self.batches_of_epoch())
 
     def batches_of_epoch(self) -> int:
-        """Batches of this process in an epoch of training."""
+        """Number of batches of this process in a training epoch."""
         return self._limited(len(self._train_batches()))
 
     def _limited(self, batches: int) -> int:
@@ -283,17 +284,17 @@ class IvlData(LightningDataModule):
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def _epochs(self) -> int:
-        """Epochs of the run, at most, where that is known."""
+        """Most epochs of the run; 1 where the trainer has no limit."""
         return max(1, self.trainer.max_epochs or 1)
 
-    def _place(self) -> tuple[int, int]:
-        """Whose rows this process takes, and of how many; processes that share layers (tensor parallel) share rows."""
-        place = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
-        return place["rank"], place["num_replicas"]
+    def _data_rank(self) -> tuple[int, int]:
+        """Data-parallel rank and size. Processes that share layers (tensor parallel) have one rank."""
+        kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        return kwargs["rank"], kwargs["num_replicas"]
 
     def _train_batches(self) -> PackedBatches | GroupedBatches:
         mixture, index = self.training
-        rank, ranks = self._place()
+        rank, ranks = self._data_rank()
         order = mixture.order if self.shuffle else lambda epoch: np.arange(len(mixture))
         common: dict[str, Any] = {"order": order, "seed": self.seed, "rank": rank, "ranks": ranks}
         if self.packing:
@@ -307,8 +308,8 @@ class IvlData(LightningDataModule):
         return GroupedBatches(index.tokens, index.tiles, self.batch_size, window=window, **common)
 
     def _open_feature_store(self, folder: str) -> None:
-        """Training rows look there for features; held-out rows are few, and are answered from their pixels."""
-        model, (mixture, index) = own(self.trainer.lightning_module).model, self.training
+        """Open the feature cache for training rows. Held-out rows are few, and are answered from their pixels."""
+        model, (mixture, index) = as_lit(self.trainer.lightning_module).model, self.training
         limit = int(self.feature_cache_gb * 1e9)
         self.feature_store = open_store(folder, limit, model, self.trainer)
         processor = copy(self.processor)
@@ -337,9 +338,10 @@ class IvlData(LightningDataModule):
         return loader
 
     def _used(self) -> tuple[int, int]:
+        """Epoch and number of its batches whose optimizer steps are done."""
         loop: Any = self.trainer.fit_loop
         done, epoch = loop.epoch_loop.batch_progress.current.processed, loop.epoch_progress.current.processed
-        done -= unfinished(self.trainer)
+        done -= micro_batches_pending(self.trainer)
         return (epoch, done) if done < loop.max_batches else (epoch + 1, 0)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -351,36 +353,36 @@ class IvlData(LightningDataModule):
         return self._eval_loader("test", validation_batch)
 
     def predict_dataloader(self) -> DataLoader:
-        """One prompt after another, this process's share of those that are not answered; the last is `LAST`."""
+        """Prompts of this process that are not answered yet, one after another; the last is `LAST`."""
         todo = [int(n) for n in self._order if n not in self.answered]
-        mine = [*todo[self.trainer.global_rank :: self.trainer.world_size], LAST]
+        indices = [*todo[self.trainer.global_rank :: self.trainer.world_size], LAST]
         prompts = Prompts(self.rows("predict"), keep_errors=self.on_error == "skip")
-        return WorkerLoader(prompts, batch_size=None, sampler=mine, num_workers=self._pace().workers)
+        return WorkerLoader(prompts, batch_size=None, sampler=indices, num_workers=self._pace().workers)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if isinstance(batch, Prompt):
-            return batch  # its tiles go to the device when its turn has come
+            return batch  # its tiles go to the device with its request
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def rows_of_step(self) -> int:
-        """Rows of all ranks in a batch of validation."""
-        return self.eval_batch_size * self._place()[1]
+        """Number of rows in a validation batch, over all ranks."""
+        return self.eval_batch_size * self._data_rank()[1]
 
     def predict_indices(self) -> range:
-        """The rows a complete prediction has."""
+        """Indices of all rows of a complete prediction."""
         return range(len(self.rows("predict")))
 
     def _eval_loader(self, name: str, collate: Callable) -> DataLoader:
         rows = self.rows(name)
-        batches = RankRows(len(rows), self.eval_batch_size, *self._place())
-        return self._loader(Asked(rows), batches, partial(collate, self.processor))
+        batches = RankRows(len(rows), self.eval_batch_size, *self._data_rank())
+        return self._loader(ValidationRows(rows), batches, partial(collate, self.processor))
 
     def _pace(self) -> Pace:
         return Pace.of(self.num_workers, self.trainer.num_devices)
 
     def _loader(self, dataset: Dataset, batches: Any, collate: Callable, paced: bool = False) -> ResumableLoader:
         pace = self._pace()
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "batch_sampler": batches,
             "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(),
@@ -388,10 +390,10 @@ class IvlData(LightningDataModule):
             "generator": torch.Generator(),  # what a loader draws for its workers is not taken from the run's numbers
         }
         if paced and pace.workers < pace.most:
-            return PacedLoader(dataset, pace, **given)
-        return ResumableLoader(dataset, num_workers=pace.workers, **given)
+            return PacedLoader(dataset, pace, **options)
+        return ResumableLoader(dataset, num_workers=pace.workers, **options)
 
 
 def is_packed(packing: bool | None, batch_size: int | None, group_by_length: bool) -> bool:
-    """Whether rows are packed, by the options of that name: unless they say how rows are padded."""
+    """Return true if rows are packed: `packing`, or by default unless another option asks for padding."""
     return packing if packing is not None else batch_size is None and not group_by_length

@@ -1,4 +1,4 @@
-"""Training on features that the frozen tower computed before, where they are on disk; computed and kept where not."""
+"""Training with the feature cache: features of the frozen vision encoder, from disk or computed and stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ivl.types import Batch, UserError
 
 
 def open_store(folder: str, limit: int, model: InternVL, trainer: Trainer) -> FeatureStore:
-    """The store of a run's model. Sets `model.features_projected`. Raises UserError where features would change."""
+    """Open the feature store of a model. Sets `model.features_projected`. Raises UserError if features would change."""
     if any(p.requires_grad for p in model.vision_model.parameters()):
         raise UserError(
             "--data.feature_cache: the vision encoder trains, so its features change at every step; "
@@ -38,21 +38,21 @@ def open_store(folder: str, limit: int, model: InternVL, trainer: Trainer) -> Fe
 
 @torch.no_grad()
 def with_features(batch: Batch, model: InternVL, store: FeatureStore) -> Batch:
-    """The batch with the features of all its tiles and none of the tiles; those computed here are kept."""
+    """Replace the tiles of a batch by their features. Features computed here are stored."""
     if not batch.stored:
         return batch
-    counts = {known: [tiles for _, tiles, found in batch.stored if found == known] for known in (True, False)}
+    counts = {flag: [tiles for _, tiles, hit in batch.stored if hit == flag] for flag in (True, False)}
     parts: list[Tensor] = []
-    there = iter([] if batch.features is None else batch.features.split(counts[True]))
-    made = iter(_made(batch.tiles, model).split(counts[False]) if counts[False] else [])
-    for key, _, found in batch.stored:
-        parts.append(next(there if found else made))
-        if key is not None and not found:
+    cached = iter([] if batch.features is None else batch.features.split(counts[True]))
+    computed = iter(_features(batch.tiles, model).split(counts[False]) if counts[False] else [])
+    for key, _, hit in batch.stored:
+        parts.append(next(cached if hit else computed))
+        if key is not None and not hit:
             store.put(key, parts[-1])
     return replace(batch, features=torch.cat(parts), tiles=batch.tiles[:0], stored=[])
 
 
-def _made(tiles: Tensor, model: InternVL) -> Tensor:
-    """(N, P, C) as the store keeps them."""
-    found = model.tower_features(tiles)
-    return model.mlp1(found.to(model.dtype)) if model.features_projected else found
+def _features(tiles: Tensor, model: InternVL) -> Tensor:
+    """Compute features (N, P, C) in the form of the store."""
+    features = model.tower_features(tiles)
+    return model.mlp1(features.to(model.dtype)) if model.features_projected else features

@@ -1,4 +1,4 @@
-"""The largest batch that a run will see, from the lengths of its rows."""
+"""Largest training batch of a run, from the lengths of its rows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ivl.lit.datamodule import IvlData
 
 
 def largest_batch(data: IvlData) -> BatchShape:
-    """What memory must hold of the training rows: the longest row, the most tiles, the mean of supervised tokens."""
+    """Largest batch of the training rows: the longest row, the most tiles, the mean number of supervised tokens."""
     index = data.training_index()
     tokens, tiles, supervised = (int(counts.sum()) for counts in (index.tokens, index.tiles, index.supervised))
     if data.packing:
         length = data.pack_tokens
         most = data.pack_tiles or math.ceil(length * tiles / tokens)
-        most, learnt = max(most, int(index.tiles.max())), math.ceil(length * supervised / tokens)
-        return BatchShape(1, length, most, max(1, learnt), packed=True)
+        most, targets = max(most, int(index.tiles.max())), math.ceil(length * supervised / tokens)
+        return BatchShape(1, length, most, max(1, targets), packed=True)
     rows = min(data.batch_size, len(index))
     most = int(np.sort(index.tiles)[-rows:].sum())
     return BatchShape(rows, int(index.tokens.max()), most, max(1, math.ceil(rows * supervised / len(index))))

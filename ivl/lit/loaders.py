@@ -1,4 +1,4 @@
-"""What the data module's loaders are made of: batches of rows for one rank, held-out rows, a position that is saved."""
+"""DataLoaders: rows per rank, resumable position, number of workers, rows of validation."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ivl.types import IGNORE, Batch, Example
 
 
 class RankRows:
-    """Batches of rows in their order for one rank: as many on every rank.
+    """Batches of one rank, in order; every rank has equally many.
 
-    Rank r takes rows r, r + ranks, …; a rank short of a row is filled up with -1 - row, a row that is computed, so
-    that all ranks do the same work, and then left out.
+    Rank r takes rows r, r + ranks, …; a rank short of a row is padded with -1 - row. That row is computed, so that all
+    ranks do the same work, and then left out.
     """
 
     def __init__(self, rows: int, batch_size: int, rank: int, ranks: int):
-        mine = list(range(rank, rows, ranks))
-        mine += [-1 - rank % rows] * (math.ceil(rows / ranks) - len(mine))
-        self.batches = [mine[n : n + batch_size] for n in range(0, len(mine), batch_size)]
+        indices = list(range(rank, rows, ranks))
+        indices += [-1 - rank % rows] * (math.ceil(rows / ranks) - len(indices))
+        self.batches = [indices[n : n + batch_size] for n in range(0, len(indices), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -38,11 +38,11 @@ class RankRows:
 
 
 class ResumableLoader(WorkerLoader):
-    """A DataLoader whose position is saved with the run and found again without reading what was used."""
+    """DataLoader whose position is saved with the run, and restored without reading the batches before it."""
 
     batch_sampler: Any
     used: Callable[[], tuple[int, int]] | None = None
-    """(epoch, batches used in it), by the trainer's count: the loader's own runs ahead of it"""
+    """(epoch, batches used in it), by the trainer's count, as the loader prefetches"""
 
     def state_dict(self) -> dict[str, Any]:
         assert self.used is not None, "set where the loader is made"
@@ -55,29 +55,29 @@ class ResumableLoader(WorkerLoader):
 
 @dataclass
 class Pace:
-    """How many workers keep a consumer from waiting, from the time that it waits and the time that it is busy."""
+    """Number of workers that keeps the consumer from waiting, by its times of waiting and of work."""
 
     workers: int
     most: int
     window: int = 32
     """Batches between two decisions"""
     tolerated: float = 0.05
-    """Share of the time that may be spent waiting"""
+    """Largest share of the time spent waiting"""
     _seen: int = 0
     _waited: float = 0.0
     _busy: float = 0.0
 
     @classmethod
-    def of(cls, asked: int | None, processes: int) -> Pace:
-        """The workers asked for; None: four to begin with, and at most one less than the cores that each of the
-        processes of this machine has."""
-        if asked is not None:
-            return cls(asked, asked)
+    def of(cls, num_workers: int | None, processes: int) -> Pace:
+        """Fixed number of workers; None: four to begin with, and at most one less than the cores of each process
+        of this machine."""
+        if num_workers is not None:
+            return cls(num_workers, num_workers)
         most = max(0, cores() // max(1, processes) - 1)
         return cls(min(4, most), most)
 
     def add(self, waited: float, busy: float) -> bool:
-        """A batch, in seconds. Returns whether more workers are wanted from here on."""
+        """Add the times of a batch, in seconds. Returns true if more workers are needed from here on."""
         self._seen += 1
         if self._seen <= 2 * self.workers:  # while they start, nothing is in store
             return False
@@ -85,63 +85,64 @@ class Pace:
         self._busy += busy
         if self._seen < 2 * self.workers + self.window:
             return False
-        whole, share = self._waited + self._busy, self._waited / (self._waited + self._busy)
-        # Workers together make a batch in the whole time of one; they must make it while the consumer is busy.
-        wanted = min(self.most, math.ceil(self.workers * whole / max(self._busy, whole / self.most)))
-        more = share > self.tolerated and wanted > self.workers
-        if more:
+        total, share = self._waited + self._busy, self._waited / (self._waited + self._busy)
+        # Workers together make a batch in the total time of one; they must make it while the consumer is busy.
+        wanted = min(self.most, math.ceil(self.workers * total / max(self._busy, total / self.most)))
+        grows = share > self.tolerated and wanted > self.workers
+        if grows:
             rank_zero_info(
                 f"loader: {share:.0%} of the time went by waiting for rows; workers {self.workers} → {wanted} "
                 f"(at most {self.most}; data.num_workers sets their number)"
             )
             self.workers = wanted
-        self._seen, self._waited, self._busy = 0 if more else 2 * self.workers, 0.0, 0.0
-        return more
+        self._seen, self._waited, self._busy = 0 if grows else 2 * self.workers, 0.0, 0.0
+        return grows
 
 
-class _Turn:
-    """The batches of an epoch for one set of workers after another: until stopped, and then from there."""
+class _StoppableSampler:
+    """Batch sampler of an epoch that can be stopped, and continued by another set of workers."""
 
     def __init__(self) -> None:
-        self.stopped = self.over = False
+        self.stopped = self.exhausted = False
 
     def begin(self, keys: Iterator[Any]) -> None:
-        self.keys, self.stopped, self.over = keys, False, False
+        self.keys, self.stopped, self.exhausted = keys, False, False
 
     def __iter__(self) -> Iterator[Any]:
         while not self.stopped:
             if (key := next(self.keys, None)) is None:
-                self.over = True
+                self.exhausted = True
                 return
             yield key
 
 
 class PacedLoader(ResumableLoader):
-    """Takes more workers, between two batches, where its pace asks for them. What batches hold does not change."""
+    """DataLoader that adds workers between two batches where its pace asks for them. Batches stay the same."""
 
-    def __init__(self, dataset: Dataset, pace: Pace, **given: Any) -> None:
-        super().__init__(dataset, num_workers=pace.workers, **given)
-        self._pace, self._turn = pace, _Turn()
+    def __init__(self, dataset: Dataset, pace: Pace, **options: Any) -> None:
+        super().__init__(dataset, num_workers=pace.workers, **options)
+        self._pace, self._sampler = pace, _StoppableSampler()
         self._loader: DataLoader | None = None
-        self._given = given | {"batch_sampler": self._turn}
+        self._options = options | {"batch_sampler": self._sampler}
 
     def __iter__(self) -> Any:
-        pace, turn = self._pace, self._turn
-        turn.begin(iter(self.batch_sampler))
-        while not turn.over:
+        pace, sampler = self._pace, self._sampler
+        sampler.begin(iter(self.batch_sampler))
+        while not sampler.exhausted:
             if self._loader is None or self._loader.num_workers != pace.workers:
-                self._loader, turn.stopped = WorkerLoader(self.dataset, num_workers=pace.workers, **self._given), False
-            asked = time.perf_counter()
+                self._loader = WorkerLoader(self.dataset, num_workers=pace.workers, **self._options)
+                sampler.stopped = False
+            requested = time.perf_counter()
             for batch in self._loader:
-                came = time.perf_counter()
+                arrived = time.perf_counter()
                 yield batch
-                left = time.perf_counter()
-                turn.stopped = turn.stopped or pace.add(came - asked, left - came)
-                asked = left
+                used = time.perf_counter()
+                sampler.stopped = sampler.stopped or pace.add(arrived - requested, used - arrived)
+                requested = used
 
 
-class Asked(Dataset):
-    """Held-out rows with their index, as a prompt and with the answer, whose loss is wanted."""
+class ValidationRows(Dataset):
+    """Held-out rows: index, prompt to answer, and example with the answer for its loss."""
 
     def __init__(self, rows: RowDataset):
         self.rows = rows
@@ -156,10 +157,10 @@ class Asked(Dataset):
 
 
 def validation_batch(processor: Processor, items: list) -> tuple[list[int], Batch, Batch]:
-    """Rows to be scored: their numbers, with their answers, and as prompts."""
+    """Collate rows to be scored: indices, batch with answers, batch of prompts."""
     indices, prompts, examples = zip(*items)
     batch = processor.collate(examples)
     for row, index in enumerate(indices):
-        if index < 0:  # filled up: not counted in the loss
+        if index < 0:  # padding: not counted in the loss
             batch.labels[row] = IGNORE
     return list(indices), batch, processor.collate(prompts)

@@ -1,4 +1,4 @@
-"""Scores of generated answers while training: per row, per source of rows, and over all processes."""
+"""Scores of generated answers in validation: per row, per source, and over all processes."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ Metric = Literal["exact", "vqa", "anls", "relaxed", "iou", "iou50", "cider", "bl
 
 
 def _overlaps(answer: str, reference: str) -> list[float] | None:
-    """IoU of the boxes in their order; 0 for one that is missing or too many. None where no box is asked for."""
-    wanted, given = ([box for _, boxes in parse_boxes(text) for box in boxes] for text in (reference, answer))
-    if not wanted:
+    """IoU of each pair of boxes, in order; 0 for a missing or surplus box. None where the reference has no box."""
+    expected, predicted = ([box for _, boxes in parse_boxes(text) for box in boxes] for text in (reference, answer))
+    if not expected:
         return None
-    return [iou(a, b) if a and b else 0.0 for a, b in zip_longest(given, wanted)]
+    return [iou(a, b) if a and b else 0.0 for a, b in zip_longest(predicted, expected)]
 
 
 def _mean_iou(answer: str, reference: str) -> float | None:
-    found = _overlaps(answer, reference)
-    return None if found is None else sum(found) / len(found)
+    overlaps = _overlaps(answer, reference)
+    return None if overlaps is None else sum(overlaps) / len(overlaps)
 
 
 def _half_iou(answer: str, reference: str) -> float | None:
-    """Share of the boxes that overlap with their own by an IoU of 0.5 and more."""
-    found = _overlaps(answer, reference)
-    return None if found is None else sum(value >= 0.5 for value in found) / len(found)
+    """Share of the boxes with an IoU of at least 0.5."""
+    overlaps = _overlaps(answer, reference)
+    return None if overlaps is None else sum(value >= 0.5 for value in overlaps) / len(overlaps)
 
 
-_OF_ROW: dict[str, Callable[[str, str], float | None]] = {
+_ROW_METRICS: dict[str, Callable[[str, str], float | None]] = {
     "exact": exact_match,
     "vqa": lambda answer, reference: vqa_accuracy(answer, [reference], "strict"),
     "anls": lambda answer, reference: anls(answer, [reference]),
@@ -56,21 +56,21 @@ def check_metrics(metrics: Sequence[str]) -> None:
     """Raise UserError where a metric is unknown, or needs a package that is not installed."""
     if unknown := [name for name in metrics if name not in get_args(Metric)]:
         raise UserError(f"model.metrics: expected some of {', '.join(get_args(Metric))}, found {unknown[0]!r}")
-    asked = [name for name in metrics if name in CAPTIONS]
-    if asked and find_spec("pycocoevalcap") is None:
+    captions = [name for name in metrics if name in CAPTIONS]
+    if captions and find_spec("pycocoevalcap") is None:
         raise UserError(
-            f"model.metrics: {asked[0]} needs the package pycocoevalcap, which is not installed; "
+            f"model.metrics: {captions[0]} needs the package pycocoevalcap, which is not installed; "
             'pip install -e ".[eval]", or leave it out'
         )
 
 
 def score(row: Conversation, answer: str, metrics: Sequence[str] = ("exact", "iou")) -> dict[str, float]:
-    """The metrics of one row that apply to it; a thought before the answer proper is not judged."""
+    """Score one row by the metrics that apply to it; reasoning before the answer is not judged."""
     if row.reference is None:
         return {}
     answer, reference = without_reasoning(answer), without_reasoning(row.reference)
-    found = {name: _OF_ROW[name](answer, reference) for name in metrics if name in _OF_ROW}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    values = {name: _ROW_METRICS[name](answer, reference) for name in metrics if name in _ROW_METRICS}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 class Scores:
@@ -83,8 +83,8 @@ class Scores:
         """(kind, answer, reference)"""
 
     def add_losses(self, rows: Sequence[Conversation], losses: Tensor, tokens: Tensor, dtype: torch.dtype) -> None:
-        """Of a batch: negative log-likelihood and supervised tokens of each row. Raises NotFinite for the first row
-        whose loss is no number."""
+        """Add a batch: negative log-likelihood and supervised tokens of each row. Raises NotFinite for the first row
+        whose loss is not finite."""
         for number, (row, loss, count) in enumerate(zip(rows, losses.tolist(), tokens.tolist())):
             if not math.isfinite(loss):
                 raise NotFinite(number, dtype)
@@ -93,7 +93,7 @@ class Scores:
                 self._sums[kind]["tokens"] += count
 
     def add_answer(self, row: Conversation, answer: str) -> dict[str, float]:
-        """Count one answer; its own scores."""
+        """Add one answer. Returns its scores."""
         scores = score(row, answer, self.metrics)
         if row.reference is not None and any(name in CAPTIONS for name in self.metrics):
             texts = without_reasoning(answer), without_reasoning(row.reference)
@@ -107,17 +107,17 @@ class Scores:
         return scores
 
     def means(self, ranks: int = 1) -> dict[str, dict[str, float]]:
-        """Over all processes (each must call it): kind → rows, loss and the metrics that apply."""
+        """Means over all processes (each must call it): kind → rows, loss and the metrics that apply."""
         parts: list[Any] = [({k: dict(v) for k, v in self._sums.items()}, self._captions)]
         if ranks > 1:
             gathered: list[Any] = [None] * ranks
             torch.distributed.all_gather_object(gathered, parts[0])
             parts = gathered
         means = summary([sums for sums, _ in parts], self.metrics)
-        captions = [caption for _, found in parts for caption in found]
+        captions = [caption for _, pairs in parts for caption in pairs]
         for kind in means if captions else ():
-            chosen = [(answer, gold) for source, answer, gold in captions if kind in ("", source)]
-            means[kind] |= self._captions_of(chosen)
+            pairs = [(answer, gold) for source, answer, gold in captions if kind in ("", source)]
+            means[kind] |= self._captions_of(pairs)
         return means
 
     def _captions_of(self, pairs: list[tuple[str, str]]) -> dict[str, float]:
@@ -125,13 +125,13 @@ class Scores:
             return {}
         from ivl.eval.captions import caption_scores
 
-        found = caption_scores([answer for answer, _ in pairs], [[gold] for _, gold in pairs])
-        values = {"cider": float(found.cider.mean()), "bleu4": found.bleu[3], "rouge": found.rouge}
+        scores = caption_scores([answer for answer, _ in pairs], [[gold] for _, gold in pairs])
+        values = {"cider": float(scores.cider.mean()), "bleu4": scores.bleu[3], "rouge": scores.rouge}
         return {name: values[name] for name in CAPTIONS if name in self.metrics}
 
 
 def summary(tallies: list[dict[str, dict[str, float]]], metrics: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The sums of all processes → means per kind of row."""
+    """Means per kind of row, from the sums of all processes."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for tally in tallies:
         for kind, values in tally.items():
@@ -150,7 +150,7 @@ def summary(tallies: list[dict[str, dict[str, float]]], metrics: Sequence[str]) 
 
 
 def scores_table(scores: dict[str, dict[str, float]]) -> str:
-    """Held-out scores per kind of row, as text: shares in percent, the others as they are."""
+    """Table of held-out scores per kind of row, as text; shares in percent, the others as they are."""
     names = [name for name in get_args(Metric) if any(name in values for values in scores.values())]
     heads = {
         "iou": "mean IoU",

@@ -1,4 +1,4 @@
-"""The training, validation and prediction steps: model, loss, log. No maths of its own but the loss's denominator."""
+"""LightningModule of InternVL: its only maths is the denominator of the loss."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from ivl.finetune.adapter_training import continue_adapter
 from ivl.finetune.param_groups import Rates, param_groups, scale_rates, vectors
 from ivl.finetune.tune import Tune
 from ivl.inference.request import Batching
-from ivl.lit.answering import Answering, Generation, answers, rows_named
+from ivl.lit.answering import Answering, Generation, answers, name_rows
 from ivl.lit.callbacks.monitor import SourceLosses
 from ivl.lit.callbacks.prediction_writer import Row
 from ivl.lit.feature_cache import with_features
 from ivl.lit.metrics import Metric, Scores, check_metrics
-from ivl.lit.nonfinite import FiniteLoss, clip, out_of_memory, scale, total_norm, what_to_lower
+from ivl.lit.nonfinite import FiniteLoss, clip, memory_advice, out_of_memory, scale, total_norm
 from ivl.lit.prompts import Prompt
 from ivl.lit.run.experiment import Experiment
-from ivl.lit.run.optimizer_settings import check_schedule, fitting, rate_settings, take_typed
+from ivl.lit.run.optimizer_settings import apply_settings, build, check_schedule, rate_settings
 from ivl.lit.run.resume import check_tensors
 from ivl.lit.schedule import Warmup
 from ivl.lit.strategies import deepspeed as zero
@@ -74,7 +74,7 @@ class LitInternVL(LightningModule):
         pretrained: Checkpoint: a folder in the released layout, or a model's name.
         tune: What trains, per part.
         adapter: PEFT adapter folder to put on the model first. A fit goes on training it: `tune` follows from it.
-        dtype: What frozen weights are kept in; `auto` follows trainer.precision. What trains is float32.
+        dtype: Type of frozen weights; `auto` follows trainer.precision. What trains is float32.
         quantize: Keep the linear layers of the language model's blocks in 8 or 4 bits (needs bitsandbytes): for
             inference, and as the frozen base of a LoRA (QLoRA). The vision encoder, projector and head stay whole.
         attention: Attention kernel; `auto` takes the fastest that is installed and runs here.
@@ -88,8 +88,8 @@ class LitInternVL(LightningModule):
         optimizer: Made with the parameter groups of what trains.
         rates: Learning rate and weight decay per part, where they differ from the optimizer's.
         schedule: Made with the optimizer and the number of optimizer steps; stepped once per optimizer step.
-        generation: How answers are generated in validation and prediction.
-        batching: How many rows are answered at the same time in prediction; answers do not depend on it.
+        generation: Sampling of the answers in validation and prediction.
+        batching: Number of rows answered at the same time in prediction; answers do not depend on it.
         metrics: Scores of the answers in validation, val/NAME (of `test`: test/NAME), over all rows and per source.
         answer_rows: At most this many rows per validation are answered in words; the loss is of all. Unset: all.
         stop_after_bad: Stop after this many optimizer steps in a row with no finite loss or gradients; each is skipped.
@@ -97,7 +97,7 @@ class LitInternVL(LightningModule):
 
     trainer: IvlTrainer  # type: ignore[override]  # Lightning sets no other
     model: InternVL
-    """From `configure_model` on"""
+    """Set by `configure_model`"""
 
     def __init__(
         self,
@@ -143,50 +143,50 @@ class LitInternVL(LightningModule):
         self.stop_after_bad = stop_after_bad
         self.source_losses = SourceLosses()
         self.shown: dict[str, float] = {}
-        """What the progress bar shows, as of the last log step"""
+        """Values of the progress bar, as of the last log step"""
         self.experiment: Experiment | None = None  # kept in checkpoints; set by the command line
-        self.taken_as_typed: tuple[str, ...] = ()
+        self.changed_options: tuple[str, ...] = ()
         """Options that differ from those of the run that is resumed, for the message"""
-        self._batch: Batch | None = None  # what is at work, for messages
-        self.updating = False  # whether the optimizer is changing the weights
+        self._batch: Batch | None = None  # the current batch, for messages
+        self.updating = False  # true while the optimizer changes the weights
 
     # -- building ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        _ = self.generation.sampling_params  # a mistake is told before the model is read
-        # Those of DeepSpeed and of classic FSDP go through all that a batch holds, its rows too, and stumble over them.
+        _ = self.generation.sampling_params  # raises before the model is read
+        # DeepSpeed's and classic FSDP's plugins convert every field of a batch, its rows too, and fail on those.
         plugin: Any = self.trainer.precision_plugin
         plugin.convert_input = lambda batch: batch
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        with zero.made_whole(self.trainer.strategy):
+        with zero.unpartitioned_init(self.trainer.strategy):
             model = self._model(self.trainer.strategy)
         model.set_checkpointing(self.checkpointing.vision_model, self.checkpointing.language_model)
         model.neftune_alpha = self.neftune
         self.model, self._vectors = model, vectors(model)
-        if (placed := getattr(model, "hf_device_map", None)) is not None:
-            rank_zero_info(f"layers over devices: {DeviceMap(placed)}")
+        if (device_map := getattr(model, "hf_device_map", None)) is not None:
+            rank_zero_info(f"layers over devices: {DeviceMap(device_map)}")
         if self.trainer.training:
             rank_zero_info(f"{self.pretrained}\n{tuning.table(model)}")
             if self.compiled:
                 compile_layers(model)
 
     def _model(self, strategy: Strategy) -> InternVL:
-        """The model with what trains in place, as the strategy spreads it."""
+        """Return the model, its trainable parts set up, distributed as the strategy needs it."""
         dtype, attention = self._weight_dtype(), self.attention
         mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
         if mesh is not None:
             from ivl.parallel.fsdp import build_sharded, parallelize  # peft takes seconds to import
         if mesh is not None and not self.adapter and not self.quantize:
-            how = strategy.root_device, dtype, attention, self.efficient
-            return build_sharded(self.pretrained, self.tune, mesh, *how)
-        # Where each process holds the whole model it is read straight onto its device; otherwise onto the host first.
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not zero.is_zero(strategy, 3)
-        where: dict[str, Any] = {"efficient": self.efficient, "device": strategy.root_device if whole else "cpu"}
-        where = strategy.reading(self) if isinstance(strategy, LayerSplit) else where
-        model = InternVL.from_pretrained(self.pretrained, dtype, attention=attention, quantize=self.quantize, **where)
+            options = strategy.root_device, dtype, attention, self.efficient
+            return build_sharded(self.pretrained, self.tune, mesh, *options)
+        # A model that each process holds in full is read straight onto its device; a sharded one onto the host first.
+        replicated = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not zero.is_zero(strategy, 3)
+        options: dict[str, Any] = {"efficient": self.efficient, "device": strategy.root_device if replicated else "cpu"}
+        options = strategy.load_options(self) if isinstance(strategy, LayerSplit) else options
+        model = InternVL.from_pretrained(self.pretrained, dtype, attention=attention, quantize=self.quantize, **options)
         if self.adapter and self.trainer.training:
             self.tune = continue_adapter(model, self.adapter, self.pretrained, self.tune)
         elif self.adapter:
@@ -197,7 +197,7 @@ class LitInternVL(LightningModule):
             tuning.apply(model, self.tune)
         if mesh is not None:
             parallelize(model, mesh)
-        elif not whole:  # Lightning shards it, or DeepSpeed does
+        elif not replicated:  # Lightning shards it, or DeepSpeed does
             model.always_run_vision = True
         return model
 
@@ -208,7 +208,7 @@ class LitInternVL(LightningModule):
         return "bfloat16" if "bf16" in precision else "float16" if precision.startswith("16") else "float32"
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = fitting("model.optimizer", self.make_optimizer, param_groups(self.model, self.rates, self._vectors))
+        optimizer = build("model.optimizer", self.make_optimizer, param_groups(self.model, self.rates, self._vectors))
         scale_rates(optimizer)
         if optimizer.defaults.get("fused") and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError(
@@ -216,7 +216,7 @@ class LitInternVL(LightningModule):
                 "gradients too late for the loss's denominator); leave fused out, or train in bf16-mixed"
             )
         self.total_steps = self.trainer.datamodule.total_steps()
-        schedule = fitting("model.schedule", self.make_schedule, optimizer, self.total_steps)
+        schedule = build("model.schedule", self.make_schedule, optimizer, self.total_steps)
         check_schedule(schedule)
         self.rate_settings = rate_settings(optimizer, schedule, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -224,12 +224,12 @@ class LitInternVL(LightningModule):
     # -- fit -----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        odd = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32}
+        dtypes = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32}
         # DeepSpeed, which is a DDPStrategy to Lightning, keeps the float32 weights itself.
-        own = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
-        if odd and own and not zero.is_zero(self.trainer.strategy):
+        torch_states = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+        if dtypes and torch_states and not zero.is_zero(self.trainer.strategy):
             raise UserError(
-                f"trainer.precision {self.trainer.precision}: it rounded what trains to {odd.pop()}, not float32. "
+                f"trainer.precision {self.trainer.precision}: it rounded what trains to {dtypes.pop()}, not float32. "
                 "Choose bf16-mixed: frozen weights are kept in 16 bits there as well"
             )
         self._window_loss = torch.zeros((), device=self.device)
@@ -260,7 +260,7 @@ class LitInternVL(LightningModule):
             loss.backward()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Make the gradients those of the weighted mean over all supervised tokens: of all ranks and micro-batches."""
+        """Divide the gradients by the weight of all supervised tokens of the step, over all ranks and micro-batches."""
         totals = torch.stack([self._window_loss, self._window_weight])
         ranks = self.trainer.world_size
         if ranks > 1:
@@ -275,7 +275,7 @@ class LitInternVL(LightningModule):
         if gradients:
             scale(gradients, LOSS_UNIT * ranks / weight)
             strategy: Any = self.trainer.strategy
-            classic = isinstance(strategy, FSDPStrategy)  # whose shards say nothing of their whole
+            classic = isinstance(strategy, FSDPStrategy)  # its shards do not give the total norm
             norm = strategy.model.clip_grad_norm_(float("inf")) if classic else total_norm(gradients)
             self._norm = norm.to(loss.device)
             self.log("train/grad_norm", self._norm, batch_size=1)
@@ -292,9 +292,9 @@ class LitInternVL(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """By the norm that is known already, which also serves fused optimizers (Lightning refuses those)."""
-        known = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
-        if not isinstance(self.trainer.strategy, known) or gradient_clip_algorithm == "value":
+        """Clip by the norm that is known already; this also works for fused optimizers (Lightning refuses those)."""
+        supported = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
+        if not isinstance(self.trainer.strategy, supported) or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val and self._norm is not None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -311,11 +311,11 @@ class LitInternVL(LightningModule):
         self._finite.read()
 
     def _memory(self, doing: str) -> AbstractContextManager[None]:
-        return out_of_memory(self._batch, what_to_lower(self.trainer.datamodule, vars(self.checkpointing)), doing)
+        return out_of_memory(self._batch, memory_advice(self.trainer.datamodule, vars(self.checkpointing)), doing)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = {f"model.{n}" for n in tuning.trainable_state(self.model)}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        trainable = {f"model.{n}" for n in tuning.trainable_state(self.model)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         checkpoint["pretrained"] = str(self.pretrained)
         checkpoint["experiment"], checkpoint["rate_settings"] = self.experiment, self.rate_settings
 
@@ -324,9 +324,9 @@ class LitInternVL(LightningModule):
             check_tensors(self.model, checkpoint["state_dict"])
         if not self.trainer.training:
             return
-        made: Any = self.configure_optimizers()
-        changes = take_typed(checkpoint, self.rate_settings, made["lr_scheduler"]["scheduler"])
-        changes += self.taken_as_typed
+        configured: Any = self.configure_optimizers()
+        changes = apply_settings(checkpoint, self.rate_settings, configured["lr_scheduler"]["scheduler"])
+        changes += self.changed_options
         rank_zero_info(
             f"resumed at step {checkpoint['global_step']}: weights, optimizer states, place among the rows and random "
             f"numbers are the checkpoint's; as given now: {some(changes, 6) or 'nothing that differs from it'}"
@@ -344,21 +344,21 @@ class LitInternVL(LightningModule):
         with out_of_memory(rows, f"lower data.eval_batch_size ({len(rows)})", "validation"):
             out = self.model(**rows)
             dtype = torch.float16 if str(self.trainer.precision).startswith("16") else self.model.dtype
-            with rows_named(rows.rows):
+            with name_rows(rows.rows):
                 self._scores.add_losses(rows.rows, out.row_losses, out.row_tokens, dtype)
             # By the first row of all ranks' batches, so that all ranks answer, or none does.
             first = batch_idx * self.trainer.datamodule.rows_of_step()
             if self.answer_rows is not None and first >= self.answer_rows:
                 return
             all_done = self.trainer.strategy.reduce_boolean_decision
-            with rows_named(prompts.rows):
-                found = answers(self.model, self.trainer.datamodule.processor, self.generation, prompts, all_done)
-        for index, row, answer in zip(indices, prompts.rows, found):
-            if index < 0:  # filled up so that all ranks have equally many batches
+            with name_rows(prompts.rows):
+                texts = answers(self.model, self.trainer.datamodule.processor, self.generation, prompts, all_done)
+        for index, row, answer in zip(indices, prompts.rows, texts):
+            if index < 0:  # padding: all ranks have equally many batches
                 continue
             scores = self._scores.add_answer(row, answer)
-            reasoning, said = split_reasoning(answer)
-            self.answers.append({"index": index, "row": row, "answer": said, "reasoning": reasoning, **scores})
+            reasoning, response = split_reasoning(answer)
+            self.answers.append({"index": index, "row": row, "answer": response, "reasoning": reasoning, **scores})
 
     def on_validation_epoch_end(self) -> None:
         scores = self._scores.means(self.trainer.world_size)
@@ -368,8 +368,8 @@ class LitInternVL(LightningModule):
         for kind, values in scores.items():
             for name in ("loss", *self.metrics):
                 if name in values:
-                    place = f"{stage}/{kind}/{name}" if kind else f"{stage}/{name}"
-                    self.log(place, values[name], prog_bar=not kind and name in ("loss", "exact"), batch_size=1)
+                    key = f"{stage}/{kind}/{name}" if kind else f"{stage}/{name}"
+                    self.log(key, values[name], prog_bar=not kind and name in ("loss", "exact"), batch_size=1)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -389,11 +389,11 @@ class LitInternVL(LightningModule):
         self._answering = Answering(self.model, data.processor, self.generation, self.batching, name, keep_errors)
 
     def predict_step(self, prompt: Prompt, batch_idx: int) -> list[Row]:
-        """Begin to answer a row. Returns the rows whose answers have come to an end meanwhile."""
+        """Submit a prompt to the engine. Returns the rows whose answers ended meanwhile."""
         return self._answering.take(prompt)
 
     def remaining_answers(self) -> Iterator[list[Row]]:
-        """The rows that are still being answered once there are no more prompts."""
+        """Yield the rows that are still being answered after the last prompt."""
         while self._answering.engine.is_busy:
             with self.trainer.precision_plugin.predict_step_context():
                 rows = self._answering.step()

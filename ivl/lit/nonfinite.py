@@ -1,4 +1,4 @@
-"""What goes wrong in a step, said with names: losses that are not finite, memory that is not there."""
+"""Guards of a training step: losses that are not finite, and lack of memory, reported with their rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.optim import Optimizer
 from ivl.types import Batch, Conversation, UserError, printable, some
 
 log = logging.getLogger(__name__)
-"""Of every process: the one that has a row names it"""
+"""Logger of every process, since only the process that has a row can name it"""
 
 FLAG = "found_inf"
-"""What torch's fused optimizers read: they skip the step where it is not 0"""
+"""Attribute read by torch's fused optimizers: they skip the step where it is not 0"""
 
 
-def named(rows: Sequence[Conversation]) -> str:
-    """Rows as people find them again: where they stand, and their own id."""
+def row_names(rows: Sequence[Conversation]) -> str:
+    """List rows by file, line and id."""
     names = [f"{row.where} ({row.id})" if row.id and row.where else row.where or row.id or "?" for row in rows]
     return printable(some(names), " ")
 
@@ -33,21 +33,20 @@ def named(rows: Sequence[Conversation]) -> str:
 class _Step:
     number: int
     bad: Tensor
-    """Whether something was not finite; on the device"""
+    """True if the loss or a gradient was not finite; on the device"""
     skipped: bool
-    """Whether the optimizer passes over it then"""
+    """True if the optimizer skips such a step"""
     parts: list[tuple[list[Conversation], Tensor]]
-    """Each micro-batch's rows, and whether its loss was finite"""
+    """Rows of each micro-batch, and a flag: its loss was finite"""
 
 
 @dataclass
 class FiniteLoss:
-    """Optimizer steps whose loss or gradients are not finite are skipped, their rows named, and the run stopped after
-    `patience` of them in a row.
+    """Guard that skips optimizer steps with a loss or gradients that are not finite, and logs their rows.
 
-    Whether a step is skipped is decided from sums over all processes, so that all do the same. A fused optimizer skips
-    on the device (the flag that torch's gradient scaler gives it too) and the flags are read `lag` steps later, all at
-    once; any other is asked on the host, which on a GPU waits for the step's backward.
+    The run stops after `patience` such steps in a row. The decision comes from sums over all processes, so that all do
+    the same. A fused optimizer skips on the device, by the flag that torch's gradient scaler uses too; the flags are
+    read `lag` steps later, all at once. For any other optimizer the host decides, and waits for the step's backward.
     """
 
     patience: int
@@ -58,18 +57,18 @@ class FiniteLoss:
     _in_a_row: list[_Step] = field(default_factory=list)
 
     def add(self, rows: list[Conversation], loss: Tensor) -> None:
-        """A micro-batch and its loss."""
+        """Add a micro-batch and its loss."""
         self._open.append((rows, torch.isfinite(loss.detach())))
 
     def close(self, number: int, bad: Tensor, optimizer: Optimizer) -> None:
-        """The end of an optimizer step; `bad`: whether it must be skipped, equal on all processes.
+        """End an optimizer step. `bad`: true if it must be skipped, equal on all processes.
 
         Raises UserError where too many steps in a row were bad.
         """
-        own = isinstance(optimizer, Optimizer)  # DeepSpeed's is none, and can't be told to skip
-        self._closed.append(_Step(number, bad, own, self._open))
+        can_skip = isinstance(optimizer, Optimizer)  # DeepSpeed's is no torch optimizer, and never skips
+        self._closed.append(_Step(number, bad, can_skip, self._open))
         self._open = []
-        if not own:
+        if not can_skip:
             self.read()
         elif optimizer.defaults.get("fused"):
             setattr(optimizer, FLAG, bad.float())
@@ -82,12 +81,12 @@ class FiniteLoss:
 
     @staticmethod
     def release(optimizer: Optimizer) -> None:
-        """After the optimizer's step."""
+        """Remove the flag after the optimizer's step."""
         if hasattr(optimizer, FLAG):
             delattr(optimizer, FLAG)
 
     def read(self) -> None:
-        """Look at the steps that were not looked at yet: one transfer."""
+        """Read the flags of the steps that ended since the last reading, in one transfer."""
         steps, self._closed = self._closed, []
         if not steps:
             return
@@ -97,10 +96,10 @@ class FiniteLoss:
                 self._in_a_row = []
                 continue
             self._in_a_row.append(step)
-            mine, rows = _guilty(step)
-            if mine or getattr(rank_zero_only, "rank", 0) == 0:
-                what = "skipped, as its" if step.skipped else "its"
-                log.warning("step %d: %s loss or gradients are not finite; rows: %s", step.number, what, rows)
+            is_here, rows = _nonfinite_rows(step)
+            if is_here or getattr(rank_zero_only, "rank", 0) == 0:
+                effect = "skipped, as its" if step.skipped else "its"
+                log.warning("step %d: %s loss or gradients are not finite; rows: %s", step.number, effect, rows)
             if len(self._in_a_row) >= self.patience:
                 raise UserError(
                     f"the loss or its gradients were not finite {self.patience} steps in a row, up to step "
@@ -109,44 +108,45 @@ class FiniteLoss:
                 )
 
 
-def _guilty(step: _Step) -> tuple[bool, str]:
-    """Whether a micro-batch of this process was not finite, and its rows; where all were finite (gradients overflowed,
-    or another process has it) the rows of the step."""
-    guilty = [row for rows, finite in step.parts if not bool(finite) for row in rows]
-    everything = [row for rows, _ in step.parts for row in rows]
-    return bool(guilty), named(guilty or everything)
+def _nonfinite_rows(step: _Step) -> tuple[bool, str]:
+    """Rows of the micro-batches of this process that were not finite, and true if there are any.
+
+    Where all were finite (gradients overflowed, or another process has the rows) these are the rows of the step.
+    """
+    nonfinite = [row for rows, finite in step.parts if not bool(finite) for row in rows]
+    rows_of_step = [row for rows, _ in step.parts for row in rows]
+    return bool(nonfinite), row_names(nonfinite or rows_of_step)
 
 
 def scale(gradients: list[Tensor], factor: Tensor) -> None:
-    """Multiply gradients in place; one call for each device that they are on.
+    """Multiply gradients in place, in one call per device.
 
-    Of a shard what is here: torch multiplies no two tensors at once whose shards lie on different meshes, as with
-    layers shared by processes.
+    Shards are multiplied as local tensors, since torch takes no two tensors on different meshes in one call.
     """
     of_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        of_device.setdefault(own.device, []).append(own)
-    for device, own_here in of_device.items():
-        torch._foreach_mul_(own_here, factor.to(device))
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        of_device.setdefault(local.device, []).append(local)
+    for device, tensors in of_device.items():
+        torch._foreach_mul_(tensors, factor.to(device))
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, over all shards, before clipping; on the device."""
+    """Norm of all gradients together, over all shards, before clipping; on the device."""
     of_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         of_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
-    norms = [torch.nn.utils.get_total_norm(own) for own in of_mesh.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+    norms = [torch.nn.utils.get_total_norm(tensors) for tensors in of_mesh.values()]
+    totals = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(totals))
 
 
 def clip(gradients: list[Tensor], most: float, norm: Tensor) -> None:
-    """Scale gradients of this norm down to `most`, as torch's `clip_grads_with_norm_` does."""
+    """Scale gradients down to a norm of `most`, as torch's `clip_grads_with_norm_` does."""
     scale(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
-def what_to_lower(data: Any, checkpointing: Mapping[str, bool]) -> str:
+def memory_advice(data: Any, checkpointing: Mapping[str, bool]) -> str:
     """Advice for a training step that did not fit, with the present values of a data module."""
     size = f"data.pack_tokens ({data.pack_tokens})" if data.packing else f"data.batch_size ({data.batch_size})"
     limits = f"data.max_length ({data.processor.max_length}) or data.max_tiles ({data.processor.max_tiles})"
@@ -167,7 +167,7 @@ def out_of_memory(batch: Batch | None, advice: str, doing: str) -> Iterator[None
             longest = batch.input_ids.shape[1] if batch.lengths is None else int(batch.lengths.max())
             size = (
                 f"with {len(batch)} rows of {batch.num_tokens} tokens (the longest {longest}) and {len(batch.tiles)} "
-                f"tiles: {named(batch.rows)}"
+                f"tiles: {row_names(batch.rows)}"
             )
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"out of memory in {doing}, {size}; {advice} ({first})") from error

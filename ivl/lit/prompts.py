@@ -1,4 +1,4 @@
-"""Rows to be answered, as loader workers make them."""
+"""Prompts of prediction: rows to be answered, as loader workers make them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ivl.data.sets.index import Index
 from ivl.types import Conversation, Example, UserError
 
 LAST = -1
-"""Stands for a prompt after which there are none"""
+"""Index that marks the end of the prompts"""
 
 
 @dataclass
 class Prompt:
-    """A row to be answered, or what is wrong with it."""
+    """Row to be answered, or the error that prevents it."""
 
     index: int
     example: Example | None = None
@@ -29,33 +29,33 @@ class Prompt:
 
 
 def processor_of_prompts(processor: Processor, most: int | None, max_new_tokens: int) -> Processor:
-    """The processor with the limit of prompts, which is not that of training rows: `most`, or the model's context.
+    """Copy a processor with the limit of prompts: `most`, or by default the model's context.
 
     A prompt that has to be shortened for the context leaves room for its answer.
     """
     context = processor.config.llm.get("max_position_embeddings")
-    made = copy(processor)
-    made.max_length = most
+    prompt_processor = copy(processor)
+    prompt_processor.max_length = most
     if most is None and context:
-        made.max_length, made.answer_room = context - 1, min(max_new_tokens, context // 2)
-    return made
+        prompt_processor.max_length, prompt_processor.answer_room = context - 1, min(max_new_tokens, context // 2)
+    return prompt_processor
 
 
 def report_prompts(index: Index, keep_errors: bool) -> None:
-    """Say how many prompts do not fit their limit as they are.
+    """Log the number of prompts that are longer than their limit.
 
     Raises UserError where a prompt cannot be used and errors are not kept.
     """
     problems = sorted((index.problems | index.dropped).items())
     if problems and not keep_errors:
-        more = f" (and {len(problems) - 1} more rows; `ivl check` lists them)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0][1]}{more}; or set --data.on_error skip")
+        others = f" (and {len(problems) - 1} more rows; `ivl check` lists them)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0][1]}{others}; or set --data.on_error skip")
     if changed := index.describe_changes():
         rank_zero_info(f"prompts longer than their limit: {changed} (of {len(index)})")
 
 
 class Prompts(Dataset):
-    """Rows to be answered, one by one. Where errors are not kept they are raised."""
+    """Dataset of prompts. Errors are raised unless `keep_errors`."""
 
     def __init__(self, rows: RowDataset, keep_errors: bool):
         self.rows, self.keep_errors = rows, keep_errors

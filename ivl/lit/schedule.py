@@ -1,4 +1,4 @@
-"""Learning-rate schedules that are given the number of optimizer steps of the run."""
+"""Learning-rate schedules over the optimizer steps of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Warmup(LambdaLR):
     """Linear warm-up, then cosine or linear decay, or constant.
 
     Args:
-        optimizer: Whose rates are scheduled; each group keeps its own peak.
+        optimizer: Optimizer whose rates are scheduled; each group keeps its own peak.
         total_steps: Optimizer steps of the whole run.
         warmup: Share of the steps (below 1) or number of steps (1 and more) of the warm-up.
-        decay: What follows the warm-up.
+        decay: Form of the rate after the warm-up.
         floor: Share of the peak rate that the decay ends at.
     """
 

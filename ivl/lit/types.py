@@ -1,4 +1,4 @@
-"""Lightning's objects as this package has them, for annotations: its own classes say less than what it hands over."""
+"""Types of Lightning's objects with the attributes that this package uses, for annotations."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class IvlTrainer(Trainer):
-    """A Trainer with what Lightning sets on it and declares nowhere. Nothing is an instance of it."""
+    """Trainer with the attributes that Lightning sets and does not declare; for annotations, never instantiated."""
 
     datamodule: IvlData
     callbacks: list[Callback]
     log_every_n_steps: int
 
 
-def own(module: LightningModule) -> LitInternVL:
-    """The module that a callback is given."""
+def as_lit(module: LightningModule) -> LitInternVL:
+    """Cast the module of a callback."""
     return cast("LitInternVL", module)

@@ -8,7 +8,7 @@ import pytest
 from ivl.__main__ import main
 from ivl.data.rows.formats import parse
 from ivl.eval.tasks import TASKS
-from ivl.lit.benchmark import rows_file, scored_by, settings
+from ivl.lit.benchmark import rows_file, score_fields, settings
 from ivl.types import UserError
 from tests.eval import official
 from tests.tiny import write_checkpoint
@@ -126,7 +126,7 @@ def test_every_setting_of_a_task_is_an_option(name):
 
 def test_pictures_inside_a_row_are_not_written_again():
     rows = [{"query": "<image>?", "images": [image], "answers": ["a"]} for image in ("x.png", "data:image/png;base64,")]
-    assert [scored_by(parse(row)) for row in rows] == [{"answers": ["a"], "images": ["x.png"]}, {"answers": ["a"]}]
+    assert [score_fields(parse(row)) for row in rows] == [{"answers": ["a"], "images": ["x.png"]}, {"answers": ["a"]}]
 
 
 def test_an_unanswered_row_is_no_wrong_answer(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ivl.lit.answering import rows_named
+from ivl.lit.answering import name_rows
 from ivl.lit.metrics import CAPTIONS, Scores, check_metrics, score, scores_table, summary
 from ivl.types import Conversation, Message, UserError
 
@@ -45,7 +45,7 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_row():
     losses = torch.tensor([1.0, torch.nan])
     with (
         pytest.raises(UserError, match=r"^a.jsonl:2: the model's logits are not finite in float16"),
-        rows_named(rows),
+        name_rows(rows),
     ):
         scores.add_losses(rows, losses, torch.ones(2), torch.float16)
 

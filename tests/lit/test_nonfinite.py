@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from ivl.lit.nonfinite import FiniteLoss, named, out_of_memory
+from ivl.lit.nonfinite import FiniteLoss, out_of_memory, row_names
 from ivl.types import Batch, Conversation, Message, UserError
 
 
@@ -82,7 +82,7 @@ def test_only_the_micro_batch_that_was_not_finite_is_named(caplog):
 
 
 def test_many_rows_are_counted():
-    assert named(rows(*"abcdefghij")).endswith("train.jsonl:8 (h) and 2 more")
+    assert row_names(rows(*"abcdefghij")).endswith("train.jsonl:8 (h) and 2 more")
 
 
 def test_out_of_memory_says_with_what_and_what_to_lower():

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: whole or not there at all, and exact: a resumed run goes on as if it had not stopped.
+"""Checkpoint callback: atomic files, and exact resume.
 
 A checkpoint is one file, the same under every strategy that keeps tensors in torch (one device, DDP, FSDP2): what
 trains, optimizer, schedule, loops, the state of every random generator of every process, and the data position. It is
-written under a temporary name, flushed to the disk and renamed, so a file that is named `*.ckpt` was once whole; its
-zip checksums tell whether it still is.
+written under a temporary name, flushed to the disk and renamed, so a file named `*.ckpt` was complete when written; its
+zip checksums detect later damage. A resumed run goes on as if it had not stopped.
 
 Positions are ends of accumulation windows: inside one, gradients would have to be saved as well. A checkpoint that is
 due inside a window waits for its end. Only one that belongs to a validation inside a window cannot wait: it holds the
@@ -30,19 +30,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from ivl.checkpoint.ckpt_file import read_ckpt, trained_state
 from ivl.finetune import peft_adapter as adapting
 from ivl.finetune import tune as tuning
-from ivl.lit.run.monitored_metric import best_is, check_monitors, check_open_monitors
+from ivl.lit.run.monitored_metric import best_mode, check_monitors, check_open_monitors
 from ivl.lit.run.position import VALIDATION_DUE, Position, begin_with_validation, validation_due
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.strategies import deepspeed as zero
-from ivl.lit.types import own
+from ivl.lit.types import as_lit
 from ivl.types import WEIGHTS, UserError
 
 PARTIAL = ".part"
-"""Ending of a checkpoint that is being written"""
+"""Suffix of a checkpoint that is being written"""
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint so that it is whole or absent, whenever the machine stops; reads only whole ones."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoint files that are complete or absent, whenever the machine stops; damaged ones are not read."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
@@ -64,7 +64,7 @@ class WholeFiles(TorchCheckpointIO):
             os.close(folder)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
-        """Never unpickles, whatever `weights_only` says. Mapped into memory, so a process reads only what it takes.
+        """Load a checkpoint, mapped into memory, without unpickling (`weights_only` is ignored).
 
         Raises UserError where the file is missing or damaged.
         """
@@ -84,8 +84,8 @@ class Checkpoints(ModelCheckpoint):
 
     Args:
         monitor: A logged number, such as val/loss, whose best checkpoints are kept. Unset: the newest are.
-        mode: Which of its values are best: min or max. Unset: max of a score, min of a loss.
-        save_top_k: How many are kept, besides last.ckpt; -1: all.
+        mode: Best values of the monitor: min or max. Unset: max of a score, min of a loss.
+        save_top_k: Number of checkpoints kept, besides last.ckpt; -1: all.
     """
 
     def __init__(
@@ -97,20 +97,20 @@ class Checkpoints(ModelCheckpoint):
     ) -> None:
         if monitor is None and save_top_k > 1:  # Lightning keeps several by a number only
             monitor, mode = "step", "max"
-        super().__init__(monitor=monitor, mode=mode or best_is(monitor), save_top_k=save_top_k, **kwargs)
+        super().__init__(monitor=monitor, mode=mode or best_mode(monitor), save_top_k=save_top_k, **kwargs)
 
     _saves: bool = True
-    _goes_on: bool = False
-    """Whether a run goes on in its own folder"""
+    _resumes_in_place: bool = False
+    """True if a run is resumed in its folder"""
     _training: bool = False
-    """Whether there is a state to save"""
+    """True if there is a state to save"""
     _step_end: Position | None = None
-    """Of the last optimizer step of this process"""
+    """Position after the last optimizer step of this process"""
     _saved: Position | None = None
-    """What a checkpoint that is being written holds, where that is not the present position"""
+    """Position of the checkpoint that is being written, unless it is the present one"""
     _took_signals: bool = False
     _random: list[dict[str, Any]] | None = None
-    """Of each process, from a checkpoint, until the first step"""
+    """Random states of each process, from a checkpoint, until the first step"""
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         super().setup(trainer, module, stage)
@@ -120,12 +120,12 @@ class Checkpoints(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._saves:  # the other commands keep no checkpoints, and Lightning would warn of their other folder
-            super().load_state_dict(of_folder(state_dict, str(self.dirpath)) if self._goes_on else state_dict)
+            super().load_state_dict(move_paths(state_dict, str(self.dirpath)) if self._resumes_in_place else state_dict)
 
     # -- signals -------------------------------------------------------------------------------------------------
 
     def _take_signals(self, trainer: Trainer) -> None:
-        """Lightning has put its own handlers in by then."""
+        """Install the signal handlers, after Lightning has installed its own."""
         self._took_signals = self._took_signals or not STOP.active
         STOP.take()
         STOP.processes = getattr(trainer.strategy.launcher, "kill", None)
@@ -149,7 +149,7 @@ class Checkpoints(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         check_open_monitors(trainer)
         super().on_train_start(trainer, module)
-        if self._goes_on and (last := self._last()).exists():
+        if self._resumes_in_place and (last := self._last()).exists():
             self.last_model_path = str(last)  # written again, in place of a second one beside it
         if trainer.is_global_zero and self.dirpath:
             for partial in Path(self.dirpath).glob(f".*.ckpt{PARTIAL}"):
@@ -167,8 +167,8 @@ class Checkpoints(ModelCheckpoint):
         if self._took_signals:  # a Trainer outside the command line
             STOP.leave()
 
-    def _stop_where_asked(self, trainer: Trainer, position: Position | None = None) -> None:
-        """Any process may have the signal; all of them stop at the same step."""
+    def _stop_on_signal(self, trainer: Trainer, position: Position | None = None) -> None:
+        """Save and stop if any process has a signal; all processes stop at the same step."""
         if not trainer.strategy.reduce_boolean_decision(bool(STOP.number), all=False):
             return
         number = STOP.number or signal.SIGTERM
@@ -177,8 +177,8 @@ class Checkpoints(ModelCheckpoint):
         rank_zero_info(f"stopped at step {trainer.global_step}; go on with the same command and --ckpt_path {path}")
         # Lightning kills the first process where one that it started ends with another status than 0.
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        own = trainer.is_global_zero or environment is None or environment.creates_processes_externally
-        raise Stopped(128 + number if own else 0)
+        is_free = trainer.is_global_zero or environment is None or environment.creates_processes_externally
+        raise Stopped(128 + number if is_free else 0)
 
     def _last(self) -> Path:
         assert self.dirpath is not None, "set before the first step"
@@ -190,13 +190,13 @@ class Checkpoints(ModelCheckpoint):
         try:
             if self._training and not isinstance(exception, Stopped):
                 self._save_after_error(trainer, module)
-        except Exception as error:  # noqa: BLE001  (the first error is the one to tell)
+        except Exception as error:  # noqa: BLE001  (the first error is reported)
             rank_zero_info(f"the state could not be saved ({type(error).__name__}: {error})")
         finally:
             self._end()
 
     def _save_after_error(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save the state of the last optimizer step; no other process is asked, as it may be elsewhere."""
+        """Save the state of the last optimizer step, without the other processes, which may have failed."""
         step, position = trainer.global_step, self._step_end
         if not trainer.is_global_zero or position is None:
             return
@@ -210,14 +210,14 @@ class Checkpoints(ModelCheckpoint):
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)
             trainer.strategy.save_checkpoint(checkpoint, path)
         rank_zero_info(f"the state of step {step} is saved; go on with the same command and --ckpt_path {path}")
-        if step >= own(module).total_steps:
+        if step >= as_lit(module).total_steps:
             self._write_adapter(trainer, module)
 
     def _cannot_save(self, trainer: Trainer, module: LightningModule, position: Position) -> str | None:
-        """Why the state in memory is not that of the end of a step, or is not here."""
+        """Return the reason why the state in memory is not that of the end of a step; None if it is."""
         counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         between = position.step == trainer.global_step or counts.processed == counts.ready
-        if own(module).updating or not between:
+        if as_lit(module).updating or not between:
             return "the error came while the optimizer changed the weights"
         if trainer.world_size > 1 and (zero.is_zero(trainer.strategy) or not isinstance(trainer.strategy, DDPStrategy)):
             return "each process holds a part of it"
@@ -240,11 +240,11 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if unfinished(trainer):
+        if micro_batches_pending(trainer):
             return
         self._step_end = Position.of(trainer, random_state())
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        self._stop_where_asked(trainer)
+        self._stop_on_signal(trainer)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -257,15 +257,15 @@ class Checkpoints(ModelCheckpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             STOP.check()
         elif self._step_end and not trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch:
-            self._stop_where_asked(trainer, self._step_end)
+            self._stop_on_signal(trainer, self._step_end)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        ended = trainer.state.fn == "fit" and not trainer.sanity_checking and not unfinished(trainer)
-        if ended:
+        step_ended = trainer.state.fn == "fit" and not trainer.sanity_checking and not micro_batches_pending(trainer)
+        if step_ended:
             self._step_end = Position.of(trainer, random_state())
         super().on_validation_end(trainer, module)
-        if ended:
-            self._stop_where_asked(trainer)
+        if step_ended:
+            self._stop_on_signal(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.save_last and self._last_global_step_saved != trainer.global_step:  # steps after the last validation
@@ -275,7 +275,7 @@ class Checkpoints(ModelCheckpoint):
         self._write_adapter(trainer, module)
 
     def _write_adapter(self, trainer: Trainer, module: LightningModule) -> None:
-        model, tune, base = own(module).model, own(module).tune, str(own(module).pretrained)
+        model, tune, base = as_lit(module).model, as_lit(module).tune, str(as_lit(module).pretrained)
         split, adapted = zero.is_zero(trainer.strategy), adapting.has_adapter(model)
         if not self.dirpath or not (adapted or split):
             return
@@ -283,7 +283,7 @@ class Checkpoints(ModelCheckpoint):
         state = zero.trained(model) if split else trainer.strategy.lightning_module_state_dict()
         if split and trainer.is_global_zero:
             path = Path(self.dirpath) / WEIGHTS
-            WholeFiles().save_checkpoint(zero.weights(trainer, state, base), path)
+            AtomicCheckpointIO().save_checkpoint(zero.weights(trainer, state, base), path)
             rank_zero_info(f"weights in {path}")
         if adapted and trainer.is_global_zero:
             state = {name: state[f"model.{name}"] for name in tuning.trainable_state(model)}
@@ -296,19 +296,20 @@ class Checkpoints(ModelCheckpoint):
                 adapting.save_adapter(model, tune, folder, base=base, state=trained_state(file))
                 rank_zero_info(f"adapter in {folder} (step {step}, the best by {self.monitor})")
 
-    def offered(self, trainer: Trainer) -> list[tuple[str, str]]:
-        """Checkpoints to go on with, and the step that each holds: the best, where a number says so, and the last."""
+    def next_checkpoints(self, trainer: Trainer) -> list[tuple[str, str]]:
+        """Checkpoints to use next, with a description of each: the best by the monitor, and the last."""
         step = trainer.global_step
         last = self.last_model_path or (str(self._last()) if self._last().exists() else self.best_model_path)
-        found = [(last, f"step {step}, the last")] if last else []
+        checkpoints = [(last, f"step {step}, the last")] if last else []
         if best := self._best():
-            path, at = best
-            which = f"step {at}, the best by {self.monitor}"
-            found = [(path, f"{which}, and the last")] if at == step else [(path, which), *found]
-        return found
+            path, best_step = best
+            name = f"step {best_step}, the best by {self.monitor}"
+            both = best_step == step
+            checkpoints = [(path, f"{name}, and the last")] if both else [(path, name), *checkpoints]
+        return checkpoints
 
     def _best(self) -> tuple[str, int] | None:
-        """The best checkpoint by the number that the run watches, and its step."""
+        """Best checkpoint by the monitor, and its step."""
         path = self.best_model_path
         if self.monitor in (None, "step", "epoch") or not Path(path).is_file():
             return None
@@ -317,17 +318,17 @@ class Checkpoints(ModelCheckpoint):
     # -- what ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        again, position = unfinished(trainer), self._saved
+        pending, position = micro_batches_pending(trainer), self._saved
         if position is not None:
-            again, mine = 0, position.random
+            pending, state = 0, position.random
         elif self._random is not None:  # resumed at the end of an epoch, saved before a step: the state still waits
-            mine = of_process(self._random, trainer.global_rank)
+            state = state_of_rank(self._random, trainer.global_rank)
         else:
-            mine = self._window_start if again else random_state()
-        states: list[Any] = [mine]
+            state = self._window_start if pending else random_state()
+        states: list[Any] = [state]
         if trainer.world_size > 1 and trainer.state.status != TrainerStatus.INTERRUPTED:  # after an error all are apart
             states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, mine)
+            torch.distributed.all_gather_object(states, state)
         checkpoint["random"] = states
         checkpoint[VALIDATION_DUE] = position.validation_due if position else validation_due(trainer)
         if position is not None:
@@ -335,11 +336,11 @@ class Checkpoints(ModelCheckpoint):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             for name in counts:
-                counts[name] -= again
+                counts[name] -= pending
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random = checkpoint.get("random")
-        self._goes_on = (
+        self._resumes_in_place = (
             bool(self.dirpath) and self._last().parent.resolve() == Path(str(trainer.ckpt_path)).resolve().parent
         )
         loops = checkpoint["loops"]["fit_loop"]
@@ -347,23 +348,23 @@ class Checkpoints(ModelCheckpoint):
         counts = loops["epoch_loop.batch_progress"]["current"]
         if trainer.state.fn == "fit" and loader and not loader[0]["done"] and counts["ready"]:
             # An epoch has ended. Lightning sees it by the number of batches, which follows from that of processes.
-            more = own(module).trainer.datamodule.batches_of_epoch() - counts["ready"]
+            missing = as_lit(module).trainer.datamodule.batches_of_epoch() - counts["ready"]
             for name in counts:
-                counts[name] += more
+                counts[name] += missing
         if trainer.state.fn == "fit" and checkpoint.get(VALIDATION_DUE):
             begin_with_validation(loops)
 
 
-def of_folder(state: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The callback's state with its files in the folder that a run goes on in, which may have been moved since."""
+def move_paths(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Point the paths of a callback's state to `folder`, as the run's folder may have been moved."""
     names = ("best_model_path", "kth_best_model_path")
-    moved = {name: str(Path(folder) / Path(state[name]).name) if state.get(name) else "" for name in names}
+    paths = {name: str(Path(folder) / Path(state[name]).name) if state.get(name) else "" for name in names}
     best = {str(Path(folder) / Path(path).name): value for path, value in (state.get("best_k_models") or {}).items()}
-    return state | moved | {"dirpath": folder, "best_k_models": {p: v for p, v in best.items() if Path(p).exists()}}
+    return state | paths | {"dirpath": folder, "best_k_models": {p: v for p, v in best.items() if Path(p).exists()}}
 
 
-def unfinished(trainer: Trainer) -> int:
-    """Micro-batches of an accumulation window that has not come to its optimizer step; 0 between windows."""
+def micro_batches_pending(trainer: Trainer) -> int:
+    """Number of micro-batches since the last optimizer step; 0 between accumulation windows."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     ready = progress.current.ready
     last = progress.is_last_batch or ready == trainer.num_training_batches
@@ -371,7 +372,7 @@ def unfinished(trainer: Trainer) -> int:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of this process's generators: torch, CUDA, numpy, python. Plain values and tensors only."""
+    """State of this process's random generators: torch, CUDA, numpy, python; plain values and tensors only."""
     numbers: Any = np.random.get_state()
     kind, keys, *rest = numbers
     return {
@@ -382,14 +383,14 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def of_process(states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-    """The state of a process among those saved; that of the first where there were fewer processes."""
+def state_of_rank(states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+    """Return the saved state of a process; that of the first where fewer processes saved one."""
     return states[rank if rank < len(states) else 0]
 
 
 def set_random_state(states: list[dict[str, Any]], rank: int) -> None:
-    """Go on with the generators of a process."""
-    state = of_process(states, rank)
+    """Restore the random generators of a process."""
+    state = state_of_rank(states, rank)
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

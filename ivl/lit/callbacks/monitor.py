@@ -1,4 +1,4 @@
-"""What people watch while a model trains: speed, rates, memory, the loss of each source, and the progress bar."""
+"""Monitoring of training: speed, rates, memory, loss of each source, and the progress bar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ivl.estimate.hardware import find_device
 from ivl.files import write_text
 from ivl.finetune.param_groups import groups_table
 from ivl.finetune.tune import adapted, described, table
-from ivl.lit.types import own
+from ivl.lit.types import as_lit
 from ivl.types import Batch, Conversation
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class SourceLosses:
-    """Losses per source of rows since they were last read; sums stay on the device until then."""
+    """Losses per source since the last reading; sums stay on the device until then."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -34,25 +34,25 @@ class SourceLosses:
         """(sources, 2): negative log-likelihood and supervised tokens"""
 
     def add(self, rows: Sequence[Conversation], losses: Tensor, tokens: Tensor) -> None:
-        """`losses`, `tokens`: (rows,) of a batch."""
+        """Add a batch. `losses`, `tokens`: (rows,)."""
         names = [row.source or "rows" for row in rows]
         self.names += [name for name in dict.fromkeys(names) if name not in self.names]
         values = torch.stack([losses, tokens], dim=1)
         grown = torch.zeros(len(self.names), 2, device=values.device)
         if self._sums is not None:
             grown[: len(self._sums)] = self._sums
-        places = torch.tensor([self.names.index(name) for name in names])
-        self._sums = grown.index_add(0, places.to(values.device, non_blocking=True), values)
+        positions = torch.tensor([self.names.index(name) for name in names])
+        self._sums = grown.index_add(0, positions.to(values.device, non_blocking=True), values)
 
     def read(self, ranks: int = 1) -> dict[str, float]:
         """Mean loss of each source, over all processes (each must call it); sums start again."""
-        mine = {} if self._sums is None else dict(zip(self.names, self._sums.tolist()))
+        local = {} if self._sums is None else dict(zip(self.names, self._sums.tolist()))
         if self._sums is not None:
             self._sums.zero_()
-        parts: list[Any] = [mine]
+        parts: list[Any] = [local]
         if ranks > 1:
             parts = [None] * ranks
-            torch.distributed.all_gather_object(parts, mine)
+            torch.distributed.all_gather_object(parts, local)
         sums: dict[str, tuple[float, float]] = {}
         for part in parts:
             for name, (loss, tokens) in part.items():
@@ -72,10 +72,10 @@ class Watch(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start = self._end = time.perf_counter()
         self._step = trainer.global_step
-        found = {module.device, *(p.device for p in own(module).model.parameters())}
-        self._devices = sorted((device for device in found if device.type == "cuda"), key=str)
+        devices = {module.device, *(p.device for p in as_lit(module).model.parameters())}
+        self._devices = sorted((device for device in devices if device.type == "cuda"), key=str)
         self._reset()
-        self._write_trained(trainer, own(module))
+        self._write_trained(trainer, as_lit(module))
 
     def _reset(self) -> None:
         self._rows = self._steps = 0
@@ -96,8 +96,8 @@ class Watch(Callback):
         if step == before:  # inside an accumulation window
             return
         self._steps += 1
-        if step % own(module).trainer.log_every_n_steps == 0:
-            self._log(trainer, own(module))
+        if step % as_lit(module).trainer.log_every_n_steps == 0:
+            self._log(trainer, as_lit(module))
             self._reset()
 
     def _log(self, trainer: Trainer, module: LitInternVL) -> None:
@@ -110,8 +110,8 @@ class Watch(Callback):
             "speed/samples_per_s": self._rows * ranks / seconds,
             "speed/data_wait": self._waited / seconds,
         }
-        asked = training_flops(module.model.config, described(module.tune), self._work, NOTHING).total
-        if (share := utilisation(asked / seconds, module.device)) is not None:
+        flops = training_flops(module.model.config, described(module.tune), self._work, NOTHING).total
+        if (share := utilisation(flops / seconds, module.device)) is not None:
             values["speed/mfu"] = share
         values |= {f"lr/{g.get('name', n)}": g["lr"] for n, g in enumerate(trainer.optimizers[0].param_groups)}
         values |= memory(self._devices)
@@ -142,7 +142,7 @@ class Watch(Callback):
 
 
 def added(work: Work, batch: Batch) -> Work:
-    """The work of a batch on top; padding is none."""
+    """Add the work of a batch; padding does not count."""
     assert batch.lengths is not None, "the collator's batches have them"
     return Work(
         tiles=work.tiles + len(batch.tiles),
@@ -153,33 +153,33 @@ def added(work: Work, batch: Batch) -> Work:
 
 
 def utilisation(flops_per_s: float, device: torch.device) -> float | None:
-    """Share of a device's peak; None where its peak is not known."""
+    """Return the share of a device's peak; None where its peak is unknown."""
     row = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return flops_per_s / row.flops if row else None
 
 
 def memory(devices: Sequence[torch.device]) -> dict[str, float]:
     """Peak memory in GiB: of each GPU since the last call, and of this process."""
-    found = {}
+    values = {}
     for device in devices:
         name = "device" if len(devices) == 1 else f"device{device.index}"
-        found[f"memory/{name}_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        values[f"memory/{name}_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         torch.cuda.reset_peak_memory_stats(device)
     if sys.platform != "win32":
         import resource
 
         unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-        found["memory/process_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return found
+        values["memory/process_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return values
 
 
 class Progress(TQDMProgressBar):
-    """The bar of an epoch with the loss, tokens/s and the time left of the whole run, as of the last log step."""
+    """Progress bar of an epoch, with loss, tokens/s and time left of the run, as of the last log step."""
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
         items = super().get_metrics(trainer, module)
         items.pop("v_num", None)
-        shown, total = own(module).shown, own(module).total_steps
+        shown, total = as_lit(module).shown, as_lit(module).total_steps
         if "loss" in shown:
             items["loss"] = f"{shown['loss']:.4g}"
             items["tokens/s"] = f"{shown['tokens/s']:,.0f}"
@@ -188,7 +188,7 @@ class Progress(TQDMProgressBar):
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1:02:03, or 1 d 02:03 from a day on."""
+    """Format seconds as 1:02:03, or as 1 d 02:03 from a day on."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -1,6 +1,6 @@
-"""Predictions on disk: appended as they are made, gone on with after a crash, put in input order at the end.
+"""Predictions on disk: appended as rows are answered, resumable after a crash, in input order at the end.
 
-answers.jsonl.settings.json   what the answers are made with, so that a file never holds two kinds of them
+answers.jsonl.settings.json   model and options of the answers; a file never mixes answers of two settings
 answers.jsonl.part0, …        one per process, a line per row, as rows are answered
 answers.jsonl                 all rows in order, once there are all; the others are then removed
 """
@@ -25,9 +25,9 @@ from ivl.data.processor import Processor
 from ivl.data.rows.grounding import parse_boxes
 from ivl.data.sets.index import fingerprint
 from ivl.files import whole_file, write_text
-from ivl.lit.benchmark import scored_by
+from ivl.lit.benchmark import score_fields
 from ivl.lit.run.signals import STOP, Stopped
-from ivl.lit.types import own
+from ivl.lit.types import as_lit
 from ivl.reasoning import split_reasoning
 from ivl.types import Conversation, UserError
 
@@ -40,7 +40,7 @@ if sys.platform != "win32":  # where two programs that write the same file are n
 Row = dict[str, Any]
 NAME = "predictions.jsonl"
 SYNC_SECONDS = 1.0
-"""Answers are handed to the system at once, and to the disk at least this often"""
+"""Longest time between two flushes to the disk; answers are handed to the system at once"""
 
 
 def answered(
@@ -51,35 +51,35 @@ def answered(
     finish_reason: str,
     notes: Sequence[str] = (),
 ) -> Row:
-    """A row's line: what was asked, what was answered, and what it is compared with.
+    """Return the line of an answered row: prompt, response, and reference.
 
-    `notes`: what was left out of the prompt to make it fit.
+    `notes`: parts of the prompt that were left out to make it fit.
     """
-    reasoning, said = split_reasoning(answer)
+    reasoning, response = split_reasoning(answer)
     return {
         "index": index,
         "id": row.id,
         "where": row.where,
         "source": row.source or None,
         "prompt": processor.prompt_text(row),
-        "response": said,
+        "response": response,
         "reasoning": reasoning,
         "finish_reason": finish_reason,
         "notes": list(notes),
         "reference": row.reference,
-        "boxes": [{"ref": ref, "boxes": boxes} for ref, boxes in parse_boxes(said)],
-        **scored_by(row),
+        "boxes": [{"ref": ref, "boxes": boxes} for ref, boxes in parse_boxes(response)],
+        **score_fields(row),
     }
 
 
 def failed(index: int, row: Conversation | None, where: str, error: str) -> Row:
-    """The line of a row that could not be answered; `row` None: it was not even understood."""
-    known = {"id": row.id, "where": row.where, "source": row.source or None} if row else {"id": None, "where": where}
-    return {"index": index, **known, "error": error}
+    """Return the line of a row that could not be answered. `row`: None where it could not be parsed."""
+    fields = {"id": row.id, "where": row.where, "source": row.source or None} if row else {"id": None, "where": where}
+    return {"index": index, **fields, "error": error}
 
 
-class Parts:
-    """The parts of an unfinished file of predictions."""
+class PredictionShards:
+    """Shards of an unfinished file of predictions, one per process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,17 +87,17 @@ class Parts:
         self._file: BinaryIO | None = None
         self._synced = 0.0
 
-    def _part(self, rank: int) -> Path:
+    def _shard_path(self, rank: int) -> Path:
         return self.path.with_name(f"{self.path.name}.part{rank}")
 
     def existing(self) -> list[Path]:
-        """The parts there are."""
+        """Paths of the shards on disk."""
         start = f"{self.path.name}.part"
-        found = [p for p in self.path.parent.glob("*.part*") if p.name.startswith(start)]
-        return sorted(p for p in found if p.name[len(start) :].isdigit())
+        paths = [p for p in self.path.parent.glob("*.part*") if p.name.startswith(start)]
+        return sorted(p for p in paths if p.name[len(start) :].isdigit())
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Called by one process before any opens its part: begin anew, or mend what a crash has left.
+        """Begin a file, or mend the shards of a crashed run. One process calls it, before any opens its shard.
 
         Raises UserError where the file is finished, is being written, or was begun with other settings.
         """
@@ -110,10 +110,10 @@ class Parts:
                 raise UserError(f"{parts[0]}: exists, but {self.settings.name} beside it does not; remove it")
             write_text(self.settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
             return
-        other = _differences(json.loads(self.settings.read_text(encoding="utf-8")), settings)
-        if other:
+        changes = _differences(json.loads(self.settings.read_text(encoding="utf-8")), settings)
+        if changes:
             raise UserError(
-                f"{self.path}: was begun with other settings ({'; '.join(other)}); give those to finish it, name "
+                f"{self.path}: was begun with other settings ({'; '.join(changes)}); give those to finish it, name "
                 f"another file with --predictions.file, or remove {self.settings.name} and {self.path.name}.part*"
             )
         for part in parts:
@@ -122,30 +122,30 @@ class Parts:
                 _mend(file)
 
     def answered(self) -> set[int]:
-        """The rows that are done."""
+        """Indices of the rows that are answered."""
         return {index for index, *_ in self._lines()}
 
     def _lines(self) -> Iterable[tuple[int, Path, int]]:
-        """Row, part, and offset of each line."""
+        """Yield row, shard and offset of each line."""
         for part in self.existing():
             with part.open("rb") as file:
-                at = 0
+                offset = 0
                 for number, line in enumerate(file, 1):
                     try:
-                        yield json.loads(line)["index"], part, at
+                        yield json.loads(line)["index"], part, offset
                     except (ValueError, KeyError, TypeError):
                         raise UserError(
                             f"{part}:{number}: is damaged; remove this line to answer its row again"
                         ) from None
-                    at += len(line)
+                    offset += len(line)
 
     def open(self, rank: int) -> None:
-        """Begin to append to a process's part."""
-        self._file = self._part(rank).open("ab")
-        _lock(self._file, self._part(rank))
+        """Open the shard of a process to append rows."""
+        self._file = self._shard_path(rank).open("ab")
+        _lock(self._file, self._shard_path(rank))
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Add rows; a crash of this process does not lose them."""
+        """Append rows; a crash of this process does not lose them."""
         assert self._file is not None, "opened before a row is answered"
         self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
         self._file.flush()
@@ -160,26 +160,26 @@ class Parts:
             self._file = None
 
     def join(self, count: int) -> Counter[str]:
-        """Put `count` rows in order into the file and remove the parts.
+        """Write `count` rows in order to the file, and remove the shards.
 
-        Returns how many of them are `error`, by the reason they ended for, and `shortened`.
+        Returns the numbers of rows by finish reason, of `error` rows, and of `shortened` rows.
 
-        Raises UserError where not all are there, and leaves the parts.
+        Raises UserError where rows are missing, and leaves the shards.
         """
-        found: dict[int, tuple[Path, int]] = {}
-        for index, part, at in self._lines():
-            assert index not in found, f"row {index} was answered twice, in {found[index][0]} and {part}"
-            found[index] = part, at
-        if len(found) != count:
+        places: dict[int, tuple[Path, int]] = {}
+        for index, part, offset in self._lines():
+            assert index not in places, f"row {index} was answered twice, in {places[index][0]} and {part}"
+            places[index] = part, offset
+        if len(places) != count:
             raise UserError(
-                f"{self.path}: {len(found)} of {count} rows are answered; the same command goes on with the others"
+                f"{self.path}: {len(places)} of {count} rows are answered; the same command goes on with the others"
             )
         kinds: Counter[str] = Counter()
         files = {part: part.open("rb") for part in self.existing()}
         with whole_file(self.path) as out:
-            for index in sorted(found):
-                part, at = found[index]
-                files[part].seek(at)
+            for index in sorted(places):
+                part, offset = places[index]
+                files[part].seek(offset)
                 row = json.loads(files[part].readline())
                 kinds["error" if "error" in row else row.get("finish_reason", "stop")] += 1
                 kinds["shortened"] += bool(row.get("notes"))
@@ -206,7 +206,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 def _mend(file: BinaryIO) -> None:
-    """Cut off a last line that was not written to its end."""
+    """Cut off an incomplete last line."""
     size = end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - 65536)
@@ -242,31 +242,31 @@ class PredictionWriter(Callback):
     def __init__(self, file: str | None = None):
         self.file = file
         self.checkpoint: str | None = None
-        """What the run's trained weights are read from, which says what the answers are made with"""
-        self._parts: Parts | None = None
+        """Checkpoint of the trained weights; part of the settings of the answers"""
+        self._shards: PredictionShards | None = None
         self._bar: tqdm[Any] | None = None
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
         path = Path(self.file or Path(trainer.log_dir or trainer.default_root_dir) / NAME)  # log_dir asks all ranks
-        settings = self._settings(own(module)) if trainer.is_global_zero else {}
+        settings = self._settings(as_lit(module)) if trainer.is_global_zero else {}
         if self.file is None and trainer.is_global_zero:
-            path = _begun_before(trainer, settings) or path
-        self._parts = Parts(Path(trainer.strategy.broadcast(str(path))))
-        path = self._parts.path
+            path = _unfinished_file(trainer, settings) or path
+        self._shards = PredictionShards(Path(trainer.strategy.broadcast(str(path))))
+        path = self._shards.path
         problem = None
         if trainer.is_global_zero:
             try:
-                self._parts.begin(settings)
+                self._shards.begin(settings)
             except UserError as error:
                 problem = str(error)
         if problem := trainer.strategy.broadcast(problem):
             raise UserError(problem)
-        data = own(module).trainer.datamodule
-        data.answered = self._parts.answered()
+        data = as_lit(module).trainer.datamodule
+        data.answered = self._shards.answered()
         trainer.strategy.barrier("what is answered is known")
-        self._parts.open(trainer.global_rank)
+        self._shards.open(trainer.global_rank)
         done, count = len(data.answered), len(data.predict_indices())
         rank_zero_info(f"{done} of {count} rows are in {path}.part*" if done else f"{count} rows → {path}")
         if bar := trainer.progress_bar_callback:
@@ -274,16 +274,16 @@ class PredictionWriter(Callback):
 
     @property
     def path(self) -> Path:
-        """The file, once the run is set up"""
-        return self._begun.path
+        """Path of the predictions, after `setup`"""
+        return self._open_shards.path
 
     @property
-    def _begun(self) -> Parts:
-        assert self._parts is not None, "the run is set up"
-        return self._parts
+    def _open_shards(self) -> PredictionShards:
+        assert self._shards is not None, "the run is set up"
+        return self._shards
 
     def _settings(self, module: LitInternVL) -> dict[str, Any]:
-        """What decides the answers. Files of weights are named with size and time, which change with them."""
+        """Settings that determine the answers. Files of weights are recorded by size and time."""
         rows = module.trainer.datamodule.rows("predict")
         weights: list[str | Path | None] = [self.checkpoint]
         weights += [f"{module.adapter}/{name}" for name in _ADAPTER if module.adapter]
@@ -303,10 +303,10 @@ class PredictionWriter(Callback):
         }
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        mine = sum(trainer.num_predict_batches) - 1  # the last says that there are no more
+        total = sum(trainer.num_predict_batches) - 1  # the last is `LAST`
         ranks = f", process 1 of {trainer.world_size}" if trainer.world_size > 1 else ""
         off = trainer.progress_bar_callback is None or not trainer.is_global_zero
-        self._bar = tqdm(total=mine, desc=f"answers{ranks}", unit="row", disable=off, dynamic_ncols=True)
+        self._bar = tqdm(total=total, desc=f"answers{ranks}", unit="row", disable=off, dynamic_ncols=True)
 
     def on_predict_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: list[Row], batch: Any, batch_idx: int, *_: Any
@@ -314,13 +314,13 @@ class PredictionWriter(Callback):
         self._write(outputs)
 
     def on_predict_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        for rows in own(module).remaining_answers():
+        for rows in as_lit(module).remaining_answers():
             self._write(rows)
             STOP.check()
 
     def _write(self, rows: list[Row]) -> None:
         if rows and self._bar is not None:
-            self._begun.append(rows)
+            self._open_shards.append(rows)
             self._bar.update(len(rows))
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -328,38 +328,38 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
-        count = len(own(module).trainer.datamodule.predict_indices())
-        kinds = self._begun.join(count)
-        longest = own(module).generation.max_new_tokens
-        said = {
+        count = len(as_lit(module).trainer.datamodule.predict_indices())
+        kinds = self._open_shards.join(count)
+        longest = as_lit(module).generation.max_new_tokens
+        descriptions = {
             "error": "errors",
             "length": f"cut off at model.generation.max_new_tokens {longest}",
             "context": "cut off at the end of the model's context",
             "shortened": "to prompts that were shortened",
         }
-        more = "".join(f", {kinds[kind]} of them {what}" for kind, what in said.items() if kinds[kind])
-        rank_zero_info(f"{count} answers in {self.path}{more}")
+        summary = "".join(f", {kinds[kind]} of them {text}" for kind, text in descriptions.items() if kinds[kind])
+        rank_zero_info(f"{count} answers in {self.path}{summary}")
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._close()
-        if isinstance(exception, Stopped) and self._parts is not None and trainer.is_global_zero:
-            done, count = len(self._parts.answered()), len(own(module).trainer.datamodule.predict_indices())
+        if isinstance(exception, Stopped) and self._shards is not None and trainer.is_global_zero:
+            done, count = len(self._shards.answered()), len(as_lit(module).trainer.datamodule.predict_indices())
             rank_zero_info(f"{done} of {count} rows are in {self.path}.part*; the same command goes on with the others")
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._parts is not None:
-            self._parts.close()
+        if self._shards is not None:
+            self._shards.close()
 
 
-def _begun_before(trainer: Trainer, settings: dict[str, Any]) -> Path | None:
-    """An unfinished file of these settings in the folder of an earlier run: each run has one of its own."""
+def _unfinished_file(trainer: Trainer, settings: dict[str, Any]) -> Path | None:
+    """Return an unfinished file of these settings in the folder of an earlier run."""
     runs = getattr(trainer.logger, "root_dir", None)
-    for found in sorted(Path(runs).glob(f"*/{NAME}.settings.json")) if runs else ():
-        begun = found.with_name(NAME)
-        if not begun.exists() and not _differences(json.loads(found.read_text(encoding="utf-8")), settings):
-            return begun
+    for file in sorted(Path(runs).glob(f"*/{NAME}.settings.json")) if runs else ():
+        path = file.with_name(NAME)
+        if not path.exists() and not _differences(json.loads(file.read_text(encoding="utf-8")), settings):
+            return path
     return None
 
 
@@ -368,6 +368,6 @@ _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 def _stamp(path: Path) -> list[Any]:
     with suppress(OSError):
-        found = path.stat()
-        return [str(path), found.st_size, found.st_mtime_ns]
+        status = path.stat()
+        return [str(path), status.st_size, status.st_mtime_ns]
     return [str(path)]

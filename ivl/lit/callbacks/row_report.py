@@ -1,4 +1,4 @@
-"""Lines of a run about its rows: those that are left out or changed, and keys that are not read."""
+"""Report of a run on its rows: left out, changed, or with keys that are not read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ivl.data.sets.index import Index, build_index, progress_bar, reasons
 from ivl.data.sets.unread_keys import describe
 
 
-def looked_through(rows: RowDataset, name: str, probe_urls: bool = False) -> Index:
-    """The index of rows, with a bar on the terminal where it is made."""
+def index_rows(rows: RowDataset, name: str, probe_urls: bool = False) -> Index:
+    """Build the index of rows, with a progress bar on the terminal."""
     with progress_bar(f"index {name}", rows) as progress:
         return build_index(rows, probe_urls=probe_urls, progress=progress)
 
 
-def say_left_out(index: Index, report: str | None) -> None:
-    """Count the problems of training rows by reason, and name the file that lists them."""
+def report_left_out(index: Index, report: str | None) -> None:
+    """Log the number of training rows left out, by reason, and the file that lists them."""
     if not index.problems:
         return
     counts = [f"{count:8} {reason}" for reason, count in reasons(index.problems.values()).most_common(10)]
@@ -27,13 +27,13 @@ def say_left_out(index: Index, report: str | None) -> None:
     rank_zero_info("\n".join([text, *counts]))
 
 
-def say_changed(index: Index) -> None:
-    """Count the rows that max_length changes."""
+def report_changed(index: Index) -> None:
+    """Log the number of rows that max_length changes."""
     if changed := index.describe_changes():
         rank_zero_info(f"rows that max_length changes: {changed} (of {len(index)})")
 
 
-def say_unread(index: Index, where: Callable[[int], str]) -> None:
-    """Name the keys that are not read, with counts and the first row of each."""
-    if found := index.unread_keys():
-        rank_zero_info(f"keys that are not read: {describe(found, where)}")
+def report_unread(index: Index, where: Callable[[int], str]) -> None:
+    """Log the keys that are not read, with counts and the first row of each."""
+    if keys := index.unread_keys():
+        rank_zero_info(f"keys that are not read: {describe(keys, where)}")

@@ -1,4 +1,4 @@
-"""What Lightning lacks: sample answers."""
+"""Sample answers of validation for TensorBoard, Weights & Biases and other loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from ivl.data.media.load import load_image
 from ivl.lit.callbacks.images import panel
-from ivl.lit.types import own
+from ivl.lit.types import as_lit
 from ivl.types import Conversation
 
 
@@ -20,42 +20,42 @@ class Pictures(Callback):
     and given answer and boxes drawn, and the same as text, rows without pictures included.
 
     Args:
-        rows: How many rows are shown, evenly picked from those answered.
+        rows: Number of rows shown, evenly picked from those answered.
     """
 
     def __init__(self, rows: int = 8):
         self.rows = rows
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        answers = own(module).answers
+        answers = as_lit(module).answers
         if trainer.sanity_checking or not trainer.is_global_zero or not answers:
             return
-        seen = [a for a in answers if any(m.kind == "image" for m in a["row"].media)]
-        cells = [(_picture(a["row"]), a["row"], a["answer"]) for a in self._some(seen)]
-        text = _as_text(self._some(answers))
+        illustrated = [a for a in answers if any(m.kind == "image" for m in a["row"].media)]
+        cells = [(_picture(a["row"]), a["row"], a["answer"]) for a in self._sample(illustrated)]
+        text = _as_text(self._sample(answers))
         for logger in trainer.loggers:
             _show(logger, panel(cells) if cells else None, text, trainer.global_step)
 
-    def _some(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _sample(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return answers[:: max(1, len(answers) // self.rows)][: self.rows]
 
 
-def _show(logger: Logger, drawn: Image | None, text: str, step: int) -> None:
+def _show(logger: Logger, picture: Image | None, text: str, step: int) -> None:
     if hasattr(logger, "log_image"):  # Weights & Biases, MLflow and others take pictures as they are
-        if drawn is not None:
-            logger.log_image("answers", [drawn], step=step)
+        if picture is not None:
+            logger.log_image("answers", [picture], step=step)
         return
     board: Any = getattr(logger, "experiment", None)
     if not hasattr(board, "add_image"):
         return
     board.add_text("answers", text, step)
-    if drawn is not None:
-        pixels = torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8)
-        board.add_image("answers", pixels.view(drawn.height, drawn.width, 3), step, dataformats="HWC")
+    if picture is not None:
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        board.add_image("answers", pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
 
 
 def _as_text(answers: list[dict[str, Any]]) -> str:
-    """Question, expected and given answer, as Markdown."""
+    """Table of question, expected and generated answer, as Markdown."""
     lines = []
     for answer in answers:
         row = answer["row"]
@@ -65,7 +65,7 @@ def _as_text(answers: list[dict[str, Any]]) -> str:
 
 
 def _answer(answer: dict[str, Any]) -> str:
-    """An answer with the thought before it."""
+    """Format an answer with the reasoning before it."""
     return f"({answer['reasoning']}) {answer['answer']}" if answer["reasoning"] else answer["answer"]
 
 

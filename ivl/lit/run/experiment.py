@@ -1,7 +1,8 @@
-"""Identity of an experiment: the options and files that make a run the same run, kept in each of its checkpoints.
+"""Identity of an experiment: the options and files that two runs must share to be the same.
 
-`--ckpt_path last` takes a checkpoint of the same experiment only; a fit that is given a checkpoint of another one by
-name is refused, or says what counts now. Lengths of runs, learning rates, logs and machines may change.
+Each checkpoint holds it. `--ckpt_path last` takes a checkpoint of the same experiment only; a fit from a checkpoint of
+another one is refused, or logs the options that count now. Lengths of runs, learning rates, logs and machines may
+change.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ivl.finetune.tune import PARTS, LoRA, Tune, scale_alpha
 from ivl.types import UserError, shortened, some
 
 Experiment = dict[str, Any]
-"""Option → plain value; of files: `digest` to compare, `name` to show"""
+"""Option → plain value; files have a `digest` to compare and a `name` to show"""
 
 WEIGHTS = ("model.pretrained", "model.tune", "model.adapter", "model.quantize")
 ROWS = ("data.train", "data.mixture", "data.val_fraction", "data.seed", "data.shuffle", "seed_everything")
@@ -31,31 +32,33 @@ BATCHES = (
     *("data.batch_size", "data.packing", "data.pack_tokens", "data.pack_tiles", "data.group_by_length"),
     "trainer.accumulate_grad_batches",
 )
-"""Options that say how many rows a batch has: they may change where an epoch ends"""
+"""Options of the size of a batch: they may change at the end of an epoch"""
 COUNTED = (
     *("model.loss_reduction", "model.label_smoothing", "model.neftune", "data.system_message", "data.compact_boxes"),
     *("data.video", "data.resize", "data.exif"),
 )
-"""Options that a resumed run takes as they are typed"""
+"""Options that a resumed run may change"""
 
 
 def experiment_of(config: Namespace) -> Experiment:
-    """The identity of the experiment that options of `fit` describe. Raises UserError where a file is missing."""
-    found: Experiment = {}
+    """Return the identity of the experiment of options of `fit`. Raises UserError where a file is missing."""
+    experiment: Experiment = {}
     for option in (*WEIGHTS, *ROWS, *LENGTHS, *BATCHES, *COUNTED):
-        found[option] = _plain(config.get(option))
-    found["model.pretrained"] = _checkpoint(str(config.model.pretrained))
-    found["model.tune"] = tune_settings(Tune.from_dict(found["model.tune"] or {}))
+        experiment[option] = _plain(config.get(option))
+    experiment["model.pretrained"] = _checkpoint(str(config.model.pretrained))
+    experiment["model.tune"] = tune_settings(Tune.from_dict(experiment["model.tune"] or {}))
     if config.model.adapter:
-        found["model.adapter"] = _folder(Path(config.model.adapter), "*.safetensors")
-    train = found["data.train"]
-    found["data.train"] = [_rows(path) for path in ([train] if isinstance(train, str) else train or ())]
-    found["data.mixture"] = [source | {"path": _rows(source["path"])} for source in found["data.mixture"] or ()]
-    return found
+        experiment["model.adapter"] = _folder(Path(config.model.adapter), "*.safetensors")
+    train = experiment["data.train"]
+    experiment["data.train"] = [_rows(path) for path in ([train] if isinstance(train, str) else train or ())]
+    experiment["data.mixture"] = [
+        source | {"path": _rows(source["path"])} for source in experiment["data.mixture"] or ()
+    ]
+    return experiment
 
 
 def tune_settings(tune: Tune) -> dict[str, Any]:
-    """What trains, per part, as plain values with their defaults filled in."""
+    """Return the options of `tune` per part, as plain values with defaults filled in."""
     modes = {part: tune.mode(part) for part in PARTS}
     return {
         part: asdict(mode) | {"alpha": scale_alpha(mode)} if isinstance(mode, LoRA) else _plain(mode)
@@ -64,7 +67,7 @@ def tune_settings(tune: Tune) -> dict[str, Any]:
 
 
 def differences(there: Experiment, here: Experiment, options: Iterable[str]) -> list[str]:
-    """The options among `options` that differ between a checkpoint's experiment and this one, in words."""
+    """Describe the options that differ between a checkpoint's experiment (`there`) and this one (`here`)."""
     lines = []
     for option in options:
         before, now = there.get(option), here.get(option)
@@ -81,9 +84,9 @@ def differences(there: Experiment, here: Experiment, options: Iterable[str]) -> 
 
 
 def check_same(path: str, there: Experiment, here: Experiment, epoch_ended: bool) -> list[str]:
-    """What a resumed run takes as typed, against what its checkpoint was made with, in words.
+    """Describe the options that a resumed run changes.
 
-    Raises UserError where the checkpoint's weights or its place among the rows mean nothing in this experiment.
+    Raises UserError where the checkpoint's weights or its position among the rows do not fit this experiment.
     """
     fixed = (*WEIGHTS, *ROWS, *LENGTHS, *(() if epoch_ended else BATCHES))
     if lines := differences(there, here, fixed):
@@ -95,7 +98,7 @@ def check_same(path: str, there: Experiment, here: Experiment, epoch_ended: bool
 
 
 def _compared(value: Any) -> Any:
-    """A value without what is only shown."""
+    """Replace files by their digests, for comparison."""
     if isinstance(value, dict):
         return value["digest"] if "digest" in value else {k: _compared(v) for k, v in value.items()}
     return [_compared(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -125,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 
 def _checkpoint(pretrained: str) -> dict[str, str]:
-    """Of a folder its config and the sizes of its weights, wherever it stands; else the released model's name."""
+    """Identify a checkpoint: a folder by its config and sizes of weights, or a released model by name."""
     if Path(pretrained).is_dir():
         return _folder(Path(pretrained), "*.safetensors", sizes=True)
     row = find_model(pretrained)
@@ -141,22 +144,22 @@ def _folder(folder: Path, weights: str, sizes: bool = False) -> dict[str, str]:
 
 
 def _rows(text: str) -> dict[str, str]:
-    """Of a file of rows its content, and that of the files a meta file names; else the data set's name."""
-    path, _, count = text.partition("#")
+    """Identify rows: a file by its content and that of the files a meta file names, or a data set by name."""
+    prefix, _, count = text.partition("#")
     file = Path(text).expanduser()
     if file.exists():
         count = ""
     else:
-        file = Path(path).expanduser()
+        file = Path(prefix).expanduser()
     if not file.is_file():
         return {"name": text, "digest": text}
     digests = [_digest(file)]
     if is_meta(file):
         for entry in json.loads(file.read_text(encoding="utf-8-sig")).values():
-            named = entry["annotation"]
-            for name in named if isinstance(named, list) else [named]:
-                places = [Path(str(name)), file.parent / str(name)]
-                digests += [_digest(place) for place in places if place.is_file()][:1]
+            names = entry["annotation"]
+            for name in names if isinstance(names, list) else [names]:
+                paths = [Path(str(name)), file.parent / str(name)]
+                digests += [_digest(path) for path in paths if path.is_file()][:1]
     return {"name": text, "digest": " ".join(digests) + (f"#{count}" if count else "")}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ivl.types import UserError
 
-if sys.platform != "win32":  # where two runs that write the same folder are not told apart
+if sys.platform != "win32":  # without it there is no lock
     import fcntl
 
 

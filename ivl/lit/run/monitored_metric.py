@@ -1,4 +1,4 @@
-"""Numbers that checkpoints are chosen by: their names are checked before the first step."""
+"""Monitored metrics of checkpoints and early stopping: their names are checked before the first step."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from ivl.lit.metrics import CAPTIONS, Metric, score
-from ivl.lit.types import own
+from ivl.lit.types import as_lit
 from ivl.types import UserError, some
 
 ALWAYS = ("epoch", "step", "train/loss", "train/grad_norm")
 SPEED = ("speed/tokens_per_s", "speed/samples_per_s", "speed/data_wait", "speed/mfu")
 OPEN = ("lr/", "memory/", "train/loss/")
-"""Beginnings of names that depend on the optimizer, the devices and the sources of rows: see `check_open_monitors`"""
+"""Prefixes of names that depend on the optimizer, the devices and the sources of rows: see `check_open_monitors`"""
 
 
-def best_is(monitor: str | None) -> str:
-    """Which values of a number are best: max of a score, min of anything else."""
+def best_mode(monitor: str | None) -> str:
+    """Return the default mode of a monitor: max of a score, min of anything else."""
     return "max" if monitor and monitor.rpartition("/")[2] in get_args(Metric) else "min"
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:
-    """Raise UserError where a callback waits for a number that this run does not log."""
-    waiting = _waiting(trainer)
-    names = logged(trainer, module) if waiting else []
-    for callback in waiting:
+    """Raise UserError where a callback monitors a metric that this run does not log."""
+    callbacks = _monitoring(trainer)
+    names = logged_names(trainer, module) if callbacks else []
+    for callback in callbacks:
         monitor, stops = str(callback.monitor), isinstance(callback, EarlyStopping)
-        if "val/" in monitor and callback.mode != best_is(monitor):
+        if "val/" in monitor and callback.mode != best_mode(monitor):
             name = "EarlyStopping" if stops else "checkpoint"
-            raise UserError(f"{name}: monitor {monitor}: expected mode {best_is(monitor)}, found {callback.mode}")
+            raise UserError(f"{name}: monitor {monitor}: expected mode {best_mode(monitor)}, found {callback.mode}")
         if monitor in names or monitor.startswith(OPEN):
             continue
         near = difflib.get_close_matches(monitor.replace("_", "/").replace("eval/", "val/"), names, 1)
@@ -42,10 +42,10 @@ def check_monitors(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_open_monitors(trainer: Trainer) -> None:
-    """As `check_monitors`, for names of rates, memory and speed: they are known once the optimizer is there."""
+    """Check monitors of rates, memory and speed, whose names are known once the optimizer exists."""
     rates = [f"lr/{group.get('name', n)}" for n, group in enumerate(trainer.optimizers[0].param_groups)]
     gpus = trainer.strategy.root_device.type == "cuda"
-    for callback in _waiting(trainer):
+    for callback in _monitoring(trainer):
         monitor, names = str(callback.monitor), None
         if monitor.startswith("lr/"):
             names = rates
@@ -57,8 +57,8 @@ def check_open_monitors(trainer: Trainer) -> None:
             raise UserError(f"{_option(callback)}: no such number is logged here; expected one of {some(names, 16)}")
 
 
-def _waiting(trainer: Trainer) -> list[Any]:
-    """The callbacks that wait for a number; none where one of the user's own may log anything."""
+def _monitoring(trainer: Trainer) -> list[Any]:
+    """Callbacks with a monitor; none where a callback of the user may log further metrics."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if any(not type(callback).__module__.startswith(("ivl.", "lightning.")) for callback in callbacks):
         return []
@@ -71,21 +71,21 @@ def _option(callback: Any) -> str:
     return f"{option} {callback.monitor or repr(callback.monitor)}"
 
 
-def logged(trainer: Trainer, module: LightningModule) -> list[str]:
-    """Names of the numbers that a run logs, those of its held-out rows first."""
+def logged_names(trainer: Trainer, module: LightningModule) -> list[str]:
+    """Names of the metrics that a run logs, those of its held-out rows first."""
     return [*_held_out(trainer, module), *ALWAYS, *SPEED]
 
 
 def _held_out(trainer: Trainer, module: LightningModule) -> list[str]:
-    data, metrics = own(module).trainer.datamodule, own(module).metrics
+    data, metrics = as_lit(module).trainer.datamodule, as_lit(module).metrics
     if not (data.files["val"] or data.val_fraction) or not trainer.limit_val_batches:
         return []
-    found: dict[str, None] = {"val/loss": None}
+    keys: dict[str, None] = {"val/loss": None}
     rows = data.rows("val")
     for index in range(len(rows)):
         row = rows.conversation(index).as_prompt()
         captions = [name for name in metrics if name in CAPTIONS and row.reference is not None]
         names = ["loss", *score(row, "", metrics), *captions]
-        found |= {f"val/{name}": None for name in names}
-        found |= {f"val/{row.source or 'rows'}/{name}": None for name in names}
-    return list(found)
+        keys |= {f"val/{name}": None for name in names}
+        keys |= {f"val/{row.source or 'rows'}/{name}": None for name in names}
+    return list(keys)

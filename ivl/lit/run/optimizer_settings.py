@@ -1,8 +1,8 @@
-"""Learning rates, decay and schedule of a resumed run: as its options say now, whatever its checkpoint was made with.
+"""Learning rates, decay and schedule of a resumed run: its options replace the checkpoint's values.
 
-torch and Lightning restore them from the checkpoint. So each checkpoint also says what its run was given; where that
-differs from what is given now, the restored values are replaced before they are loaded. Where nothing differs nothing
-is touched, and the run goes on bit for bit.
+torch and Lightning restore the values of the checkpoint. So each checkpoint also holds the settings of its run; where
+the present ones differ, the restored values are replaced before they are loaded. Without a difference the run goes on
+bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Settings = dict[str, Any]
 
 _COUNTERS = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "base_lrs", "lr_lambdas")
 _STATEFUL = ("amsgrad",)
-"""Settings of a group that decide which states it has"""
+"""Settings of a group that its states depend on"""
 SAMPLES = 32
 _REMEDY = {
     "model.optimizer": "correct its init_args, or take one that takes parameter groups, such as torch.optim.AdamW",
@@ -27,13 +27,13 @@ _REMEDY = {
 }
 
 
-def fitting(option: str, make: Callable[..., Any], *given: Any) -> Any:
-    """What an option's class makes. Raises UserError where its arguments do not fit, or it needs what is not there."""
+def build(option: str, make: Callable[..., Any], *args: Any) -> Any:
+    """Instantiate the class of an option. Raises UserError where its arguments do not fit or a package is missing."""
     try:
-        made = make(*given)
-        if isinstance(made, LambdaLR):
-            made.lr_lambdas[0](0)
-        return made
+        instance = make(*args)
+        if isinstance(instance, LambdaLR):
+            instance.lr_lambdas[0](0)
+        return instance
     except UserError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
@@ -42,7 +42,7 @@ def fitting(option: str, make: Callable[..., Any], *given: Any) -> Any:
 
 
 def check_schedule(schedule: Any) -> None:
-    """Raise UserError for a schedule that cannot be stepped once per optimizer step by the step's number alone."""
+    """Raise UserError for a schedule that depends on more than the number of the optimizer step."""
     if isinstance(schedule, ReduceLROnPlateau):
         raise UserError(
             "model.schedule: ReduceLROnPlateau follows a number that is measured, and schedules here follow the step; "
@@ -51,13 +51,13 @@ def check_schedule(schedule: Any) -> None:
 
 
 def rate_settings(optimizer: Optimizer, schedule: Any, total_steps: int) -> Settings:
-    """What an optimizer and its schedule are given, as plain values, before the first step."""
+    """Return the settings of an optimizer and its schedule before the first step, as plain values."""
     groups = []
     for group in optimizer.param_groups:
         values = {k: v for k, v in group.items() if k != "params" and _is_plain(v)}
         values["lr"] = float(values.pop("initial_lr", group["lr"]))
         groups.append({"name": "all"} | values | {"tensors": len(group["params"])})
-    given = {k: v for k, v in schedule.state_dict().items() if k not in _COUNTERS and _is_plain(v)}
+    arguments = {k: v for k, v in schedule.state_dict().items() if k not in _COUNTERS and _is_plain(v)}
     factors = None
     if isinstance(schedule, LambdaLR):
         points = [total_steps * n // SAMPLES for n in range(SAMPLES + 1)]
@@ -66,7 +66,7 @@ def rate_settings(optimizer: Optimizer, schedule: Any, total_steps: int) -> Sett
     return {
         "optimizer": type(optimizer).__name__,
         "groups": groups,
-        "schedule": {"class": name, "given": given, "factors": factors, "total_steps": total_steps},
+        "schedule": {"class": name, "given": arguments, "factors": factors, "total_steps": total_steps},
     }
 
 
@@ -76,11 +76,11 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (str, int, float, bool, type(None)))
 
 
-def take_typed(checkpoint: dict[str, Any], now: Settings, schedule: LRScheduler) -> list[str]:
-    """Put what is given now into a checkpoint's optimizer and schedule. Returns what differs, in words.
+def apply_settings(checkpoint: dict[str, Any], now: Settings, schedule: LRScheduler) -> list[str]:
+    """Put the present settings into a checkpoint's optimizer and schedule. Returns the differences, in words.
 
-    `schedule`: a new one, at its beginning. Raises UserError where the checkpoint's states mean nothing under what is
-    given now.
+    `schedule`: a new one, at its first step. Raises UserError where the checkpoint's states do not fit the present
+    settings.
     """
     before = checkpoint.get("rate_settings")
     if before is None or before == now:
@@ -93,15 +93,15 @@ def take_typed(checkpoint: dict[str, Any], now: Settings, schedule: LRScheduler)
         )
     states = checkpoint["optimizer_states"][0].get("param_groups") or []
     position = checkpoint["lr_schedulers"][0]
-    follows = isinstance(schedule, LambdaLR) and before["schedule"]["factors"] is not None
-    if not follows and not _same_schedule(before, now):
+    has_factors = isinstance(schedule, LambdaLR) and before["schedule"]["factors"] is not None
+    if not has_factors and not _same_schedule(before, now):
         raise UserError(
             f"model.schedule: {_schedule_change(before, now)}; the checkpoint's is in the middle of its own. Give the "
             "one that the run was given, or ivl.lit.schedule.Warmup, which can be changed on the way"
         )
     step = position["last_epoch"]
     for number, (old, new) in enumerate(zip(before["groups"], now["groups"])):
-        factor = schedule.lr_lambdas[number](step) if follows else None  # type: ignore[attr-defined]
+        factor = schedule.lr_lambdas[number](step) if has_factors else None  # type: ignore[attr-defined]
         for state in states[number : number + 1]:
             state.update({k: v for k, v in new.items() if k not in ("lr", "tensors", "name")})
             if factor is not None:
@@ -115,7 +115,7 @@ def take_typed(checkpoint: dict[str, Any], now: Settings, schedule: LRScheduler)
 
 
 def check_states(before: Settings, now: Settings) -> None:
-    """Raise UserError where an optimizer's states do not fit the one that is given now."""
+    """Raise UserError where the states of the checkpoint's optimizer do not fit the present one."""
     if before["optimizer"] != now["optimizer"]:
         raise UserError(
             f"model.optimizer: the checkpoint holds states of {before['optimizer']}, found {now['optimizer']}; give "
@@ -144,14 +144,14 @@ def _schedule_change(before: Settings, now: Settings) -> str:
 
 
 def _changes(before: Settings, now: Settings) -> list[str]:
-    """`lr 0.001 → 1e-05`: for all groups at once where they agree."""
-    found: dict[tuple[str, Any, Any], list[str]] = {}
+    """Describe changes, such as `lr 0.001 → 1e-05`; groups with the same change share a line."""
+    groups: dict[tuple[str, Any, Any], list[str]] = {}
     for old, new in zip(before["groups"], now["groups"]):
         for key in new:
             if old.get(key) != new[key]:
-                found.setdefault((key, str(old.get(key)), str(new[key])), []).append(new["name"])
+                groups.setdefault((key, str(old.get(key)), str(new[key])), []).append(new["name"])
     lines = []
-    for (key, old, new), names in found.items():
+    for (key, old, new), names in groups.items():
         where = "" if len(names) == len(now["groups"]) else f" of {some(names, 3)}"
         lines.append(f"{key}{where} {old} → {new}")
     if not _same_schedule(before, now) or before["schedule"]["total_steps"] != now["schedule"]["total_steps"]:

@@ -1,4 +1,4 @@
-"""Position of a run at the end of an optimizer step, kept to be saved later: in a validation, or after an error."""
+"""Position of a run at the end of an optimizer step, for a checkpoint in a validation or after an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 VALIDATION_DUE = "validation_due"
-"""Key of a checkpoint: it was written after the step and before the validation that follows it"""
+"""Key of a checkpoint: true if it was written between a step and the validation after it"""
 
 
 @dataclass
@@ -28,20 +28,20 @@ class Position:
         return cls(trainer.global_step, trainer.current_epoch, loops, random, validation_due(trainer))
 
     def put(self, checkpoint: dict[str, Any]) -> None:
-        """Make a checkpoint one of this position."""
+        """Set the counters of a checkpoint to this position."""
         checkpoint["global_step"], checkpoint["epoch"] = self.step, self.epoch
         checkpoint["loops"]["fit_loop"] = self.loops
 
 
 def validation_due(trainer: Trainer) -> bool:
-    """Whether a validation follows the batch that has just ended."""
+    """Return true if a validation follows the batch that has just ended."""
     loop: Any = trainer.fit_loop
     counts = loop.epoch_loop.batch_progress.current
     return counts.processed > counts.completed and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def begin_with_validation(loops: dict[str, Any]) -> None:
-    """Change a checkpoint's counters so that Lightning, which would pass over the validation, begins with it."""
+    """Change a checkpoint's counters so that Lightning begins with the validation, instead of skipping it."""
     for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
         counts["completed"] = counts["processed"]
     for counts in (loops["epoch_loop.val_loop.batch_progress"][name] for name in ("total", "current")):

@@ -1,4 +1,4 @@
-"""Resuming a run: the checkpoint that `--ckpt_path last` means, and a folder that holds no other run's files."""
+"""Resume: the checkpoint of `--ckpt_path last`, and a folder without files of another run."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ ALL = (*WEIGHTS, *ROWS, *LENGTHS, *BATCHES, *COUNTED)
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint file, as far as its head says."""
+class CheckpointHead:
+    """Step and experiment of a checkpoint file."""
 
     path: Path
     step: int
     experiment: Experiment | None = None
-    """None: written before checkpoints said it, or a folder of DeepSpeed's"""
+    """None in older checkpoints and in folders of DeepSpeed"""
     epoch_ended: bool = True
-    """Whether the next row is the first of an epoch"""
+    """True if the next row is the first of an epoch"""
 
 
-def peek(path: Path) -> Saved | None:
-    """Step and experiment of a checkpoint, without reading its tensors; None where it cannot be read."""
+def read_head(path: Path) -> CheckpointHead | None:
+    """Read step and experiment of a checkpoint, without its tensors; None where it cannot be read."""
     file = next(iter(sorted(path.rglob("*model_states.pt"))), path) if path.is_dir() else path
     try:
         with zipfile.ZipFile(file) as archive:
@@ -52,17 +52,17 @@ def peek(path: Path) -> Saved | None:
         ended = not loader or not loader[0]["done"]
     except (KeyError, TypeError, IndexError):
         ended = True
-    return Saved(path, step, experiment, ended)
+    return CheckpointHead(path, step, experiment, ended)
 
 
-def newest_whole(folders: Iterable[Path]) -> Path | None:
-    """The whole checkpoint of the highest step in runs' `checkpoints` folders; says which broken ones it passes over.
+def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
+    """Return the undamaged checkpoint of the highest step in `checkpoints` folders; warns of damaged ones.
 
-    Of several runs' folders, the one that was written to last.
+    Of several folders, the one that was written to last counts.
     """
     for folder in sorted(folders, key=_last_written, reverse=True):
-        if (found := _furthest(_whole_heads(folder.glob("*.ckpt")))) is not None:
-            return found.path
+        if (head := _furthest(_read_heads(folder.glob("*.ckpt")))) is not None:
+            return head.path
     return None
 
 
@@ -70,13 +70,13 @@ def _last_written(folder: Path) -> int:
     return max((path.stat().st_mtime_ns for path in folder.glob("*.ckpt")), default=0)
 
 
-def _whole_heads(paths: Iterable[Path]) -> list[Saved]:
-    """The heads of checkpoints that can be read; folders of DeepSpeed's with the step in their names, or -1."""
+def _read_heads(paths: Iterable[Path]) -> list[CheckpointHead]:
+    """Read the heads of checkpoints; folders of DeepSpeed get the step of their names, or -1."""
     heads = []
     for path in paths:
-        head = peek(path)
+        head = read_head(path)
         if head is None and path.is_dir() and damage(path) is None:
-            head = Saved(path, _step_of_name(path))
+            head = CheckpointHead(path, _step_of_name(path))
         if head is None:
             rank_zero_warn(f"{path}: {damage(path) or 'not a checkpoint of a run'}; passed over")
         else:
@@ -89,8 +89,8 @@ def _step_of_name(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _furthest(heads: list[Saved]) -> Saved | None:
-    """The whole one of the highest step; of the same step, the one that was written last."""
+def _furthest(heads: list[CheckpointHead]) -> CheckpointHead | None:
+    """Return the undamaged checkpoint of the highest step; of the same step, the one that was written last."""
     for head in sorted(heads, key=lambda h: (h.step, h.path.stat().st_mtime_ns), reverse=True):
         if (problem := damage(head.path)) is None:
             return head
@@ -103,10 +103,10 @@ def _furthest(heads: list[Saved]) -> Saved | None:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the runs of a config stand, by its logger or by `checkpoint.dirpath`."""
+    """Folders of the runs of a config, by its logger or by `checkpoint.dirpath`."""
 
     settings: Namespace
-    """Of the logger; empty where it has none"""
+    """Options of the logger; empty without them"""
     runs: Path
     dirpath: Path | None
 
@@ -119,7 +119,7 @@ class Folders:
 
     @property
     def version(self) -> str | None:
-        """The name of the run's folder, where the config has one."""
+        """Name of the run's folder, if the config has one."""
         version = self.settings.get("version")
         return version if version is None or isinstance(version, str) else f"version_{version}"
 
@@ -135,30 +135,29 @@ class Folders:
 
 
 def resolve_last(config: Namespace, resume: bool, experiment: Experiment | None = None) -> None:
-    """Put a whole checkpoint in the place of `--ckpt_path last`; where there is none yet, a fit begins anew.
+    """Replace `--ckpt_path last` by an undamaged checkpoint; a fit without one begins anew.
 
     A fit takes the one of the highest step among those of the same experiment, and goes on in its folder. Raises
-    UserError where all checkpoints are broken, or none is there to be used.
+    UserError where all checkpoints are damaged, or another command finds none.
     """
     folders = Folders.of(config)
     if not resume or experiment is None:
-        newest = newest_whole(folders.all())
+        newest = newest_checkpoint(folders.all())
         if newest is None:
             raise UserError(f"--ckpt_path last: no whole checkpoint in {folders.pattern}; give the file of one")
         rank_zero_info(f"--ckpt_path last: {newest}")
         config.ckpt_path = str(newest)
         return
     paths = [path for folder in folders.all() for path in sorted(folder.glob("*.ckpt"))]
-    heads = _whole_heads(paths)
-    found: Saved | None = None
+    heads = _read_heads(paths)
     same = [head for head in heads if head.experiment is None or not differences(head.experiment, experiment, ALL)]
-    found = _furthest(same)
-    if found is None and paths and len(same) == len(heads):
+    head = _furthest(same)
+    if head is None and paths and len(same) == len(heads):
         raise UserError(f"--ckpt_path last: no whole checkpoint in {folders.pattern}; give the file of one")
-    if found is not None:
-        rank_zero_info(f"--ckpt_path last: {found.path} (step {found.step})")
+    if head is not None:
+        rank_zero_info(f"--ckpt_path last: {head.path} (step {head.step})")
         if folders.dirpath is None and "version" in folders.settings:
-            folders.settings.version = found.path.parent.parent.name
+            folders.settings.version = head.path.parent.parent.name
     elif heads:
         other = max(heads, key=lambda head: head.path.stat().st_mtime_ns)
         lines = some(differences(other.experiment or {}, experiment, ALL), 3)
@@ -168,11 +167,11 @@ def resolve_last(config: Namespace, resume: bool, experiment: Experiment | None 
         )
     else:
         rank_zero_info(f"--ckpt_path last: nothing in {folders.pattern} yet, the run begins")
-    config.ckpt_path = None if found is None else str(found.path)
+    config.ckpt_path = None if head is None else str(head.path)
 
 
-def keep_others_files(config: Namespace) -> None:
-    """Give a run a folder of its own where another run's checkpoints stand in the one that the config names.
+def use_free_folder(config: Namespace) -> None:
+    """Give a run a new folder where the config's folder holds checkpoints of another run.
 
     Raises UserError where that is `checkpoint.dirpath`.
     """
@@ -210,12 +209,12 @@ def keep_others_files(config: Namespace) -> None:
 def check_tensors(model: InternVL, state: Mapping[str, Tensor]) -> None:
     """Raise UserError where a checkpoint does not hold exactly what trains here, by names and shapes."""
     expected = {f"model.{n}": p for n, p in trainable_state(model).items()}
-    kept, found = set(expected), set(state)
-    if kept != found:
-        different = sorted(kept ^ found)
+    names, saved = set(expected), set(state)
+    if names != saved:
+        different = sorted(names ^ saved)
         raise UserError(
-            f"--ckpt_path: the checkpoint does not hold what model.tune trains: {len(kept - found)} tensors are "
-            f"missing and {len(found - kept)} unexpected, {different[0]} among them; use the run's own config.yaml"
+            f"--ckpt_path: the checkpoint does not hold what model.tune trains: {len(names - saved)} tensors are "
+            f"missing and {len(saved - names)} unexpected, {different[0]} among them; use the run's own config.yaml"
         )
     for name, tensor in state.items():
         if expected[name].shape != tensor.shape:
@@ -226,8 +225,8 @@ def check_tensors(model: InternVL, state: Mapping[str, Tensor]) -> None:
 
 
 def check_checkpoint(path: str, experiment: Experiment) -> list[str]:
-    """What a fit from this checkpoint takes as typed, against what it was made with; see `check_same`."""
-    head = peek(Path(path))
-    if head is None or head.experiment is None:  # told where it is read, or by its tensors
+    """Describe the options that a fit from this checkpoint changes; see `check_same`."""
+    head = read_head(Path(path))
+    if head is None or head.experiment is None:  # an error is raised when it is read, or by `check_tensors`
         return []
     return check_same(path, head.experiment, experiment, head.epoch_ended)

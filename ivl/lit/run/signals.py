@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: Ctrl-C, SIGTERM of a scheduler, SIGHUP of a terminal that is gone."""
+"""Signals that stop a run: Ctrl-C, SIGTERM of a scheduler, SIGHUP of a closed terminal."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 
 from ivl.data.workers import ENDING
 
-AGAIN_SECONDS = 0.3
-"""A signal that comes sooner after the first is the same one: launchers (torchrun and others) send it once more"""
+REPEAT_SECONDS = 0.3
+"""Window in which a second signal counts as the first: launchers (torchrun and others) send it twice"""
 
 
 class Stopped(SystemExit):
-    """The program was asked to end. The exit status is 128 + the signal's number."""
+    """Exit after a signal. The exit status is 128 + the signal's number."""
 
 
 class StopSignals:
@@ -32,10 +32,10 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number = 0
-        """The signal that came, 0 before"""
+        """Number of the first signal, 0 before"""
         self.working = False
         self.processes: Callable[[int], None] | None = None
-        """Sends a signal to further processes of the run, where this one started them"""
+        """Function that sends a signal to the processes that this one started"""
         self._time = 0.0
         self._owner = 0
         self._before: dict[int, Any] = {}
@@ -66,13 +66,13 @@ class StopSignals:
                 self._before.setdefault(number, handler)
 
     def leave(self) -> None:
-        """Put the handlers back that were there before."""
+        """Restore the handlers from before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before, self.processes, self.working = {}, None, False
 
     def check(self) -> None:
-        """Between two steps, of which nothing needs to be saved: end where a signal has come."""
+        """Raise Stopped after a signal; called between steps that need no saving."""
         if self.number:
             if self.processes is not None:
                 self.processes(self.number)
@@ -86,7 +86,7 @@ class StopSignals:
             _leave_terminal()
         if self.number:
             # A terminal that is gone sends SIGHUP several times, and some systems send it along with SIGTERM.
-            if name != "SIGHUP" and now - self._time > AGAIN_SECONDS:
+            if name != "SIGHUP" and now - self._time > REPEAT_SECONDS:
                 self._end_now(number)
             return
         self.number, self._time = number, now
@@ -111,15 +111,15 @@ def _say(text: str) -> None:
 
 
 def _leave_terminal() -> None:
-    """Send what is printed nowhere once the terminal is gone: to print would raise an error, and lose the state."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    """Redirect output to the null device once the terminal is gone; printing would raise, and lose the state."""
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             mode = os.fstat(descriptor)
             if stat.S_ISCHR(mode.st_mode) and not os.isatty(descriptor):
-                os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+                os.dup2(null, descriptor)
+    os.close(null)
 
 
 STOP = StopSignals()
-"""Of this process"""
+"""Signal handlers of this process"""

@@ -1,7 +1,7 @@
-"""What DeepSpeed's ZeRO needs of a run, under Lightning's own strategy for it.
+"""DeepSpeed ZeRO under Lightning's strategy: model construction, trained weights, their file.
 
-The third stage splits every module as it is made, so weights could not be read into it: the model is made whole, and
-split when the engine takes it. Its checkpoints are folders for it alone, so a run also leaves its weights in a file.
+Stage 3 partitions every module at construction, so weights could not be read into it: the model is built in full, and
+partitioned by the engine. Its checkpoints are folders for DeepSpeed alone, so a run also writes a file of weights.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ivl.types import WEIGHTS, UserError
 
 
 def is_zero(strategy: Strategy, stage: int | None = None) -> bool:
-    """Whether DeepSpeed trains; `stage` 3: and splits the weights as well."""
+    """Return true for a DeepSpeed strategy; with `stage` 3, only where it partitions the weights as well."""
     return isinstance(strategy, DeepSpeedStrategy) and (stage != 3 or strategy.zero_stage_3)
 
 
 def check_installed(strategy: Any) -> None:
     """Raise UserError where an option asks for DeepSpeed and its package is missing.
 
-    `strategy`: a name, or what the command line made of a class and its arguments.
+    `strategy`: a name, or the parsed class and arguments.
     """
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
     if "deepspeed" in str(name).lower() and importlib.util.find_spec("deepspeed") is None:
@@ -39,8 +39,8 @@ def check_installed(strategy: Any) -> None:
 
 
 @contextmanager
-def made_whole(strategy: Strategy) -> Iterator[None]:
-    """Around the making of a model whose modules the third stage would split one by one."""
+def unpartitioned_init(strategy: Strategy) -> Iterator[None]:
+    """Build a model inside this context in full, without stage 3's partitioning of each module."""
     if not is_zero(strategy, 3):
         yield
         return
@@ -54,7 +54,7 @@ def made_whole(strategy: Strategy) -> Iterator[None]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What trains, whole and in float32 whatever the engine computes in. All processes call it."""
+    """Gather the trainable tensors in full, in float32. All processes call it."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     state = {}
@@ -66,7 +66,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights(trainer: Trainer, state: dict[str, Tensor], pretrained: str) -> dict[str, Any]:
-    """A checkpoint for all commands but `fit`."""
+    """Return a checkpoint for all commands but `fit`."""
     return {
         "pytorch-lightning_version": lightning.__version__,
         "epoch": trainer.current_epoch,
@@ -77,6 +77,6 @@ def weights(trainer: Trainer, state: dict[str, Tensor], pretrained: str) -> dict
 
 
 def weights_beside(checkpoint: str | Path) -> str:
-    """Of a checkpoint that is DeepSpeed's folder, the file of weights that the run has left; else itself."""
+    """Return the file of weights beside a DeepSpeed folder; any other checkpoint is returned as it is."""
     path = Path(checkpoint)
     return str(path.with_name(WEIGHTS)) if path.is_dir() else str(checkpoint)

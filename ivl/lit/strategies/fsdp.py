@@ -1,4 +1,4 @@
-"""FSDP2 as a strategy: Lightning's, with checkpoints that are the same file as everyone's, and only of what trains."""
+"""FSDP2 strategy: full checkpoints in one file, of the trainable tensors only."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Sharded(ModelParallelStrategy):
     processes, or under one.
 
     Args:
-        data_parallel_size: Over how many processes rows and shards are spread. auto: all, over tensor_parallel_size.
-        tensor_parallel_size: How many processes share each layer of the language model, and the same rows.
+        data_parallel_size: Number of processes that rows and shards are spread over. auto: all, divided by
+            tensor_parallel_size.
+        tensor_parallel_size: Number of processes that share each layer of the language model, and the same rows.
         process_group_backend: nccl, gloo; by default what suits the device.
-        timeout: How long a process waits for the others.
+        timeout: Longest time that a process waits for the others.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Sharded(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What trains, gathered tensor by tensor; empty but on the first process."""
+        """Gather the trainable tensors one by one; empty on all but the first process."""
         model, first = self._built(), self.is_global_zero
         reshard(model)
         state = {n: gather(p, first) for n, p in model.named_parameters() if p.requires_grad}
@@ -92,8 +93,8 @@ class Sharded(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            own = {n: {k: _like(v, parameters[n]) for k, v in values.items()} for n, values in state["state"].items()}
-            optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
+            local = {n: {k: _like(v, parameters[n]) for k, v in values.items()} for n, values in state["state"].items()}
+            optimizer.load_state_dict({"state": local, "param_groups": state["param_groups"]})
 
 
 def _like(value: Any, parameter: Tensor) -> Any:

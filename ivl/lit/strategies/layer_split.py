@@ -1,4 +1,4 @@
-"""Training with the layers of one model spread over several devices, in one process."""
+"""Layer split: the layers of one model over several devices, in one process."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class LayerSplit(SingleDeviceStrategy):
     device of vision encoder, projector, embeddings and output layer. Checkpoints are those of one device.
 
     Args:
-        devices: How many GPUs share the model, from the first; or their names. Default: all that are here.
-        device_max_memory: What may be used of each, such as [15GB, 15GB]; alone, it tells how many there are. Default:
-            what is free.
+        devices: Number of GPUs that share the model, from the first; or their names. Default: all GPUs.
+        device_max_memory: Memory limit of each, such as [15GB, 15GB]; without `devices`, it also gives their number.
+            Default: the free memory.
         device_map: File (JSON or YAML) from names of modules to devices, instead of a plan.
     """
 
@@ -51,10 +51,10 @@ class LayerSplit(SingleDeviceStrategy):
 
     def setup_environment(self) -> None:
         trainer = self._module.trainer
-        asked = len(trainer._accelerator_connector._parallel_devices)  # of which Lightning would take the first alone
-        if asked * trainer.num_nodes > 1:
+        count = len(trainer._accelerator_connector._parallel_devices)  # of which Lightning would take the first alone
+        if count * trainer.num_nodes > 1:
             raise UserError(
-                f"trainer.devices: {asked} on {trainer.num_nodes} machines; expected 1, as LayerSplit is one process: "
+                f"trainer.devices: {count} on {trainer.num_nodes} machines; expected 1, as LayerSplit is one process: "
                 "how many devices share the model stands in trainer.strategy.devices"
             )
         if self.options["devices"] == 0:
@@ -63,26 +63,26 @@ class LayerSplit(SingleDeviceStrategy):
                 "trainer.strategy.devices"
             )
 
-    def reading(self, module: LitInternVL) -> dict[str, Any]:
-        """How `InternVL.from_pretrained` is to read the model. What trains is not left with the host."""
+    def load_options(self, module: LitInternVL) -> dict[str, Any]:
+        """Options of `InternVL.from_pretrained` for this strategy. Trainable weights are not offloaded to the host."""
         planned = module.trainer.training and self.options["device_map"] is None
         needs = training_sizes(module) if planned else None
         return self.options | {"needs": needs, "offload": False, "efficient": module.efficient}
 
     def model_to_device(self) -> None:
-        """Each layer was read onto its device; what remains is where the batches go."""
+        """Set the root device for the batches; each layer is on its device already."""
         assert self.accelerator is not None
         self._root_device = self._module.model.device
         self.accelerator.setup_device(self._root_device)
         self._module._device = self._root_device  # as Lightning's FSDP does
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each state to the device of its parameter: Lightning would move all of them to one."""
+        """Load each state on the device of its parameter; Lightning would move all of them to one."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
             optimizer.load_state_dict(state)
 
     def teardown(self) -> None:
-        """The model stays where it is: Lightning would move it to the host, which may not hold it."""
+        """Leave the model on its devices; Lightning would move it to the host, where it may not fit."""
         self.precision_plugin.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()
@@ -90,7 +90,7 @@ class LayerSplit(SingleDeviceStrategy):
 
 
 def training_sizes(module: LitInternVL) -> Sizes:
-    """What each part of a model takes in a training step on the largest batch of the run, simulated without data."""
+    """Estimate the memory of each part of a model in a training step on the largest batch of the run."""
     trainer = module.trainer
     setup = TrainSetup(
         tune=module.tune,

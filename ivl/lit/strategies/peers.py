@@ -1,4 +1,4 @@
-"""Processes of a run tell one another why they end: one line each, in place of what a broken connection raises."""
+"""Error propagation between processes: all end with the line of the first error, not with a lost connection."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ivl.lit.run.signals import Stopped
 from ivl.types import UserError
 
 ERROR = "error"
-"""Key of the line that the first process with an error leaves, in the store where processes find one another"""
+"""Key of the first error's line in the rendezvous store"""
 HEARD_SECONDS = 5.0
-"""Most time that this process waits for the others to have heard, and for a line of theirs"""
+"""Longest time that a process waits for the others to read its line, and for a line of theirs"""
 HANGING_SECONDS = 30.0
-"""A process that waits in a collective for longer than this, after another has ended, is ended too"""
+"""Longest time that a process may hang in a collective after another has ended, before it is ended too"""
 BROKEN = re.compile(
     r"closed by peer|reset by peer|Broken pipe|gloo|NCCL|ProcessGroup|TCPStore|Connection|Timed out", re.IGNORECASE
 )
 
 
 class Peers(Callback):
-    """Where a process ends with an error, the others end as well, with its line."""
+    """Callback that ends all processes with the error line of the first one that fails."""
 
     def __init__(self) -> None:
         self._store: Any = None
@@ -59,7 +59,7 @@ class Peers(Callback):
         self._ending.set()
 
     def explained(self, error: Exception) -> BaseException:
-        """The error to end with: another process's where this one only lost its connection."""
+        """Return the error to end with: another process's where this one only lost its connection."""
         if self._store is None:
             return error
         if self._heard is not None:

@@ -19,7 +19,7 @@ from ivl.__main__ import main
 from ivl.checkpoint.ckpt_file import damage
 from ivl.lit.callbacks.checkpoint import Checkpoints, random_state, set_random_state
 from ivl.lit.loaders import Pace
-from ivl.lit.run.resume import newest_whole
+from ivl.lit.run.resume import newest_checkpoint
 from tests.lit import test_runs
 from tests.lit.processes import started, wait
 from tests.lit.rows import write_rows
@@ -172,7 +172,7 @@ def killed(base: Path, root: Path, count: int, seed: int, **changes) -> None:
     argv = ["fit", "--config", str(config(base, root / "cut", **COMMON | changes)), "--ckpt_path", "last"]
     folder, draw, moments = root / "cut/run/checkpoints", random.Random(seed), []
     for n in range(count):
-        expected, log = newest_whole([folder]), root / f"{n}.log"
+        expected, log = newest_checkpoint([folder]), root / f"{n}.log"
         process = started(argv, log)
         if n % 3 == 0:
             time.sleep(draw.uniform(0, 4))
@@ -247,7 +247,7 @@ def test_last_passes_over_broken_checkpoints_and_says_so(base, tmp_path, capsys)
     assert main([*argv, "--ckpt_path", str(newest)]) == 2
     assert f"error: {newest}: not a whole checkpoint" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="passed over") as warned:
-        assert newest_whole([newest.parent]) not in (None, second, newest)
+        assert newest_checkpoint([newest.parent]) not in (None, second, newest)
     assert {str(w.message).split(": ")[0] for w in warned} == {str(second), str(newest)}
     for path in newest.parent.glob("*.ckpt"):
         path.write_bytes(b"PK")

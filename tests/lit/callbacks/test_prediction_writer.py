@@ -18,7 +18,7 @@ from ivl.__main__ import main
 from ivl.data.processor import Processor
 from ivl.inference.request import row_seed
 from ivl.lit.answering import Generation
-from ivl.lit.callbacks.prediction_writer import Parts, answered
+from ivl.lit.callbacks.prediction_writer import PredictionShards, answered
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.data.videos import write_long_video
@@ -111,7 +111,7 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def crash(argv: list[str], parts: Parts, lines: int) -> None:
+def crash(argv: list[str], parts: PredictionShards, lines: int) -> None:
     """Start a prediction in a process of its own, and kill it when its part has that many lines."""
     process = multiprocessing.get_context("fork").Process(target=main, args=(argv,))
     process.start()
@@ -164,7 +164,7 @@ def test_answers_are_those_of_each_row_alone(base, alone, tmp_path):
 def test_a_killed_prediction_goes_on(base, alone, tmp_path, caplog):
     """Killed at several moments, with a line left half written; no row is lost, none comes twice."""
     out = tmp_path / "answers.jsonl"
-    argv, parts = command(base, out), Parts(out)
+    argv, parts = command(base, out), PredictionShards(out)
     for lines in (1, 60, 130):
         crash(argv, parts, lines)
         assert not out.exists()
@@ -189,7 +189,7 @@ def test_sampled_rows_do_not_depend_on_batching(base, api, alone, tmp_path):
         out = tmp_path / f"{rows}.jsonl"
         argv = command(base, out, *sampled, "--model.batching.rows", str(rows))
         if rows == 3:
-            crash(command(base, out, *sampled, "--model.batching.rows", "9"), Parts(out), COUNT // 2)
+            crash(command(base, out, *sampled, "--model.batching.rows", "9"), PredictionShards(out), COUNT // 2)
         assert main(argv) == 0
         texts.append([row["response"] for row in read(out)])
     assert texts[0] == texts[1] == texts[2] != alone
@@ -288,7 +288,8 @@ def test_without_a_name_the_same_command_goes_on_too(base, tmp_path, monkeypatch
     del argv[at : at + 2]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "ivl.lit.callbacks.prediction_writer.Parts.join", lambda *_: (_ for _ in ()).throw(UserError("stopped"))
+            "ivl.lit.callbacks.prediction_writer.PredictionShards.join",
+            lambda *_: (_ for _ in ()).throw(UserError("stopped")),
         )
         assert main(argv) == 2
     begun = tmp_path / "version_0/predictions.jsonl"
@@ -312,7 +313,7 @@ def error(capsys, argv: list[str]) -> str:
 def test_other_settings_are_refused_and_named(base, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
     argv = command(base, out)
-    crash(argv, Parts(out), 1)
+    crash(argv, PredictionShards(out), 1)
     line = error(capsys, [*argv, "--model.generation.temperature", "0.7"])
     assert "begun with other settings (generation.temperature: 0.0 there, 0.7 here)" in line
     assert "processor: " in error(capsys, [*argv, "--data.max_tiles", "3"])
@@ -399,7 +400,7 @@ def test_what_is_found_on_the_way_stops_with_one_line(base, tmp_path, capsys, ha
     more = ["--data.predict", str(path), "--data.max_length", "100000", "--data.num_workers", str(workers)]
     line = error(capsys, [*command(base, out, *more), *impatient(tmp_path)])
     assert line.startswith(f"error: {path}:2: ") and all(word in line for word in BAD[number])
-    assert not out.exists() and Parts(out).settings.exists()
+    assert not out.exists() and PredictionShards(out).settings.exists()
 
 
 def enlarge(folder: Path, factor: float) -> None:
@@ -449,11 +450,11 @@ def lines(*indices: int) -> list[dict]:
     return [{"index": n, "response": str(n)} for n in indices]
 
 
-def begun(path: Path, *parts: list[dict]) -> Parts:
-    whole = Parts(path)
+def begun(path: Path, *parts: list[dict]) -> PredictionShards:
+    whole = PredictionShards(path)
     whole.begin({"seed": 1})
     for rank, rows in enumerate(parts):
-        part = Parts(path)
+        part = PredictionShards(path)
         part.open(rank)
         part.append(rows)
         part.close()
@@ -474,7 +475,7 @@ def test_parts_that_lack_rows_are_kept(tmp_path):
     with pytest.raises(UserError, match="2 of 4 rows are answered; the same command goes on"):
         whole.join(4)
     assert len(whole.existing()) == 2 and not (tmp_path / "a.jsonl").exists()
-    assert Parts(tmp_path / "a.jsonl").begin({"seed": 1}) is None
+    assert PredictionShards(tmp_path / "a.jsonl").begin({"seed": 1}) is None
 
 
 @pytest.mark.parametrize("kept", [0, 1, 5, 40])
@@ -485,7 +486,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path, kept):
     part = whole.existing()[0]
     whole_line = part.read_bytes().find(b"\n") + 1
     part.write_bytes(part.read_bytes()[: whole_line + kept])
-    again = Parts(tmp_path / "a.jsonl")
+    again = PredictionShards(tmp_path / "a.jsonl")
     again.begin({"seed": 1})
     assert again.answered() == {0}
     assert part.stat().st_size == whole_line
@@ -498,19 +499,19 @@ def test_what_is_damaged_foreign_or_in_use_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     whole = begun(path, lines(0, 1))
     with pytest.raises(UserError, match=r"other settings \(seed: 1 there, 2 here\)"):
-        Parts(path).begin({"seed": 2})
+        PredictionShards(path).begin({"seed": 2})
     part = whole.existing()[0]
     good = part.read_bytes()
     part.write_bytes(good + b"nonsense\n")
     with pytest.raises(UserError, match=r"a\.jsonl\.part0:3: is damaged"):
-        Parts(path).answered()
+        PredictionShards(path).answered()
     part.write_bytes(good)
-    writing = Parts(path)
+    writing = PredictionShards(path)
     writing.open(0)
     with pytest.raises(UserError, match="another program is writing it"):
-        Parts(path).begin({"seed": 1})
+        PredictionShards(path).begin({"seed": 1})
     writing.close()
-    Parts(path).begin({"seed": 1})
+    PredictionShards(path).begin({"seed": 1})
     whole.settings.unlink()
     with pytest.raises(UserError, match=r"a\.jsonl\.settings\.json beside it does not"):
-        Parts(path).begin({"seed": 1})
+        PredictionShards(path).begin({"seed": 1})

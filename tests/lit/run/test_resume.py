@@ -10,7 +10,7 @@ import yaml
 
 from ivl.__main__ import main
 from ivl.lit.arguments import with_lists
-from ivl.lit.run.resume import newest_whole, peek
+from ivl.lit.run.resume import newest_checkpoint, read_head
 from tests.lit import test_runs
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config, losses
@@ -196,10 +196,10 @@ def test_a_run_without_a_logger_replaces_no_other(base, tmp_path, capsys):
 def test_last_goes_by_step_not_by_file_time(begun):
     folder = begun / "run/checkpoints"
     (folder / "last.ckpt").unlink()
-    for age, path in enumerate(sorted(folder.glob("*.ckpt"), key=lambda p: peek(p).step)):
+    for age, path in enumerate(sorted(folder.glob("*.ckpt"), key=lambda p: read_head(p).step)):
         os.utime(path, (1e9 - age, 1e9 - age))  # the furthest is the oldest
-    found = newest_whole([folder])
-    assert found is not None and peek(found).step == 3
+    found = newest_checkpoint([folder])
+    assert found is not None and read_head(found).step == 3
 
 
 # -- options that do not fit ---------------------------------------------------------------------------------------
