@@ -1,1 +1,1 @@
-"""PyTorch Lightning: module, data module, command line. The only folder that imports Lightning."""
+"""PyTorch Lightning: module, data module, command line; nothing else imports Lightning."""

@@ -1,4 +1,4 @@
-"""Generation of answers: by batches in validation, by continuous batching in prediction."""
+"""Generation of answers: in batches for validation, continuous batching for predict."""
 
 from __future__ import annotations
 

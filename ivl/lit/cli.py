@@ -1,4 +1,4 @@
-"""Command line of fit, validate, test and predict: LightningCLI with this package's links and defaults."""
+"""Command line of fit, validate, test and predict, by LightningCLI."""
 
 from __future__ import annotations
 

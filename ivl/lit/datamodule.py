@@ -1,4 +1,4 @@
-"""LightningDataModule: files of rows → DataLoaders of training, validation and prediction.
+"""LightningDataModule: files of rows → DataLoaders of fit, validate, test and predict.
 
 Lengths are read first; every rank then gets the same work, and the position among the rows can be saved.
 Long: __init__, since each option of the command line is an argument with its type and default.

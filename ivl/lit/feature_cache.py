@@ -1,4 +1,4 @@
-"""Training with the feature cache: features of the frozen vision encoder, from disk or computed and stored."""
+"""Feature cache in training: features of the frozen vision encoder, from disk or stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LightningModule of InternVL: its only maths is the denominator of the loss."""
+"""LightningModule of InternVL: steps of fit, validate, test, predict; the loss's denominator."""
 
 from __future__ import annotations
 
@@ -180,8 +180,8 @@ class LitInternVL(LightningModule):
         if mesh is not None:
             from ivl.parallel.fsdp import build_sharded, parallelize  # peft takes seconds to import
         if mesh is not None and not self.adapter and not self.quantize:
-            options = strategy.root_device, dtype, attention, self.efficient
-            return build_sharded(self.pretrained, self.tune, mesh, *options)
+            settings = strategy.root_device, dtype, attention, self.efficient
+            return build_sharded(self.pretrained, self.tune, mesh, *settings)
         # A model that each process holds in full is read straight onto its device; a sharded one onto the host first.
         replicated = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not zero.is_zero(strategy, 3)
         options: dict[str, Any] = {"efficient": self.efficient, "device": strategy.root_device if replicated else "cpu"}

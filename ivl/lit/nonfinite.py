@@ -1,4 +1,4 @@
-"""Guards of a training step: losses that are not finite, and lack of memory, reported with their rows."""
+"""Guards of a step: non-finite losses and lack of memory, reported with their rows."""
 
 from __future__ import annotations
 

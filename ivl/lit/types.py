@@ -1,4 +1,4 @@
-"""Types of Lightning's objects with the attributes that this package uses, for annotations."""
+"""Types of Lightning's objects for annotations, with the attributes used here."""
 
 from __future__ import annotations
 

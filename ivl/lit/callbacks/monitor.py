@@ -1,4 +1,4 @@
-"""Monitoring of training: speed, rates, memory, loss of each source, and the progress bar."""
+"""Monitoring of training: speed, rates, memory, loss per source, progress bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions on disk: appended as rows are answered, resumable after a crash, in input order at the end.
+"""Predictions on disk: appended, resumable after a crash, in input order at the end.
 
 answers.jsonl.settings.json   model and options of the answers; a file never mixes answers of two settings
 answers.jsonl.part0, …        one per process, a line per row, as rows are answered

@@ -1,4 +1,4 @@
-"""Identity of an experiment: the options and files that two runs must share to be the same.
+"""Identity of an experiment: options and files that two runs of it share.
 
 Each checkpoint holds it. `--ckpt_path last` takes a checkpoint of the same experiment only; a fit from a checkpoint of
 another one is refused, or logs the options that count now. Lengths of runs, learning rates, logs and machines may

@@ -1,4 +1,4 @@
-"""Lock of a run's folder: a second run that would write the same checkpoints is refused."""
+"""Lock of a run's folder, against a second run that writes the same checkpoints."""
 
 from __future__ import annotations
 

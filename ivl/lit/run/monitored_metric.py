@@ -1,4 +1,4 @@
-"""Monitored metrics of checkpoints and early stopping: their names are checked before the first step."""
+"""Monitored metrics of checkpoints and early stopping, checked before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning rates, decay and schedule of a resumed run: its options replace the checkpoint's values.
+"""Learning rates, decay and schedule of a resumed run, by its present options.
 
 torch and Lightning restore the values of the checkpoint. So each checkpoint also holds the settings of its run; where
 the present ones differ, the restored values are replaced before they are loaded. Without a difference the run goes on

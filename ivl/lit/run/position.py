@@ -1,4 +1,4 @@
-"""Position of a run at the end of an optimizer step, for a checkpoint in a validation or after an error."""
+"""Position of a run after an optimizer step, for a checkpoint written later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resume: the checkpoint of `--ckpt_path last`, and a folder without files of another run."""
+"""Resume: the checkpoint of `--ckpt_path last`, and a folder free of other runs."""
 
 from __future__ import annotations
 

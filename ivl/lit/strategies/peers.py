@@ -1,4 +1,4 @@
-"""Error propagation between processes: all end with the line of the first error, not with a lost connection."""
+"""Error propagation between processes: all of them end with the line of the first error."""
 
 from __future__ import annotations
 
