@@ -1,1 +1,1 @@
-"""The other commands: check, plan, chat, export, models."""
+"""Commands beside fit and predict: check, plan, chat, export, models."""

@@ -1,6 +1,6 @@
-"""`python -m ivl chat --model NAME`: a conversation in the terminal, line by line.
+"""Conversation in the terminal, line by line: `python -m ivl chat --model NAME`.
 
-    what is typed → a word of command, or a question with its media → the answer, as it is made
+    a typed line → a word of command, or a question with its media → the answer, token by token
 
 Ctrl-C stops an answer, or drops the line that is being typed; Ctrl-D ends the session.
 
@@ -40,42 +40,42 @@ CUT = {
     "length": "the answer is cut off at max_new_tokens {}; a larger --max_new_tokens lets it go on",
     "context": "the answer is cut off, since the model's context is full; `clear` begins anew",
 }
-"""Why an answer ended before its end → what is said of it"""
+"""Finish reason of an answer that is cut off → the note printed under it."""
 _MARK = re.compile(r"<(image|video)>")
 _NAMED = {"image": "Input an image path or URL <<< ", "video": "Input a video path or URL <<< "}
 _ANY = "Input a media path or URL <<< "
 
 FETCHING = FetchPolicy(timeout=10, total_timeout=120, retries=1)
-"""Somebody waits"""
+"""Shorter timeouts for interactive use."""
 
 
 class Session:
-    """What is typed, until the end of the session."""
+    """Loop over typed lines, until the end of the session."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.several_lines = False
         abilities = chat.processor.abilities
         self.asks_for_media = abilities is not None and not abilities.multi_turn_images
-        """Where images stand in one turn only, nobody writes marks: they are asked for with the first question"""
+        """Prompt for media with the first question: the model takes images in one turn only, so nobody writes marks."""
 
     def run(self) -> None:
-        """Until `exit`, `quit` or the end of the input."""
+        """Read lines until `exit`, `quit` or the end of the input."""
         print(WORDS)
         while True:
             try:
                 text = self._read("<<<[M] " if self.several_lines else "<<< ")
                 if text.strip().lower() in ("exit", "quit"):
                     return
-                self._take(text)
+                self._handle(text)
             except KeyboardInterrupt:
                 print()
             except EOFError:
                 print()
                 return
 
-    def _take(self, text: str) -> None:
-        """One line, or the lines of one question."""
+    def _handle(self, text: str) -> None:
+        """Run one command word, or answer one question of one or more lines."""
         word = text.strip().lower()
         if not word:
             return
@@ -146,7 +146,7 @@ def _line(error: Exception) -> str:
 
 
 def history_file() -> Path:
-    """Where lines are kept, by the XDG rules."""
+    """File with the history of lines, by the XDG rules."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ivl" / "chat_history"
 
 
@@ -159,7 +159,7 @@ def _readline() -> ModuleType | None:
 
 
 def _recall() -> None:
-    """Lines of earlier sessions for the arrow keys."""
+    """Load the lines of earlier sessions for the arrow keys."""
     readline, path = _readline(), history_file()
     if readline is None or not sys.stdin.isatty():
         return
@@ -174,7 +174,7 @@ def _recall() -> None:
 
 
 def _remember(line: str) -> None:
-    """Kept at once, by appending: other sessions and a killed one lose nothing."""
+    """Append a line to the history at once: other sessions lose nothing, nor does a killed one."""
     readline = _readline()
     if readline is None or not line.strip() or not sys.stdin.isatty():
         return
@@ -182,7 +182,7 @@ def _remember(line: str) -> None:
     try:
         readline.append_history_file(1, history_file())
     except OSError:
-        return  # said at the start
+        return  # `_recall` printed a note at the start
 
 
 # -- the command -------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def chat(
     device_max_memory: list[str] | None = None,
     device_map: str | None = None,
 ) -> Session:
-    """A session with a model.
+    """Load a model for a session in the terminal.
 
     Args:
         model: Model's name, or a checkpoint folder; --model.pretrained is the same. Default: the one that the run or
@@ -271,7 +271,7 @@ def _trained(model: str | None, adapter: str | None, ckpt_path: str | None) -> T
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns 0; raises UserError for what a person can mend."""
+    """Run the command. Returns 0. Raises UserError for a user's mistake."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

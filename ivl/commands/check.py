@@ -1,4 +1,4 @@
-"""`python -m ivl check`: look for mistakes in data before they cost anything."""
+"""Check of data before a run: problems, lengths, duplicates (`python -m ivl check`)."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class Data:
     predict: str | list[str] | None = None
     """Rows for `predict`; they need no response."""
     media_root: str | None = None
-    """Where relative media paths start. Default: the folder of the file they stand in."""
+    """Folder that relative media paths start from. Default: the folder of the file they stand in."""
     max_length: int = 4096
     """Most tokens of a row, image tokens included."""
     max_tiles: int | None = None
     """Most tiles of an image, thumbnail not counted. Default: the checkpoint's."""
     on_too_long: Literal["fit", "truncate_text", "drop", "error"] = "fit"
-    """What happens to a row above max_length."""
+    """Treatment of a row above max_length."""
     video: VideoOptions = field(default_factory=VideoOptions)
-    """How videos become frames."""
+    """Sampling of frames from videos."""
     exif: bool = True
     """Turn pictures upright as their EXIF block says."""
     media: MediaPolicy = field(default_factory=MediaPolicy)
@@ -61,31 +61,31 @@ class Data:
     file_limits: FileLimits = field(default_factory=FileLimits)
     """Limits of files of rows: bytes of a row, and what a compressed file may become."""
     resize: Literal["exact", "fast"] = "exact"
-    """How pictures are resized to tiles."""
+    """Resizing of pictures to tiles: exact as the reference, or fast."""
     compact_boxes: bool = False
     """Write boxes as `<box>[[...]]</box>`."""
     system_message: str | None = None
-    """For rows without one, instead of the checkpoint's."""
+    """System message of rows without one, instead of the checkpoint's."""
     seed: int = 0
-    """Of the rows that are drawn and shown."""
+    """Seed of the draw of rows that are shown."""
 
 
 @dataclass
-class Checked:
-    """What is known of the rows of one option."""
+class OptionRows:
+    """Rows of one option, with their index of lengths and their facts."""
 
     name: str
     rows: Mixture
     index: Index
     facts: np.ndarray
-    """(rows,) of FACTS"""
+    """Facts of every row, (rows,) of FACTS."""
 
     def where(self, number: int) -> str:
         return self.rows.where(number)
 
     @property
     def usable(self) -> np.ndarray:
-        """(rows,) bool"""
+        """Rows that can be trained on, (rows,) bool."""
         return self.index.records["usable"]
 
 
@@ -95,29 +95,29 @@ def main(argv: list[str] | None = None) -> int:
     processor = _processor(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    given = {name: files for name in SPLITS if (files := getattr(args.data, name))}
+    sources = {name: files for name in SPLITS if (files := getattr(args.data, name))}
     if args.data.mixture:
-        if "train" in given:
+        if "train" in sources:
             raise UserError("--data.train and --data.mixture: expected one of them, found both")
-        given = {"train": args.data.mixture} | given
-    if not given:
+        sources = {"train": args.data.mixture} | sources
+    if not sources:
         raise UserError("nothing to check; give --data.train FILE (val, test, predict), or --config FILE")
-    checked, unread = [], []
-    for name, files in given.items():
+    option_rows, errors = [], []
+    for name, files in sources.items():
         parts, problems = _parts(name, files, processor, args)
-        unread += problems
+        errors += problems
         if parts:
-            checked.append(_checked(name, parts, args))
+            option_rows.append(_index_rows(name, parts, args))
     with whole_path(out / "report.txt") as path, open(path, "w", encoding="utf-8") as report:
-        for problem in unread:
-            _say(problem, report)
-        for one in checked:
-            _report(one, args.show, report)
-        overlap = _overlap(checked, args.show, report)
-    wrong = len(unread) + overlap + sum(len(one.index.problems) for one in checked)
-    good = [one for one in checked if one.usable.any()]
+        for problem in errors:
+            _emit(problem, report)
+        for one in option_rows:
+            _report_rows(one, args.show, report)
+        overlap = _report_overlap(option_rows, args.show, report)
+    wrong = len(errors) + overlap + sum(len(one.index.problems) for one in option_rows)
+    good = [one for one in option_rows if one.usable.any()]
     if good:
-        _show(good[0], processor, out / "sheet.png", args.data.seed)
+        _draw_examples(good[0], processor, out / "sheet.png", args.data.seed)
     print(f"\n{wrong or 'no'} problem{'s' * (wrong != 1)}; all of it is in {out / 'report.txt'}")
     return 2 if wrong else 0
 
@@ -154,29 +154,31 @@ def _arguments(argv: list[str]) -> Namespace:
 
 
 def _config(path: str) -> dict[str, Any]:
-    """The parts of a fit's config that say what the data are. Makes the demo where the config asks for it."""
+    """Sections of a fit's config that describe the data. Writes the demo where the config asks for it."""
     import yaml
 
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: cannot be read ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"--config {path}: expected a fit's config, found {type(found).__name__}")
-    model, data = found.get("model") or {}, found.get("data") or {}
-    own = {one.name for one in fields(Data)}
-    if others := set(data) - own - {"pretrained"}:
+    if not isinstance(config, dict):
+        raise UserError(f"--config {path}: expected a fit's config, found {type(config).__name__}")
+    model, data = config.get("model") or {}, config.get("data") or {}
+    options = {one.name for one in fields(Data)}
+    if others := set(data) - options - {"pretrained"}:
         from ivl.lit.datamodule import IvlData  # takes seconds to import
 
         if unknown := sorted(others - set(inspect.signature(IvlData).parameters)):
-            raise UserError(f"--config {path}: data.{unknown[0]}: no such option; expected one of {', '.join(own)}")
-    if found.get("demo"):
+            raise UserError(f"--config {path}: data.{unknown[0]}: no such option; expected one of {', '.join(options)}")
+    if config.get("demo"):
         from ivl.demo import prepare
 
-        prepare(Path(found["demo"]))
-    kept: dict[str, Any] = {"data": {key: value for key, value in data.items() if key in own and value is not None}}
+        prepare(Path(config["demo"]))
+    values: dict[str, Any] = {
+        "data": {key: value for key, value in data.items() if key in options and value is not None}
+    }
     pretrained = model.get("pretrained") or data.get("pretrained")
-    return kept | ({"model": {"pretrained": pretrained}} if pretrained else {})
+    return values | ({"model": {"pretrained": pretrained}} if pretrained else {})
 
 
 def _processor(args: Namespace) -> Processor:
@@ -201,10 +203,10 @@ def _processor(args: Namespace) -> Processor:
 
 
 def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tuple[list[MixtureSource], list[str]]:
-    """The sources of an option, and what is wrong with those that cannot be read at all."""
-    parts, problems = [], []
-    for given in [files] if isinstance(files, str) else files:
-        source = Source(**vars(given)) if isinstance(given, Namespace) else given
+    """Sources of an option, and the errors of those that cannot be read at all."""
+    parts, errors = [], []
+    for entry in [files] if isinstance(files, str) else files:
+        source = Source(**vars(entry)) if isinstance(entry, Namespace) else entry
         try:
             parts += open_sources(
                 source,
@@ -216,11 +218,11 @@ def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tupl
                 limits=FileLimits(**vars(args.data.file_limits)),
             )
         except UserError as error:
-            problems.append(f"data.{name}: {error}")
-    return parts, problems
+            errors.append(f"data.{name}: {error}")
+    return parts, errors
 
 
-def _checked(name: str, parts: list[MixtureSource], args: Namespace) -> Checked:
+def _index_rows(name: str, parts: list[MixtureSource], args: Namespace) -> OptionRows:
     indexes, facts = [], []
     for part in parts:
         with progress_bar(f"{name}: lengths of {part.name}", part.rows) as progress:
@@ -233,7 +235,7 @@ def _checked(name: str, parts: list[MixtureSource], args: Namespace) -> Checked:
         with progress_bar(f"{name}: texts of {part.name}", part.rows) as progress:
             workers = os.cpu_count() or 1 if args.workers is None else args.workers
             facts.append(read_facts(part.rows, index.records["usable"], workers, args.cache_dir, progress, seen))
-    return Checked(name, Mixture(parts), concat(indexes), np.concatenate(facts))
+    return OptionRows(name, Mixture(parts), concat(indexes), np.concatenate(facts))
 
 
 # The report
@@ -243,54 +245,55 @@ def _print(text: str) -> None:
     print(printable(text))
 
 
-def _say(text: str, report: TextIO) -> None:
+def _emit(text: str, report: TextIO) -> None:
+    """Print a text and write it to the report."""
     _print(text)
     report.write(printable(text) + "\n")
 
 
-def _report(one: Checked, show: int, report: TextIO) -> None:
+def _report_rows(one: OptionRows, show: int, report: TextIO) -> None:
     problems, dropped, count = one.index.problems, one.index.dropped, len(one.index)
-    _say(f"\n# data.{one.name}: {many(count, 'row')}, {len(problems)} with a problem, {len(dropped)} left out", report)
+    _emit(f"\n# data.{one.name}: {many(count, 'row')}, {len(problems)} with a problem, {len(dropped)} left out", report)
     if len(one.rows.parts) > 1 or any(n != len(part.rows) for n, part in zip(one.rows.counts, one.rows.parts)):
-        _say(one.rows.describe(), report)
+        _emit(one.rows.describe(), report)
     for title, texts in (("problems", problems), ("left out, as on_too_long is drop", dropped)):
         if not texts:
             continue
-        _say(f"\n{title}:", report)
+        _emit(f"\n{title}:", report)
         lines = [text.replace("\n", " ") for _, text in sorted(texts.items())]
         _print("\n".join(lines[:show]))
         report.write("\n".join(lines) + "\n")
         if len(lines) > show:
             _print(f"… and {len(lines) - show} more in the report")
             for reason, times in reasons(texts.values()).most_common(show):
-                _say(f"{times:8} {reason}", report)
+                _emit(f"{times:8} {reason}", report)
     if changed := one.index.describe_changes():
-        _say(f"\nrows that max_length changes: {changed} (of {count})", report)
-    if found := one.index.unread_keys():
-        _say("\nkeys that are not read:", report)
-        lines = [f"{count:8} {printable(name, ' ')} ({one.where(row)})" for name, count, row in found]
+        _emit(f"\nrows that max_length changes: {changed} (of {count})", report)
+    if unread_keys := one.index.unread_keys():
+        _emit("\nkeys that are not read:", report)
+        lines = [f"{count:8} {printable(name, ' ')} ({one.where(row)})" for name, count, row in unread_keys]
         _print("\n".join(lines[:show]) + (f"\n… and {len(lines) - show} more in the report" if lines[show:] else ""))
         report.write("\n".join(lines) + "\n")
     turned, plain = (one.index.records[name] for name in ("turned", "plain"))
-    lists = [[one.where(int(n)) for n in np.flatnonzero(chosen)] for chosen in (turned, plain)]
+    lists = [[one.where(int(n)) for n in np.flatnonzero(flags)] for flags in (turned, plain)]
     _list("rows whose boxes turn with their pictures, as EXIF says", lists[0], report)
     _list(f"rows with pictures or frames of one colour ({plain.sum(dtype=int)} of them)", lists[1], report)
     if unsure := int((~one.index.records["exact"] & one.usable).sum()):
-        _say(
+        _emit(
             f"\nrows with media behind URLs, counted with the most tiles there can be: {unsure} (--probe_urls)", report
         )
     if one.usable.any():
-        _say("\n" + distributions(one.index, one.facts), report)
+        _emit("\n" + distributions(one.index, one.facts), report)
         longest = np.argsort(-one.index.tokens, kind="stable")[: min(5, int(one.usable.sum()))]
         lengths = [f"{_lengths(one.index, int(n)):>24}  {one.where(int(n))}" for n in longest]
-        _say("\nlongest rows:\n" + "\n".join(lengths), report)
-    _repeated(one, report)
+        _emit("\nlongest rows:\n" + "\n".join(lengths), report)
+    _report_duplicates(one, report)
 
 
 def _list(title: str, lines: list[str], report: TextIO) -> None:
-    """Rows of one kind: how many, the first of them, and all in the report."""
+    """Print rows of one kind: their count and the first of them; the report gets all."""
     if lines:
-        _say(f"\n{title}: {len(lines)}", report)
+        _emit(f"\n{title}: {len(lines)}", report)
         _print("\n".join(lines[:_SHOWN]) + ("\n…" if len(lines) > _SHOWN else ""))
         report.write("\n".join(lines) + "\n")
 
@@ -300,39 +303,39 @@ def _lengths(index: Index, number: int) -> str:
 
 
 def distributions(index: Index, facts: np.ndarray) -> str:
-    """A table: least, median, 99th percentile, most and sum over the rows that can be used."""
-    kept = index.records["usable"]
+    """Table of least, median, 99th percentile, most and sum over the usable rows."""
+    usable = index.records["usable"]
     numbers = {
-        "tokens": index.tokens[kept],
-        "tiles": index.tiles[kept],
-        "turns": facts["turns"][kept],
-        "images and videos": facts["media"][kept],
-        "boxes": facts["boxes"][kept],
+        "tokens": index.tokens[usable],
+        "tiles": index.tiles[usable],
+        "turns": facts["turns"][usable],
+        "images and videos": facts["media"][usable],
+        "boxes": facts["boxes"][usable],
     }
     lines = [f"{'':20}{'least':>9}{'median':>9}{'99 %':>9}{'most':>9}{'all':>14}"]
     for name, values in numbers.items():
         points = np.percentile(values, [0, 50, 99, 100], method="nearest")
         lines.append(f"{name:20}" + "".join(f"{int(v):9}" for v in points) + f"{int(values.sum(dtype=np.int64)):14}")
-    share = 100 * index.supervised[kept] / index.tokens[kept]
-    whole = 100 * index.supervised[kept].sum(dtype=np.int64) / index.tokens[kept].sum(dtype=np.int64)
+    share = 100 * index.supervised[usable] / index.tokens[usable]
+    total_share = 100 * index.supervised[usable].sum(dtype=np.int64) / index.tokens[usable].sum(dtype=np.int64)
     points = np.percentile(share, [0, 50, 99, 100], method="nearest")
-    return "\n".join([*lines, f"{'trained on, %':20}" + "".join(f"{v:9.1f}" for v in points) + f"{whole:14.1f}"])
+    return "\n".join([*lines, f"{'trained on, %':20}" + "".join(f"{v:9.1f}" for v in points) + f"{total_share:14.1f}"])
 
 
-def _repeated(one: Checked, report: TextIO) -> None:
-    """Rows that say what an earlier one says."""
-    kept = np.flatnonzero(one.usable)
-    _, first, back = np.unique(one.facts["same"][kept], return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[back] != np.arange(len(kept)))
-    lines = [f"{one.where(kept[n])}: as {one.where(kept[first[back[n]]])}" for n in again]
+def _report_duplicates(one: OptionRows, report: TextIO) -> None:
+    """List duplicates: rows with the media and text of an earlier one."""
+    usable = np.flatnonzero(one.usable)
+    _, first, back = np.unique(one.facts["same"][usable], return_index=True, return_inverse=True)
+    repeats = np.flatnonzero(first[back] != np.arange(len(usable)))
+    lines = [f"{one.where(usable[n])}: as {one.where(usable[first[back[n]]])}" for n in repeats]
     _list("rows that repeat an earlier one (same media, same text)", lines, report)
 
 
-def _overlap(checked: list[Checked], show: int, report: TextIO) -> int:
-    """Rows of val or test that are trained on as well: said as problems, and counted."""
-    train = next((one for one in checked if one.name == "train"), None)
+def _report_overlap(option_rows: list[OptionRows], show: int, report: TextIO) -> int:
+    """Report rows of val or test that are trained on as well, as problems. Returns their count."""
+    train = next((one for one in option_rows if one.name == "train"), None)
     count = 0
-    for one in checked if train else ():
+    for one in option_rows if train else ():
         if train is None or one.name not in ("val", "test"):
             continue
         trained = np.flatnonzero(train.usable)
@@ -340,7 +343,7 @@ def _overlap(checked: list[Checked], show: int, report: TextIO) -> int:
         held = np.flatnonzero(np.isin(one.facts["same"], texts) & one.usable)
         if not len(held):
             continue
-        _say(f"\nrows of data.{one.name} that are in data.train as well: {len(held)}", report)
+        _emit(f"\nrows of data.{one.name} that are in data.train as well: {len(held)}", report)
         same = trained[first[np.searchsorted(texts, one.facts["same"][held])]]
         lines = [
             f"{one.where(int(n))}: trained on as {train.where(int(row))}; take it out of one of them"
@@ -355,13 +358,13 @@ def _overlap(checked: list[Checked], show: int, report: TextIO) -> int:
 # Pictures
 
 
-def _show(one: Checked, processor: Processor, sheet: Path, seed: int) -> None:
-    """One row as it is trained on, and a contact sheet of some."""
+def _draw_examples(one: OptionRows, processor: Processor, sheet: Path, seed: int) -> None:
+    """Print one row as it is trained on, and draw a contact sheet of some rows."""
     from ivl.commands.contact_sheet import cell
     from ivl.lit.callbacks.images import grid
 
-    whole = np.flatnonzero(one.usable & one.index.records["exact"])  # nothing is fetched to be shown
-    drawn = np.sort(np.random.default_rng(seed).permutation(whole)[:_DRAWN])
+    candidates = np.flatnonzero(one.usable & one.index.records["exact"])  # nothing is fetched to be shown
+    drawn = np.sort(np.random.default_rng(seed).permutation(candidates)[:_DRAWN])
     shown = next((n for n in drawn if one.facts["boxes"][n]), drawn[0]) if len(drawn) else None
     cells = []
     for number in drawn:

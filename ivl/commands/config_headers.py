@@ -1,4 +1,6 @@
-"""Memory of each released model's training, by `ivl.estimate.memory`: for the headers of configs/ and `ivl models`.
+"""Headers of configs/ and the table of `ivl models`: memory to train each released model.
+
+The numbers are those of `ivl.estimate.memory`.
 
     python -m ivl plan --headers configs
 
@@ -25,13 +27,13 @@ from ivl.families import MODELS, ReleasedModel, config_for, find_model
 from ivl.finetune.tune import LoRA, Tune
 
 SUPERVISED = 1024
-"""Of the TOKENS of a row"""
+"""Supervised tokens, of the TOKENS of a row."""
 FULL = Tune(vision_model="full", mlp1="full", language_model="full")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train: yamls to stack on the model's, and how many devices it is worked out for."""
+    """Way to train: yamls to stack on the model's, and the number of devices of the estimate."""
 
     stacked: tuple[str, ...]
     devices: int = 1
@@ -39,7 +41,7 @@ class Recipe:
     tune: Tune | None = None
     quantize: Quantize | None = None
     recomputed: bool = False
-    """The vision encoder's blocks as well"""
+    """Recompute the vision encoder's blocks as well."""
 
     @property
     def options(self) -> str:
@@ -57,7 +59,7 @@ RECIPES = (
 
 
 def recipes(row: ReleasedModel, folder: Path) -> Iterator[Recipe]:
-    """Those that this model can be trained by, and whose files are there."""
+    """Recipes that this model can be trained by, and whose files exist."""
     for recipe in RECIPES:
         quantised = row.int8 and (recipe.tune == FULL or recipe.quantize)
         if not quantised and all((folder / name).is_file() for name in recipe.stacked):
@@ -65,7 +67,7 @@ def recipes(row: ReleasedModel, folder: Path) -> Iterator[Recipe]:
 
 
 def gigabytes(row: ReleasedModel, recipe: Recipe, lora: LoRA) -> float:
-    """On the fullest device, of a step on a row of TOKENS with TILES."""
+    """Memory of the fullest device in GB, for a step on a row of TOKENS with TILES."""
     setup = TrainSetup(
         tune=recipe.tune or Tune(language_model=lora),
         precision="bf16-mixed",
@@ -86,7 +88,7 @@ def simulated(row: ReleasedModel, folder: Path) -> float:
 
 
 def header(path: Path) -> str:
-    """The comments of a released model's config."""
+    """Comments on top of a released model's config."""
     row, lora = find_model(_pretrained(path)), _lora(path)
     assert row is not None, f"{path}: not a released model's"
     lines = [f"# {row.huggingface.rpartition('/')[2]}, LoRA on the language model."]
@@ -102,7 +104,7 @@ def header(path: Path) -> str:
 
 
 def body(text: str) -> str:
-    """A config without the comments on its top."""
+    """Text of a config without the comments on its top."""
     lines = text.splitlines(keepends=True)
     first = next(n for n, line in enumerate(lines) if not line.startswith("#"))
     return "".join(lines[first:])

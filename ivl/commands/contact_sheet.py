@@ -1,4 +1,4 @@
-"""A contact sheet of rows: their media with boxes, what is asked and what is answered."""
+"""Contact sheet of rows: their media with boxes, questions and answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 4
 
 
 def cell(row: Conversation, about: str, processor: Processor) -> Image.Image:
-    """The picture of a row: its media, a line `about` it, its turns. Boxes of questions are red, of answers green.
+    """Draw the picture of a row: its media, a line `about` it, its turns. Boxes of questions are red, of answers green.
 
     Boxes are drawn where a row has one image: a box does not say which of several it belongs to. Raises UserError
     where a medium cannot be read.
@@ -34,7 +34,7 @@ def cell(row: Conversation, about: str, processor: Processor) -> Image.Image:
         drawn.paste(picture, place)
         bottom = max(bottom, place[1] + picture.height)
     lines = []
-    for text, colour in ((about, (120, 120, 120)), *(_said(message) for message in row.messages)):
+    for text, colour in ((about, (120, 120, 120)), *(_turn_text(message) for message in row.messages)):
         font, text = lettering(text, 11)
         lines += [(line, colour, font) for line in wrapped(text, font, WIDTH, 5)]
     for n, (line, colour, font) in enumerate(lines[: LINES + (HEIGHT - bottom) // LINE]):
@@ -42,7 +42,7 @@ def cell(row: Conversation, about: str, processor: Processor) -> Image.Image:
     return drawn
 
 
-def _said(message: Message) -> tuple[str, tuple[int, int, int]]:
+def _turn_text(message: Message) -> tuple[str, tuple[int, int, int]]:
     name, colour = ("A", EXPECTED) if message.role == "assistant" else ("Q", (0, 0, 0))
     return f"{name}: {message.text}", colour
 

@@ -1,6 +1,6 @@
-"""`python -m ivl export --run RUN --out DIR`: a trained model as a checkpoint folder that other programs read.
+"""Export of a trained model as a checkpoint folder: `python -m ivl export --run RUN --out DIR`.
 
-    what was trained (a run, an adapter, or nothing) + its base → merged → written beside DIR → verified → renamed
+    trained tensors (of a run, an adapter, or none) + their base → merged → written beside DIR → verified → renamed
 
 DIR holds `export_report.json` with every check of `ivl.commands.export_verify`. An export that fails leaves nothing.
 """
@@ -44,10 +44,10 @@ REPORT = "export_report.json"
 
 @dataclass
 class Trained:
-    """What is added to a base: the tensors of a run, an adapter folder, or nothing."""
+    """Trained weights to add to a base: the tensors of a run, an adapter folder, or none."""
 
     base: str
-    """A folder or a model's name"""
+    """Folder or name of the model."""
     tune: Tune | None = None
     state: dict[str, Tensor] | None = None
     """Trained tensors by name, with `tune`"""
@@ -55,12 +55,12 @@ class Trained:
     max_tiles: int | None = None
     system_message: str | None = None
     quantize: Quantize | None = None
-    """How the base was kept while it was trained on"""
+    """Quantization of the base during training."""
     where: str = ""
 
     @property
     def parts(self) -> list[str]:
-        """The parts whose weights differ from the base's."""
+        """Parts whose weights differ from the base's."""
         if self.adapter is not None:
             return adapting.adapted_parts(self.adapter)
         return [part for part, mode in self._modes().items() if mode != "frozen"]
@@ -75,11 +75,11 @@ class Trained:
         return {} if self.tune is None else {part: self.tune.mode(part) for part in PARTS}
 
     def model(self, folder: Path, dtype: str, device: str) -> InternVL:
-        """The base with what was trained, not yet merged, in eval mode."""
+        """Load the base and add the trained weights, not yet merged, in eval mode."""
         return self.onto(InternVL.from_pretrained(folder, dtype=dtype, device=device))
 
     def onto(self, model: InternVL) -> InternVL:
-        """Add what was trained to the base's model, not merged, in eval mode.
+        """Add the trained weights to the base's model, not merged, in eval mode.
 
         Weights that were trained in full take the model's dtype, since nothing casts between layers outside training;
         a LoRA stays in float32.
@@ -90,7 +90,7 @@ class Trained:
         elif self.state is not None and self.tune is not None:
             check_at_hand(model)
             tuning.apply(model, self.tune)
-            _put(model, self.state, self.where)
+            _copy_into(model, self.state, self.where)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and "lora_" not in name:
                     parameter.data = parameter.data.to(dtype)
@@ -120,13 +120,13 @@ def export(
         layout: released is the layout of the OpenGVLab releases; hf is transformers' InternVLForConditionalGeneration.
             Default: released, and of an adapter the layout of its base, so that it loads onto it.
         max_shard_size: Largest weight file, such as 5GB or 800MB.
-        dtype: What weights are stored in; auto is the base's.
-        device: Where the model is merged and tried out, such as cpu or cuda.
+        dtype: Dtype of the stored weights; auto is the base's.
+        device: Device the model is merged and tried out on, such as cpu or cuda.
         adapter_only: Write the LoRA of a run as a PEFT adapter folder, not merged.
         overwrite: Replace an existing checkpoint folder, once the new one is complete.
 
     Raises:
-        UserError: for what a person can mend; nothing is left behind then.
+        UserError: for a user's mistake; nothing is left behind then.
     """
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     target = Path(out)
@@ -205,8 +205,8 @@ def _write_adapter(
     before = probe(model)
     adapting.save_adapter(model, trained.tune, folder, trained.base, trained.state, layout)
     del model
-    again = Trained(trained.base, adapter=folder).model(settings.base, settings.dtype, device)
-    checks = verify_adapter(folder, before, probe(again), settings.dtype)
+    reloaded = Trained(trained.base, adapter=folder).model(settings.base, settings.dtype, device)
+    checks = verify_adapter(folder, before, probe(reloaded), settings.dtype)
     notes = []
     if layout != config.layout:
         notes.append(
@@ -219,7 +219,7 @@ def _write_adapter(
 def _report(
     trained: Trained, settings: Settings, layout: str, notes: list[str], checks: list[Check], commands: dict[str, str]
 ) -> dict[str, Any]:
-    """Raises UserError where a check failed."""
+    """Report of the export, as JSON takes it. Raises UserError where a check failed."""
     failed = [check for check in checks if not check.ok]
     if failed:
         raise UserError(
@@ -241,7 +241,7 @@ def _report(
 
 
 def _commands(layout: str, architecture: str, folder: Path) -> dict[str, str]:
-    """How to start each engine that takes the folder; {} stands for it."""
+    """Command to start each engine that takes the folder; {} stands for it."""
     if layout == "hf":
         return {
             "transformers": "AutoModelForImageTextToText.from_pretrained('{}')",
@@ -267,7 +267,7 @@ def _summary(target: Path, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# -- what was trained --------------------------------------------------------------------------------------------
+# -- trained weights ---------------------------------------------------------------------------------------------
 
 
 def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
@@ -283,7 +283,7 @@ def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
 
 
 def read_run(path: Path, base: str | None = None) -> Trained:
-    """A run's folder, or a checkpoint in it, with the settings in its config.yaml."""
+    """Read the trained weights of a run's folder, or of a checkpoint in it, with the settings in its config.yaml."""
     import yaml
 
     file = path if path.suffix == ".ckpt" or path.name == WEIGHTS else _last(path)
@@ -322,34 +322,35 @@ def _last(run: Path) -> Path:
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; expected a run, such as runs/version_0, or one of its .ckpt files")
     folder = run / "checkpoints"
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found and (run / "adapter_config.json").is_file():
+    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints and (run / "adapter_config.json").is_file():
         raise UserError(f"{run}: is an adapter, not a run; give it with --adapter")
-    if not found:
+    if not checkpoints:
         raise UserError(f"{run}: no checkpoints/*.ckpt in it; expected the folder of a run that saved one")
-    return folder / "last.ckpt" if folder / "last.ckpt" in found else found[-1]
+    return folder / "last.ckpt" if folder / "last.ckpt" in checkpoints else checkpoints[-1]
 
 
-def _put(model: InternVL, state: dict[str, Tensor], where: str) -> None:
-    own = tuning.trainable_state(model)
-    odd = sorted(own.keys() ^ state.keys()) + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
-    if odd:
+def _copy_into(model: InternVL, state: dict[str, Tensor], where: str) -> None:
+    tensors = tuning.trainable_state(model)
+    differing = sorted(tensors.keys() ^ state.keys())
+    differing += [n for n in tensors.keys() & state.keys() if tensors[n].shape != state[n].shape]
+    if differing:
         raise UserError(
-            f"{where}: does not hold what the run's config.yaml says was trained on this base: {len(odd)} tensors "
-            f"differ, {odd[0]} among them; is --base the checkpoint of this run?"
+            f"{where}: does not hold what the run's config.yaml says was trained on this base: {len(differing)} "
+            f"tensors differ, {differing[0]} among them; is --base the checkpoint of this run?"
         )
     for name, tensor in state.items():
-        own[name].copy_(tensor)
+        tensors[name].copy_(tensor)
 
 
-# -- where it goes -----------------------------------------------------------------------------------------------
+# -- target folder ------------------------------------------------------------------------------------------------
 
 
 def _refuse_target(target: Path, sources: list[str], overwrite: bool) -> None:
     """Raise UserError where writing `target` would harm something."""
     for source in sources:
-        path, own = Path(source), target.resolve()
-        if path.exists() and (own == path.resolve() or own in path.resolve().parents):
+        path, resolved = Path(source), target.resolve()
+        if path.exists() and (resolved == path.resolve() or resolved in path.resolve().parents):
             raise UserError(f"--out {target}: {source} is read from there; expected another folder")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -361,7 +362,7 @@ def _refuse_target(target: Path, sources: list[str], overwrite: bool) -> None:
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A new folder next to `target` that takes its place at the end, or vanishes on an exception."""
+    """Make a folder next to `target` that takes its place at the end, or vanishes on an exception."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("new", "old"))
     temporary.mkdir()
@@ -382,7 +383,7 @@ def beside(target: Path) -> Iterator[Path]:
 
 
 def main(argv: list[str]) -> int:
-    """The command. Returns 0; raises UserError for what a person can mend."""
+    """Run the command. Returns 0. Raises UserError for a user's mistake."""
     from jsonargparse import ArgumentParser
 
     flags: set[str | int] = {"adapter_only", "overwrite"}

@@ -1,7 +1,7 @@
-"""The files of a checkpoint folder beside its weights, for a model made from a base: in the released layout, or in
-that of transformers' InternVLForConditionalGeneration.
+"""Files of an exported folder beside its weights: config, tokenizer, processor.
 
-Tokenizer and code files are the base's own, byte for byte; what is rewritten is named here.
+Layouts: the released one, and that of transformers' InternVLForConditionalGeneration. Tokenizer and code files are the
+base's, byte for byte; the rewritten files are named here.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ COPIED = (
     "LICENSE*",
     "NOTICE*",
 )
-"""Taken from the base unchanged"""
+"""Files copied from the base unchanged."""
 
 HF_MARKS = ("<IMG_CONTEXT>", "<video>")
-"""What transformers' InternVLProcessor replaces"""
+"""Placeholders of image and video that transformers' InternVLProcessor replaces."""
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 @dataclass
 class Settings:
-    """What a folder is to say, beside what its base says."""
+    """Settings of the exported folder that differ from its base's."""
 
     base: Path
     checkpoint: Checkpoint
     processor: Processor
-    """The base's, with the system message trained with"""
+    """Processor of the base, with the system message of training."""
     max_tiles: int
     dtype: str
 
@@ -61,7 +61,7 @@ class Settings:
 
 
 def write_released(settings: Settings, folder: Path) -> list[str]:
-    """Everything but the weights in the released layout. Returns notes: what the base lacked."""
+    """Write all files but the weights in the released layout. Returns notes: files that the base lacked."""
     base, processor = settings.base, settings.processor
     for name in copied_files(base):
         shutil.copyfile(base / name, folder / name)
@@ -90,7 +90,7 @@ def copied_files(base: Path) -> list[str]:
 
 
 def released_json(settings: Settings) -> dict[str, Any]:
-    """config.json of the released layout: the base's, with what the export changes and what it left to defaults."""
+    """Content of config.json in the released layout: the base's, the export's changes, and defaults written out."""
     raw = copy.deepcopy(read_json(settings.base / "config.json"))
     if is_hf(raw):
         raw = released_config(raw) | {"template": settings.processor.template.name}
@@ -116,23 +116,23 @@ def released_json(settings: Settings) -> dict[str, Any]:
     if not any(raw.get(key) for key in _DTYPE_KEYS):
         raw["torch_dtype"] = settings.dtype
     template = processor.template
-    own = raw.get("system_message")
-    if own is None:
-        own = release_system_message(settings.base, template)
-    raw |= _told(settings)
-    if processor.system_message != (template.system_message if own is None else own):
+    system_message = raw.get("system_message")
+    if system_message is None:
+        system_message = release_system_message(settings.base, template)
+    raw |= _program_keys(settings)
+    if processor.system_message != (template.system_message if system_message is None else system_message):
         raw["system_message"] = processor.system_message
     return raw
 
 
-def _told(settings: Settings) -> dict[str, Any]:
-    """What config.json says for this program: of what else it could not know the checkpoint by."""
-    processor, told = settings.processor, {}
+def _program_keys(settings: Settings) -> dict[str, Any]:
+    """Keys of config.json for this program only: facts of the checkpoint that no other key holds."""
+    processor, keys = settings.processor, {}
     if processor.template.prefill:
-        told["answer_prefill"] = processor.template.prefill
+        keys["answer_prefill"] = processor.template.prefill
     if (row := processor.abilities) is not None and not row.video:
-        told["release"] = row.name
-    return told
+        keys["release"] = row.name
+    return keys
 
 
 def _generation(settings: Settings) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _generation(settings: Settings) -> dict[str, Any]:
 
 
 def _preprocessor(size: int) -> dict[str, Any]:
-    """As the releases have it, for lmdeploy and vLLM."""
+    """Content of preprocessor_config.json as in the releases, for lmdeploy and vLLM."""
     return {
         "crop_size": size,
         "do_center_crop": True,
@@ -156,7 +156,7 @@ def _preprocessor(size: int) -> dict[str, Any]:
 
 
 def write_hf(settings: Settings, folder: Path) -> list[str]:
-    """Everything but the weights in transformers' own layout. Returns notes: what it could not say.
+    """Write all files but the weights in transformers' own layout. Returns notes: facts without a form there.
 
     Raises UserError where a tokenizer or a tower has no form there.
     """
@@ -168,7 +168,7 @@ def write_hf(settings: Settings, folder: Path) -> list[str]:
         raw["text_config"]["vocab_size"] = hf_rows(settings)
     except UserError as error:
         raise UserError(f"{settings.base}: its tokenizer has no form in the hf layout: {error}") from error
-    dump(folder / "config.json", raw | _told(settings))
+    dump(folder / "config.json", raw | _program_keys(settings))
     dump(folder / "generation_config.json", _generation(settings))
     if processor.tokenizer.leading_space:
         return ["a text that begins with a blank has one token fewer in transformers; no prompt of this template does"]
@@ -176,7 +176,7 @@ def write_hf(settings: Settings, folder: Path) -> list[str]:
 
 
 def hf_rows(settings: Settings) -> int:
-    """Rows of the embeddings in transformers' own layout: one for each token, `<video>` among them."""
+    """Number of embedding rows in transformers' own layout: one for each token, `<video>` among them."""
     return max(settings.checkpoint.config.llm["vocab_size"], 1 + max(_hf_tokenizer(settings).get_vocab().values()))
 
 
@@ -185,11 +185,11 @@ def _hf_tokenizer(settings: Settings) -> Any:
 
     from ivl.data.text.fast_tokenizer import fast_tokenizer
 
-    own = settings.processor.tokenizer
-    named = {name: token for name in ("bos", "eos", "pad") if (token := getattr(own, f"{name}_id")) is not None}
+    tokenizer = settings.processor.tokenizer
+    named = {name: token for name in ("bos", "eos", "pad") if (token := getattr(tokenizer, f"{name}_id")) is not None}
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast_tokenizer(own),
-        **{f"{name}_token": own.token_bytes(token).decode() for name, token in named.items()},
+        tokenizer_object=fast_tokenizer(tokenizer),
+        **{f"{name}_token": tokenizer.token_bytes(token).decode() for name, token in named.items()},
         model_specific_special_tokens={
             "start_image_token": "<img>",
             "end_image_token": "</img>",
@@ -201,7 +201,7 @@ def _hf_tokenizer(settings: Settings) -> Any:
 
 
 def _write_processor(settings: Settings, folder: Path, template: str) -> None:
-    """Tokenizer, image and video processors, by transformers' own classes."""
+    """Write tokenizer, image and video processors, by transformers' own classes."""
     from transformers import InternVLProcessor, InternVLVideoProcessor
 
     config = settings.processor.config

@@ -1,4 +1,4 @@
-"""What an exported folder must be, checked by reading it back: files, JSON, tensors, tokenizer, prompt, answers."""
+"""Verification of an exported folder, read back: files, tensors, tokenizer, prompt, logits."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ from ivl.model.internvl import InternVL
 from ivl.types import Batch, UserError
 
 BOUND = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""Root mean square of what the probe's logits may change by, relative to the logits': merged weights are rounded to the
-dtype they are stored in"""
+"""Bound of the change of the probe's logits, by stored dtype: root mean square, relative to that of the logits.
+
+Merged weights are rounded to the dtype they are stored in."""
 
 TEXTS = (
     "Describe the image. How many sheep are there? 4, or 12?",
@@ -40,7 +41,7 @@ TEXTS = (
     "请描述这张图片。 Größe naïve 🐑 I'll don't",
     "<|im_start|>user\nhi<|im_end|></s><|end|> [UNUSED_TOKEN]",
 )
-"""What the tokenizer is tried on"""
+"""Texts that the tokenizer is tried on."""
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -64,22 +65,22 @@ class Check:
 
 
 def stored_dtype(files: Files) -> str:
-    """The dtype that holds all of a checkpoint's tensors without loss. Raises UserError for quantised ones."""
-    odd = sorted(set(files.dtypes.values()) - _NAMES.keys())
-    if odd:
+    """Dtype that holds all of a checkpoint's tensors without loss. Raises UserError for quantised ones."""
+    unsupported = sorted(set(files.dtypes.values()) - _NAMES.keys())
+    if unsupported:
         raise UserError(
-            f"{files.folder}: has tensors of type {', '.join(odd)}; a quantised checkpoint cannot be merged or "
+            f"{files.folder}: has tensors of type {', '.join(unsupported)}; a quantised checkpoint cannot be merged or "
             f"converted, give the release it was made from with --base"
         )
-    found = [getattr(torch, _NAMES[name]) for name in set(files.dtypes.values())]
-    dtype = found[0]
-    for other in found[1:]:
+    dtypes = [getattr(torch, _NAMES[name]) for name in set(files.dtypes.values())]
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
         dtype = torch.promote_types(dtype, other)
     return str(dtype).removeprefix("torch.")
 
 
 class Probe:
-    """The same question, with an image, to every model: `probe(model)` is its logits (T, V), float32 on the CPU."""
+    """One question with an image for every model: `probe(model)` returns the logits (T, V), float32 on the CPU."""
 
     def __init__(self, batch: Batch, device: str) -> None:
         self.batch, self.device = batch, device
@@ -110,7 +111,7 @@ def verify(
     before: Tensor,
     device: str,
 ) -> list[Check]:
-    """All checks of a written folder. `parts`: those that were trained; `before`: the probe's logits before merging."""
+    """Run all checks of a written folder. `parts`: the trained ones; `before`: the probe's logits before merging."""
     raw = read_json(folder / "config.json")
     checks = [
         *(_released_checks(folder, settings, raw) if layout == "released" else []),
@@ -124,20 +125,20 @@ def verify(
     model = InternVL.from_pretrained(folder, dtype=settings.dtype, device=device)
     checks.append(_frozen(model, settings, layout, parts))
     after = probe(model)[:, : before.shape[1]]  # the hf layout may have rows for further tokens
-    found, bound = difference(before, after), BOUND[settings.dtype]
+    change, bound = difference(before, after), BOUND[settings.dtype]
     worst = float((after - before).abs().max())
-    detail = f"logits changed by {found:.2e} (relative rms; bound {bound:.0e}), at most {worst:.2e}"
-    checks.append(Check("probe", found <= bound, detail))
+    detail = f"logits changed by {change:.2e} (relative rms; bound {bound:.0e}), at most {worst:.2e}"
+    checks.append(Check("probe", change <= bound, detail))
     return checks
 
 
 def verify_adapter(folder: Path, before: Tensor, after: Tensor, dtype: str) -> list[Check]:
-    """An adapter read back onto its base answers as the run did. `dtype`: what both are computed in."""
-    found, bound = difference(before, after), BOUND[dtype]
+    """Check that an adapter, read back onto its base, answers as the run did. `dtype`: that of both computations."""
+    change, bound = difference(before, after), BOUND[dtype]
     names = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
     return [
         Check("files", not names, f"missing {names}" if names else "adapter_config.json, adapter_model.safetensors"),
-        Check("probe", found <= bound, f"logits changed by {found:.2e} (relative rms; bound {bound:.0e})"),
+        Check("probe", change <= bound, f"logits changed by {change:.2e} (relative rms; bound {bound:.0e})"),
     ]
 
 
@@ -170,17 +171,17 @@ def _generation(folder: Path, settings: Settings) -> Check:
 
 
 def _tensors(folder: Path, settings: Settings, layout: str) -> Check:
-    """Names and shapes are the base's, in one dtype, and no value is NaN or infinite."""
+    """Check that names and shapes are the base's, in one dtype, and that no value is NaN or infinite."""
     files, base = Files.of(folder), settings.checkpoint.files
-    own = llm_family(settings.checkpoint.config.llm_architecture).layout if layout == "released" else "hf"
+    expected_layout = llm_family(settings.checkpoint.config.llm_architecture).layout if layout == "released" else "hf"
     problems = []
     shapes = dict(base.shapes)
     if layout == "hf":  # with a row for each token of its processor
         rows = read_json(folder / "config.json")["text_config"]["vocab_size"]
         shapes |= {n: (rows, s[1]) for n, s in shapes.items() if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
-    if shapes != files.shapes and layout_of(base.where, settings.checkpoint.config) == own:
-        odd = sorted(set(shapes.items()) ^ set(files.shapes.items()))
-        problems.append(f"names or shapes are not the base's: {odd[:5]}")
+    if shapes != files.shapes and layout_of(base.where, settings.checkpoint.config) == expected_layout:
+        differing = sorted(set(shapes.items()) ^ set(files.shapes.items()))
+        problems.append(f"names or shapes are not the base's: {differing[:5]}")
     dtypes = sorted(set(files.dtypes.values()))
     if [_NAMES.get(name) for name in dtypes] != [settings.dtype]:
         problems.append(f"dtypes {dtypes}, expected {settings.dtype}")
@@ -193,9 +194,9 @@ def _tensors(folder: Path, settings: Settings, layout: str) -> Check:
 
 def _index(folder: Path) -> Check:
     path = folder / "model.safetensors.index.json"
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
     if not path.is_file():
-        return Check("index", found == ["model.safetensors"], f"one file: {found}")
+        return Check("index", names == ["model.safetensors"], f"one file: {names}")
     index, files = read_json(path), Files.of(folder)
     widths = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
     total = sum(torch.Size(shape).numel() * widths[files.dtypes[name]] for name, shape in files.shapes.items())
@@ -204,48 +205,52 @@ def _index(folder: Path) -> Check:
         problems.append(f"total_size {index['metadata']['total_size']}, the tensors have {total} bytes")
     if index["weight_map"] != {name: p.name for name, p in files.where.items()}:
         problems.append("weight_map does not say where the tensors are")
-    if sorted(set(index["weight_map"].values())) != found:
-        problems.append(f"files {found} are not those it names")
-    return Check("index", not problems, "; ".join(problems) or f"{len(found)} files, {total} bytes")
+    if sorted(set(index["weight_map"].values())) != names:
+        problems.append(f"files {names} are not those it names")
+    return Check("index", not problems, "; ".join(problems) or f"{len(names)} files, {total} bytes")
 
 
 def _tokenizer(folder: Path, settings: Settings, layout: str) -> Check:
-    base, ours = settings.processor.tokenizer, Tokenizer.load(folder)
-    wrong = [text for text in TEXTS if ours.encode(text, bos=True) != base.encode(text, bos=True)]
+    base, written = settings.processor.tokenizer, Tokenizer.load(folder)
+    wrong = [text for text in TEXTS if written.encode(text, bos=True) != base.encode(text, bos=True)]
     if not wrong and layout == "hf" and (folder / "processor_config.json").is_file():
         from transformers import AutoProcessor
 
-        theirs = AutoProcessor.from_pretrained(folder).tokenizer
+        auto_tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
         texts = [t.lstrip() if base.leading_space else t for t in TEXTS]  # see `ivl.data.text.fast_tokenizer`
-        wrong = [t for t in texts if theirs(t, add_special_tokens=False).input_ids != base.encode(t)]
+        wrong = [t for t in texts if auto_tokenizer(t, add_special_tokens=False).input_ids != base.encode(t)]
     return Check("tokenizer", not wrong, f"other ids for {wrong}" if wrong else f"{len(TEXTS)} texts: the base's ids")
 
 
 def _special(settings: Settings) -> Check:
     tokenizer, vocabulary = settings.processor.tokenizer, settings.checkpoint.config.llm["vocab_size"]
-    odd = []
+    wrong = []
     for token in sorted(IMAGE_TOKENS | GROUNDING_TOKENS):
         number = tokenizer.added[token].id if token in tokenizer.added else None
         if number is None or number >= vocabulary:
-            odd.append(f"{token}: {number}")
-    return Check("special tokens", not odd, f"{odd} of vocab_size {vocabulary}" if odd else "nine, in the vocabulary")
+            wrong.append(f"{token}: {number}")
+    return Check(
+        "special tokens",
+        not wrong,
+        f"{wrong} of vocab_size {vocabulary}" if wrong else "nine, in the vocabulary",
+    )
 
 
 def conversations() -> list[list[dict[str, Any]]]:
-    """One to three turns, with and without images, a system message of their own, and the last answer."""
-    found: list[list[dict[str, Any]]] = []
+    """Conversations of one to three turns, with and without images, a system message, and the last answer."""
+    samples: list[list[dict[str, Any]]] = []
     for system, mark in itertools.product((None, "Answer in one word."), ("<image>\n", "")):
         for turns in (1, 2, 3):
             messages = [] if system is None else [{"role": "system", "content": system}]
             for n in range(turns):
                 messages.append({"role": "user", "content": f"{mark}What is {n}? \n" if n % 2 == 0 else "And now?"})
                 messages.append({"role": "assistant", "content": f'"A\\n" <ref>cat</ref> 四{n}. '})
-            found += [messages, messages[:-1]]
-    return found
+            samples += [messages, messages[:-1]]
+    return samples
 
 
 def _prompt(folder: Path, settings: Settings, layout: str) -> Check:
-    """What the folder's chat template renders is what was trained on: byte for byte, and id for id without images."""
+    """Check that the folder's chat template renders the training prompt: bytes always, and ids where no image is."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     processor, tokenizer = settings.processor, settings.processor.tokenizer
@@ -258,8 +263,8 @@ def _prompt(folder: Path, settings: Settings, layout: str) -> Check:
         images = sum("<image>" in message["content"] for message in messages)
         row = processor.parse({"messages": messages, "images": ["x.png"] * images})
         expected = begin + template.written(row, None, processor.template, 0, processor.system_message)
-        asked = messages[-1]["role"] == "user"
-        rendered, _ = render_jinja_template([messages], chat_template=text, add_generation_prompt=asked)
+        open_turn = messages[-1]["role"] == "user"
+        rendered, _ = render_jinja_template([messages], chat_template=text, add_generation_prompt=open_turn)
         if rendered[0] != expected.replace(RELEASED_MARKS[0], marks[0]):
             wrong.append(f"{rendered[0]!r}, expected {expected!r}")
         if images:
@@ -276,7 +281,7 @@ def _template_key(folder: Path) -> str:
 
 
 def _frozen(model: InternVL, settings: Settings, layout: str, parts: Sequence[str]) -> Check:
-    """Parts that were not trained are the base's, bit for bit."""
+    """Check that the parts that were not trained are the base's, bit for bit."""
     checkpoint: Checkpoint = settings.checkpoint
     state = model.state_dict()
     changed: dict[str, int] = {}
@@ -289,8 +294,8 @@ def _frozen(model: InternVL, settings: Settings, layout: str, parts: Sequence[st
             part = part_of(name)
             changed[part] = changed.get(part, 0) + 1
     tied = {"embeddings", "head"} if checkpoint.config.llm.get("tie_word_embeddings") else set()
-    odd = sorted(set(changed) - set(parts) - (tied if tied & set(parts) else set()))
-    return Check("frozen parts", not odd, f"tensors that differ from the base's: {changed or 'none'}")
+    unexpected = sorted(set(changed) - set(parts) - (tied if tied & set(parts) else set()))
+    return Check("frozen parts", not unexpected, f"tensors that differ from the base's: {changed or 'none'}")
 
 
 def _sha(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""`python -m ivl models [TEXT]`: the released models by name, what each needs, and the config to start from."""
+"""Table of the released models, their memory and configs: `python -m ivl models [TEXT]`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Memory:
 
 
 def memory(row: ReleasedModel) -> Memory:
-    """What a model takes in bfloat16 (its linear layers in 8 bits where it is released so)."""
+    """Estimate a model's memory in bfloat16 (linear layers in 8 bits where it is released so)."""
     llm, vision = row.backbone, row.vision
     head = llm.head_dim or llm.hidden_size // llm.num_attention_heads
     weights = row.parameters * BF16
     if row.int8:
-        # Of what is large, only the input embedding has 16 bits.
+        # Of the large tensors, only the input embedding has 16 bits.
         weights = row.parameters + llm.vocab_size * llm.hidden_size
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     tower = TILES * patches * (6 * vision.hidden_size + 2 * vision.intermediate_size) * BF16
@@ -48,7 +48,7 @@ def _simulated() -> dict[str, float]:
 
 
 def config_of(row: ReleasedModel) -> str:
-    """The config to start from: its own, or that of the document's model nearest in size."""
+    """Path of the config to start from: the model's, or that of the document's model nearest in size."""
     if not row.in_document:
         row = min((r for r in MODELS if r.in_document and r.video), key=lambda r: abs(r.parameters - row.parameters))
     return f"configs/{row.name.replace('-', '_')}.yaml"
@@ -59,11 +59,11 @@ def _lines(rows: list[ReleasedModel]) -> list[str]:
     for row in rows:
         need = memory(row)
         turns = "any turn" if row.multi_turn_images else "one turn"
-        own = "" if row.in_document else " *"
+        mark = "" if row.in_document else " *"
         lines += [
             (
                 f"{row.name:<26}  {row.parameters / 1e9:5.1f}B  {need.inference / 1e9:4.0f}  {need.lora / 1e9:4.0f}  "
-                f"{turns:<8}  {'yes' if row.video else 'no':<5}  {config_of(row)}{own}"
+                f"{turns:<8}  {'yes' if row.video else 'no':<5}  {config_of(row)}{mark}"
             ),
             f"    {row.huggingface} · {row.tower} + {row.llm}{' in 8 bits' if row.int8 else ''}",
         ]

@@ -1,4 +1,4 @@
-"""`python -m ivl plan`: what a run will need and take, before a weight is read."""
+"""Plan of a run: memory, operations and time before a weight is read (`python -m ivl plan`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ivl.types import UserError
 SUPERVISED = 0.25
 """Share of a row's tokens that is learnt from, where no rows are given"""
 FULL = 0.95
-"""How full packs become"""
+"""Fill of packs: share of a pack's tokens that rows take."""
 
 EPILOG = """
 Options of `fit` are taken as well, so a change can be tried: --model.tune.language_model.rank 64.
@@ -37,27 +37,27 @@ has been measured. Exit status 2: the run does not fit --memory (or the memory o
 
 @dataclass(frozen=True)
 class Rows:
-    """What an epoch is made of, and one micro-batch at its largest."""
+    """Rows of an epoch, and the largest micro-batch."""
 
     largest: BatchShape
     work: flops.Work | None
-    """Of an epoch; None: unknown"""
+    """Work of an epoch; None: unknown."""
     batches: float | None
-    """Micro-batches of an epoch, of all devices"""
+    """Micro-batches of an epoch, over all devices."""
     known: str
-    """Where this is from, for people"""
+    """Source of these numbers, for people."""
 
 
 def main(argv: list[str]) -> int:
     """Print a plan. Raises UserError where it does not fit the memory given."""
-    own, rest = _parser().parse_known_args(argv)
-    if own.help:
+    args, rest = _parser().parse_known_args(argv)
+    if args.help:
         _parser().print_help()
         return 0
-    if own.headers:
+    if args.headers:
         from ivl.commands.config_headers import rewrite
 
-        rewrite(Path(own.headers))
+        rewrite(Path(args.headers))
         return 0
     from ivl.lit.cli import read  # slow to import
 
@@ -66,21 +66,21 @@ def main(argv: list[str]) -> int:
         from ivl.demo import prepare
 
         prepare(Path(fit.demo))
-    device = _device(own.device)
+    device = _device(args.device)
     config = checkpoint_config(str(fit.model.pretrained))
-    setup = setup_of(fit, own.devices, device is not None or own.memory is not None or str(fit.trainer.accelerator))
+    setup = setup_of(fit, args.devices, device is not None or args.memory is not None or str(fit.trainer.accelerator))
     rows = rows_of(fit, config)
     sketch = ShallowModel(config, setup)
-    found = need(sketch, rows.largest)
-    limit = _size(own.memory) if own.memory else device.memory if device else None
-    plan = summary(fit, config, sketch, rows, found, device, own.efficiency)
-    if limit is not None and found.total <= limit:
+    memory = need(sketch, rows.largest)
+    limit = _size(args.memory) if args.memory else device.memory if device else None
+    plan = summary(fit, config, sketch, rows, memory, device, args.efficiency)
+    if limit is not None and memory.total <= limit:
         plan["faster"] = spare(config, setup, rows.largest, limit)
-    print(json.dumps(plan, indent=2) if own.json else report(plan))
-    if limit is not None and found.total > limit:
+    print(json.dumps(plan, indent=2) if args.json else report(plan))
+    if limit is not None and memory.total > limit:
         change = first_fit(config, setup, rows.largest, limit)
         raise UserError(
-            f"does not fit: about {found.total / 1e9:.1f} GB are needed on a device of {limit / 1e9:.1f} GB; {change}"
+            f"does not fit: about {memory.total / 1e9:.1f} GB are needed on a device of {limit / 1e9:.1f} GB; {change}"
         )
     return 0
 
@@ -110,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
 def _device(name: str | None) -> Device | None:
     if name is None:
         return None
-    found = find_device(name)
-    if found is None:
+    device = find_device(name)
+    if device is None:
         raise UserError(f"--device: {name!r} is not known; expected one of {', '.join(DEVICES)}, or give --memory")
-    return found
+    return device
 
 
 def _size(text: str) -> int:
@@ -122,7 +122,7 @@ def _size(text: str) -> int:
 
 
 def checkpoint_config(pretrained: str) -> Config:
-    """Of a folder, or of a released model's dimensions. Raises UserError for anything else."""
+    """Config of a folder, or of a released model by name. Raises UserError for anything else."""
     if Path(pretrained).is_dir():
         return Config.load(pretrained)
     row = find_model(pretrained)
@@ -136,11 +136,11 @@ def checkpoint_config(pretrained: str) -> Config:
 # From the options of fit
 
 
-def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> TrainSetup:
-    """What of a fit's options decides memory."""
+def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> Setup:
+    """Options of a fit that decide memory."""
     trainer, model = fit.trainer, fit.model
-    given = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
-    count = devices or _sharing(trainer.strategy) or given
+    configured = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
+    count = devices or _layer_split_devices(trainer.strategy) or configured
     optimizer = getattr(model.optimizer, "class_path", None) or "torch.optim.AdamW"
     return TrainSetup(
         tune=Tune.from_dict(_plain(model.tune)),
@@ -159,14 +159,14 @@ def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> TrainSetup:
 
 
 def _plain(value: Any) -> Any:
-    """Namespaces and dataclasses as dicts, what is unset left out."""
+    """Convert namespaces and dataclasses to dicts, unset values left out."""
     if hasattr(value, "__dict__"):
         value = vars(value)
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def strategy_of(strategy: Any, devices: int) -> Strategy:
-    """A strategy of Lightning, as `ivl.estimate.training_step` knows it."""
+    """Name of a Lightning strategy in `ivl.estimate.training_step`."""
     path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "") or "auto"
     name = path.rpartition(".")[2].lower()
     if "deepspeed" in name:
@@ -179,17 +179,17 @@ def strategy_of(strategy: Any, devices: int) -> Strategy:
     return "ddp" if devices > 1 else "single"
 
 
-def _sharing(strategy: Any) -> int | None:
-    """How many devices share the layers of one process, by the strategy's settings; None: it is not of that kind."""
+def _layer_split_devices(strategy: Any) -> int | None:
+    """Number of devices that share the layers of one process, by the strategy's settings; None: no layer split."""
     if strategy_of(strategy, 1) != "layer_split":
         return None
     settings = strategy.init_args
-    found = settings.devices or len(settings.device_max_memory or ()) or 2
-    return found if isinstance(found, int) else len(found)
+    devices = settings.devices or len(settings.device_max_memory or ()) or 2
+    return devices if isinstance(devices, int) else len(devices)
 
 
 def rows_of(fit: Any, config: Config) -> Rows:
-    """What is trained on: the rows named, where they are at hand, else rows of the greatest length."""
+    """Rows to train on: the named ones where they are at hand, else rows of the greatest length."""
     from ivl.lit.datamodule import is_packed
 
     data = fit.data
@@ -209,7 +209,7 @@ def rows_of(fit: Any, config: Config) -> Rows:
 
 
 def _why_not_read(fit: Any) -> str | None:
-    """What keeps the lengths of the rows from being read; None: nothing does."""
+    """Reason why the lengths of the rows are not read; None: they are."""
     if fit.data.mixture:
         return "data.mixture is not read here"
     files = [fit.data.train] if isinstance(fit.data.train, str) else fit.data.train or []
@@ -242,20 +242,14 @@ def _read_rows(fit: Any) -> Rows:
 
 
 def summary(
-    fit: Any,
-    config: Config,
-    sketch: ShallowModel,
-    rows: Rows,
-    found: MemoryEstimate,
-    device: Device | None,
-    efficiency: float,
+    fit: Any, config: Config, sketch: ShallowModel, rows: Rows, memory: MemoryEstimate, device: Device | None, efficiency: float
 ) -> dict[str, Any]:
-    """The plan, as JSON takes it. Bytes, operations, seconds."""
+    """Return the plan, as JSON takes it. Bytes, operations, seconds."""
     setup, micro = sketch.setup, rows.largest
     parts = {part: {"parameters": p.total, "trainable": p.trainable} for part, p in sketch.parameters().items()}
     length = micro.rows * micro.length
-    trained, again = tuning.described(setup.tune), recomputed(setup, micro)
-    done, asked = (operations(config, setup, micro, what) for what in (again, flops.NOTHING))
+    trained, twice = tuning.described(setup.tune), recomputed(setup, micro)
+    done, required = (operations(config, setup, micro, regions) for regions in (twice, flops.NOTHING))
     times = setup.accumulate * (1 if setup.strategy == "layer_split" else setup.devices)
     plan: dict[str, Any] = {
         "pretrained": str(fit.model.pretrained),
@@ -265,8 +259,8 @@ def summary(
         "precision": setup.precision,
         "batch": asdict(micro) | {"accumulate": setup.accumulate},
         "rows": rows.known,
-        "memory": asdict(found) | {"total": found.total},
-        "flops_per_step": {"model": asked * times, "computed": done * times},
+        "memory": asdict(memory) | {"total": memory.total},
+        "flops_per_step": {"model": required * times, "computed": done * times},
         "tokens_per_step": length * times,
         "estimated": True,
     }
@@ -274,19 +268,23 @@ def summary(
         plan["epoch"] = {
             "steps": math.ceil(rows.batches / times),
             "tokens": rows.work.tokens,
-            "flops": flops.training_flops(config, trained, rows.work, again).total,
+            "flops": flops.training_flops(config, trained, rows.work, twice).total,
         }
     if device is not None:
         working = 1 if setup.strategy == "layer_split" else setup.devices
         rate = device.flops * efficiency * working
-        plan["device"] = {"name": device.name, "efficiency_assumed": efficiency, "step_seconds": done * times / rate}
+        plan["device"] = {
+            "name": device.name,
+            "efficiency_assumed": efficiency,
+            "step_seconds": done * times / rate,
+        }
         if "epoch" in plan:
             plan["device"]["epoch_seconds"] = plan["epoch"]["flops"] / rate
     return plan
 
 
-def recomputed(setup: TrainSetup, micro: BatchShape) -> flops.Recomputed:
-    """What a step computes twice."""
+def recomputed(setup: Setup, micro: BatchShape) -> flops.Recomputed:
+    """Regions that a step recomputes in backward."""
     return flops.Recomputed(
         head=flops.unkept(micro.supervised),
         vision_model=setup.vision_checkpointing,
@@ -296,14 +294,14 @@ def recomputed(setup: TrainSetup, micro: BatchShape) -> flops.Recomputed:
     )
 
 
-def operations(config: Config, setup: TrainSetup, micro: BatchShape, again: flops.Recomputed) -> float:
-    """Of one micro-batch, forward and backward."""
+def operations(config: Config, setup: Setup, micro: BatchShape, twice: flops.Recomputed) -> float:
+    """Floating-point operations of one micro-batch, forward and backward."""
     work = flops.Work(micro.tiles, micro.rows * micro.length, micro.rows * micro.length**2, micro.supervised)
-    return flops.training_flops(config, tuning.described(setup.tune), work, again).total
+    return flops.training_flops(config, tuning.described(setup.tune), work, twice).total
 
 
 def report(plan: dict[str, Any]) -> str:
-    """The plan for people."""
+    """Format the plan for people."""
     lines = [f"{plan['pretrained']}: {plan['strategy']} on {plan['devices']}, {plan['precision']}", ""]
     lines.append(f"{'part':<16}{'parameters':>16}{'trainable':>16}")
     lines += [f"{k:<16}{v['parameters']:>16,}{v['trainable']:>16,}" for k, v in plan["parts"].items()]
@@ -336,34 +334,34 @@ def report(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def spare(config: Config, setup: TrainSetup, micro: BatchShape, limit: float) -> str | None:
-    """What need not be computed again, because it fits as well: as many of the blocks as can be."""
+def spare(config: Config, setup: Setup, micro: BatchShape, limit: float) -> str | None:
+    """Options that switch recomputation off and still fit, for as many blocks as possible; None: none fits."""
     names = {"language_model": "language_checkpointing", "vision_model": "vision_checkpointing"}
     on = tuple(part for part, name in names.items() if getattr(setup, name))
     now = operations(config, setup, micro, recomputed(setup, micro))
     for off in filter(None, dict.fromkeys((on, on[:1], on[1:]))):
         changed: dict[str, Any] = {names[part]: False for part in off}
-        tried = replace(setup, **changed)
-        total = need(ShallowModel(config, tried), micro).total
+        candidate = replace(setup, **changed)
+        total = need(ShallowModel(config, candidate), micro).total
         if total <= limit:
             options = " ".join(f"--model.checkpointing.{part} false" for part in off)
-            saved = 1 - operations(config, tried, micro, recomputed(tried, micro)) / now
+            saved = 1 - operations(config, candidate, micro, recomputed(candidate, micro)) / now
             return f"{options} fits as well: {total / 1e9:.2f} GB, {100 * saved:.0f} % fewer operations"
     return None
 
 
-def first_fit(config: Config, setup: TrainSetup, micro: BatchShape, limit: float) -> str:
-    """The first of the usual changes, one upon another, that fits."""
-    made: list[str] = []
-    for text, tried, batch in changes(setup, micro):
-        made.append(text)
-        if need(ShallowModel(config, tried), batch).total <= limit:
-            return "it would fit with " + ", ".join(made)
+def first_fit(config: Config, setup: Setup, micro: BatchShape, limit: float) -> str:
+    """Advice: the shortest series of the usual changes that fits."""
+    options: list[str] = []
+    for text, changed, batch in changes(setup, micro):
+        options.append(text)
+        if need(ShallowModel(config, changed), batch).total <= limit:
+            return "it would fit with " + ", ".join(options)
     return "no usual change makes it fit: take a larger device, or more of them with sharding"
 
 
-def changes(setup: TrainSetup, micro: BatchShape) -> Iterator[tuple[str, TrainSetup, BatchShape]]:
-    """Each with those before it: what costs least first."""
+def changes(setup: Setup, micro: BatchShape) -> Iterator[tuple[str, Setup, BatchShape]]:
+    """Yield the usual changes, the cheapest first, each on top of those before it."""
     if not setup.language_checkpointing:
         setup = replace(setup, language_checkpointing=True)
         yield "--model.checkpointing.language_model true", setup, micro

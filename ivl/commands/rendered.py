@@ -1,4 +1,4 @@
-"""Tokens of a row as text for a terminal, with what is trained on marked."""
+"""Tokens of a row as text for a terminal, with the trained ones marked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TRAINED, NOT_TRAINED, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 
 
 def rendered(example: Example, processor: Processor, colour: bool | None = None) -> str:
-    """The tokens of a row as text, what is trained on in green, the rest in grey; `[+…+]` where there is no colour.
+    """Tokens of a row as text: trained ones in green, the rest in grey; `[+…+]` where there is no colour.
 
     `colour` None: where the output is a terminal and NO_COLOR is not set.
     """
