@@ -1,1 +1,1 @@
-"""Benchmarks: how they are asked, and how answers are scored. Stands alone."""
+"""Benchmarks: prompts, official files and scoring rules. Stands alone."""

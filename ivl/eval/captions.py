@@ -15,7 +15,7 @@ import numpy as np
 from ivl.types import UserError
 
 _DROPPED = {'"', "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-"""What coco-caption drops after tokenising. It means to drop brackets as well, but spells them in capitals"""
+"""Tokens that coco-caption drops. It means to drop brackets as well, but spells them in capitals."""
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _QUOTES = str.maketrans("\u201c\u201d\u2018\u2019\u2013\u2014", "\"\"''--")
 _WRITTEN_OUT = str.maketrans(
@@ -26,7 +26,7 @@ _SPLIT = {
     "'tis": "'t is", "'twas": "'t was",
 }  # fmt: skip
 _LETTER = r"[\w\u0300-\u036f]"
-"""Of a word; accents that stand by themselves are part of it"""
+"""Letter of a word; accents that stand by themselves are part of it."""
 _TOKEN = re.compile(
     r"https?://\S+"
     r"|[!?]{2,}"
@@ -51,27 +51,27 @@ _CLITIC = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")
 @dataclass(frozen=True)
 class CaptionScores:
     cider: np.ndarray
-    """(rows,) 0..10; the published CIDEr is their mean"""
+    """CIDEr of each row, (rows,) 0..10; the published number is their mean."""
     bleu: list[float]
     """BLEU-1 to BLEU-4 of all rows together, 0..1"""
     rouge: float
-    """0..1"""
+    """ROUGE-L, 0..1."""
     tokens: list[str]
-    """The predictions as they were compared"""
+    """Predictions after tokenisation, as they were compared."""
 
 
 def words(caption: str) -> list[str]:
-    """A caption as Stanford's PTBTokenizer with `-lowerCase` cuts it, without the punctuation coco-caption drops.
+    """Cut a caption as Stanford's PTBTokenizer with `-lowerCase` does, without the punctuation coco-caption drops.
 
-    Kept as published: brackets become words of their own ("-lrb-"), and so do "!!" and "?!"; "½" is 1/2, a sign belongs
+    As published: brackets become words of their own ("-lrb-"), and so do "!!" and "?!"; "½" is 1/2, a sign belongs
     to its number, and an accent written by itself is kept as it is. Rare abbreviations are cut otherwise than by the
     Java program.
     """
     text = caption.translate(_QUOTES).translate(_WRITTEN_OUT)
-    found = []
+    tokens = []
     for token in _TOKEN.findall(text):
-        found.extend(_pieces(_BRACKETS.get(token, token.lower())))
-    return [token for token in found if token not in _DROPPED and token.strip("-")]
+        tokens.extend(_pieces(_BRACKETS.get(token, token.lower())))
+    return [token for token in tokens if token not in _DROPPED and token.strip("-")]
 
 
 def _pieces(token: str) -> list[str]:
@@ -95,9 +95,11 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
         raise UserError("captions: scoring needs pycocoevalcap; pip install 'ivl[eval]'") from error
-    said = {n: [" ".join(words(text))] for n, text in enumerate(predictions)}
+    answers = {n: [" ".join(words(text))] for n, text in enumerate(predictions)}
     gold = {n: [" ".join(words(text)) for text in texts] for n, texts in enumerate(references)}
-    _, cider = Cider().compute_score(gold, said)
-    bleu, _ = Bleu(4).compute_score(gold, said, verbose=0)
-    rouge, _ = Rouge().compute_score(gold, said)
-    return CaptionScores(cider, [float(value) for value in bleu], float(rouge), [texts[0] for texts in said.values()])
+    _, cider = Cider().compute_score(gold, answers)
+    bleu, _ = Bleu(4).compute_score(gold, answers, verbose=0)
+    rouge, _ = Rouge().compute_score(gold, answers)
+    return CaptionScores(
+        cider, [float(value) for value in bleu], float(rouge), [texts[0] for texts in answers.values()]
+    )

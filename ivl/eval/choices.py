@@ -1,4 +1,7 @@
-"""Which option an answer to a multiple-choice question means. `compat` and `strict` as in `ivl.eval.metrics`."""
+"""Option letters read from answers to multiple-choice questions.
+
+`compat` and `strict` as in `ivl.eval.metrics`.
+"""
 
 from __future__ import annotations
 
@@ -9,43 +12,43 @@ from ivl.eval.metrics import Mode
 
 
 def choice(prediction: str, options: Mapping[str, str], mode: Mode = "compat", brackets: bool = False) -> str:
-    """The letter that an answer to a multiple-choice question means, or the answer itself where none was found.
+    """Return the option letter that an answer means, or the answer itself where it names none.
 
     `options`: letter → text. `brackets` adds ScienceQA's forms `X.` and `(X)`.
     Source: `post_process` in internvl_chat/eval/{mmbench,scienceqa,mmmu}. Defects: any answer that starts with an
     option's letter means that option ("Answer: B" → A, "Because it is C" → B). `strict` returns "" where no letter is
     found or two are equally likely.
     """
-    said = prediction.strip()
+    answer = prediction.strip()
     if mode == "strict":
-        return _strict_choice(said, options)
-    if len(said) <= 1:
-        return said
-    if said[0] in options:
-        return said[0]
-    found = next((letter for letter, text in options.items() if text in said), None)
-    if found is not None:
-        return found
-    if brackets and said[1] == ".":
-        return said[0]
-    if brackets and len(said) > 2 and said[0] == "(" and said[2] == ")":
-        return said[1]
-    return said
+        return _strict_choice(answer, options)
+    if len(answer) <= 1:
+        return answer
+    if answer[0] in options:
+        return answer[0]
+    letter_of_text = next((letter for letter, text in options.items() if text in answer), None)
+    if letter_of_text is not None:
+        return letter_of_text
+    if brackets and answer[1] == ".":
+        return answer[0]
+    if brackets and len(answer) > 2 and answer[0] == "(" and answer[2] == ")":
+        return answer[1]
+    return answer
 
 
-def _strict_choice(said: str, options: Mapping[str, str]) -> str:
+def _strict_choice(answer: str, options: Mapping[str, str]) -> str:
     letters = "".join(options) or "ABCD"
-    if len(said) == 1:
-        return said.upper() if said.upper() in letters else ""
+    if len(answer) == 1:
+        return answer.upper() if answer.upper() in letters else ""
     named = [
         rf"^\(?([{letters}])(?:[).:,]|$)",  # "B." "(B)" "B) a dog"
         rf"\b(?i:answer|option|choice)\b(?i: is)?[\s:*(\"']*([{letters}])\b",
     ]
     for pattern in named:
-        match = re.search(pattern, said)
+        match = re.search(pattern, answer)
         if match:
             return match.group(1)
-    low = said.lower()
+    low = answer.lower()
     inside = {
         letter: text.lower()
         for letter, text in options.items()
@@ -54,37 +57,37 @@ def _strict_choice(said: str, options: Mapping[str, str]) -> str:
     longest = [k for k, text in inside.items() if not any(text != t and text in t for t in inside.values())]
     if len(longest) == 1:
         return longest[0]
-    alone = set(re.findall(rf"(?!^A\b)\b([{letters}])\b", said))  # a first "A" is an article
+    alone = set(re.findall(rf"(?!^A\b)\b([{letters}])\b", answer))  # a first "A" is an article
     return alone.pop() if len(alone) == 1 and not longest else ""
 
 
 def mvbench_match(prediction: str, gold: str, mode: Mode = "compat") -> float:
-    """1.0 where the first word of the answer and the letter of `gold`, as "(A) run", contain one another.
+    """Return 1.0 where the first word of the answer and the letter of `gold`, as "(A) run", contain one another.
 
     Source: internvl_chat/eval/mvbench/evaluate_mvbench.py. Defects: an empty answer and a lone bracket are right.
     """
     if mode == "strict":
         letters = "ABCDEFGHIJ"
         return float(choice(prediction, dict.fromkeys(letters, ""), "strict") == gold.strip()[1])
-    said = prediction.replace("Answer: ", "").lower().split(" ")[0]
+    answer = prediction.replace("Answer: ", "").lower().split(" ")[0]
     wanted = gold.lower().split(" ")[0]
-    return float(said.replace(".", "") in wanted or wanted in said)
+    return float(answer.replace(".", "") in wanted or wanted in answer)
 
 
 def videomme_letter(prediction: str, options: Mapping[str, str], mode: Mode = "compat") -> str:
-    """The letter A to D of an answer, "" for none.
+    """Return the letter A to D of an answer, "" for none.
 
     Source: VLMEvalKit vlmeval/dataset/utils/videomme.py without a judge. Defects: the first capital A to D anywhere
     counts ("Both" → B), and four of the ten prefixes never match, for want of commas in their list.
     """
     if mode == "strict":
         return choice(prediction, options, "strict")
-    said = prediction.strip()
+    answer = prediction.strip()
     prefixes = ["The best answer is", "The correct answer is", "The answer is", "The answer"]
     prefixes += ["The best option isThe correct option is", "Best answer:Best option:", "Answer:", "Option:"]
     for prefix in prefixes:
-        said = said.replace(prefix, "")
-    match = re.search("[ABCD]", said)
+        answer = answer.replace(prefix, "")
+    match = re.search("[ABCD]", answer)
     return match.group() if match else ""
 
 
@@ -97,7 +100,7 @@ _REFUSALS = (
 
 
 def infer_choice(answer: str, options: Mapping[str, str]) -> str:
-    """The letter that VLMEvalKit finds without a judge model: "Z" for a refusal, "" where it would ask the judge.
+    """Return the letter that VLMEvalKit reads without a judge: "Z" for a refusal, "" where it would ask the judge.
 
     Source: VLMEvalKit vlmeval/utils/matching_util.py, `can_infer`. One letter that stands alone among the last four
     words counts, then "answer is X", then the one option whose text occurs.
@@ -110,10 +113,10 @@ def infer_choice(answer: str, options: Mapping[str, str]) -> str:
         return named[0]
     if not named and "Z" in words:
         return "Z"
-    said = re.search(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", answer)
-    if said and said.group(1).upper() in options:
-        return said.group(1).upper()
+    match = re.search(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", answer)
+    if match and match.group(1).upper() in options:
+        return match.group(1).upper()
     if len(answer.lower()) > 2 * sum(map(len, options.values())):
         return ""
-    found = [letter for letter, text in options.items() if text.lower() in answer.lower()]
-    return found[0] if len(found) == 1 else ""
+    letters = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return letters[0] if len(letters) == 1 else ""

@@ -54,7 +54,7 @@ def _parsed(text: str, where: str) -> Any:
 
 
 _MISSING = {"", "NA", "N/A", "NaN", "nan", "NULL", "null", "n/a", "#N/A", "<NA>"}
-"""Cells that pandas, which the scripts read tables with, takes for nothing; so an option "NA" is none to them"""
+"""Cells that pandas, the scripts' reader, takes for missing; so an option "NA" is none to them."""
 
 
 def _table(path: Path) -> Iterator[dict[str, str]]:
@@ -71,7 +71,7 @@ def _parquet(path: Path) -> list[Record]:
 
 
 def _below(root: Path, path: str) -> str:
-    """A path that the published files write from the folder above `data/`."""
+    """Resolve a path that the published files write from the folder above `data/`."""
     return str(root / path.removeprefix("./").removeprefix("data/"))
 
 
@@ -157,7 +157,7 @@ MME_TASKS = (
 
 
 def mme(root: Path) -> Iterator[Record]:
-    """Folders with texts and pictures side by side, or in `questions_answers_YN/` and `images/`."""
+    """Read folders with texts and pictures side by side, or in `questions_answers_YN/` and `images/`."""
     for task in MME_TASKS:
         folder = root / "mme/MME_Benchmark_release_version" / task
         texts = sorted([*folder.glob("*.txt"), *folder.glob("questions_answers_YN/*.txt")])
@@ -181,7 +181,7 @@ def mme(root: Path) -> Iterator[Record]:
 
 
 def pope(root: Path) -> Iterator[Record]:
-    """Prompts from LLaVA's file, labels from POPE's own, matched in order within a category as the script does."""
+    """Match LLaVA's prompts with POPE's labels, in order within a category as the script does."""
     labels = {name: list(_lines(root / f"pope/coco/coco_pope_{name}.json")) for name in _POPE}
     at: Counter[str] = Counter()
     for q in _lines(root / "pope/llava_pope_test.jsonl"):
@@ -245,7 +245,7 @@ def scienceqa(root: Path) -> Iterator[Record]:
 
 
 def mmmu(root: Path) -> Iterator[Record]:
-    """The first picture is doubled in size, as the script has it; needs pyarrow."""
+    """Read MMMU, the first picture doubled in size as the script has it; needs pyarrow."""
     files = sorted((root / "MMMU").glob("*/validation-*.parquet"))
     if not files:
         raise UserError(
@@ -386,7 +386,7 @@ def mvbench(root: Path) -> Iterator[Record]:
 
 
 def videomme(root: Path) -> Iterator[Record]:
-    """Needs pyarrow."""
+    """Read Video-MME; needs pyarrow."""
     for q in _parquet(root / "Video-MME/videomme/test-00000-of-00001.parquet"):
         yield {
             "id": q["question_id"],

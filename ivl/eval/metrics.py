@@ -1,4 +1,4 @@
-"""The published scoring rules as pure functions of one answer and its ground truth.
+"""Published scoring rules as pure functions of one answer and its ground truth.
 
 `compat` gives what the published script gives, known defects included; `strict` mends those that the docstring names.
 Sources are OpenGVLab/InternVL `internvl_chat/eval` (commit 2410d1d) and, where its README sends people there,
@@ -31,7 +31,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def exact_match(prediction: str, reference: str | Sequence[str]) -> float:
-    """1.0 where the prediction is the reference (any of several), up to case and outer white space; else 0.0."""
+    """Return 1.0 where the prediction is the reference (any of several), up to case and outer white space; else 0.0."""
     golds = [reference] if isinstance(reference, str) else reference
     return float(any(prediction.strip().lower() == gold.strip().lower() for gold in golds))
 
@@ -62,7 +62,7 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 
 @lru_cache(maxsize=1 << 16)  # people give the same answers again and again
 def vqa_normalize(answer: str, mode: Mode = "compat") -> str:
-    """The EvalAI form of an answer: lower case, no articles, digits for number words, contractions restored.
+    """EvalAI form of an answer: lower case, no articles, digits for number words, contractions restored.
 
     Source: internvl_chat/eval/vqa/textvqa_eval.py. Defects: at most 32 full stops are removed (a flag passed as a
     count), "somebody'd" loses its apostrophe, the contractions of "I" never apply.
@@ -88,19 +88,19 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], mode: Mode = "compat")
     people = len(answers)
     if people != 10 and (mode == "compat" or people == 0):
         raise UserError(f"expected 10 answers by people, found {people}; --mode strict takes any number from 1")
-    said = vqa_normalize(prediction, mode)
-    agree = [vqa_normalize(answer, mode) == said for answer in answers]
+    normalized = vqa_normalize(prediction, mode)
+    agree = [vqa_normalize(answer, mode) == normalized for answer in answers]
     if people == 1:
         return float(agree[0])
     enough = (people - 1) / 3
-    return sum(min(1, (sum(agree) - own) / enough) for own in agree) / people
+    return sum(min(1, (sum(agree) - match) / enough) for match in agree) / people
 
 
 # -- documents, charts, exact answers ---------------------------------------------------------------------------------
 
 
 def edit_distance(a: Sequence, b: Sequence) -> int:
-    """Levenshtein: insertions, deletions and replacements, each of cost 1."""
+    """Levenshtein distance: insertions, deletions and replacements, each of cost 1."""
     if len(a) < len(b):
         a, b = b, a
     row = list(range(len(b) + 1))
@@ -135,18 +135,18 @@ def _number(text: str) -> float | None:
 
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str], mode: Mode = "compat", tolerance: float = 0.05) -> float:
-    """1.0 where a number is within 5 % of a gold number, or a text is a gold text up to case.
+    """Return 1.0 where a number is within 5 % of a gold number, or a text is a gold text up to case.
 
     Source: internvl_chat/eval/vqa/evaluate_vqa.py. Defect: prediction and gold are swapped in the call, so the 5 % are
     relative to the prediction; `strict` is the published formula (Masry et al. 2022, section 5.1).
     """
 
-    def close(said: str, gold: str) -> bool:
-        base, other = (said, gold) if mode == "compat" else (gold, said)
+    def close(answer: str, gold: str) -> bool:
+        base, other = (answer, gold) if mode == "compat" else (gold, answer)
         base_number, other_number = _number(base), _number(other)
         if other_number is not None and base_number:
             return abs(other_number - base_number) / abs(base_number) <= tolerance
-        return said.lower() == gold.lower()
+        return answer.lower() == gold.lower()
 
     return float(any(close(prediction.strip(), gold) for gold in answers))
 
@@ -162,7 +162,7 @@ def gqa_match(prediction: str, answers: Sequence[str], mode: Mode = "compat") ->
 
 
 def ocrbench_match(prediction: str, answers: Sequence[str], category: str, mode: Mode = "compat") -> float:
-    """1.0 where a gold answer is contained in the prediction; handwritten formulas are compared without spaces.
+    """Return 1.0 where a gold answer is contained in the prediction; handwritten formulas are compared without spaces.
 
     Source: VLMEvalKit vlmeval/dataset/utils/ocrbench.py. Defect: "1" is found in "10" and "art" in "party";
     `strict` wants no Latin letter or digit on either side of what it finds.
@@ -173,17 +173,17 @@ def ocrbench_match(prediction: str, answers: Sequence[str], category: str, mode:
         text = text.strip().replace("\n", " ")
         return text.replace(" ", "") if formula else text.lower()
 
-    said, golds = form(prediction), [form(gold) for gold in answers]
+    text, golds = form(prediction), [form(gold) for gold in answers]
     if mode == "compat" or formula:
-        return float(any(gold in said for gold in golds))
-    return float(any(re.search(rf"(?<![0-9a-z]){re.escape(gold)}(?![0-9a-z])", said) for gold in golds if gold))
+        return float(any(gold in text for gold in golds))
+    return float(any(re.search(rf"(?<![0-9a-z]){re.escape(gold)}(?![0-9a-z])", text) for gold in golds if gold))
 
 
 # -- yes or no --------------------------------------------------------------------------------------------------------
 
 
 def mme_answer(prediction: str, mode: Mode = "compat") -> Literal["yes", "no", "other"] | None:
-    """What an answer to MME means; None for one that the script leaves out (it splits its lines at tabs).
+    """Read an answer to MME; None for one that the script leaves out (it splits its lines at tabs).
 
     Source: internvl_chat/eval/mme/eval.py and calculation.py. Defects: besides the tab, "know" and "note" mean no and
     "eyes" means yes, since only the first four characters are looked at.
@@ -200,7 +200,7 @@ def mme_answer(prediction: str, mode: Mode = "compat") -> Literal["yes", "no", "
 
 
 def pope_answer(prediction: str, mode: Mode = "compat") -> Literal["yes", "no"]:
-    """What an answer to POPE means: no, if the first sentence holds "No", "no" or "not"; else yes.
+    """Read an answer to POPE: no, if the first sentence holds "No", "no" or "not"; else yes.
 
     Source: internvl_chat/eval/pope/eval_pope.py. Defects: "NO", "No!" and an empty answer mean yes. `strict` reads
     words, and takes an answer with neither for no, as one who was asked whether a thing is there and did not see it.
@@ -232,7 +232,7 @@ def _open_forms(text: str) -> list[str | float]:
 
 
 def mmmu_open(prediction: str, answers: Sequence[str], mode: Mode = "compat") -> float:
-    """1.0 where a gold number or text is in the part of the answer after its key word ("is", "=" …).
+    """Return 1.0 where a gold number or text is in the part of the answer after its key word ("is", "=" …).
 
     Source: internvl_chat/eval/mmmu/eval_utils.py. Defect: the text is lowered before it is cut at sentences that start
     with a capital, so it is cut at line ends only.
@@ -249,10 +249,10 @@ def mmmu_open(prediction: str, answers: Sequence[str], mode: Mode = "compat") ->
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
             tails.append(shortest)
     tails = tails or [text.lower()]
-    said = {f for t in tails for s in [t, *(n for p in _FIGURES for n in re.findall(p, t))] for f in _open_forms(s)}
+    readings = {f for t in tails for s in [t, *(n for p in _FIGURES for n in re.findall(p, t))] for f in _open_forms(s)}
     golds = [form for gold in answers for form in _open_forms(gold)]
     texts = [gold for gold in golds if isinstance(gold, str)]
-    return float(any(any(g in s for g in texts) if isinstance(s, str) else s in golds for s in said))
+    return float(any(any(g in s for g in texts) if isinstance(s, str) else s in golds for s in readings))
 
 
 # -- boxes ------------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ _BOX = re.compile(r"\[*\[(.*?),(.*?),(.*?),(.*?)\]\]*")
 
 
 def _box_numbers(prediction: str, mode: Mode) -> tuple[list[float], bool] | None:
-    """The four numbers as written, and whether they are thousandths."""
+    """Read four numbers as written, and a flag: True for thousandths."""
     for match in _BOX.finditer(prediction):
         try:
             box = [float(number) for number in match.groups()]
@@ -276,28 +276,28 @@ def _box_numbers(prediction: str, mode: Mode) -> tuple[list[float], bool] | None
 
 
 def refcoco_box(prediction: str, mode: Mode = "compat") -> list[float] | None:
-    """The first box of an answer, as fractions of the picture's sides; None where there is none.
+    """Return the first box of an answer, as fractions of the picture's sides; None where there is none.
 
     Source: internvl_chat/eval/refcoco/evaluate_grounding.py. Numbers are thousandths where they add up to 4 or more,
     else fractions. Defects: `[[0, 0, 1, 1]]`, one thousandth, is read as the whole picture; the first bracket with
     three commas counts even if what it holds are no numbers. `strict` takes the first box that has four numbers, and
     takes whole numbers for thousandths.
     """
-    found = _box_numbers(prediction, mode)
-    return found and [value / 1000 if found[1] else value for value in found[0]]
+    numbers = _box_numbers(prediction, mode)
+    return numbers and [value / 1000 if numbers[1] else value for value in numbers[0]]
 
 
 def refcoco_match(
     prediction: str, box: Box, size: tuple[float, float], mode: Mode = "compat", threshold: float = 0.5
 ) -> float:
-    """1.0 where the answer's box and `box` overlap by IoU >= threshold. `box` in pixels, `size` (width, height).
+    """Return 1.0 where the answer's box and `box` overlap by IoU >= threshold. `box` in pixels, `size` (width, height).
 
     Source: as `refcoco_box`. The script computes in float32, and so does `compat`.
     """
-    found = _box_numbers(prediction, mode)
-    if found is None:
+    numbers = _box_numbers(prediction, mode)
+    if numbers is None:
         return 0.0
     kind = np.float32 if mode == "compat" else np.float64
-    scale = kind(1000 if found[1] else 1)
-    answer: list[np.floating] = [kind(value) / scale * kind(size[i % 2]) for i, value in enumerate(found[0])]
+    scale = kind(1000 if numbers[1] else 1)
+    answer: list[np.floating] = [kind(value) / scale * kind(size[i % 2]) for i, value in enumerate(numbers[0])]
     return float(iou(answer, [kind(value) for value in box]) >= threshold)

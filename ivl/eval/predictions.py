@@ -1,4 +1,4 @@
-"""A file of answers, ours or another tool's, read and checked.
+"""Reader of answer files, of this program or another tool, with checks.
 
 One JSON object a line (or a JSON list of them): `id`, `response`, and the ground truth: `reference` or `answers`, and
 what a benchmark's rule asks for besides (`options`, `category`, `group`, `box`, `size`). `index` and `of`, where given,
@@ -18,25 +18,25 @@ from ivl.types import TRUTH, UserError, some
 
 Row = dict[str, Any]
 RUN = ("model", "max_tiles", "frames", "decoding")
-"""How the answers were made: the same in all rows of a file"""
+"""Settings of the run that made the answers: the same in all rows of a file."""
 _TRUTH = (*TRUTH, "images", "videos")
 
 
 def read(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of a file, each with `where` (file:row), `id` as text, and the thought of its answer as `reasoning`.
+    """Read the rows of a file, each with `where` (file:row), `id` as text, and the answer's thought as `reasoning`.
 
-    `names`: our field → the field of another tool. Raises UserError, naming the rows, for a file that was cut off, for
-    rows that come twice, lack an answer, or were made by different models or settings.
+    `names`: field of this program → field of another tool. Raises UserError, naming the rows, for a file that was cut
+    off, for rows that come twice, lack an answer, or were made by different models or settings.
     """
-    rows = _parsed(path)
+    rows = _read_records(path)
     for row in rows:
         if row.get("error") is not None and row.get("response") is None:
             raise UserError(f"{row['where']}: was not answered ({row['error']}); mend it and predict again")
-        row.update({ours: row.get(theirs) for ours, theirs in (names or {}).items()})
+        row.update({field: row.get(foreign) for field, foreign in (names or {}).items()})
         if not isinstance(row.get("response"), str):
-            found = "none" if row.get("response") is None else type(row["response"]).__name__
+            kind = "none" if row.get("response") is None else type(row["response"]).__name__
             raise UserError(
-                f"{row['where']}: response: expected a text, found {found}; is it called otherwise? "
+                f"{row['where']}: response: expected a text, found {kind}; is it called otherwise? "
                 f"--field response=NAME; the row has {', '.join(sorted(set(row) - {'where', 'asked_at', 'line'}))}"
             )
         # What a model thinks before it answers is not judged.
@@ -47,13 +47,13 @@ def read(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
         row["id"] = str(next(row[k] for k in ("id", "asked_at", "index", "line") if row.get(k) is not None))
     if not rows:
         raise UserError(f"{path}: no rows; expected one answer a line")
-    _once(path, rows)
-    _whole(path, rows)
-    _one_run(rows)
+    _check_unique_ids(path, rows)
+    _check_complete(path, rows)
+    _check_one_run(rows)
     return rows
 
 
-def _parsed(path: Path) -> list[Row]:
+def _read_records(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected answers, one JSON object a line")
     try:
@@ -83,16 +83,16 @@ def _object(path: Path, number: int, line: str) -> Any:
         ) from error
 
 
-def _once(path: Path, rows: Sequence[Row]) -> None:
+def _check_unique_ids(path: Path, rows: Sequence[Row]) -> None:
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         lines.setdefault((str(row.get("source") or ""), row["id"]), []).append(str(row["line"]))
-    twice = [f"{name} (rows {', '.join(found)})" for (_, name), found in lines.items() if len(found) > 1]
+    twice = [f"{name} (rows {', '.join(numbers)})" for (_, name), numbers in lines.items() if len(numbers) > 1]
     if twice:
         raise UserError(f"{path}: {len(twice)} ids come more than once: {some(twice)}; keep one answer for each")
 
 
-def _whole(path: Path, rows: Sequence[Row]) -> None:
+def _check_complete(path: Path, rows: Sequence[Row]) -> None:
     wanted = {row["of"] for row in rows if row.get("of") is not None}
     if len(wanted) > 1:
         raise UserError(f"{path}: rows of runs of {some([str(n) for n in sorted(wanted)])} rows are mixed")
@@ -104,7 +104,7 @@ def _whole(path: Path, rows: Sequence[Row]) -> None:
         )
 
 
-def _one_run(rows: Sequence[Row]) -> None:
+def _check_one_run(rows: Sequence[Row]) -> None:
     first = rows[0]
     for row in rows:
         for key in RUN:
@@ -116,12 +116,12 @@ def _one_run(rows: Sequence[Row]) -> None:
 
 
 def join(path: Path, rows: list[Row], truth: Path, task: Task, partial: bool = False) -> list[Row]:
-    """Take the ground truth by id from a file of data rows, or from the folder of the benchmark's official files.
+    """Join the ground truth by id from a file of data rows, or from the folder of the benchmark's official files.
 
     `partial`: answers to some of the questions only are enough. Raises UserError naming rows that one side lacks.
     """
-    found = task.rows(truth) if truth.is_dir() else _parsed(truth)
-    known = {str(row.get("id", row.get("line"))): row for row in found}
+    records = task.rows(truth) if truth.is_dir() else _read_records(truth)
+    known = {str(row.get("id", row.get("line"))): row for row in records}
     unknown = [row["id"] for row in rows if row["id"] not in known]
     if unknown:
         raise UserError(f"{path}: {len(unknown)} answers to no question of {truth}: {some(unknown)}")
@@ -136,19 +136,19 @@ def join(path: Path, rows: list[Row], truth: Path, task: Task, partial: bool = F
 
 
 def _with_truth(row: Row, known: Row) -> Row:
-    found = {key: known[key] for key in _TRUTH if known.get(key) is not None}
+    truth = {key: known[key] for key in _TRUTH if known.get(key) is not None}
     gold = known.get("response") or known.get("reference")
     gold = without_reasoning(gold) if isinstance(gold, str) else gold
-    return row | found | ({} if gold is None else {"reference": gold})
+    return row | truth | ({} if gold is None else {"reference": gold})
 
 
 def align(first: Sequence[Row], path: Path, rows: Sequence[Row]) -> list[Row]:
-    """`rows` in the order of `first`. Raises UserError naming the questions that only one of the files answers."""
+    """Sort `rows` into the order of `first`. Raises UserError naming the questions that only one file answers."""
     place = {row["id"]: row for row in rows}
-    odd = sorted({row["id"] for row in first} ^ set(place))
-    if odd:
+    unmatched = sorted({row["id"] for row in first} ^ set(place))
+    if unmatched:
         raise UserError(
-            f"{path}: not the same questions as the first file; only one of them has {some(odd)}; "
+            f"{path}: not the same questions as the first file; only one of them has {some(unmatched)}; "
             "comparing takes the same questions"
         )
     return [place[row["id"]] for row in first]

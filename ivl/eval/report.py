@@ -1,4 +1,6 @@
-"""One page with every answer of a file: picture, boxes, answer, reference, score. No network, no other files.
+"""HTML page of every answer of a file: picture, boxes, reference, score.
+
+The page needs no network and no other files.
 
 Only the rows in view are in the document, so thousands scroll and sort at once; all text is set as text, never as
 markup, since a model wrote it.
@@ -32,7 +34,7 @@ def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Sc
     pictures: dict[str, int] = {}
     shown: list[str | None] = []
     lines = []
-    for row, score, said in zip(rows, scored.scores, scored.parsed):
+    for row, score, parsed in zip(rows, scored.scores, scored.parsed):
         source = next((image for image in row.get("images") or [] if isinstance(image, str)), None)
         if source is not None and source not in pictures:
             pictures[source] = len(shown)
@@ -44,7 +46,7 @@ def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Sc
                 "prompt": short_prompt(str(row.get("prompt") or row.get("query") or "")),
                 "response": row["response"],
                 "reasoning": row.get("reasoning") or "",
-                "parsed": said if said != row["response"].strip() else "",
+                "parsed": parsed if parsed != row["response"].strip() else "",
                 "gold": _gold(row),
                 "score": round(score, 4),
                 "picture": None if source is None else pictures[source],
@@ -66,12 +68,12 @@ def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Sc
 
 
 def _script(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """Encode JSON that cannot end its script element."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def thumbnail(source: str) -> str | None:
-    """A small JPEG of a picture, upright, as a data: URI. None where it is not here, too large, or damaged."""
+    """Make a small JPEG of a picture, upright, as a data: URI. None where it is not here, too large, or damaged."""
     try:
         uri = source.startswith("data:")
         opened = io.BytesIO(base64.b64decode(source.split(",", 1)[1])) if uri else open_regular(source, source)
@@ -82,17 +84,17 @@ def thumbnail(source: str) -> str | None:
                 check_jpeg(opened.read())
                 opened.seek(0)
             image.draft("RGB", (2 * SIDE, 2 * SIDE))
-            small = ImageOps.exif_transpose(image).convert("RGB")
+            reduced = ImageOps.exif_transpose(image).convert("RGB")
     except Exception:  # noqa: BLE001  (decoders raise every kind there is)
         return None
-    small.thumbnail((SIDE, SIDE))
+    reduced.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
-    small.save(out, "JPEG", quality=60)
+    reduced.save(out, "JPEG", quality=60)
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def short_prompt(prompt: str) -> str:
-    """A prompt with each medium's tokens as one mark."""
+    """Write a prompt with each medium's tokens as one mark."""
     return re.sub(r"<img>(?:<IMG_CONTEXT>)*</img>", "<image>", prompt)
 
 

@@ -1,6 +1,6 @@
-"""From the scores of single answers to the number a benchmark reports.
+"""Scoring rules of benchmarks: scores of answers added up to the reported number.
 
-Every number here is a function of counts added up over units (an answer, a picture's pair of questions, the rotations
+Every number is a function of counts added up over units (an answer, a picture's pair of questions, the rotations
 of one question), so that a bootstrap only has to add up other units. U units, G categories, K counts.
 """
 
@@ -21,50 +21,50 @@ from ivl.types import UserError
 
 Row = dict[str, Any]
 Combine = Callable[[np.ndarray], np.ndarray]
-"""(..., G, K) counts of each category → (...) what is reported"""
+"""Counts of each category (..., G, K) → reported number (...)."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a rule found in a file of answers."""
+    """Scores of a file of answers."""
 
     scores: list[float]
-    """Of each answer, 0..1 (CIDEr: 0..10)"""
+    """Score of each answer, 0..1 (CIDEr: 0..10)."""
     parsed: list[str]
-    """What each answer was taken to say"""
+    """Reading of each answer, such as its option letter."""
     unit: list[int]
-    """The unit of each answer"""
+    """Unit of each answer."""
     counts: np.ndarray
-    """(U, K)"""
+    """Counts of each unit, (U, K)."""
     category: np.ndarray
-    """(U,) int, index into `categories`"""
+    """Category of each unit, (U,) int, index into `categories`."""
     categories: list[str]
     combine: Combine
     extra: dict[str, float] = field(default_factory=dict)
-    """Further numbers of the whole file"""
+    """Further numbers of the whole file."""
 
     def total(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """The reported number, () for the file itself or (R,) for `weights` (R, U), how often each unit is drawn."""
+        """Return the reported number, () for the file itself or (R,) for `weights` (R, U), the draws of each unit."""
         weights = np.ones(len(self.counts)) if weights is None else weights
         members = [self.category == n for n in range(len(self.categories))]
         return self.combine(np.stack([weights[..., m] @ self.counts[m] for m in members], axis=-2))
 
     def by_category(self) -> dict[str, float]:
-        """The same number of each category alone."""
-        found = {}
+        """Return the reported number of each category alone."""
+        numbers = {}
         for n, name in enumerate(self.categories):
-            found[name] = float(self.combine(self.counts[self.category == n].sum(0)[None]))
-        return found
+            numbers[name] = float(self.combine(self.counts[self.category == n].sum(0)[None]))
+        return numbers
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a benchmark's answers are scored."""
+    """Scoring of a benchmark's answers."""
 
     metric: str
     """Name of the reported number"""
     post: str
-    """Post-processing of an answer, in words, for the record"""
+    """Post-processing of an answer, in words, for the record."""
     run: Callable[[Sequence[Row], Mode], Scored]
     decimals: int = 2
 
@@ -79,12 +79,12 @@ def _share(counts: np.ndarray) -> np.ndarray:
 
 
 def _mean_share(counts: np.ndarray) -> np.ndarray:
-    """The mean of the categories' shares; counts (right, all)."""
+    """Mean of the categories' shares; counts (right, all)."""
     return (100 * counts[..., 0] / counts[..., 1]).mean(-1)
 
 
 def _sum(counts: np.ndarray) -> np.ndarray:
-    """How many are right; counts (right, all)."""
+    """Number of right answers; counts (right, all)."""
     return counts[..., 0].sum(-1)
 
 
@@ -95,7 +95,7 @@ def _mme(counts: np.ndarray) -> np.ndarray:
 
 
 def _f1(counts: np.ndarray) -> np.ndarray:
-    """The mean of the categories' F1, times 100; counts (true and false positives, true and false negatives)."""
+    """Mean of the categories' F1, times 100; counts (true and false positives, true and false negatives)."""
     tp, fp, _, fn = np.moveaxis(counts, -1, 0)
     return (100 * 2 * tp / np.maximum(2 * tp + fp + fn, 1)).mean(-1)
 
@@ -104,7 +104,7 @@ def _f1(counts: np.ndarray) -> np.ndarray:
 
 
 def need(row: Row, key: str) -> Any:
-    """A field of the ground truth. Raises UserError with the row's name."""
+    """Return a field of the ground truth. Raises UserError with the row's name."""
     value = row.get(key)
     if value is None or value == []:
         raise UserError(f"{row['where']}: no {key!r}; --rows FILE joins the ground truth by id")
@@ -127,20 +127,22 @@ def _categories(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     return np.array([place[name] for name in names]), order
 
 
-def _each(judge: Callable[[Row, Mode], tuple[float, str]], combine: Combine = _share) -> Callable:
-    """A rule that looks at each answer by itself. `judge`: row → score, what the answer was taken to say."""
+def _by_answer(judge: Callable[[Row, Mode], tuple[float, str]], combine: Combine = _share) -> Callable:
+    """Make a rule that scores each answer by itself. `judge`: row → score, reading of the answer."""
 
     def run(rows: Sequence[Row], mode: Mode) -> Scored:
-        found = [_named(row, judge, mode) for row in rows]
-        scores = [float(score) for score, _ in found]
+        judged = [_judge_row(row, judge, mode) for row in rows]
+        scores = [float(score) for score, _ in judged]
         category, names = _categories([str(row.get("category") or "") for row in rows])
         counts = np.stack([np.array(scores), np.ones(len(scores))], axis=1)
-        return Scored(scores, [said for _, said in found], list(range(len(rows))), counts, category, names, combine)
+        return Scored(
+            scores, [reading for _, reading in judged], list(range(len(rows))), counts, category, names, combine
+        )
 
     return run
 
 
-def _named(row: Row, judge: Callable[[Row, Mode], tuple[float, str]], mode: Mode) -> tuple[float, str]:
+def _judge_row(row: Row, judge: Callable[[Row, Mode], tuple[float, str]], mode: Mode) -> tuple[float, str]:
     try:
         return judge(row, mode)
     except UserError as error:
@@ -162,26 +164,26 @@ def _options(row: Row) -> Mapping[str, str]:
 
 
 def _scienceqa(row: Row, mode: Mode) -> tuple[float, str]:
-    said = choice(row["response"], _options(row), mode, brackets=True)
-    return said == reference(row), said
+    reading = choice(row["response"], _options(row), mode, brackets=True)
+    return reading == reference(row), reading
 
 
 def _letter(row: Row, mode: Mode) -> tuple[float, str]:
-    """SEED's published number takes the first character (`seed/calculation.py`)."""
-    said = row["response"][:1] if mode == "compat" else choice(row["response"], _options(row), mode)
-    return said == reference(row), said
+    """Score of SEED: its published number takes the first character (`seed/calculation.py`)."""
+    reading = row["response"][:1] if mode == "compat" else choice(row["response"], _options(row), mode)
+    return reading == reference(row), reading
 
 
 def _mmmu(row: Row, mode: Mode) -> tuple[float, str]:
     if options := _options(row):
-        said = choice(row["response"], options, mode)
-        return said in golds(row), said
+        reading = choice(row["response"], options, mode)
+        return reading in golds(row), reading
     return metrics.mmmu_open(row["response"], golds(row), mode), row["response"].strip()
 
 
 def _ocrbench(row: Row, mode: Mode) -> tuple[float, str]:
-    said = row["response"]
-    return metrics.ocrbench_match(said, golds(row), need(row, "category"), mode), said.strip()
+    text = row["response"]
+    return metrics.ocrbench_match(text, golds(row), need(row, "category"), mode), text.strip()
 
 
 def _refcoco(row: Row, mode: Mode) -> tuple[float, str]:
@@ -195,18 +197,21 @@ def _mvbench(row: Row, mode: Mode) -> tuple[float, str]:
 
 
 def _videomme(row: Row, mode: Mode) -> tuple[float, str]:
-    said = videomme_letter(row["response"], _options(row), mode)
-    return said == reference(row), said
+    reading = videomme_letter(row["response"], _options(row), mode)
+    return reading == reference(row), reading
 
 
 def _circular(rows: Sequence[Row], mode: Mode) -> Scored:
-    """A question is right where it is right under all rotations of its options (VLMEvalKit, `mcq_circular_eval`)."""
+    """Score circular evaluation (VLMEvalKit, `mcq_circular_eval`).
+
+    A question is right where it is right under all rotations of its options.
+    """
     parsed = []
     for row in rows:
         options = _options(row)
-        said = choice(row["response"], options, mode)
-        parsed.append(infer_choice(said, options) if mode == "compat" else said)
-    scores = [float(said == reference(row)) for said, row in zip(parsed, rows)]
+        reading = choice(row["response"], options, mode)
+        parsed.append(infer_choice(reading, options) if mode == "compat" else reading)
+    scores = [float(reading == reference(row)) for reading, row in zip(parsed, rows)]
     unit, groups = _categories([str(row.get("group") or row["id"]) for row in rows])
     first = {int(u): row for u, row in reversed(list(zip(unit, rows)))}
     right = np.ones(len(groups))
@@ -219,13 +224,15 @@ def _circular(rows: Sequence[Row], mode: Mode) -> Scored:
 
 def _mme_rule(rows: Sequence[Row], mode: Mode) -> Scored:
     parsed = [metrics.mme_answer(row["response"], mode) for row in rows]
-    scores = [float(said == reference(row).strip().lower()) for said, row in zip(parsed, rows)]
+    scores = [float(reading == reference(row).strip().lower()) for reading, row in zip(parsed, rows)]
     members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for n, row in enumerate(rows):
         members[str(need(row, "category")), str(need(row, "group"))].append(n)
-    odd = [f"{category}/{group}" for (category, group), pair in members.items() if len(pair) != 2]
-    if odd:
-        raise UserError(f"MME: expected two questions a picture; {len(odd)} have another number: {', '.join(odd[:5])}")
+    unpaired = [f"{category}/{group}" for (category, group), pair in members.items() if len(pair) != 2]
+    if unpaired:
+        raise UserError(
+            f"MME: expected two questions a picture; {len(unpaired)} have another number: {', '.join(unpaired[:5])}"
+        )
     counts, unit = np.zeros((len(members), 4)), [0] * len(rows)
     for u, pair in enumerate(members.values()):
         right = sum(scores[n] for n in pair)
@@ -233,17 +240,17 @@ def _mme_rule(rows: Sequence[Row], mode: Mode) -> Scored:
         for n in pair:
             unit[n] = u
     category, names = _categories([name for name, _ in members])
-    found = Scored(scores, [said or "left out" for said in parsed], unit, counts, category, names, _mme)
+    scored = Scored(scores, [reading or "left out" for reading in parsed], unit, counts, category, names, _mme)
     cognition = {"commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"}
     parts = {"perception": 0.0, "cognition": 0.0}
-    for name, value in found.by_category().items():
+    for name, value in scored.by_category().items():
         parts["cognition" if name in cognition else "perception"] += value
-    return Scored(scores, found.parsed, unit, counts, category, names, _mme, parts)
+    return Scored(scores, scored.parsed, unit, counts, category, names, _mme, parts)
 
 
 def _pope_rule(rows: Sequence[Row], mode: Mode) -> Scored:
-    said = [metrics.pope_answer(row["response"], mode) for row in rows]
-    yes = np.array([answer == "yes" for answer in said])
+    readings = [metrics.pope_answer(row["response"], mode) for row in rows]
+    yes = np.array([answer == "yes" for answer in readings])
     wanted = np.array([reference(row).strip().lower() != "no" for row in rows])
     counts = np.stack([yes & wanted, yes & ~wanted, ~yes & ~wanted, ~yes & wanted], axis=1).astype(float)
     category, names = _categories([str(row.get("category") or "") for row in rows])
@@ -256,35 +263,39 @@ def _pope_rule(rows: Sequence[Row], mode: Mode) -> Scored:
     }
     right = (yes == wanted).astype(float).tolist()
     extra = {name: float(value) for name, value in extra.items()}
-    return Scored(right, list(said), list(range(len(rows))), counts, category, names, _f1, extra)
+    return Scored(right, list(readings), list(range(len(rows))), counts, category, names, _f1, extra)
 
 
 def _captions(rows: Sequence[Row], mode: Mode) -> Scored:
-    found = caption_scores([row["response"] for row in rows], [golds(row) for row in rows])
-    counts = np.stack([found.cider, np.ones(len(rows))], axis=1)
-    extra = {f"BLEU-{n}": 100 * value for n, value in enumerate(found.bleu, 1)} | {"ROUGE-L": 100 * found.rouge}
+    captions = caption_scores([row["response"] for row in rows], [golds(row) for row in rows])
+    counts = np.stack([captions.cider, np.ones(len(rows))], axis=1)
+    extra = {f"BLEU-{n}": 100 * value for n, value in enumerate(captions.bleu, 1)} | {"ROUGE-L": 100 * captions.rouge}
     units = list(range(len(rows)))
     category = np.zeros(len(rows), dtype=int)
-    return Scored(found.cider.tolist(), found.tokens, units, counts, category, [""], _share, extra)
+    return Scored(captions.cider.tolist(), captions.tokens, units, counts, category, [""], _share, extra)
 
 
 RULES: dict[str, Rule] = {
-    "vqa": Rule("VQA soft accuracy", "EvalAI normaliser", _each(_vqa)),
-    "gqa": Rule("accuracy", "final full stops cut, lower case", _each(_text(metrics.gqa_match))),
+    "vqa": Rule("VQA soft accuracy", "EvalAI normaliser", _by_answer(_vqa)),
+    "gqa": Rule("accuracy", "final full stops cut, lower case", _by_answer(_text(metrics.gqa_match))),
     "exact": Rule(
-        "accuracy", "stripped, lower case", _each(_text(lambda said, gold, mode: metrics.exact_match(said, gold)))
+        "accuracy",
+        "stripped, lower case",
+        _by_answer(_text(lambda prediction, gold, mode: metrics.exact_match(prediction, gold))),
     ),
-    "relaxed": Rule("relaxed accuracy", "stripped", _each(_text(metrics.relaxed_accuracy), _mean_share)),
-    "anls": Rule("ANLS", "lower case, white space collapsed", _each(_text(metrics.anls))),
+    "relaxed": Rule("relaxed accuracy", "stripped", _by_answer(_text(metrics.relaxed_accuracy), _mean_share)),
+    "anls": Rule("ANLS", "lower case, white space collapsed", _by_answer(_text(metrics.anls))),
     "mme": Rule("score", "Chinese and true/false mapped to yes/no, first four characters read", _mme_rule),
     "pope": Rule("F1", "first sentence; No, no or not: no, else yes", _pope_rule),
     "circular": Rule("circular accuracy", "option letter, then VLMEvalKit's matching without a judge", _circular),
-    "scienceqa": Rule("accuracy", "option letter, also X. and (X)", _each(_scienceqa)),
-    "mmmu": Rule("accuracy", "option letter; open questions: part after the key word", _each(_mmmu)),
-    "letter": Rule("accuracy", "first character", _each(_letter)),
-    "ocrbench": Rule("score", "lower case, line ends to spaces; formulas: spaces removed", _each(_ocrbench, _sum), 0),
+    "scienceqa": Rule("accuracy", "option letter, also X. and (X)", _by_answer(_scienceqa)),
+    "mmmu": Rule("accuracy", "option letter; open questions: part after the key word", _by_answer(_mmmu)),
+    "letter": Rule("accuracy", "first character", _by_answer(_letter)),
+    "ocrbench": Rule(
+        "score", "lower case, line ends to spaces; formulas: spaces removed", _by_answer(_ocrbench, _sum), 0
+    ),
     "captions": Rule("CIDEr", "tokens as the Penn Treebank's, punctuation dropped", _captions),
-    "refcoco": Rule("precision at IoU 0.5", "first box of the answer", _each(_refcoco, _mean_share)),
-    "mvbench": Rule("accuracy", "first word against the option's letter", _each(_mvbench)),
-    "videomme": Rule("accuracy", "known beginnings cut, first letter A to D", _each(_videomme)),
+    "refcoco": Rule("precision at IoU 0.5", "first box of the answer", _by_answer(_refcoco, _mean_share)),
+    "mvbench": Rule("accuracy", "first word against the option's letter", _by_answer(_mvbench)),
+    "videomme": Rule("accuracy", "known beginnings cut, first letter A to D", _by_answer(_videomme)),
 }

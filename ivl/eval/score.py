@@ -1,4 +1,4 @@
-"""`python -m ivl score FILE... --task docvqa`: a table with intervals, a record of it, and a report to look at."""
+"""Scores of answer files: table with intervals, record, HTML report (`python -m ivl score`)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _PUBLISHED = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score files of answers. Returns 0; raises UserError for what a person can mend."""
+    """Score files of answers. Returns 0. Raises UserError for a user's mistake."""
     args = _arguments(argv)
-    chosen = task(args.task)
+    benchmark = task(args.task)
     if args.html and len(args.files) > 1:
         raise UserError(f"--html: expected one file of answers, found {len(args.files)}; make a report for each")
     files = [Path(name) for name in args.files]
@@ -33,17 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     rows = [predictions.read(path, names) for path in files]
     if args.rows:
         rows = [
-            predictions.join(path, found, Path(args.rows), chosen, args.partial) for path, found in zip(files, rows)
+            predictions.join(path, answers, Path(args.rows), benchmark, args.partial)
+            for path, answers in zip(files, rows)
         ]
-    rows = [rows[0], *(predictions.align(rows[0], path, found) for path, found in zip(files[1:], rows[1:]))]
-    scored = [RULES[chosen.rule].run(found, args.mode) for found in rows]
-    found = record(args.task, args.mode, files, rows, scored, args.resamples, args.seed)
+    rows = [rows[0], *(predictions.align(rows[0], path, answers) for path, answers in zip(files[1:], rows[1:]))]
+    scored = [RULES[benchmark.rule].run(answers, args.mode) for answers in rows]
+    summary = record(args.task, args.mode, files, rows, scored, args.resamples, args.seed)
     out = Path(args.out) if args.out else files[0].with_suffix(".scores.json")
-    write_text(out, json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-    print(printable(table(found)))
+    write_text(out, json.dumps(summary, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    print(printable(table(summary)))
     print(f"\n{out}")
     if args.html:
-        report.write(Path(args.html), found, rows[0], scored[0])
+        report.write(Path(args.html), summary, rows[0], scored[0])
         print(args.html)
     return 0
 
@@ -98,34 +99,34 @@ def record(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All there is to say about the score of one or more files; no times and no folders, so it can be made again."""
-    chosen, first = task(name), rows[0]
-    rule = RULES[chosen.rule]
-    found: dict[str, Any] = {
+    """Record of the scores of one or more files, without times and folders: equal inputs make equal records."""
+    benchmark, first = task(name), rows[0]
+    rule = RULES[benchmark.rule]
+    summary: dict[str, Any] = {
         "task": name,
-        "title": chosen.title,
+        "title": benchmark.title,
         "mode": mode,
         "metric": rule.metric,
-        "published": {key: getattr(chosen, key) for key in _PUBLISHED} | {"decoding": DECODING},
+        "published": {key: getattr(benchmark, key) for key in _PUBLISHED} | {"decoding": DECODING},
         "post_processing": rule.post,
-        "data": {"fingerprint": fingerprint(first), "rows": len(first), "of": chosen.count},
+        "data": {"fingerprint": fingerprint(first), "rows": len(first), "of": benchmark.count},
         "interval": {"level": stats.LEVEL, "resamples": resamples, "seed": seed},
-        "files": [_one(chosen, *parts, resamples, seed) for parts in zip(files, rows, scored)],
+        "files": [_file_record(benchmark, *parts, resamples, seed) for parts in zip(files, rows, scored)],
         "comparison": [],
     }
     for path, other in zip(files[1:], scored[1:]):
         gap = stats.difference(scored[0], other, resamples, seed)
         values = {key: None if value is None else round(value, 6) for key, value in vars(gap).items()}
-        found["comparison"].append({"file": path.name, "less": files[0].name, **values})
-    return found
+        summary["comparison"].append({"file": path.name, "less": files[0].name, **values})
+    return summary
 
 
-def _one(
-    chosen: Task, path: Path, rows: Sequence[predictions.Row], scored: Scored, resamples: int, seed: int
+def _file_record(
+    benchmark: Task, path: Path, rows: Sequence[predictions.Row], scored: Scored, resamples: int, seed: int
 ) -> dict[str, Any]:
     low, high = stats.interval(scored, resamples, seed)
     categories = scored.by_category() if len(scored.categories) > 1 else {}
-    asked = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
+    prompts = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
     return {
         "file": path.name,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -135,27 +136,27 @@ def _one(
         "categories": {key: round(value, 6) for key, value in categories.items()},
         "further": {key: round(value, 6) for key, value in scored.extra.items()},
         "run": {key: rows[0].get(key) for key in predictions.RUN},
-        "prompt": report.short_prompt(asked[0]) if asked else None,
-        "asked_as_published": sum(_asked(chosen, text) for text in asked) if asked else None,
+        "prompt": report.short_prompt(prompts[0]) if prompts else None,
+        "asked_as_published": sum(_has_published_words(benchmark, text) for text in prompts) if prompts else None,
     }
 
 
-def _asked(chosen: Task, prompt: str) -> bool:
-    """Whether all fixed words of the benchmark's prompt are in a prompt."""
-    forms = [chosen.prompt, *([chosen.open_prompt] if chosen.open_prompt else [])]
+def _has_published_words(benchmark: Task, prompt: str) -> bool:
+    """True if all fixed words of the benchmark's prompt are in a prompt."""
+    forms = [benchmark.prompt, *([benchmark.open_prompt] if benchmark.open_prompt else [])]
     return any(all(part.strip() in prompt for part in re.split(r"\{\w+\}", form)) for form in forms)
 
 
-def table(found: dict[str, Any]) -> str:
-    """A record as text for people."""
-    data, digits = found["data"], RULES[TASKS[found["task"]].rule].decimals
+def table(summary: dict[str, Any]) -> str:
+    """Format a record for people."""
+    data, digits = summary["data"], RULES[TASKS[summary["task"]].rule].decimals
     part = "" if data["of"] in (None, data["rows"]) else f" of {data['of']}: a part of the benchmark"
-    lines = [f"{found['title']} · {found['mode']} · {data['rows']} rows{part}", ""]
-    files = found["files"]
+    lines = [f"{summary['title']} · {summary['mode']} · {data['rows']} rows{part}", ""]
+    files = summary["files"]
     parts = [(kind, name) for kind in ("categories", "further") for name in files[0][kind]]
     width = max(len(name) for name in [*(file["file"] for file in files), *(name for _, name in parts)])
-    column = max(12, len(found["metric"]))
-    lines.append(f"  {'':{width}}  {found['metric']:>{column}}  95 % interval")
+    column = max(12, len(summary["metric"]))
+    lines.append(f"  {'':{width}}  {summary['metric']:>{column}}  95 % interval")
     lines += [f"  {file['file']:{width}}  {file['score']:>{column}.{digits}f}  {_span(file, digits)}" for file in files]
     if parts and len(files) > 1:
         lines += ["", f"  {'':{width}}  " + "  ".join(f"{file['file'][-column:]:>{column}}" for file in files)]
@@ -164,10 +165,10 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             f"  {printable(name, ' '):{width}}  " + "  ".join(f"{value:>{column}.{digits}f}" for value in values)
         )
-    for gap in found["comparison"]:
+    for gap in summary["comparison"]:
         text = f"  {gap['file']} less {gap['less']}: {gap['value']:+.{digits}f}  {_span(gap, digits)}  p {gap['p']:.3g}"
         lines.append(text + ("" if gap["mcnemar"] is None else f"  McNemar p {gap['mcnemar']:.3g}"))
-    for file in found["files"]:
+    for file in summary["files"]:
         if file["asked_as_published"] not in (None, data["rows"]):
             other = data["rows"] - file["asked_as_published"]
             lines.append(f"  note: {other} prompts of {file['file']} are not worded as published")

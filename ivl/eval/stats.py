@@ -1,4 +1,4 @@
-"""How sure a benchmark's number is: bootstrap intervals, and whether two files of answers differ.
+"""Bootstrap intervals of a benchmark's number, and tests of two files of answers.
 
 Units are drawn within their category, since a benchmark's categories are fixed. Numbers for a seed are the same on
 every machine: NumPy promises them for `RandomState`.
@@ -16,24 +16,24 @@ from ivl.eval.rules import Scored
 
 LEVEL = 0.95
 _AT_ONCE = 4_000_000
-"""Draws held in memory together"""
+"""Number of draws held in memory together."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two files on the same questions, the second less the first."""
+    """Difference of two files on the same questions: the second less the first."""
 
     value: float
     low: float
     high: float
     p: float
-    """Two-sided, of the paired bootstrap"""
+    """Two-sided p of the paired bootstrap."""
     mcnemar: float | None
-    """Two-sided exact p of McNemar's test; None where answers are not simply right or wrong"""
+    """Two-sided exact p of McNemar's test; None where answers are not simply right or wrong."""
 
 
 def _draws(scored: Scored, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Weights (r, U), how often each unit is drawn, together `resamples` of them."""
+    """Yield weights (r, U), the number of draws of each unit, `resamples` rows in all."""
     rng = np.random.RandomState(seed)
     members = [np.flatnonzero(scored.category == n) for n in range(len(scored.categories))]
     size = max(1, _AT_ONCE // len(scored.counts))
@@ -54,17 +54,17 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
 
 
 def interval(scored: Scored, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the reported number."""
+    """Return the 95 % bootstrap interval of the reported number."""
     return _ends(np.concatenate([scored.total(weights) for weights in _draws(scored, resamples, seed)]))
 
 
 def difference(a: Scored, b: Scored, resamples: int = 1000, seed: int = 0) -> Difference:
     """Compare two files whose rows are the same questions in the same order: the same units are drawn for both."""
     assert a.unit == b.unit, "the rows of two files must be aligned"
-    found = np.concatenate([b.total(w) - a.total(w) for w in _draws(a, resamples, seed)])
-    beyond = min((found <= 0).sum(), (found >= 0).sum())
+    gaps = np.concatenate([b.total(w) - a.total(w) for w in _draws(a, resamples, seed)])
+    beyond = min((gaps <= 0).sum(), (gaps >= 0).sum())
     p = min(1.0, 2 * (1 + int(beyond)) / (resamples + 1))
-    return Difference(float(b.total() - a.total()), *_ends(found), p, _mcnemar(a, b))
+    return Difference(float(b.total() - a.total()), *_ends(gaps), p, _mcnemar(a, b))
 
 
 def _mcnemar(a: Scored, b: Scored) -> float | None:

@@ -1,4 +1,4 @@
-"""The benchmarks InternVL reports, one row each: how they are asked, how long the answer may be, how it is scored.
+"""Table of the benchmarks InternVL reports: prompt, answer length, scoring rule.
 
 Prompts, tiles and lengths are those of OpenGVLab/InternVL `internvl_chat/eval` (commit 2410d1d) and, where its README
 sends people there, of open-compass/VLMEvalKit (commit e8e78f0). Decoding is greedy with one beam everywhere, and the
@@ -36,36 +36,36 @@ DECODING = {"do_sample": False, "num_beams": 1}
 
 @dataclass(frozen=True)
 class Task:
-    """How one benchmark is asked and scored."""
+    """One benchmark: prompt, media, answer length and scoring rule."""
 
     title: str
     prompt: str
-    """Around {question} and {options}, after the media"""
+    """Template with {question} and {options}, after the media."""
     rule: str
-    """A row of `ivl.eval.rules.RULES`"""
+    """Key of `ivl.eval.rules.RULES`."""
     max_new_tokens: int
     records: Callable[[Path], Iterator[Record]]
     """Data folder → records, from the official files"""
     files: tuple[str, ...]
-    """What `records` reads, below the data folder"""
+    """Files that `records` reads, below the data folder."""
     source: str
-    """Where prompt, tiles and lengths come from"""
+    """Source of prompt, tiles and lengths."""
     max_tiles: int = 6
     """Most tiles of an image, without the thumbnail; of a video: of each frame"""
     min_new_tokens: int = 1
     option: str = "\n{letter}. {text}"
     open_prompt: str | None = None
-    """Instead of `prompt` for a question without options"""
+    """Prompt of a question without options, instead of `prompt`."""
     frames: int | None = None
-    """How many of a video, evenly spread"""
+    """Number of frames of a video, evenly spread."""
     frame_prefix: str = "Frame{i}: "
     count: int | None = None
-    """Questions of the whole benchmark, where it is known for certain"""
+    """Number of questions of the whole benchmark, where it is known for certain."""
     note: str = ""
-    """Where asking differs from the script"""
+    """Difference of prompt or media from the script."""
 
     def row(self, record: Record) -> dict[str, Any]:
-        """A record as a row of our data format: the question with its prompt and media marks, the ground truth kept."""
+        """Convert a record to a row of our data format: question with prompt and media marks, and ground truth."""
         record = {k: v for k, v in record.items() if v is not None}
         question = record.pop("question")
         if hint := record.pop("hint", None):
@@ -83,7 +83,7 @@ class Task:
         return "<image>\n" if images == 1 else "".join(f"Image-{n}: <image>\n" for n in range(1, images + 1))
 
     def rows(self, root: str | Path) -> Iterator[dict[str, Any]]:
-        """All rows of the benchmark from the data folder `root`. Raises UserError where something is missing."""
+        """Yield all rows of the benchmark from the data folder `root`. Raises UserError where something is missing."""
         try:
             yield from map(self.row, self.records(Path(root)))
         except KeyError as error:
@@ -93,16 +93,16 @@ class Task:
 
 
 def task(name: str, option: str = "--task") -> Task:
-    """A benchmark by its name. Raises UserError that lists them."""
+    """Return a benchmark by its name. Raises UserError that lists them."""
     if name not in TASKS:
         raise UserError(f"{option} {name}: no such benchmark; expected one of {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def fingerprint(rows: Iterable[dict[str, Any]]) -> str:
-    """Of what is asked and expected, in any order of the rows; pictures count by how many they are, not where."""
-    kept = ("id", "answers", "options", "category", "group", "box", "size")
-    lines = sorted(json.dumps({k: row.get(k) for k in kept}, sort_keys=True, ensure_ascii=False) for row in rows)
+    """Digest of questions and expected answers, in any order of the rows; of pictures only the number counts."""
+    fields = ("id", "answers", "options", "category", "group", "box", "size")
+    lines = sorted(json.dumps({k: row.get(k) for k in fields}, sort_keys=True, ensure_ascii=False) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
