@@ -128,7 +128,7 @@ def test_a_copy_that_other_programs_left_is_used(server, caches, place):
 @BOTH
 @pytest.mark.parametrize("how", ["name", "argument", "choice"])
 def test_a_revision_is_asked_for(server, place, how, monkeypatch):
-    monkeypatch.setattr(hub, "_choice", hub._Choice())
+    monkeypatch.setattr(hub, "_settings", hub._HubSettings())
     revision = COMMIT if place == "huggingface" else "master"
     if how == "choice":
         hub.choose(revision=revision)
@@ -384,7 +384,7 @@ def test_no_network_setting_of_this_machine_leaks_in(caches):
 
 def test_a_run_records_the_revision(caches, monkeypatch):
     """What reads the run later takes the same base; the adapter names it in peft's two keys."""
-    monkeypatch.setattr(hub, "_choice", hub._Choice())
+    monkeypatch.setattr(hub, "_settings", hub._HubSettings())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(caches)
     repo = caches / "hf/models--me--tiny"

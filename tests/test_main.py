@@ -193,7 +193,7 @@ def test_hub_and_token_are_options_of_every_command(capsys, monkeypatch, tmp_pat
     from ivl import hub
 
     asked = []
-    monkeypatch.setattr(hub, "_choice", hub._Choice())
+    monkeypatch.setattr(hub, "_settings", hub._HubSettings())
     monkeypatch.setattr(hub, "_on_this_machine", lambda *a: None)
     for place in hub.HUBS:
         module = getattr(hub, place)

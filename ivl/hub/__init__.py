@@ -1,4 +1,4 @@
-"""A name or a path → a local checkpoint folder: as it is, from a local cache, or downloaded and checked.
+"""Checkpoint folders by name or path: local, from a cache, or downloaded and checked.
 
 Weights are safetensors only; a release's `.py` files are copied so that an export can carry them, and never executed.
 """
@@ -20,8 +20,8 @@ from ivl.types import UserError
 HUBS: tuple[Hub, ...] = ("huggingface", "modelscope")
 
 
-class _Place(Protocol):
-    """What a hub's module does."""
+class _HubModule(Protocol):
+    """Interface of a hub's module."""
 
     def cached(self, repo_id: str, revision: str | None) -> list[Path]: ...
     def download(self, repo_id: str, revision: str | None, token: str | None) -> Path: ...
@@ -29,37 +29,39 @@ class _Place(Protocol):
     def cache(self) -> Path: ...
 
 
-_PLACES: dict[Hub, _Place] = {"huggingface": huggingface, "modelscope": modelscope}
+_MODULES: dict[Hub, _HubModule] = {"huggingface": huggingface, "modelscope": modelscope}
 
 
 @dataclass
-class _Choice:
+class _HubSettings:
+    """Hub, login and revision of this process, set by `choose`."""
+
     hub: Hub = "huggingface"
     token: str | None = None
     revision: str | None = None
 
 
-_choice = _Choice()
+_settings = _HubSettings()
 
 
 def choose(hub: str | None = None, token: str | None = None, revision: str | None = None) -> None:
-    """Where names are looked up by this process, with which login and in which revision; None: as before.
+    """Set hub, login and revision for the models that this process looks up by name; None: as before.
 
-    None of them is written anywhere. Raises UserError for an unknown hub.
+    They are written nowhere. Raises UserError for an unknown hub.
     """
-    _choice.hub = _checked(hub) or _choice.hub
-    _choice.token = token or _choice.token
-    _choice.revision = revision or _choice.revision
+    _settings.hub = _known_hub(hub) or _settings.hub
+    _settings.token = token or _settings.token
+    _settings.revision = revision or _settings.revision
 
 
 def with_revision(name_or_path: str) -> str:
-    """A model's name with the revision that `choose` was told, so that a run records it; a folder as it is."""
-    if not _choice.revision or "@" in name_or_path or Path(name_or_path).expanduser().is_dir():
+    """Add the revision given to `choose` to a model's name, so that a run records it; a folder stays as it is."""
+    if not _settings.revision or "@" in name_or_path or Path(name_or_path).expanduser().is_dir():
         return name_or_path
-    return f"{name_or_path}@{_choice.revision}"
+    return f"{name_or_path}@{_settings.revision}"
 
 
-def _checked(hub: str | None) -> Hub | None:
+def _known_hub(hub: str | None) -> Hub | None:
     if hub is not None and hub not in HUBS:
         raise UserError(f"hub: expected one of {', '.join(HUBS)}, found {hub!r}")
     return hub
@@ -72,11 +74,11 @@ def resolve(
     revision: str | None = None,
     offline: bool | None = None,
 ) -> Path:
-    """The local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
+    """Return the local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
 
     `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`); a name
     may end with a revision, `NAME@REVISION` (a branch, a tag or a commit).
-    `hub` and `token`: None takes what `choose` was told, else Hugging Face, and HF_TOKEN or the stored login, or
+    `hub` and `token`: None takes the values given to `choose`, else Hugging Face, and HF_TOKEN or the stored login, or
     MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
     A copy either hub left on this machine serves both, unless a `revision` is asked for. Downloads go to the hub's own
     cache, go on where they broke off (Hugging Face: with the file that broke off) and overwrite nothing.
@@ -94,31 +96,32 @@ def resolve(
         check_model_folder(path)
         return path
     name, _, ending = str(name_or_path).partition("@")
-    if ending and _choice.revision not in (None, ending):
-        raise UserError(f"{name_or_path}: --revision is {_choice.revision}; expected one of them")
-    hub, token, revision = _checked(hub) or _choice.hub, token or _choice.token, revision or ending or _choice.revision
+    if ending and _settings.revision not in (None, ending):
+        raise UserError(f"{name_or_path}: --revision is {_settings.revision}; expected one of them")
+    hub, token = _known_hub(hub) or _settings.hub, token or _settings.token
+    revision = revision or ending or _settings.revision
     if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise UserError(
             f"{name_or_path}: revision: expected the name of a branch or a tag, or a commit, found {revision!r}"
         )
     ids = _ids(name)
-    places = [hub] if revision else [hub, *(h for h in HUBS if h != hub)]
-    if folder := _on_this_machine(places, ids, revision):
+    hubs = [hub] if revision else [hub, *(h for h in HUBS if h != hub)]
+    if folder := _cached_folder(hubs, ids, revision):
         return folder
     if offline if offline is not None else is_offline_mode():
         raise UserError(
             f"{name_or_path}: not on this machine, and offline; looked for a complete copy in {huggingface.cache()} "
             f"and {modelscope.cache()}; give the path of a local folder, or go online once (HF_HUB_OFFLINE=0)"
         )
-    lock = _PLACES[hub].lock(ids[hub])
+    lock = _MODULES[hub].lock(ids[hub])
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # of several processes that start together one downloads
-            return _on_this_machine(places, ids, revision) or _PLACES[hub].download(ids[hub], revision, token)
+            return _cached_folder(hubs, ids, revision) or _MODULES[hub].download(ids[hub], revision, token)
     except OSError as error:
         variable = {"huggingface": "HF_HUB_CACHE", "modelscope": "MODELSCOPE_CACHE"}[hub]
         raise UserError(
-            f"{name_or_path}: cannot be downloaded to {_PLACES[hub].cache()} ({error.strerror or error}); name a "
+            f"{name_or_path}: cannot be downloaded to {_MODULES[hub].cache()} ({error.strerror or error}); name a "
             f"folder that can be written by {variable}, or give the path of a local folder"
         ) from error
 
@@ -126,15 +129,15 @@ def resolve(
 _REVISION = re.compile(r"[\w./-]+")
 
 
-def _on_this_machine(places: list[Hub], ids: dict[Hub, str], revision: str | None) -> Path | None:
-    folders = (folder for place in places for folder in _PLACES[place].cached(ids[place], revision))
+def _cached_folder(hubs: list[Hub], ids: dict[Hub, str], revision: str | None) -> Path | None:
+    folders = (folder for hub in hubs for folder in _MODULES[hub].cached(ids[hub], revision))
     return next((folder for folder in folders if not missing_files(folder)), None)
 
 
 def _ids(name: str) -> dict[Hub, str]:
     row = find_model(name)
     if row is not None:
-        return {place: row.id_on(place) for place in HUBS}
+        return {hub: row.id_on(hub) for hub in HUBS}
     parts = name.split("/")
     if len(parts) != 2 or not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts) or ".." in name:
         close = difflib.get_close_matches(name.lower(), [row.name for row in MODELS], n=3, cutoff=0.5)

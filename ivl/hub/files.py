@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: which are wanted, whether they are all there and whole, and what to say if not."""
+"""Files of a checkpoint folder: those needed, those missing, and the errors for them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ivl.types import UserError, some
 Hub = Literal["huggingface", "modelscope"]
 
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
-"""Files at the top of a release that are needed to load it, and to write it back so that other engines read it"""
+"""Patterns of files at the top of a release, needed to load it and to write it back for other engines."""
 
 UNFINISHED = ".ivl-unfinished"
-"""Lies beside a download until every file of it has been checked; a folder with it is not taken from the cache"""
+"""Marker beside a download until every file of it is checked; a folder with it is not taken from the cache."""
 
 CHUNK = 1 << 20
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -28,7 +28,7 @@ def wanted(names: Iterable[str]) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files of a checkpoint's weights, those that its index names or the one file; they may be missing.
+    """Names of a checkpoint's weight files, by its index or the one file; they may be missing.
 
     Raises UserError where the index is no index, names files elsewhere, or there are no safetensors here.
     """
@@ -43,16 +43,16 @@ def weight_files(folder: Path) -> list[str]:
                 f"{index}: weight_map: expected names of .safetensors files in this folder, found {shown(strange[0])}"
             )
         return names
-    if (folder / WHOLE).is_file():
-        return [WHOLE]
-    raise UserError(f"{folder}: no {WHOLE} and no {INDEX}; {_instead(folder)}")
+    if (folder / ONE_FILE).is_file():
+        return [ONE_FILE]
+    raise UserError(f"{folder}: no {ONE_FILE} and no {INDEX}; {_describe_other_files(folder)}")
 
 
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
-def _instead(folder: Path) -> str:
-    """What lies there in place of weights, and the remedy."""
+def _describe_other_files(folder: Path) -> str:
+    """Describe the files in place of weights, and the remedy."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if shards := [name for name in names if name.endswith(".safetensors")]:
         return f"there are {some(shards, 3)}, without the index that says what is in them; download {INDEX} as well"
@@ -67,14 +67,14 @@ def _instead(folder: Path) -> str:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What a checkpoint folder lacks to be loaded. Empty: it is complete."""
+    """Files that a checkpoint folder lacks to be loaded. Empty: it is complete."""
     missing = [name for name in ("config.json",) if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         missing.append(" or ".join(_TOKENIZERS))
     try:
         missing += [name for name in weight_files(folder) if not (folder / name).is_file()]
     except UserError:
-        missing.append(f"readable {INDEX}" if (folder / INDEX).is_file() else WHOLE)
+        missing.append(f"readable {INDEX}" if (folder / INDEX).is_file() else ONE_FILE)
     return missing
 
 
@@ -84,16 +84,18 @@ def need_complete(folder: Path, repo_id: str) -> None:
         raise UserError(f"{repo_id}: not a checkpoint this program can read: it has no {', no '.join(missing)}")
 
 
-def digest(path: Path, how: Any) -> str:
+def digest(path: Path, algorithm: Any) -> str:
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            how.update(chunk)
-    return how.hexdigest()
+            algorithm.update(chunk)
+    return algorithm.hexdigest()
 
 
 def refused(repo_id: str, hub: Hub, why: object, page: str, tokens: str, variable: str) -> UserError:
-    """The document's answer to `The request model does not exist!`. `page`: where a model is applied for; `tokens`:
-    where a login is made, which is given in `variable`."""
+    """Error for a model that does not exist or needs access: the document's `The request model does not exist!`.
+
+    `page`: address to apply for the model; `tokens`: address to make a login, which goes in `variable`.
+    """
     return UserError(
         f"{repo_id}: {hub} says that it does not exist or that you may not have it ({why}). Check the name. Some "
         f"models must be applied for: log in, open {page} and apply. Once approved, make a token at {tokens} and pass "
@@ -109,8 +111,8 @@ def unreachable(repo_id: str, hub: Hub, error: Exception) -> UserError:
     )
 
 
-def corrupt(file: str, where: str, expected: object, found: object) -> UserError:
+def corrupt(file: str, where: str, expected: object, actual: object) -> UserError:
     return UserError(
-        f"{where}: {file} does not match the hub's checksum: expected {expected}, found {found}; "
+        f"{where}: {file} does not match the hub's checksum: expected {expected}, found {actual}; "
         "it was removed, run again to download it anew"
     )

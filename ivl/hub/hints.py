@@ -1,4 +1,4 @@
-"""Folders that were given for a model's or an adapter's and are something else: what they are, and the remedy."""
+"""Remedies for folders that are no model's or no adapter's: run, cache, or another kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ADAPTER, RUN = "adapter_config.json", "config.yaml"
 def check_model_folder(folder: Path) -> None:
     """Raise UserError where a folder is something else than a model's, and is known for what it is."""
     if not (folder / "config.json").is_file():
-        if remedy := _other(folder):
+        if remedy := _describe_folder(folder):
             raise UserError(f"{folder}: {remedy}")
         return
     raw = read_json(folder / "config.json")
@@ -27,7 +27,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def quantisation(settings: Any) -> str | None:
-    """The name of a form of quantised weights that is not read; the 8 bits of bitsandbytes are."""
+    """Name of a form of quantised weights that is not read; the 8 bits of bitsandbytes are."""
     if not isinstance(settings, dict) or settings.get("load_in_8bit") is True:
         return None
     method = str(settings.get("quant_method") or settings.get("quantization_method") or "")
@@ -36,7 +36,7 @@ def quantisation(settings: Any) -> str | None:
     return method.upper() or None
 
 
-def _other(folder: Path) -> str | None:
+def _describe_folder(folder: Path) -> str | None:
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         return (
@@ -46,8 +46,8 @@ def _other(folder: Path) -> str | None:
     if is_run(folder):
         return "is a run, not a model; give it with --ckpt_path (chat, predict) or --run (export)"
     for repo in (folder, *sorted(folder.glob("models--*")), *sorted(folder.glob("hub/models--*"))):
-        if found := [path for path in sorted(repo.glob("snapshots/*")) if (path / "config.json").exists()]:
-            return f"is a hub's cache; give the model's OWNER/NAME, or a folder in it, such as {found[-1]}"
+        if snapshots := [path for path in sorted(repo.glob("snapshots/*")) if (path / "config.json").exists()]:
+            return f"is a hub's cache; give the model's OWNER/NAME, or a folder in it, such as {snapshots[-1]}"
     if inside := sorted(path.parent.name for path in folder.glob("*/config.json")):
         return f"no config.json, but there is one in {some(inside, 3)}; give that folder: {folder / inside[0]}"
     return None
@@ -74,5 +74,5 @@ def check_adapter_folder(folder: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is what `fit` leaves."""
+    """True for the folder of a run of `fit`."""
     return (folder / RUN).is_file() and ((folder / "checkpoints").is_dir() or (folder / "adapter").is_dir())

@@ -13,13 +13,13 @@ from ivl.types import UserError
 
 
 def cache() -> Path:
-    """Where the hub's own package keeps files."""
+    """Folder in which the hub's own package keeps files."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
-def own_endpoint() -> str | None:
+def custom_endpoint() -> str | None:
     """Address of the server that HF_ENDPOINT names; None: the hub's own. Raises UserError where it is no address."""
     address = os.environ.get("HF_ENDPOINT") or None
     if address and not re.match(r"https?://[^/\s]", address):
@@ -58,7 +58,7 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    endpoint = own_endpoint()
+    endpoint = custom_endpoint()
     storage = _storage(repo_id)
     storage.mkdir(parents=True, exist_ok=True)
     (storage / UNFINISHED).touch()
@@ -97,16 +97,16 @@ def _check(folder: Path, files: dict[str, Any]) -> None:
     for name, file in files.items():
         path = folder / name
         if file.lfs is not None:
-            expected, how = file.lfs.sha256, hashlib.sha256()
+            expected, algorithm = file.lfs.sha256, hashlib.sha256()
         else:
             # git's name for a file's content: a hash, not a secret
-            expected, how = file.blob_id, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-        found = digest(path, how)
-        if found != expected:
+            expected, algorithm = file.blob_id, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        actual = digest(path, algorithm)
+        if actual != expected:
             blob = path.resolve()
             path.unlink()
             blob.unlink(missing_ok=True)
-            raise corrupt(name, str(folder), expected, found)
+            raise corrupt(name, str(folder), expected, actual)
 
 
 def _refused(repo_id: str, why: object) -> UserError:
@@ -115,5 +115,5 @@ def _refused(repo_id: str, why: object) -> UserError:
 
 
 def lock(repo_id: str) -> Path:
-    """Held by the one process that downloads."""
+    """Path of the lock file, held by the one process that downloads."""
     return cache() / ".locks" / _storage(repo_id).name / "ivl.lock"

@@ -37,7 +37,7 @@ def endpoint() -> str:
 
 
 def cache() -> Path:
-    """Where the hub's own package keeps files."""
+    """Folder in which the hub's own package keeps files."""
     return Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope/hub").expanduser()
 
 
@@ -82,12 +82,12 @@ def _files(repo_id: str, revision: str, token: str | None) -> list[_Remote]:
         raise unreachable(repo_id, "modelscope", error) from error
     if body.get("Code") != 200:
         raise _refused(repo_id, body.get("Message"))
-    found = {f["Path"]: f for f in body["Data"]["Files"] if f.get("Type") != "tree"}
-    return [_Remote(n, found[n]["Size"], found[n].get("Sha256") or "") for n in wanted(found)]
+    listing = {f["Path"]: f for f in body["Data"]["Files"] if f.get("Type") != "tree"}
+    return [_Remote(n, listing[n]["Size"], listing[n].get("Sha256") or "") for n in wanted(listing)]
 
 
 def _file(repo_id: str, revision: str, token: str | None, file: _Remote, folder: Path) -> None:
-    """Bring one file to `folder`, from its partial copy on where there is one, and into place only once checked."""
+    """Download one file to `folder`, going on from its partial copy; it takes its place once it is checked."""
     target, part = folder / file.path, folder / UNFINISHED / file.path
     if target.exists():
         if _matches(target, file):
@@ -106,9 +106,9 @@ def _file(repo_id: str, revision: str, token: str | None, file: _Remote, folder:
             time.sleep(2 ** (failures - 3))
         problem = _fetch(url, token, part, file, repo_id)
     if not _matches(part, file):
-        found = digest(part, hashlib.sha256())
+        actual = digest(part, hashlib.sha256())
         part.unlink()
-        raise corrupt(file.path, str(folder), file.sha256 or f"{file.size} bytes", found)
+        raise corrupt(file.path, str(folder), file.sha256 or f"{file.size} bytes", actual)
     os.replace(part, target)
 
 
@@ -119,7 +119,7 @@ def _matches(path: Path, file: _Remote) -> bool:
 
 
 def _fetch(url: str, token: str | None, part: Path, file: _Remote, repo_id: str) -> Exception | None:
-    """Append to `part` what is missing of it. Returns what went wrong, where another try may help."""
+    """Append to `part` the bytes that it lacks. Returns the error, where another try may help."""
     from tqdm.auto import tqdm
 
     start = part.stat().st_size
@@ -156,5 +156,5 @@ def _refused(repo_id: str, why: object) -> UserError:
 
 
 def lock(repo_id: str) -> Path:
-    """Held by the one process that downloads."""
+    """Path of the lock file, held by the one process that downloads."""
     return cache() / ".locks" / (repo_id.replace("/", "--") + ".lock")

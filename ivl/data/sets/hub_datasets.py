@@ -181,7 +181,7 @@ def _make(dataset: NamedSet, folder: Path, policy: FetchPolicy) -> None:
 def _base(dataset: NamedSet) -> str:
     if dataset.hub == "modelscope":
         return f"{modelscope.endpoint()}/api/v1/datasets/{dataset.repo}/repo"
-    return (huggingface.own_endpoint() or "https://huggingface.co").rstrip("/")
+    return (huggingface.custom_endpoint() or "https://huggingface.co").rstrip("/")
 
 
 def _url(dataset: NamedSet, path: str) -> str:
