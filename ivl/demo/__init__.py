@@ -1,4 +1,4 @@
-"""The embedded demo: real handwriting on boards and in clips, and a tiny InternVL to learn from them; all offline."""
+"""Demo data and model: real handwriting on boards and in clips, and a tiny InternVL; offline."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ROWS = {
     "train": {"single": 12000, "turns": 2500, "grounding": 5000, "video": 500},
     "val": {"single": 300, "turns": 100, "grounding": 150, "video": 60},
 }
-"""How many rows of each kind"""
+"""Number of rows of each kind, by split."""
 
 
 def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS, seed: int = 0) -> None:
-    """Make the demo's data and model in `folder`; nothing where they are there already. Equal seeds make equal files.
+    """Make the demo's data and model in `folder`, unless they are there already. Equal seeds make equal files.
 
-    Everything is written beside the folder and renamed, so it is there whole or not at all.
+    Files are written beside the folder and renamed, so the demo is complete or absent.
     Raises UserError where the folder exists and is something else.
     """
     folder = Path(folder)

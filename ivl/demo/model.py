@@ -1,4 +1,4 @@
-"""The demo's checkpoint: a tiny InternVL of the released layout, random weights, a tokenizer of the demo's words."""
+"""Checkpoint of the demo: a tiny InternVL with random weights and a tokenizer of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH, LLM_WIDTH, LAYERS = 96, 128, 2
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str]) -> dict[str, int]:
-    """tokenizer.json and its companions: byte-level BPE, a number is one token. Returns the added tokens' ids."""
+    """Write tokenizer.json and its companions: byte-level BPE, a number is one token. Returns the added tokens' ids."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     cut = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,13 +36,13 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> dict[str, int]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    whole = json.loads(tokenizer.to_str())
-    ids = {token: len(whole["model"]["vocab"]) + n for n, token in enumerate((*NAMED, *VISUAL))}
+    state = json.loads(tokenizer.to_str())
+    ids = {token: len(state["model"]["vocab"]) + n for n, token in enumerate((*NAMED, *VISUAL))}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    whole["added_tokens"] = [{"id": number, "content": token} | flags for token, number in ids.items()]
+    state["added_tokens"] = [{"id": number, "content": token} | flags for token, number in ids.items()]
     named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     decoder = {str(number): {"content": token} | flags for token, number in ids.items()}
-    _dump(folder / "tokenizer.json", whole)
+    _dump(folder / "tokenizer.json", state)
     _dump(folder / "added_tokens.json", ids)
     _dump(folder / "special_tokens_map.json", {"additional_special_tokens": list(ids)} | named)
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -51,7 +51,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> dict[str, int]:
 
 
 def config(ids: dict[str, int]) -> dict[str, Any]:
-    """config.json: a tile of 32 pixels is 16 patches and 4 tokens, one for each place of a board."""
+    """Content of config.json: a tile of 32 pixels is 16 patches and 4 tokens, one for each place of a board."""
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
@@ -105,7 +105,7 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, texts: Iterable[str], seed: int = 0) -> None:
-    """A whole checkpoint folder, weights random by `seed`, the tokenizer trained on `texts`."""
+    """Write a checkpoint folder, weights random by `seed`, the tokenizer trained on `texts`."""
     folder.mkdir(parents=True)
     ids = write_tokenizer(folder, texts)
     raw = config(ids)
@@ -118,10 +118,10 @@ def write_checkpoint(folder: Path, texts: Iterable[str], seed: int = 0) -> None:
 
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Weights with which so small a model learns in minutes.
+    """Set weights with which so small a model learns in minutes.
 
-    They keep the scale of what passes through them; but what attention brings shall be large beside a token's own
-    embedding, since a digit is first seen through attention spread over the whole row: values are doubled, embeddings
+    They keep the scale of activations; but the output of attention shall be large beside a token's own embedding,
+    since a digit is first seen through attention spread over the whole row: values are doubled, embeddings
     kept small. With all at 1 the model takes four times as many rows before it begins to read.
     """
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The four kinds of rows of the demo, each in the ms-swift format."""
+"""Rows of the demo, of four kinds, each in the ms-swift format."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ivl.demo.scenes import Note, Scans, clip, compose, write_clip
 
 KINDS = ("single", "turns", "grounding", "video")
 
-Asked = tuple[str, str]
-"""Question and answer"""
+QuestionAnswer = tuple[str, str]
+"""Question and answer."""
 
 
 @dataclass(frozen=True)
 class Boards:
-    """What boards are drawn."""
+    """Shares of the kinds of boards."""
 
     notes: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)
-    """How often a board has one note, two, three, four"""
+    """Shares of boards with one note, two, three, four."""
     wide: float = 0.1
     """Share, among questions on one image, of boards twice as wide: cut into tiles, or else too small to read"""
 
@@ -31,7 +31,7 @@ class Boards:
 def write_rows(
     folder: Path, split: str, counts: dict[str, int], seed: int, boards: Boards = Boards()
 ) -> Iterator[dict[str, Any]]:
-    """Make so many rows of each kind: media below `folder`, rows in `folder/SPLIT.jsonl`; they are handed on as made.
+    """Make rows of each kind: media below `folder`, rows in `folder/SPLIT.jsonl`. Yields them one by one.
 
     Rows of the split `train` are made from the scans for training, those of any other from the held-out ones. Equal
     arguments make equal rows, and of each kind the first n are the same however many follow.
@@ -48,14 +48,14 @@ def write_rows(
 
 
 class Maker:
-    """Makes rows of one half of the data and writes their media below `folder`, named by the row's id."""
+    """Maker of rows of one half of the data; their media lie below `folder`, named by the row's id."""
 
     def __init__(self, folder: Path, split: str, seed: int | list[int], boards: Boards = Boards()) -> None:
         self.folder, self.split, self.rng, self.boards = folder, split, np.random.default_rng(seed), boards
         self.scans = Scans(held_out=split != "train")
 
     def row(self, kind: str, number: int) -> dict[str, Any]:
-        """Row `number` of a kind, its `source`; `id` names it in predictions."""
+        """Make row `number` of a kind, its `source`; `id` names it in predictions."""
         name = f"{self.split}-{kind}-{number:05d}"
         return {"id": name, "source": kind, **getattr(self, kind)(name)}
 
@@ -66,19 +66,19 @@ class Maker:
         return {"query": query, "response": response, "images": [image]}
 
     def turns(self, name: str) -> dict[str, Any]:
-        """Questions that follow one another, on one image or on two; no answer says what a later one asks."""
+        """Questions in several turns, on one image or on two; no answer gives that of a later one away."""
         if self.rng.random() < 0.5:
             image, notes = self.board(name)
-            asked = [note_of(notes[n]) for n in self.rng.permutation(len(notes))[:2]]
-            asked = asked if len(asked) == 2 else [*asked, count(notes)]
-            return {**conversation(asked, "<image>\n"), "images": [image]}
-        boards = [self.board(f"{name}{which}") for which in "ab"]
-        asked = [self.question(notes) for _, notes in boards]
-        asked = [(f"<image>\n{query}", response) for query, response in asked]
-        return {**conversation(asked), "images": [image for image, _ in boards]}
+            pairs = [note_of(notes[n]) for n in self.rng.permutation(len(notes))[:2]]
+            pairs = pairs if len(pairs) == 2 else [*pairs, count(notes)]
+            return {**conversation(pairs, "<image>\n"), "images": [image]}
+        boards = [self.board(f"{name}{letter}") for letter in "ab"]
+        pairs = [self.question(notes) for _, notes in boards]
+        pairs = [(f"<image>\n{query}", response) for query, response in pairs]
+        return {**conversation(pairs), "images": [image for image, _ in boards]}
 
     def grounding(self, name: str) -> dict[str, Any]:
-        """From a name to its box, or from a box to what is in it."""
+        """Question from a name to its box, or from a box to its content."""
         image, notes = self.board(name)
         note = notes[self.rng.integers(len(notes))]
         if self.rng.random() < 0.5:
@@ -89,7 +89,7 @@ class Maker:
         return {**row, "images": [image], "objects": objects}
 
     def video(self, name: str) -> dict[str, Any]:
-        """Where a note of a clip moves to, or what is on it."""
+        """Question on a clip: the direction of its note, or the digit on it."""
         frames, note, direction = clip(self.rng, self.scans)
         path = f"videos/{name}.mp4"
         write_clip(frames, self.folder / path)
@@ -97,15 +97,15 @@ class Maker:
             return {"query": "Where does the note move?", "response": direction, "videos": [path]}
         return {"query": "What is on the note?", "response": f"{note.colour} {note.value}", "videos": [path]}
 
-    def question(self, notes: list[Note]) -> Asked:
-        """One that the board answers: half of them of one note, the others of all."""
+    def question(self, notes: list[Note]) -> QuestionAnswer:
+        """Question on a board: half of them on one note, the others on all."""
         draw = self.rng.random()
         if draw < 0.5:
             return note_of(notes[self.rng.integers(len(notes))])
         return read(notes) if draw < 0.8 else count(notes)
 
     def board(self, name: str, columns: int = 2) -> tuple[str, list[Note]]:
-        """Writes a board; its path from the folder, and its notes."""
+        """Write a board. Returns its path from the folder, and its notes."""
         weights = np.array(self.boards.notes)
         many = 1 + int(self.rng.choice(len(weights), p=weights / weights.sum()))
         image, notes = compose(self.rng, self.scans, many, columns)
@@ -114,23 +114,23 @@ class Maker:
         return path, notes
 
 
-def note_of(note: Note) -> Asked:
-    """One note, named by colour, then digit: having said the colour, a model finds the digit in one step, not two."""
+def note_of(note: Note) -> QuestionAnswer:
+    """Question on one note. The answer is colour, then digit: after the colour, the digit takes one step, not two."""
     return f"What is on the {note.colour} note?", f"{note.colour} {note.value}"
 
 
-def read(notes: list[Note]) -> Asked:
-    """All notes in reading order."""
+def read(notes: list[Note]) -> QuestionAnswer:
+    """Question for all notes in reading order."""
     return "Read the notes.", ", ".join(f"{note.colour} {note.value}" for note in notes)
 
 
-def count(notes: list[Note]) -> Asked:
-    """The number of notes."""
+def count(notes: list[Note]) -> QuestionAnswer:
+    """Question for the number of notes."""
     return "How many notes are there?", str(len(notes))
 
 
-def conversation(asked: list[Asked], mark: str = "") -> dict[str, Any]:
-    """The last question and its answer, the others as history; `mark` stands at the very beginning."""
-    turns = [[("" if n else mark) + query, response] for n, (query, response) in enumerate(asked)]
+def conversation(pairs: list[QuestionAnswer], mark: str = "") -> dict[str, Any]:
+    """Fields of a row: the last question and its answer, the others as history; `mark` stands at the very beginning."""
+    turns = [[("" if n else mark) + query, response] for n, (query, response) in enumerate(pairs)]
     query, response = turns.pop()
     return {"query": query, "response": response, **({"history": turns} if turns else {})}

@@ -1,4 +1,4 @@
-"""Pictures of the demo: handwritten digits on coloured notes, pinned to a board; and clips in which a note moves.
+"""Pictures and clips of the demo: handwritten digits on coloured notes, on boards.
 
 The handwriting is scikit-learn's bundled `load_digits` (1797 scans of 8x8 pixels). A scan is used either for training
 rows or for held-out rows, never for both.
@@ -14,15 +14,15 @@ import numpy as np
 from PIL import Image
 
 CELL = 64
-"""Pixels a side of a place on the board; a board is two places high"""
+"""Pixels a side of a place on the board; a board is two places high."""
 NOTE = 60
 STEP = 4
-"""A note sticks to a multiple of this within its place"""
+"""Grid of a note within its place, in pixels."""
 FRAMES = 8
 COLOURS = {"red": (236, 120, 110), "green": (130, 205, 130), "blue": (125, 165, 240), "yellow": (245, 220, 105)}
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 HELD_OUT = 0.15
-"""Share of the scans that only held-out rows are made from"""
+"""Share of the scans that only held-out rows use."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Scans:
         self._values = data.target
 
     def note(self, rng: np.random.Generator, value: int, colour: str) -> Image.Image:
-        """A note with the digit in somebody's hand; in training turned, stretched and moved a little."""
+        """Draw a note with a handwritten digit; in training turned, stretched and moved a little."""
         scan = self._images[rng.choice(self.ids[self._values[self.ids] == value])]
         ink = Image.fromarray(scan).resize((NOTE - 8, NOTE - 8), Image.Resampling.BICUBIC)
         if self._varied:
@@ -61,7 +61,7 @@ class Scans:
 
 
 def _varied(rng: np.random.Generator, ink: Image.Image) -> Image.Image:
-    """As another hand might write it: some degrees of turn, some per cent of stretch, a pixel or two of shift."""
+    """Vary a digit as another hand might write it: turn by degrees, stretch by per cent, shift by a pixel or two."""
     turn, (wide, high), middle = rng.normal(0, 0.12), rng.normal(1, 0.06, size=2), ink.width / 2
     a, b, d, e = wide * np.cos(turn), wide * np.sin(turn), -high * np.sin(turn), high * np.cos(turn)
     x, y = middle * (1 - a - b) + rng.normal(0, 2), middle * (1 - d - e) + rng.normal(0, 2)
@@ -69,7 +69,7 @@ def _varied(rng: np.random.Generator, ink: Image.Image) -> Image.Image:
 
 
 def board(rng: np.random.Generator, columns: int) -> Image.Image:
-    """An empty board: grey cork, a little uneven."""
+    """Draw an empty board: grey cork, a little uneven."""
     grain = 118 + rng.normal(0, 4, size=(2 * CELL // 4, columns * CELL // 4, 1)).repeat(3, axis=2)
     return Image.fromarray(grain.astype(np.uint8)).resize((columns * CELL, 2 * CELL), Image.Resampling.BILINEAR)
 
@@ -81,7 +81,7 @@ def _pinned(rng: np.random.Generator, place: int, columns: int) -> tuple[int, in
 
 
 def compose(rng: np.random.Generator, scans: Scans, count: int, columns: int = 2) -> tuple[Image.Image, list[Note]]:
-    """A board with `count` notes (4 at most) of different digits and colours, in reading order."""
+    """Draw a board with `count` notes (4 at most) of different digits and colours, in reading order."""
     picture, notes = board(rng, columns), []
     places = sorted(rng.permutation(2 * columns)[:count].tolist())
     for place, value, colour in zip(places, rng.permutation(10), rng.permutation(list(COLOURS))):
@@ -92,7 +92,7 @@ def compose(rng: np.random.Generator, scans: Scans, count: int, columns: int = 2
 
 
 def clip(rng: np.random.Generator, scans: Scans) -> tuple[list[Image.Image], Note, str]:
-    """Frames of one note that slides from one place to the next; the note as it starts, and its direction."""
+    """Draw frames of one note that slides to the next place. Returns them, the note at its start, and its direction."""
     direction = str(rng.choice(list(DIRECTIONS)))
     dx, dy = DIRECTIONS[direction]
     lane = int(rng.integers(2)) * CELL
@@ -109,7 +109,7 @@ def clip(rng: np.random.Generator, scans: Scans) -> tuple[list[Image.Image], Not
 
 
 def write_clip(frames: list[Image.Image], path: Path) -> None:
-    """An H.264 mp4 of 8 frames a second."""
+    """Write an H.264 mp4 of 8 frames a second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8, options={"crf": "18", "preset": "veryfast", "threads": "1"})
         stream.width, stream.height = frames[0].size
