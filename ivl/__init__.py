@@ -1,4 +1,7 @@
-"""InternVL in PyTorch Lightning. The public names are imported when first used: `import ivl` itself is instant."""
+"""InternVL in PyTorch Lightning.
+
+Public names are imported at first use: `import ivl` itself is instant.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m ivl COMMAND`: dispatch, and errors a person can act on."""
+"""Dispatch of `python -m ivl COMMAND`, and errors a person can act on."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ FILE of --config: a path, or the name of a config that comes with the program, s
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, or 2 for a mistake the message explains."""
-    _replace_what_cannot_be_written()
+    _replace_unencodable_characters()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
-    argv, chosen = _taken(argv, ("--hub", "--token", "--revision"))
+    argv, hub_options = _split_options(argv, ("--hub", "--token", "--revision"))
     if not argv or argv[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
         print(USAGE.format(commands=commands, folder=FOLDER), end="")
@@ -62,24 +62,24 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         return _fail(f"{command}: no such command; expected one of {', '.join(COMMANDS)}")
     try:
-        if chosen:
+        if hub_options:
             from ivl.hub import choose
 
-            choose(chosen.get("--hub"), chosen.get("--token"), chosen.get("--revision"))
+            choose(hub_options.get("--hub"), hub_options.get("--token"), hub_options.get("--revision"))
         module = importlib.import_module(COMMANDS[command][0])
         if module.__name__ == "ivl.lit.cli":
             return module.main(argv, prepare_demo=_prepare_demo)
         return module.main(argv[1:])
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # noqa: BLE001  (said in a line, or with its traceback)
+    except Exception as error:  # noqa: BLE001  (printed as a line, or with its traceback)
         message = _explain(error)
         if debug or message is None:
             traceback.print_exc()
         return _fail(message) if message is not None else 1
 
 
-def _replace_what_cannot_be_written() -> None:
+def _replace_unencodable_characters() -> None:
     """Let a terminal or pipe that is not UTF-8 show `?` for a character that it lacks, and not end the program."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -87,17 +87,17 @@ def _replace_what_cannot_be_written() -> None:
             reconfigure(errors="replace")
 
 
-def _taken(argv: list[str], options: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    """The arguments without these options (`--option value` or `--option=value`), and their values."""
-    rest, found = [], {}
+def _split_options(argv: list[str], options: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Split off options (`--option value` or `--option=value`). Returns the other arguments, and the values."""
+    rest, values = [], {}
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
         if name in options:
-            found[name] = value if equals else next(words, "")
+            values[name] = value if equals else next(words, "")
         else:
             rest.append(word)
-    return rest, found
+    return rest, values
 
 
 def _prepare_demo(folder: Path) -> None:
@@ -107,7 +107,7 @@ def _prepare_demo(folder: Path) -> None:
 
 
 def _explain(error: Exception) -> str | None:
-    """The one line of a user's mistake; None for a mistake of ours."""
+    """Return the one line of a user's mistake; None for a fault of this program."""
     from ivl.files import disk_fault
     from ivl.types import UserError
 

@@ -1,4 +1,7 @@
-"""Dimensions of the language models inside the releases, one row each; `ivl.families` names the releases."""
+"""Dimensions of the language models inside the releases.
+
+`ivl.families` names the releases.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ class Backbone:
     num_key_value_heads: int
     intermediate_size: int
     vocab_size: int
-    """With the visual tokens the release added"""
+    """Size of the vocabulary, with the visual tokens the release added."""
     rope_theta: float
     dynamic_factor: float | None = None
     """Factor of dynamic NTK; None: none"""
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
     head_dim: int | None = None
-    """None: hidden_size / num_attention_heads"""
+    """Width of a head; None: hidden_size / num_attention_heads."""
     unverified: tuple[str, ...] = ()
     """Fields inferred, not read in the release's own config.json. Only `vocab_size` among them is a shape, and its
     count is the base tokenizer's with the added tokens, as the released trainer resizes it"""
@@ -39,7 +42,7 @@ class Backbone:
         return self.num_hidden_layers * layer + self.hidden_size * (1 + 2 * self.vocab_size)
 
     def config(self) -> dict[str, Any]:
-        """What of `llm_config` decides shapes and positions."""
+        """Keys of `llm_config` that decide shapes and positions."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         skipped = ("architecture", "dynamic_factor", "unverified")
         values = {k: v for k, v in values.items() if k not in skipped and v is not None}

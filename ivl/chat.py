@@ -1,7 +1,8 @@
-"""A conversation with a model, turn by turn: `Chat`, and the reference document's `inference` and `inference_stream`.
+"""Conversation with a model, turn by turn: `Chat`, `inference` and `inference_stream`.
 
-The whole conversation is written down by the template at every turn, and what begins as before is not read again
-(`ivl.inference.prefix_cache`): an answer is that of a fresh prompt, at the price of the new tokens.
+The template writes the full conversation at every turn, and the tokens of an earlier prefix are not computed again
+(`ivl.inference.prefix_cache`): an answer is that of a fresh prompt, at the price of the new tokens. `inference` and
+`inference_stream` are the functions of the reference document.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from ivl.types import Conversation, Message, UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are made."""
+    """Generation options of answers: length and sampling."""
 
     max_new_tokens: int = 1024
-    """The longest answer, in tokens."""
+    """Most tokens of an answer."""
     temperature: float = 0.0
-    """0 is greedy; above, tokens are sampled."""
+    """Temperature of sampling; 0 is greedy."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together have this probability."""
     top_k: int = 0
     """Sample among this many most likely tokens; 0: all."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens that already occurred in the answer become less likely."""
+    """Penalty of tokens that already occurred in the answer; above 1 they become less likely."""
     seed: int = 0
-    """Of the sampling, begun anew for each answer."""
+    """Seed of the sampling, begun anew for each answer."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -51,7 +52,7 @@ class Settings:
 
 
 class Chat:
-    """A conversation. `ask` returns an answer, `stream` its text as it is made; both take it into the history.
+    """Conversation with a model. `ask` returns an answer, `stream` yields its text; both add it to the history.
 
     An answer that is stopped (`stream` closed, or interrupted) stays in the history as far as it came, and a turn
     that fails leaves no trace.
@@ -65,9 +66,12 @@ class Chat:
         settings: Settings | None = None,
         max_length: int | None = None,
     ) -> None:
-        """`system`: instead of the checkpoint's system message. `max_length`: tokens a conversation may have with its
-        last question, instead of the model's context. A limit of the processor's own does not count: here nothing is
-        left out to make a question fit."""
+        """Start a conversation.
+
+        `system`: system message instead of the checkpoint's. `max_length`: most tokens of a conversation with its last
+        question, instead of the model's context. A limit of the processor does not count: nothing is left out to make a
+        question fit.
+        """
         self.model = model
         self.processor = copy(processor)
         self.processor.max_length = None
@@ -77,19 +81,19 @@ class Chat:
         self.max_length = context if max_length is None else min(max_length, context)
         self.context = context
         self.finish_reason: FinishReason | None = None
-        """Why the last answer ended: stop, length (`max_new_tokens`) or context (the model's is full); None: it was
-        stopped from outside"""
+        """Reason why the last answer ended: stop, length (`max_new_tokens`) or context (the model's is full). None: it
+        was stopped from outside."""
         self.notes: Sequence[str] = ()
-        """Marks in the last question that have no effect"""
+        """Marks in the last question that have no effect."""
         self.prefix_cache = PrefixCache()
-        """Keys of what the model has read"""
+        """Keys and values of the tokens that the model has read."""
         self._runner = StepRunner(model.language_model, model.device)
         self._messages: tuple[Message, ...] = ()
         self._opened = MediaCache()
 
     @property
     def history(self) -> list[list[str]]:
-        """[question, answer] of each turn; media as their marks."""
+        """Pairs [question, answer] of the turns; media as their marks."""
         texts = [message.text for message in self._messages]
         return [list(pair) for pair in zip(texts[::2], texts[1::2])]
 
@@ -100,16 +104,16 @@ class Chat:
         self.prefix_cache.forget()
 
     def ask(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:
-        """The answer to a question about these media and what came before.
+        """Return the answer to a question about these media and the conversation so far.
 
-        `<image>` and `<video>` in the question say where media stand; without marks they come first. `images`: paths,
-        URLs, `data:` URIs, bytes or PIL images; a path may also be written as `<img>path</img>`.
+        `<image>` and `<video>` in the question are the places of media; without marks they come first. `images`:
+        paths, URLs, `data:` URIs, bytes or PIL images; a path may also be written as `<img>path</img>`.
         Raises UserError for media that cannot be opened or do not match the marks, and where there is no room left.
         """
         return "".join(self.stream(query, images, videos))
 
     def stream(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Generator[str, None, None]:
-        """Pieces of the answer as they are made; together they are what `ask` returns."""
+        """Yield pieces of the answer; together they are the answer of `ask`."""
         return self._answer(self._message(query, images, videos))
 
     def _message(self, query: str, images: Sequence[Any], videos: Sequence[Any]) -> Message:
@@ -128,18 +132,18 @@ class Chat:
         self._check_room(len(example))
         engine = self._engine()
         request = Request(0, example.input_ids, example.tiles, seed=self.settings.seed)
-        words, self.finish_reason = Words(self.processor), None
+        decoder, self.finish_reason = StreamDecoder(self.processor), None
         try:
             for token in stream_request(engine, request):
-                if token not in engine.criteria.eos_ids and (piece := words.add(token)):
+                if token not in engine.criteria.eos_ids and (piece := decoder.add(token)):
                     yield piece
-            if piece := words.rest():
+            if piece := decoder.rest():
                 yield piece
         except (GeneratorExit, KeyboardInterrupt):
-            self._keep(message, words.text)
+            self._add_turn(message, decoder.text)
             raise
         self.finish_reason = request.answer.finish_reason
-        self._keep(message, words.text, empty=True)
+        self._add_turn(message, decoder.text, empty=True)
 
     def _engine(self) -> Engine:
         """Return an engine for one answer, on the conversation's cache."""
@@ -157,24 +161,24 @@ class Chat:
     def _check_room(self, length: int) -> None:
         """Raise UserError where a conversation of that many tokens is too long to be answered."""
         if length > self.max_length or length >= self.context:
-            what = "the model's context" if self.max_length == self.context else "max_length"
+            limit = "the model's context" if self.max_length == self.context else "max_length"
             raise UserError(
-                f"the conversation has {length} tokens with this question, and {what} is {self.max_length}; start "
+                f"the conversation has {length} tokens with this question, and {limit} is {self.max_length}; start "
                 "anew (clear), or use fewer tiles"
             )
 
-    def _keep(self, message: Message, answer: str, empty: bool = False) -> None:
+    def _add_turn(self, message: Message, answer: str, empty: bool = False) -> None:
         if answer or empty:
             self._messages = (*self._messages, message, Message("assistant", (answer,)))
 
 
-class Words:
-    """Token ids → text that can be printed at once: whole characters, without blanks around the answer."""
+class StreamDecoder:
+    """Incremental decoder: token ids → complete characters, without blanks around the answer."""
 
     def __init__(self, processor: Processor) -> None:
         tokenizer = processor.tokenizer
         self.text = ""
-        """What has been given out"""
+        """Text so far."""
         self._bytes_of = tokenizer.token_bytes
         self._skipped = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
         # A character may be spread over several tokens.
@@ -182,14 +186,14 @@ class Words:
         self._blanks = ""
 
     def add(self, token: int) -> str:
-        """The text that this token completes."""
-        return "" if token in self._skipped else self._give(self._decoder.decode(self._bytes_of(token)))
+        """Return the text that a token completes."""
+        return "" if token in self._skipped else self._emit(self._decoder.decode(self._bytes_of(token)))
 
     def rest(self) -> str:
-        """What an answer that ended inside a character leaves."""
-        return self._give(self._decoder.decode(b"", final=True))
+        """Return the rest of an answer that ended inside a character."""
+        return self._emit(self._decoder.decode(b"", final=True))
 
-    def _give(self, new: str) -> str:
+    def _emit(self, new: str) -> str:
         text = self._blanks + new
         if not self.text:
             text = text.lstrip()
@@ -209,9 +213,9 @@ def inference_stream(
     videos: Sequence[Any] = (),
     settings: Settings | None = None,
 ) -> Iterator[tuple[str, list[list[str]]]]:
-    """The reference document's function: (answer so far, history with it), again and again. Nothing is remembered.
+    """Yield (answer so far, history with it), as the reference document's function. Nothing is remembered.
 
-    `images` are those of the whole conversation, in order. Raises UserError as `Chat.ask` does.
+    `images` are those of the full conversation, in order. Raises UserError as `Chat.ask` does.
     """
     row = {
         "query": query,
@@ -222,13 +226,13 @@ def inference_stream(
     conversation = processor.parse(row)
     chat = Chat(model, processor, system, settings)
     chat._messages = conversation.messages[:-1]
-    asked = [list(pair) for pair in history]
+    turns = [list(pair) for pair in history]
     answer = ""
     for piece in chat._answer(conversation.messages[-1]):
         answer += piece
-        yield answer, [*asked, [query, answer]]
+        yield answer, [*turns, [query, answer]]
     if not answer:
-        yield answer, [*asked, [query, answer]]
+        yield answer, [*turns, [query, answer]]
 
 
 def inference(
@@ -241,6 +245,6 @@ def inference(
     videos: Sequence[Any] = (),
     settings: Settings | None = None,
 ) -> tuple[str, list[list[str]]]:
-    """The reference document's function: (answer, history with it). Arguments as of `inference_stream`."""
+    """Return (answer, history with it), as the reference document's function. Arguments: see `inference_stream`."""
     *_, last = inference_stream(model, processor, query, history, system, images, videos, settings)
     return last

@@ -1,4 +1,6 @@
-"""A checkpoint's config.json as dataclasses. Numbers that follow from others are properties, so no option repeats them.
+"""Config of a checkpoint, config.json, as dataclasses.
+
+Numbers that follow from others are properties, so no option repeats them.
 
 Source of the fields: OpenGVLab/InternVL, internvl_chat/internvl/model/internvl_chat/configuration_*.py.
 """
@@ -16,7 +18,7 @@ from ivl.types import UserError
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """InternViT. `norm_type` rms_norm with `qk_normalization` and no `qkv_bias` is the 6B variant."""
+    """Config of InternViT. `norm_type` rms_norm with `qk_normalization` and no `qkv_bias` is the 6B variant."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -39,16 +41,16 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A chat model of the released OpenGVLab layout (`architectures: ["InternVLChatModel"]`)."""
+    """Config of a chat model of the released OpenGVLab layout (`architectures: ["InternVLChatModel"]`)."""
 
     vision: VisionConfig
     llm: dict[str, Any]
-    """`llm_config` as it stands; `ivl.model.decoder.DecoderConfig` reads it"""
+    """Content of `llm_config`, unchanged; `ivl.model.decoder.DecoderConfig` reads it."""
     template: str
     system_message: str | None = None
-    """The checkpoint's own; None: the one of the template"""
+    """System message of the checkpoint; None: the template's."""
     answer_prefill: str = ""
-    """What a prompt has after the template's own opening of an answer, such as `<think>` and a new line"""
+    """Text after the template's opening of an answer, such as `<think>` and a new line."""
     select_layer: int = -1
     ps_version: Literal["v1", "v2"] = "v2"
     downsample_ratio: float = 0.5
@@ -59,34 +61,34 @@ class Config:
     max_dynamic_patch: int = 12
     pad2square: bool = False
     layout: Literal["released", "hf"] = "released"
-    """Whose names the folder that it was read from has: OpenGVLab's, or those of transformers' class"""
+    """Layout of names in the folder that it was read from: OpenGVLab's, or that of transformers' class."""
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
-    """The file as read, so that it can be written back with nothing lost"""
+    """Content of the file as read, so that it can be written back with nothing lost."""
 
     @property
     def image_size(self) -> int:
-        """S: pixels a side of a tile."""
+        """Pixels a side of a tile, S."""
         return self.force_image_size or self.vision.image_size
 
     @property
     def stored_in_8_bits(self) -> bool:
-        """Whether all linear layers are stored in 8 bits, tower, projector and head too: bitsandbytes' releases."""
+        """True if all linear layers are stored in 8 bits, tower, projector and head too: bitsandbytes' releases."""
         return bool((self.raw.get("quantization_config") or {}).get("load_in_8bit"))
 
     @property
     def tokens_per_tile(self) -> int:
-        """P: image tokens of one tile, after pixel shuffle."""
+        """Image tokens of one tile after pixel shuffle, P."""
         return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
 
     @property
     def llm_architecture(self) -> str:
-        """What `llm_config.architectures` names; a row of `ivl.families.LLMS`."""
+        """Architecture of the language model, by `llm_config.architectures`; a key of `ivl.families.LLMS`."""
         names = self.llm.get("architectures") or ["?"]
         return names[0]
 
     @property
     def projector_width(self) -> int:
-        """Width of what enters `mlp1`: the channels of 1 / downsample_ratio² patches."""
+        """Input width of `mlp1`: the channels of 1 / downsample_ratio² patches."""
         return int(self.vision.hidden_size * (1 / self.downsample_ratio) ** 2)
 
     @classmethod
@@ -115,11 +117,11 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 LARGEST_JSON = 1 << 27
-"""Bytes of the largest JSON file that is read; the largest of a release, a tokenizer.json, has a tenth of it"""
+"""Size limit of a JSON file, in bytes; the largest of a release, a tokenizer.json, has a tenth of it."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint folder. Raises UserError with the path."""
+    """Read a JSON object from a checkpoint folder. Raises UserError with the path."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint folder with config.json, weights and tokenizer")
     try:

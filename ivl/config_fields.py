@@ -1,7 +1,7 @@
-"""Fields of a checkpoint's config.json: type, range, and how they depend on one another. A table for each of its parts.
+"""Fields of a checkpoint's config.json: types, ranges and dependencies.
 
-A folder may come from anyone: what is not in the range of a model that could be loaded is refused here, in one line and
-before anything is made of it. The bounds are far above the largest release.
+A folder may come from anyone: a value that no loadable model could have is refused here, in one line and before
+anything is built from it. The bounds are far above the largest release.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ivl.types import UserError
 
 @dataclass(frozen=True)
 class Field:
-    """A field: what it may be."""
+    """Range of a field: type, bounds and choices."""
 
     kind: type
     low: float = -math.inf
@@ -25,12 +25,12 @@ class Field:
     choices: tuple[str, ...] = ()
     needed: bool = False
     null: bool = False
-    """null means that it is not said"""
+    """Allow null: no value."""
     several: bool = False
-    """A list of such values is allowed as well"""
+    """Allow a list of such values as well."""
 
     def expected(self) -> str:
-        """What it may be, in words."""
+        """Describe the range in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
@@ -40,7 +40,7 @@ class Field:
         return text + (" or a list of them" if self.several else "") + (" or null" if self.null else "")
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is one."""
+        """True if a value is in the range."""
         if value is None:
             return self.null
         if self.several and isinstance(value, list):
@@ -57,7 +57,7 @@ def _size(high: int, needed: bool = False, null: bool = False) -> Field:
 
 LAYERS, WIDTH = 1024, 1 << 17
 _ID = Field(int, 0, (1 << 31) - 1, null=True)
-_SHARE, _SMALL, _FLAG = Field(float, 0, 1), Field(float, 0, 1), Field(bool)
+_SHARE, _EPSILON, _FLAG = Field(float, 0, 1), Field(float, 0, 1), Field(bool)
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
 TOP: dict[str, Field] = {
@@ -90,7 +90,7 @@ VISION: dict[str, Field] = {
     "qkv_bias": _FLAG,
     "qk_normalization": _FLAG,
     "norm_type": Field(str, choices=("layer_norm", "rms_norm")),
-    "layer_norm_eps": _SMALL,
+    "layer_norm_eps": _EPSILON,
     "hidden_act": Field(str, choices=ACTIVATIONS),
     "drop_path_rate": Field(float, 0, 0.999),
     "attention_dropout": _SHARE,
@@ -110,7 +110,7 @@ LLM: dict[str, Field] = {
     "num_key_value_heads": _size(WIDTH, null=True),
     "head_dim": _size(1 << 13, null=True),
     "hidden_act": Field(str, choices=ACTIVATIONS),
-    "rms_norm_eps": _SMALL,
+    "rms_norm_eps": _EPSILON,
     "initializer_range": _SHARE,
     "attention_dropout": _SHARE,
     "resid_pdrop": _SHARE,
@@ -151,7 +151,8 @@ def check(raw: Mapping[str, Any], where: str) -> None:
     for name in ("rope_scaling", "rope_parameters"):
         check_part(raw["llm_config"].get(name) or {}, ROPE, where, f"llm_config.{name}.")
     llm = raw["llm_config"]
-    for problem in itertools.chain(_of_vision(raw, raw["vision_config"]), _of_llm(llm), _of_rope(llm)):
+    vision_problems = _vision_conflicts(raw, raw["vision_config"])
+    for problem in itertools.chain(vision_problems, _llm_conflicts(llm), _rope_faults(llm)):
         raise UserError(f"{where}: {problem}")
 
 
@@ -168,26 +169,26 @@ def check_part(
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """Write a value for a message, cut where it is long."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _of_vision(raw: Mapping[str, Any], vision: Mapping[str, Any]) -> Iterator[str]:
-    """What does not go together in the tower and in how pictures are cut for it."""
+def _vision_conflicts(raw: Mapping[str, Any], vision: Mapping[str, Any]) -> Iterator[str]:
+    """Conflicts between fields of the tower and of image tiling."""
     width, heads, depth = vision["hidden_size"], vision["num_attention_heads"], vision["num_hidden_layers"]
-    own, patch = vision.get("image_size", 448), vision.get("patch_size", 14)
-    size, ratio = raw.get("force_image_size") or own, raw.get("downsample_ratio", 0.5)
+    image_size, patch = vision.get("image_size", 448), vision.get("patch_size", 14)
+    size, ratio = raw.get("force_image_size") or image_size, raw.get("downsample_ratio", 0.5)
     side, layer = round(1 / ratio), raw.get("select_layer", -1)
     least, most = raw.get("min_dynamic_patch", 1), raw.get("max_dynamic_patch", 12)
     if width % heads:
         yield f"vision_config: hidden_size {width} is not a multiple of num_attention_heads {heads}"
     if side * ratio != 1:
         yield f"downsample_ratio: expected 1 divided by a whole number, found {ratio}"
-    if own % patch:
-        yield f"vision_config: image_size {own} is not a multiple of patch_size {patch}"
+    if image_size % patch:
+        yield f"vision_config: image_size {image_size} is not a multiple of patch_size {patch}"
     if size % (patch * side):
         yield f"force_image_size: expected a multiple of {patch * side} ({side} patches to a token), found {size}"
     if not -depth - 1 <= layer <= depth:
@@ -196,8 +197,8 @@ def _of_vision(raw: Mapping[str, Any], vision: Mapping[str, Any]) -> Iterator[st
         yield f"min_dynamic_patch {least} is above max_dynamic_patch {most}"
 
 
-def _of_llm(llm: Mapping[str, Any]) -> Iterator[str]:
-    """What does not go together in the language model."""
+def _llm_conflicts(llm: Mapping[str, Any]) -> Iterator[str]:
+    """Conflicts between fields of the language model."""
     width, heads, names = llm["hidden_size"], llm["num_attention_heads"], llm["architectures"]
     groups = llm.get("num_key_value_heads") or heads
     if not names or not isinstance(names, list):
@@ -208,17 +209,17 @@ def _of_llm(llm: Mapping[str, Any]) -> Iterator[str]:
         yield f"llm_config: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
     if (pad := llm.get("pad_token_id")) is not None and pad >= llm["vocab_size"]:
         yield f"llm_config: pad_token_id {pad} is not below vocab_size {llm['vocab_size']}"
-    if (head := _head(llm)) % 2:
+    if (head := _head_width(llm)) % 2:
         yield f"llm_config: the width of a head is {head}; rotary positions need an even one"
 
 
-def _head(llm: Mapping[str, Any]) -> int:
+def _head_width(llm: Mapping[str, Any]) -> int:
     return int(llm.get("head_dim") or llm["hidden_size"] // llm["num_attention_heads"])
 
 
-def _of_rope(llm: Mapping[str, Any]) -> Iterator[str]:
-    """What is missing in the scaling of rotary positions, or does not fit the heads."""
-    half = _head(llm) // 2
+def _rope_faults(llm: Mapping[str, Any]) -> Iterator[str]:
+    """Faults of the scaling of rotary positions: missing fields, or sizes that do not fit the heads."""
+    half = _head_width(llm) // 2
     for name in ("rope_scaling", "rope_parameters"):
         rope = llm.get(name) or {}
         where, kind = f"llm_config.{name}", rope.get("type") or rope.get("rope_type") or "default"

@@ -1,7 +1,8 @@
-"""What differs between models, as data: one row per language-model family, one per released model.
+"""Tables of language-model families and released models.
 
-A new family is a row here and a parameter of the parity test. The columns are read by `model/decoder.py` (variant),
-`checkpoint/layouts.py` (layout), `finetune/tune.py` (LoRA targets) and `data/text/template.py` through `config.json`.
+The differences between models, as data. A new family is an entry here and a parameter of the parity test. The columns
+are read by `model/decoder.py` (variant), `checkpoint/layouts.py` (layout), `finetune/tune.py` (LoRA targets) and
+`data/text/template.py` through `config.json`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from ivl.types import UserError
 
 @dataclass(frozen=True)
 class LLMFamily:
-    """What a language model named in `llm_config.architectures` is; `ivl.model.decoder` builds it."""
+    """Family of a language model, by `llm_config.architectures`; `ivl.model.decoder` builds it."""
 
     architecture: str
-    """The name in the released config"""
+    """Name in the released config."""
     model_type: str
-    """transformers' name for it, in -hf folders: InternLM2 is Llama with its weights in another order"""
+    """Name of transformers, in -hf folders: InternLM2 is Llama with its weights in another order"""
     layout: str
-    """The row of `ivl.checkpoint.weights` that maps released tensor names to the module's; "native": the same names"""
+    """Key of `ivl.checkpoint.weights` that maps released tensor names to the module's; "native": the same names."""
     lora_targets: tuple[str, ...]
     """Names of the linear layers inside a decoder layer that a LoRA covers by default"""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -31,15 +32,15 @@ class LLMFamily:
     bias: Literal["config", "qkv", "none"] = "config"
     """Biases of attention: as `llm_config.attention_bias` says, or of queries, keys and values alone, or none"""
     qk_norm: bool = False
-    """Queries and keys are normalised head by head"""
+    """Norms of queries and keys, head by head."""
     fused: bool = False
-    """One layer makes queries, keys and values, and one the MLP's gate and up"""
+    """Fused layers: one for queries, keys and values, and one for the MLP's gate and up."""
     windowed: bool = False
-    """`llm_config.sliding_window` holds in every layer"""
+    """Sliding window of `llm_config.sliding_window` in every layer."""
     mlp: str = "gated"
-    """A key of `ivl.model.decoder.MLPS`"""
+    """Key of `ivl.model.decoder.MLPS`."""
     defaults: tuple[tuple[str, Any], ...] = ()
-    """What an `llm_config` without a key means"""
+    """Values of keys that an `llm_config` may lack."""
 
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,7 +67,7 @@ LLMS: dict[str, LLMFamily] = {
 
 
 def llm_family(architecture: str) -> LLMFamily:
-    """The row of an architecture. Raises UserError listing the known ones."""
+    """Return the family of an architecture. Raises UserError listing the known ones."""
     try:
         return LLMS[architecture]
     except KeyError:
@@ -90,33 +91,33 @@ PHI3_SYSTEM = "You are an AI assistant whose name is Phi-3."
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """A checkpoint people ask for by name."""
+    """Released checkpoint, known by name."""
 
     name: str
-    """As the document spells it"""
+    """Name as the document spells it."""
     huggingface: str
-    """Its id on the Hugging Face hub"""
+    """Id on the Hugging Face hub."""
     tower: str
-    """A row of TOWERS"""
+    """Key of TOWERS."""
     llm: str
-    """A row of BACKBONES"""
+    """Key of BACKBONES."""
     template: str
     system_message: str | None = None
-    """The one it was trained with; None: its template's. A user's own wins over either"""
+    """System message of its training; None: its template's. A user's wins over either."""
     multi_turn_images: bool = True
-    """Images may stand in several turns of a conversation"""
+    """Images allowed in several turns of a conversation."""
     video: bool = True
     int8: bool = False
-    """Its linear layers are stored in 8 bits, with their scales; computed in bfloat16 whatever is asked for"""
+    """Linear layers stored in 8 bits, with their scales; computed in bfloat16 whatever the dtype option."""
     in_document: bool = True
-    """One of the eleven of the reference document: it has a config of its own"""
+    """Member of the eleven of the reference document: it has a config of its own."""
     modelscope: str = ""
-    """Its id on ModelScope; empty: the same as on Hugging Face"""
+    """Id on ModelScope; empty: the same as on Hugging Face."""
     max_length: int = 2048
     max_tiles: int = 12
 
     def id_on(self, hub: str) -> str:
-        """Its id on `huggingface` or `modelscope`."""
+        """Return the id on `huggingface` or `modelscope`."""
         return self.modelscope if hub == "modelscope" and self.modelscope else self.huggingface
 
     @property
@@ -143,7 +144,7 @@ class ReleasedModel:
 
 
 def config_for(row: ReleasedModel) -> dict[str, Any]:
-    """A config.json with a released model's dimensions, for counting and planning without its files.
+    """Make a config.json with a released model's dimensions, for counting and planning without its files.
 
     `ivl.config.Config.from_dict` reads it. Loading weights takes the checkpoint's own file, which says more.
     """
@@ -176,22 +177,22 @@ def _v1_5(stem: str, tower: str, llm: str, template: str, system_message: str, *
 
 
 def _series(family: str, template: str, *sizes: tuple[str, ...], **options: Any) -> tuple[ReleasedModel, ...]:
-    """Rows of (size, tower, language model), and a template where it is not the family's."""
+    """Make models from (size, tower, language model), and a template where it is not the family's."""
     return tuple(
         ReleasedModel(
-            f"{family}-{size}".lower(), f"OpenGVLab/{family}-{size}", tower, llm, (*own, template)[0], **options
+            f"{family}-{size}".lower(), f"OpenGVLab/{family}-{size}", tower, llm, (*templates, template)[0], **options
         )
-        for size, tower, llm, *own in sizes
+        for size, tower, llm, *templates in sizes
     )
 
 
-_SMALL, _LARGE = TOWERS
+_VIT_300M, _VIT_6B = TOWERS
 
 # Templates: the finetuning scripts of OpenGVLab/InternVL (--conv_style).
 MODELS: tuple[ReleasedModel, ...] = (
     _v1_5(
         "InternVL-Chat-V1-5",
-        _LARGE,
+        _VIT_6B,
         "internlm2-chat-20b",
         "internlm2-chat",
         INTERNLM_SYSTEM,
@@ -199,78 +200,78 @@ MODELS: tuple[ReleasedModel, ...] = (
     ),
     _v1_5(
         "InternVL-Chat-V1-5-Int8",
-        _LARGE,
+        _VIT_6B,
         "internlm2-chat-20b",
         "internlm2-chat",
         INTERNLM_SYSTEM,
         modelscope="AI-ModelScope/InternVL-Chat-V1-5-int8",
         int8=True,
     ),
-    _v1_5("Mini-InternVL-Chat-2B-V1-5", _SMALL, "internlm2-chat-1_8b", "internlm2-chat", INTERNLM_SYSTEM),
-    _v1_5("Mini-InternVL-Chat-4B-V1-5", _SMALL, "Phi-3-mini-128k-instruct", "phi3-chat", PHI3_SYSTEM),
+    _v1_5("Mini-InternVL-Chat-2B-V1-5", _VIT_300M, "internlm2-chat-1_8b", "internlm2-chat", INTERNLM_SYSTEM),
+    _v1_5("Mini-InternVL-Chat-4B-V1-5", _VIT_300M, "Phi-3-mini-128k-instruct", "phi3-chat", PHI3_SYSTEM),
     *_series(
         "InternVL2",
         "internlm2-chat",
-        ("1B", _SMALL, "Qwen2-0.5B-Instruct", "Hermes-2"),
-        ("2B", _SMALL, "internlm2-chat-1_8b"),
-        ("4B", _SMALL, "Phi-3-mini-128k-instruct", "phi3-chat"),
-        ("8B", _SMALL, "internlm2_5-7b-chat"),
-        ("26B", _LARGE, "internlm2-chat-20b"),
-        ("40B", _LARGE, "Nous-Hermes-2-Yi-34B", "Hermes-2"),
-        ("Llama3-76B", _LARGE, "Hermes-2-Theta-Llama-3-70B"),
+        ("1B", _VIT_300M, "Qwen2-0.5B-Instruct", "Hermes-2"),
+        ("2B", _VIT_300M, "internlm2-chat-1_8b"),
+        ("4B", _VIT_300M, "Phi-3-mini-128k-instruct", "phi3-chat"),
+        ("8B", _VIT_300M, "internlm2_5-7b-chat"),
+        ("26B", _VIT_6B, "internlm2-chat-20b"),
+        ("40B", _VIT_6B, "Nous-Hermes-2-Yi-34B", "Hermes-2"),
+        ("Llama3-76B", _VIT_6B, "Hermes-2-Theta-Llama-3-70B"),
     ),
     *_series(
         "InternVL2_5",
         "internvl2_5",
-        ("1B", _SMALL, "Qwen2.5-0.5B-Instruct"),
-        ("2B", _SMALL, "internlm2_5-1_8b-chat"),
-        ("4B", _SMALL, "Qwen2.5-3B-Instruct"),
-        ("8B", _SMALL, "internlm2_5-7b-chat"),
-        ("26B", _LARGE, "internlm2_5-20b-chat"),
-        ("38B", _LARGE, "Qwen2.5-32B-Instruct"),
-        ("78B", _LARGE, "Qwen2.5-72B-Instruct"),
+        ("1B", _VIT_300M, "Qwen2.5-0.5B-Instruct"),
+        ("2B", _VIT_300M, "internlm2_5-1_8b-chat"),
+        ("4B", _VIT_300M, "Qwen2.5-3B-Instruct"),
+        ("8B", _VIT_300M, "internlm2_5-7b-chat"),
+        ("26B", _VIT_6B, "internlm2_5-20b-chat"),
+        ("38B", _VIT_6B, "Qwen2.5-32B-Instruct"),
+        ("78B", _VIT_6B, "Qwen2.5-72B-Instruct"),
         in_document=False,
     ),
     *_series(
         "InternVL3",
         "internvl2_5",
-        ("1B", _SMALL, "Qwen2.5-0.5B"),
-        ("2B", _SMALL, "Qwen2.5-1.5B"),
-        ("8B", _SMALL, "Qwen2.5-7B"),
-        ("9B", _SMALL, "internlm3-8b-instruct"),
-        ("14B", _SMALL, "Qwen2.5-14B"),
-        ("38B", _LARGE, "Qwen2.5-32B"),
-        ("78B", _LARGE, "Qwen2.5-72B"),
+        ("1B", _VIT_300M, "Qwen2.5-0.5B"),
+        ("2B", _VIT_300M, "Qwen2.5-1.5B"),
+        ("8B", _VIT_300M, "Qwen2.5-7B"),
+        ("9B", _VIT_300M, "internlm3-8b-instruct"),
+        ("14B", _VIT_300M, "Qwen2.5-14B"),
+        ("38B", _VIT_6B, "Qwen2.5-32B"),
+        ("78B", _VIT_6B, "Qwen2.5-72B"),
         in_document=False,
     ),
     *_series(
         "InternVL3_5",
         "internvl2_5",
-        ("1B", _SMALL, "Qwen3-0.6B"),
-        ("2B", _SMALL, "Qwen3-1.7B"),
-        ("4B", _SMALL, "Qwen3-4B"),
-        ("8B", _SMALL, "Qwen3-8B"),
-        ("14B", _SMALL, "Qwen3-14B"),
-        ("38B", _LARGE, "Qwen3-32B"),
+        ("1B", _VIT_300M, "Qwen3-0.6B"),
+        ("2B", _VIT_300M, "Qwen3-1.7B"),
+        ("4B", _VIT_300M, "Qwen3-4B"),
+        ("8B", _VIT_300M, "Qwen3-8B"),
+        ("14B", _VIT_300M, "Qwen3-14B"),
+        ("38B", _VIT_6B, "Qwen3-32B"),
         in_document=False,
     ),
 )
 
 
 def find_model(name: str) -> ReleasedModel | None:
-    """The row of a name people use, whatever its case: `internvl2-2b`, `OpenGVLab/InternVL2-2B@main`.
+    """Return the released model of a name, in any case: `internvl2-2b`, `OpenGVLab/InternVL2-2B@main`.
 
     None for everything else, such as another owner's copy or a variant with a name of its own.
     """
     return _BY_NAME.get(_key(name))
 
 
-def line_of(config: Config, own_message: str | None = None) -> ReleasedModel | None:
-    """The row of the V1.5 line that a checkpoint's files tell, whatever its folder is called: it shares templates with
-    InternVL2 and takes less. None: another line, or nothing tells.
+def line_of(config: Config, system_message: str | None = None) -> ReleasedModel | None:
+    """Return the model of the V1.5 line that a checkpoint's files show, under any name of its folder.
 
-    `own_message`: the system message of its conversation.py, which decides where it is there. Else that of its config
-    does, or what only the line's configs have: `transformers_version` null beside the template.
+    The line shares templates with InternVL2 and takes fewer media. None: another line, or the files do not tell.
+    `system_message`: that of its conversation.py, which decides where there is one. Else that of its config does, or
+    the mark of the line's configs: `transformers_version` null beside the template.
     """
     rows = [row for row in MODELS if not row.video and not row.int8 and row.template == config.template]
     if not rows:
@@ -279,7 +280,8 @@ def line_of(config: Config, own_message: str | None = None) -> ReleasedModel | N
         return find_model(name)
     messages = {row.system_message for row in rows}
     version = config.raw.get("transformers_version", "?") is None and "pad2square" in config.raw
-    if own_message not in messages if own_message is not None else not (config.system_message in messages or version):
+    of_line = config.system_message in messages or version if system_message is None else system_message in messages
+    if not of_line:
         return None
     width = config.llm.get("hidden_size", 0)
     return min(rows, key=lambda row: abs(row.backbone.hidden_size - width))

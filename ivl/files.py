@@ -1,4 +1,4 @@
-"""Writing files whole, and faults of disks in one line."""
+"""Atomic writing of files, and faults of disks in one line."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ REMEDIES = {
     errno.ENFILE: "raise the limit of open files (ulimit -n)",
     errno.ENOMEM: "free memory, or take fewer processes",
 }
-"""What a person can do about an error of the operating system"""
+"""Remedy of each error of the operating system."""
 
 _CODE = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
 _PATH = re.compile(r": '([^']+)'|at path \"([^\"]+)\"")
 
 
 def disk_fault(error: BaseException | None) -> str | None:
-    """A fault of a file or disk in one line: where, what, and the remedy. None for any other error.
+    """Describe a fault of a file or disk in one line: path, error and remedy. None for any other error.
 
     Also one that came as another library's error (safetensors), or as the text of a loader worker's traceback.
     """
@@ -59,7 +59,7 @@ def disk_fault(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def whole_path(path: str | Path) -> Iterator[Path]:
-    """Another path beside `path` to write a file to; it takes the place of `path` at the end, or vanishes on an error.
+    """Yield a temporary path beside `path`; it takes the place of `path` at the end, or vanishes on an error.
 
     A link stays, and the file that it leads to is replaced. A device or a pipe is written to as it is.
     """
@@ -83,12 +83,12 @@ def whole_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to be written, which is at `path` once it is whole: not after an error, and not half while others read."""
+    """Open a file for writing that appears at `path` once it is complete, and not after an error."""
     with whole_path(path) as part, part.open("wb") as out:
         yield out
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all, and the folders it lies in."""
+    """Write a text file, complete or not at all, and the folders it lies in."""
     with whole_file(path) as out:
         out.write(text.encode())

@@ -1,4 +1,4 @@
-"""config.json of transformers' InternVLForConditionalGeneration ("-hf" folders), read as the released one.
+"""Config of -hf folders (transformers' InternVLForConditionalGeneration), read as released.
 
 `ivl.checkpoint.hf_layout` writes it. It names no template: `ivl.data.text.jinja_template.recognised` finds it.
 """
@@ -34,39 +34,39 @@ VISION = {
     "initializer_range": "initializer_range",
     "initializer_factor": "layer_scale_init_value",
 }
-"""Released name → transformers' name, within vision_config"""
+"""Names in vision_config: released → transformers'."""
 
 
 def is_hf(raw: dict[str, Any]) -> bool:
-    """Whether a config.json is that of a -hf folder."""
+    """True for the config.json of a -hf folder."""
     return raw.get("model_type") == "internvl" or raw.get("architectures") == [ARCHITECTURE]
 
 
 def released_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """A -hf config.json in the released form, `template` empty. Raises UserError for what that form cannot say."""
+    """Convert a -hf config.json to the released form, `template` empty. Raises UserError for values without one."""
     from transformers import InternVLConfig
 
     _check(raw)
     try:
-        whole = InternVLConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "dtype", "torch_dtype")})
+        config = InternVLConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "dtype", "torch_dtype")})
     except Exception as error:
         raise UserError(f"config.json: transformers cannot read it: {' '.join(str(error).split())[:300]}") from error
-    vision, text = whole.vision_config, whole.text_config
+    vision, text = config.vision_config, config.text_config
     refuse(
         "config.json",
         {
             "vision_config.use_mean_pooling": (vision.use_mean_pooling, True),
             "vision_config.use_mask_token": (vision.use_mask_token, False),
             "vision_config.use_absolute_position_embeddings": (vision.use_absolute_position_embeddings, True),
-            "vision_feature_select_strategy": (whole.vision_feature_select_strategy, "default"),
-            "projector_hidden_act": (whole.projector_hidden_act, "gelu"),
+            "vision_feature_select_strategy": (config.vision_feature_select_strategy, "default"),
+            "projector_hidden_act": (config.projector_hidden_act, "gelu"),
         },
     )
     architecture = next((a for a, row in LLMS.items() if row.model_type == text.model_type and not row.renamed), None)
     if architecture is None:
         raise UserError(f"config.json: text_config.model_type {text.model_type!r} is not a language model known here")
     size, patch = vision.image_size[0], vision.patch_size[0]
-    vision_config = {ours: getattr(vision, theirs) for ours, theirs in VISION.items()}
+    vision_config = {name: getattr(vision, hf_name) for name, hf_name in VISION.items()}
     vision_config |= {
         "architectures": ["InternVisionModel"],
         "model_type": "intern_vit_6b",
@@ -79,23 +79,24 @@ def released_config(raw: dict[str, Any]) -> dict[str, Any]:
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
         "template": "",
-        "select_layer": whole.vision_feature_layer,
+        "select_layer": config.vision_feature_layer,
         "ps_version": "v2",
-        "downsample_ratio": whole.downsample_ratio,
+        "downsample_ratio": config.downsample_ratio,
         "force_image_size": size,
         "dynamic_image_size": True,
         "use_thumbnail": True,
         "min_dynamic_patch": 1,
         "max_dynamic_patch": 12,
         "pad2square": False,
-        "tie_word_embeddings": whole.tie_word_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "vision_config": vision_config,
-        "llm_config": text_config | {"architectures": [architecture], "tie_word_embeddings": whole.tie_word_embeddings},
+        "llm_config": text_config
+        | {"architectures": [architecture], "tie_word_embeddings": config.tie_word_embeddings},
     }
 
 
 def read_config(folder: str | Path) -> Config:
-    """The config of a checkpoint folder in either layout, with the tile limits of a -hf folder's image processor.
+    """Read the config of a checkpoint folder in either layout, with the tile limits of a -hf folder's image processor.
 
     Raises UserError where there is no config.json, or it is none of an InternVL chat model.
     """
@@ -108,8 +109,8 @@ def read_config(folder: str | Path) -> Config:
 
 
 def _check(raw: dict[str, Any]) -> None:
-    """Raise UserError for what is out of its range, before transformers makes anything of it."""
-    vision = {theirs: VISION_FIELDS[ours] for ours, theirs in VISION.items() if ours != "initializer_factor"}
+    """Raise UserError for a value out of its range, before transformers reads it."""
+    vision = {hf_name: VISION_FIELDS[name] for name, hf_name in VISION.items() if name != "initializer_factor"}
     text = {key: field for key, field in LLM_FIELDS.items() if key != "architectures"}
     for name, table in (("vision_config", vision), ("text_config", text)):
         part = raw.get(name)
@@ -130,13 +131,13 @@ def _tile_limits(folder: Path) -> dict[str, int]:
             values = read_json(folder / name)
             values = values.get(inner) or {} if inner else values
             keys = {"min_dynamic_patch": "min_patches", "max_dynamic_patch": "max_patches"}
-            if found := {ours: values[theirs] for ours, theirs in keys.items() if isinstance(values.get(theirs), int)}:
-                return found
+            if limits := {key: values[hf_key] for key, hf_key in keys.items() if isinstance(values.get(hf_key), int)}:
+                return limits
     return {}
 
 
 def refuse(where: str, values: dict[str, tuple[Any, Any]]) -> None:
-    """Raise UserError listing what differs. `values`: name → (what is there, what must be)."""
+    """Raise UserError listing the differences. `values`: name → (actual value, required value)."""
     wrong = [f"{name} must be {need!r}, found {have!r}" for name, (have, need) in values.items() if have != need]
     if wrong:
         raise UserError(f"{where}: {'; '.join(wrong)}")

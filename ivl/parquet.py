@@ -10,7 +10,7 @@ from ivl.types import UserError
 
 
 def parquet_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file. Raises UserError with `name` where pyarrow is missing or the file is no parquet file."""
+    """Yield the rows of a file. Raises UserError with `name` where pyarrow is missing or it is no parquet file."""
     try:
         import pyarrow.parquet
     except ImportError:

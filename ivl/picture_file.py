@@ -1,4 +1,4 @@
-"""Picture files opened within limits: regular files, known formats, bounded sizes, JPEGs that have an end."""
+"""Opening of picture files within limits: regular files, known formats, bounded sizes."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from ivl.types import UserError
 
 Image.init()
 FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if f in Image.OPEN)
-"""What is opened; Pillow's other plugins are not (EPS, for one, starts Ghostscript)"""
+"""Formats that are opened; Pillow's other plugins are not (EPS, for one, starts Ghostscript)."""
 MAX_PIXELS = 89_478_485
-"""Where Pillow starts to warn; at twice that it refuses by itself"""
+"""Pixels above which Pillow starts to warn; at twice that it refuses by itself."""
 MAX_SIDE = 65_500
-"""Resizing a picture of 1 x 80,000,000 would need 100 times its own memory"""
+"""Longest side in pixels: to resize a picture of 1 x 80,000,000 would need 100 times its memory."""
 MAX_BYTES = 1 << 30
 _PILLOW = threading.Lock()
 
 
 def open_regular(path: str, where: str) -> BinaryIO:
-    """A file that is no device, pipe or folder, and not empty. Raises UserError."""
+    """Open a file that is no device, pipe or folder, and not empty. Raises UserError."""
     try:
-        found = os.stat(path)
-        if stat.S_ISREG(found.st_mode) and found.st_size:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_size:
             return open(path, "rb")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{where}: no such file; expected an absolute path or one seen from {os.getcwd()}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be opened ({getattr(error, 'strerror', None) or error})") from None
-    if stat.S_ISREG(found.st_mode):
+    if stat.S_ISREG(status.st_mode):
         raise UserError(f"{where}: the file is empty (0 bytes); copy it again or remove the row")
-    kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device or a pipe"
+    kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
     raise UserError(f"{where}: expected a file, found {kind}")
 
 
 def open_picture(
     opened: BinaryIO, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS, max_bytes: int = MAX_BYTES
 ) -> Image.Image:
-    """As Pillow opens it, with its own limit raised where `max_pixels` is higher. Raises what Pillow raises."""
+    """Open a picture with Pillow, its limit raised where `max_pixels` is higher. Raises Pillow's errors."""
     size = opened.seek(0, os.SEEK_END)
     if size > max_bytes:
         raise OSError(f"a file of {size} bytes, above the limit of {max_bytes}")
@@ -72,7 +72,7 @@ def check_size(size: tuple[int, int], where: str, max_pixels: int = MAX_PIXELS, 
 
 _MOST_SCANS = 100
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
-"""A marker; within a scan, 0 and the restart markers belong to its data"""
+"""Marker of a JPEG; within a scan, 0 and the restart markers belong to its data."""
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 
 
@@ -83,8 +83,8 @@ def check_jpeg(data: bytes) -> None:
     keep a clip there (motion photos), or another picture.
     """
     at, scans = 2, 0
-    while found := _MARKER.search(data, at):
-        kind, at = found[1][0], found.end()
+    while marker := _MARKER.search(data, at):
+        kind, at = marker[1][0], marker.end()
         if kind == _END:
             return
         if kind in (0x01, _START):

@@ -1,4 +1,4 @@
-"""Answers of thinking models: `<think>…</think>` before the answer proper, told apart in one place."""
+"""Reasoning of thinking models: `<think>…</think>` split from the answer proper."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ OPENING, CLOSING = "<think>", "</think>"
 
 
 def split_reasoning(text: str) -> tuple[str | None, str]:
-    """The thought of an answer (None where there is none) and the answer proper, which alone is scored.
+    """Split an answer into its thought (None where there is none) and the answer proper, which alone is scored.
 
     All before the last `</think>` is thought, also where `<think>` stood in the prompt. An answer that opens `<think>`
     and was cut off before its end is all thought: the answer proper is empty, not a guess.
@@ -20,5 +20,5 @@ def split_reasoning(text: str) -> tuple[str | None, str]:
 
 
 def without_reasoning(text: str) -> str:
-    """The answer proper."""
+    """Return the answer proper."""
     return split_reasoning(text)[1]

@@ -1,4 +1,4 @@
-"""The words the two halves of the package share: what a row says, what a model is given.
+"""Shared types of `data/` and `model/`: Conversation, Example, Batch, UserError.
 
 Shapes: B rows, T tokens, N tiles of the whole batch, S pixels a side of a tile.
 `data/` makes these, `model/` reads them; neither imports the other.
@@ -18,22 +18,22 @@ IGNORE = -100
 """Label of a position that is not trained on (torch's own default for cross entropy)."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and standard deviation of each colour of ImageNet's pictures, by which tiles are normalised"""
+"""Mean and standard deviation of each colour of ImageNet's pictures, by which tiles are normalised."""
 
 WEIGHTS = "weights.pt"
-"""What a run has trained, in one file beside checkpoints that are folders (DeepSpeed's)"""
+"""File of a run's trained weights, beside checkpoints that are folders (DeepSpeed's)."""
 
 TRUTH = ("answers", "options", "category", "group", "box", "size")
-"""Fields of a row that a benchmark's rule scores by, beside the expected answer"""
+"""Fields of a row that a benchmark's rule scores by, beside the expected answer."""
 
 
 def printable(text: str, newline: str = "\n") -> str:
-    """A text that cannot steer a terminal: rows, paths and answers may hold anything.
+    """Escape a text so that it cannot steer a terminal: rows, paths and answers may hold anything.
 
     Control characters, marks that turn the direction of writing, and broken characters are written as escapes such as
-    `\\x1b`. `newline`: what stands for the end of a line.
+    `\\x1b`. `newline`: replacement of the end of a line.
     """
-    return _STEERING.sub(lambda found: newline if found[0] in _LINE_ENDS else _escaped(found[0]), text)
+    return _STEERING.sub(lambda match: newline if match[0] in _LINE_ENDS else _escaped(match[0]), text)
 
 
 _LINE_ENDS = ("\n", "\r\n", "\u2028", "\u2029")
@@ -45,10 +45,10 @@ def _escaped(character: str) -> str:
 
 
 class UserError(ValueError):
-    """Something only the user can mend. The message says where, what was expected, what was found and what to do.
+    """Mistake of the user. The message gives the place, the expected and the actual value, and the remedy.
 
-    The command line prints it as one line, `lines` below it, and exits with 2. What a message quotes of rows and paths
-    cannot steer a terminal: it is printable, and has no line ends of its own.
+    The command line prints it as one line, `lines` below it, and exits with 2. Quotes of rows and paths cannot steer a
+    terminal: they are printable, without line ends.
     """
 
     def __init__(self, message: str, *lines: str) -> None:
@@ -62,32 +62,32 @@ class UserError(ValueError):
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
-    """The first of many names, for messages: `a, b and 3 more`."""
+    """List the first of many names, for messages: `a, b and 3 more`."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def shortened(value: Any, most: int = 80) -> str:
-    """A value as Python writes it, for messages; a long one is cut."""
+    """Write a value as Python does, for messages; a long one is cut."""
     text = repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def text_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Rows of cells as columns of text; the columns numbered in `left` begin at their left edge, others end right."""
+    """Write rows of cells as columns of text; columns numbered in `left` are aligned left, others right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ("  ".join(f"{c:{'<' if i in left else '>'}{w}}" for i, (c, w) in enumerate(zip(r, widths))) for r in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def many(count: int, what: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{count} {what}{'s' * (count != 1)}"
+def many(count: int, noun: str) -> str:
+    """Write a count with its noun: `1 row`, `2 rows`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True)
 class Media:
-    """An image or a video of a row, not yet opened.
+    """Image or video of a row, not yet opened.
 
     `source` is a local path, an http(s) URL, a `data:` URI, bytes, or a PIL image (images),
     a folder of frames (videos). `start` and `end` cut a video, in seconds.
@@ -101,9 +101,9 @@ class Media:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of one speaker. `parts` holds text and media in reading order, so a mark can never be miscounted later.
+    """Turn of one speaker. `parts` holds text and media in reading order, so a mark can never be miscounted later.
 
-    `trained`: whether an assistant's message is learnt from; a user's message never is.
+    `trained`: True if an assistant's message is learnt from; a user's message never is.
     """
 
     role: Literal["user", "assistant"]
@@ -112,13 +112,13 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The text alone, each medium written as its mark."""
+        """Text alone, each medium written as its mark."""
         return "".join(p if isinstance(p, str) else f"<{p.kind}>" for p in self.parts)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row after its format has been understood; `ivl.data.rows.formats` makes it from every format.
+    """Row in the one form of the package; `ivl.data.rows.formats` makes it from every format.
 
     `messages` alternate, mostly a user's first. A last message by the user is a prompt: the answer is to be generated.
     `system` None means the checkpoint's own system message; an empty string means none at all.
@@ -134,11 +134,11 @@ class Conversation:
     source: str = ""
     """Name of the data set (the kind of row) it came from, for scores and losses per source."""
     truth: dict[str, Any] = field(default_factory=dict, hash=False)
-    """The row's fields among TRUTH: kept for scoring like `reference`, and never shown to the model"""
+    """Fields of the row among TRUTH: for scoring like `reference`, and never shown to the model."""
     unread: tuple[str, ...] = ()
-    """Names of the row's keys that are not read, and marks in its texts that have no effect"""
+    """Names of the row's keys that are not read, and marks in its texts that have no effect."""
     turned_boxes: int = 0
-    """Boxes of `objects` that were turned with their pictures, as EXIF blocks say"""
+    """Number of boxes of `objects` that were turned with their pictures, as EXIF blocks say."""
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -146,7 +146,7 @@ class Conversation:
         return tuple(p for m in self.messages for p in m.parts if not isinstance(p, str))
 
     def as_prompt(self) -> Conversation:
-        """The same conversation up to the last answer, which becomes the reference."""
+        """Return the conversation up to the last answer, which becomes the reference."""
         last = self.messages[-1]
         if last.role == "user":
             return self
@@ -155,52 +155,53 @@ class Conversation:
 
 
 Stored = tuple[str | None, int, Tensor | None]
-"""Of an image or video with a feature cache: its key there, its tiles, and its features (tiles, P, C) where they are
-kept. A key of None: not to be kept"""
+"""Cache entry of an image or video: key in the feature cache, number of tiles, and features (tiles, P, C) if stored.
+
+A key of None: not to be stored."""
 
 
 @dataclass
 class Example:
-    """One row, ready for the model.
+    """Row ready for the model.
 
     The image tokens of `input_ids` are exactly `len(tiles)` times the checkpoint's tokens per tile.
     """
 
     input_ids: Tensor
-    """(T,) int64"""
+    """Token ids, (T,) int64."""
     labels: Tensor
-    """(T,) int64, IGNORE where not trained on"""
+    """Labels, (T,) int64, IGNORE where not trained on."""
     tiles: Tensor
-    """(N, 3, S, S) uint8, RGB; N is 0 for a row without media"""
+    """Tiles, (N, 3, S, S) uint8, RGB; N is 0 for a row without media."""
     tiles_per_image: list[int]
-    """Tiles of each image (of each frame of a video), in order; sums to N"""
+    """Number of tiles of each image (of each frame of a video), in order; sums to N."""
     conversation: Conversation
     stored: list[Stored] | None = None
-    """Of each image or video, where there is a feature cache; those whose features are kept are not among `tiles`"""
+    """Cache entry of each image or video, with a feature cache; those with stored features are not among `tiles`."""
     notes: list[str] = field(default_factory=list)
-    """What was changed to make the row fit (`tiles 12 -> 6`, `dropped 1 turn`)"""
+    """Changes that made the row fit (`tiles 12 -> 6`, `dropped 1 turn`)."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of all media, those whose features are kept included."""
+        """Number of tiles of all media, those with stored features included."""
         return sum(self.tiles_per_image)
 
     @property
     def num_supervised(self) -> int:
-        """Labels that count for the loss; the first position has nothing before it to predict it from."""
+        """Number of labels that count for the loss; the first position has nothing before it to predict it from."""
         return int((self.labels[1:] != IGNORE).sum())
 
 
 def places(mask_BT: Tensor) -> Tensor:
-    """Where a mask is True, flattened: (places,) int64. Waits for the mask's device."""
+    """Indices of True in a flattened mask: (places,) int64. Waits for the mask's device."""
     return mask_BT.flatten().nonzero()[:, 0]
 
 
 def supervised_places(labels_BT: Tensor) -> Tensor:
-    """Flattened places whose next token is supervised: (M,) int64. Waits for the labels' device."""
+    """Flattened indices whose next token is supervised: (M,) int64. Waits for the labels' device."""
     ahead_BT = torch.full_like(labels_BT, IGNORE)
     ahead_BT[:, :-1] = labels_BT[:, 1:]
     return places(ahead_BT != IGNORE)
@@ -264,42 +265,43 @@ class SequenceLayout:
 
 @dataclass
 class Batch:
-    """What the model's forward takes, as keywords: `model(**batch)`. Only tensors are passed; `rows` stays behind.
+    """Keywords of the model's forward: `model(**batch)`. Only tensors are passed; `rows` stays behind.
 
     Padded: B rows, right-padded. Packed: B is 1, rows follow one another, `position_ids` restart at 0 at each.
     """
 
     input_ids: Tensor
-    """(B, T) int64"""
+    """Token ids, (B, T) int64."""
     attention_mask: Tensor
-    """(B, T) bool: True where there is a token of a row. Made from lengths, never from token ids."""
+    """Mask, (B, T) bool: True where there is a token of a row. Made from lengths, never from token ids."""
     position_ids: Tensor
-    """(B, T) int64, from 0 within each row"""
+    """Positions, (B, T) int64, from 0 within each row."""
     labels: Tensor
-    """(B, T) int64, IGNORE where not trained on; the first label of every row is IGNORE"""
+    """Labels, (B, T) int64, IGNORE where not trained on; the first label of every row is IGNORE."""
     tiles: Tensor
-    """(N, 3, S, S) uint8, those of all rows in order"""
+    """Tiles of all rows in order, (N, 3, S, S) uint8."""
     tiles_per_row: Tensor
-    """(rows,) int64 on the CPU: how many of the tiles belong to each row"""
+    """Number of tiles of each row, (rows,) int64 on the CPU."""
     row_ids: Tensor | None = None
-    """(B, T) int64 where packed: which row a token belongs to, -1 for padding; None where padded"""
+    """Row of each token of a pack, (B, T) int64, -1 for padding; None where padded."""
     lengths: Tensor | None = None
-    """(rows,) int64 on the CPU: tokens of each row"""
+    """Tokens of each row, (rows,) int64 on the CPU."""
     layout: SequenceLayout | None = None
-    """Of the rows as one sequence, from their lengths; None: the model makes it"""
+    """Layout of the rows as one sequence, from their lengths; None: the model makes it."""
     image_at: Tensor | None = None
-    """(image tokens,) int64: their places in the flattened (B, T). Places are found on the host: a device that is asked
-    how many there are must first finish all it has been given"""
+    """Indices of image tokens in the flattened (B, T), (image tokens,) int64.
+
+    They are computed on the host: a device must finish its queue before it can tell their number."""
     supervised_at: Tensor | None = None
-    """(M,) int64: places in the flattened (B, T) whose next token is supervised"""
+    """Indices in the flattened (B, T) whose next token is supervised, (M,) int64."""
     features: Tensor | None = None
-    """(tiles, P, C) that were computed before (`ivl.data.media.feature_store`) and are not among `tiles`"""
+    """Stored features of tiles (`ivl.data.media.feature_store`) that are not among `tiles`, (tiles, P, C)."""
     stored: list[tuple[str | None, int, bool]] = field(default_factory=list)
-    """With a feature cache, of each image in order: its key, its tiles, and whether they are among `features`"""
+    """Cache entry of each image in order, with a feature cache: key, number of tiles, True if in `features`."""
     rows: list[Conversation] = field(default_factory=list)
-    """What each row was made from, for messages, pictures and predictions"""
+    """Conversation of each row, for messages, pictures and predictions."""
     supervised: list[int] = field(default_factory=list)
-    """Labels of each row that count for the loss: known without waiting for a device"""
+    """Number of labels of each row that count for the loss, known without waiting for a device."""
 
     _tensors = (
         "input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids", "lengths",
@@ -328,8 +330,8 @@ class Batch:
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         moved: dict[str, Any] = {k: fn(getattr(self, k)) for k in self.keys() if k not in self._stay}
-        kept = {k: getattr(self, k) for k in (*self._stay, "stored", "rows", "supervised")}
-        return Batch(**moved, **kept)
+        unmoved = {k: getattr(self, k) for k in (*self._stay, "stored", "rows", "supervised")}
+        return Batch(**moved, **unmoved)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))

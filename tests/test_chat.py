@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ivl import Chat, InternVL, Processor
-from ivl.chat import Settings, Words, inference, inference_stream
+from ivl.chat import Settings, StreamDecoder, inference, inference_stream
 from ivl.types import UserError
 from tests import tiny
 
@@ -189,14 +189,14 @@ def test_an_answer_ends_at_the_context_or_max_length_refuses(parts):
 def test_only_whole_characters_are_printed(parts):
     _, processor = parts
     for text in ("图中有四只羊。", "  a cat, \n and a dog  ", "é🐑 <ref>x</ref>"):
-        words = Words(processor)
-        pieces = [words.add(token) for token in processor.tokenizer.encode(text)]
-        pieces.append(words.rest())
-        assert "".join(pieces) == words.text == text.strip()
+        decoder = StreamDecoder(processor)
+        pieces = [decoder.add(token) for token in processor.tokenizer.encode(text)]
+        pieces.append(decoder.rest())
+        assert "".join(pieces) == decoder.text == text.strip()
         assert not any("�" in piece for piece in pieces)
     cut = processor.tokenizer.encode("羊")[:1]
-    words = Words(processor)
-    assert words.add(cut[0]) == "" and words.rest() == "�"
+    decoder = StreamDecoder(processor)
+    assert decoder.add(cut[0]) == "" and decoder.rest() == "�"
 
 
 def test_the_functions_of_the_document(parts):
