@@ -250,7 +250,7 @@ def chat(
         system_message=trained.system_message,
         policy=MediaPolicy(fetch=FETCHING),
     )
-    # A folder that was downloaded by hand keeps the model's name, and with it what the model is able to do.
+    # A folder that was downloaded by hand keeps the model's name, and with it the model's abilities.
     processor.released = processor.released or find_model(Path(trained.base).name)
     return Session(Chat(loaded, processor, system, settings, max_length))
 

@@ -32,7 +32,7 @@ _SHOWN, _DRAWN = 10, 12
 
 @dataclass
 class Data:
-    """Rows, and what is done to them: as in `fit`."""
+    """Rows and their processing, as in `fit`."""
 
     train: str | list[str | Source] | None = None
     """Training rows: a file (jsonl, json, a meta file of several), a data set's name, or several."""
@@ -57,9 +57,9 @@ class Data:
     exif: bool = True
     """Turn pictures upright as their EXIF block says."""
     media: MediaPolicy = field(default_factory=MediaPolicy)
-    """Limits of what is opened and fetched."""
+    """Limits of media that are opened and fetched."""
     file_limits: FileLimits = field(default_factory=FileLimits)
-    """Limits of files of rows: bytes of a row, and what a compressed file may become."""
+    """Limits of files of rows: bytes of a row, and of a compressed file once it is unpacked."""
     resize: Literal["exact", "fast"] = "exact"
     """Resizing of pictures to tiles: exact as the reference, or fast."""
     compact_boxes: bool = False
@@ -376,7 +376,7 @@ def _draw_examples(one: OptionRows, processor: Processor, sheet: Path, seed: int
                 print(f"\nas it is trained on: {rows.where(inner)}\n{rendered(example, processor)}")
             about = f"{Path(rows.where(inner)).name}  {_lengths(one.index, int(number))}"
             cells.append(cell(conversation, about, processor))
-        except UserError as error:  # what only decoding finds: a problem that --media counts
+        except UserError as error:  # a fault that only decoding shows; --media counts it as a problem
             print(f"\nnot shown: {error}")
     if cells:
         with whole_path(sheet) as path:

@@ -162,7 +162,7 @@ def _write_model(
 ) -> dict[str, Any]:
     config = settings.checkpoint.config
     write = {"released": write_released, "hf": write_hf}[layout]
-    notes = write(settings, folder)  # first: it refuses what the layout cannot say before any weight is read
+    notes = write(settings, folder)  # first: it refuses values without a form in the layout before any weight is read
     model = trained.model(settings.base, settings.dtype, device)
     before = probe(model)
     adapting.merge(model)

@@ -80,7 +80,7 @@ def vqa_normalize(answer: str, mode: Mode = "compat") -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str], mode: Mode = "compat") -> float:
-    """Soft accuracy, 0..1: the mean over the people of min(1, how many of the others said the same / 3).
+    """Soft accuracy, 0..1: the mean over the people of min(1, number of others with the same answer / 3).
 
     `compat` takes exactly 10 answers, as the script asserts; `strict` any number from 1, counting "a third of the
     others" as 3 of 9 is, so that it equals `compat` at 10. Raises UserError for another number.

@@ -112,7 +112,7 @@ def need(row: Row, key: str) -> Any:
 
 
 def golds(row: Row) -> list[str]:
-    """All expected answers of a row."""
+    """Expected answers of a row, all of them."""
     answers = row.get("answers")
     return [str(a) for a in (answers if isinstance(answers, list) else [answers])] if answers else [reference(row)]
 

@@ -12,7 +12,7 @@ ADAPTER, RUN = "adapter_config.json", "config.yaml"
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise UserError where a folder is something else than a model's, and is known for what it is."""
+    """Raise UserError where a folder is of another known kind than a model's."""
     if not (folder / "config.json").is_file():
         if remedy := _describe_folder(folder):
             raise UserError(f"{folder}: {remedy}")

@@ -23,7 +23,7 @@ from ivl.types import UserError
 
 @dataclass(frozen=True)
 class _Remote:
-    """A file of a ModelScope repository."""
+    """File of a ModelScope repository."""
 
     path: str
     size: int
