@@ -149,7 +149,7 @@ def test_a_revision_that_is_none_is_refused(server, revision):
 
 
 def test_two_revisions_are_refused(monkeypatch):
-    monkeypatch.setattr(hub._choice, "revision", "v2")
+    monkeypatch.setattr(hub._settings, "revision", "v2")
     with pytest.raises(UserError, match="internvl2-2b@v1: --revision is v2; expected one of them"):
         resolve("internvl2-2b@v1", offline=True)
 

@@ -136,7 +136,7 @@ def checkpoint_config(pretrained: str) -> Config:
 # From the options of fit
 
 
-def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> Setup:
+def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> TrainSetup:
     """Options of a fit that decide memory."""
     trainer, model = fit.trainer, fit.model
     configured = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
@@ -242,7 +242,13 @@ def _read_rows(fit: Any) -> Rows:
 
 
 def summary(
-    fit: Any, config: Config, sketch: ShallowModel, rows: Rows, memory: MemoryEstimate, device: Device | None, efficiency: float
+    fit: Any,
+    config: Config,
+    sketch: ShallowModel,
+    rows: Rows,
+    memory: MemoryEstimate,
+    device: Device | None,
+    efficiency: float,
 ) -> dict[str, Any]:
     """Return the plan, as JSON takes it. Bytes, operations, seconds."""
     setup, micro = sketch.setup, rows.largest
@@ -283,7 +289,7 @@ def summary(
     return plan
 
 
-def recomputed(setup: Setup, micro: BatchShape) -> flops.Recomputed:
+def recomputed(setup: TrainSetup, micro: BatchShape) -> flops.Recomputed:
     """Regions that a step recomputes in backward."""
     return flops.Recomputed(
         head=flops.unkept(micro.supervised),
@@ -294,7 +300,7 @@ def recomputed(setup: Setup, micro: BatchShape) -> flops.Recomputed:
     )
 
 
-def operations(config: Config, setup: Setup, micro: BatchShape, twice: flops.Recomputed) -> float:
+def operations(config: Config, setup: TrainSetup, micro: BatchShape, twice: flops.Recomputed) -> float:
     """Floating-point operations of one micro-batch, forward and backward."""
     work = flops.Work(micro.tiles, micro.rows * micro.length, micro.rows * micro.length**2, micro.supervised)
     return flops.training_flops(config, tuning.described(setup.tune), work, twice).total
@@ -334,7 +340,7 @@ def report(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def spare(config: Config, setup: Setup, micro: BatchShape, limit: float) -> str | None:
+def spare(config: Config, setup: TrainSetup, micro: BatchShape, limit: float) -> str | None:
     """Options that switch recomputation off and still fit, for as many blocks as possible; None: none fits."""
     names = {"language_model": "language_checkpointing", "vision_model": "vision_checkpointing"}
     on = tuple(part for part, name in names.items() if getattr(setup, name))
@@ -350,7 +356,7 @@ def spare(config: Config, setup: Setup, micro: BatchShape, limit: float) -> str 
     return None
 
 
-def first_fit(config: Config, setup: Setup, micro: BatchShape, limit: float) -> str:
+def first_fit(config: Config, setup: TrainSetup, micro: BatchShape, limit: float) -> str:
     """Advice: the shortest series of the usual changes that fits."""
     options: list[str] = []
     for text, changed, batch in changes(setup, micro):
@@ -360,7 +366,7 @@ def first_fit(config: Config, setup: Setup, micro: BatchShape, limit: float) -> 
     return "no usual change makes it fit: take a larger device, or more of them with sharding"
 
 
-def changes(setup: Setup, micro: BatchShape) -> Iterator[tuple[str, Setup, BatchShape]]:
+def changes(setup: TrainSetup, micro: BatchShape) -> Iterator[tuple[str, TrainSetup, BatchShape]]:
     """Yield the usual changes, the cheapest first, each on top of those before it."""
     if not setup.language_checkpointing:
         setup = replace(setup, language_checkpointing=True)

@@ -300,8 +300,8 @@ def test_a_url_that_hangs_is_one_line(folder, capsys):
         processor = Processor.from_pretrained(folder, policy=MediaPolicy(fetch=fetching))
         session = Session(Chat(InternVL.from_pretrained(folder), processor, settings=Settings(8)))
         url = f"http://127.0.0.1:{server.getsockname()[1]}/cat.png"
-        session._take(f"<img>{url}</img> What is it?")
+        session._handle(f"<img>{url}</img> What is it?")
         error = capsys.readouterr().err
         assert error.startswith("error: ") and url in error and error.count("\n") == 1
-        session._take("And cats?")
+        session._handle("And cats?")
     assert [question for question, _ in session.chat.history] == ["And cats?"]
