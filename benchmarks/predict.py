@@ -34,7 +34,8 @@ from ivl.inference.engine import Engine
 from ivl.inference.graphs import StepRunner
 from ivl.inference.request import Batching, Request
 from ivl.inference.sampling import StoppingCriteria
-from ivl.model.internvl import InternVL, normalize
+from ivl.model.internvl import InternVL
+from ivl.model.vision import normalize
 
 Answers = list[list[int]]
 

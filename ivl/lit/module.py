@@ -80,8 +80,8 @@ class LitInternVL(LightningModule):
         attention: Attention kernel; `auto` takes the fastest that is installed and runs here.
         checkpointing: Activation checkpointing per part.
         efficient: Train in less memory and time (`ivl.model.efficient`); false: the same by plain layers.
-        compile: Train with the layers of vision encoder and language model compiled by torch.compile: the first steps
-            take minutes, the others less time, most of all on a GPU. Needs a C++ compiler.
+        compile: torch.compile the layers in training, and the decoding step in prediction: the first steps take
+            minutes, the others less time, most of all on a GPU. Needs a C++ compiler.
         loss_reduction: Rows count in a step by their supervised tokens, alike, or by the root (token, sample, square).
         label_smoothing: Share of each target that is spread evenly over the vocabulary, in training.
         neftune: Noise on the embeddings of text in training, alpha of NEFTune (5 is usual); 0: none.
@@ -385,8 +385,8 @@ class LitInternVL(LightningModule):
                 f"needs all of it; use --trainer.strategy auto, or model.quantize where memory does not suffice"
             )
         data, name = self.trainer.datamodule, str(self.pretrained) + (f" + {self.adapter}" if self.adapter else "")
-        keep_errors = data.on_error != "error"
-        self._answering = Answering(self.model, data.processor, self.generation, self.batching, name, keep_errors)
+        settings = self.generation, self.batching, name, data.on_error != "error", self.compiled
+        self._answering = Answering(self.model, data.processor, *settings)
 
     def predict_step(self, prompt: Prompt, batch_idx: int) -> list[Row]:
         """Submit a prompt to the engine. Returns the rows whose answers ended meanwhile."""

@@ -26,10 +26,11 @@ from ivl.model.decoder import DecoderConfig, LanguageModel
 from ivl.model.efficient import install
 from ivl.model.image_tokens import check_image_tokens
 from ivl.model.loss import Losses, losses, supervised_places
+from ivl.model.projector import build_projector, pixel_shuffle
 from ivl.model.sequence_layout import layout_of
-from ivl.model.vision import InternViT
+from ivl.model.vision import InternViT, normalize
 from ivl.parallel import device_map as splitting
-from ivl.types import IMAGENET_MEAN, IMAGENET_STD, Batch, SequenceLayout, UserError, places
+from ivl.types import Batch, SequenceLayout, UserError, places
 
 if TYPE_CHECKING:
     from ivl.inference.sampling import Answer, FinishReason
@@ -41,27 +42,6 @@ class Output(Losses):
 
     logits: Tensor | None = None
     """(B, T, V)"""
-
-
-def normalize(tiles_N3SS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 tiles → pixels for the tower, equal to torchvision's ToTensor and Normalize. Floats pass as they are."""
-    if tiles_N3SS.is_floating_point():
-        return tiles_N3SS.to(dtype)
-    # Not made on the device, which would wait for it.
-    colours = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    mean_311, std_311 = (c.to(tiles_N3SS.device, non_blocking=True) for c in colours)
-    return ((tiles_N3SS.float() / 255 - mean_311) / std_311).to(dtype)
-
-
-def pixel_shuffle(grid_NGGC: Tensor, ratio: float, version: str) -> Tensor:
-    """Blocks of 1/ratio x 1/ratio patches become one token with all their channels: (N, P, C / ratio²).
-
-    v2 reads the blocks row by row; v1, of the first releases, column by column.
-    """
-    side = round(1 / ratio)
-    blocks = grid_NGGC.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (N, row, in row, column, in column, C)
-    order = (0, 1, 3, 2, 4, 5) if version == "v2" else (0, 3, 1, 2, 4, 5)
-    return blocks.permute(order).flatten(3).flatten(1, 2)
 
 
 class InternVL(nn.Module):
@@ -97,10 +77,7 @@ class InternVL(nn.Module):
         self.language_model = LanguageModel(
             DecoderConfig.from_llm(config.llm, llm_family(config.llm_architecture), kernel)
         )
-        width, llm_width = config.projector_width, self.language_model.config.hidden_size
-        self.mlp1 = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)
-        )
+        self.mlp1 = build_projector(config.projector_width, self.language_model.config.hidden_size)
         if efficient:
             install(self)
         self.to(dtype)

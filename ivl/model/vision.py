@@ -20,8 +20,19 @@ from torch.utils.checkpoint import checkpoint
 
 from ivl.config import VisionConfig
 from ivl.model.layers import ACTIVATIONS, RMSNorm
+from ivl.types import IMAGENET_MEAN, IMAGENET_STD
 
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
+
+
+def normalize(tiles_N3SS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 tiles → pixels for the tower, equal to torchvision's ToTensor and Normalize. Floats pass as they are."""
+    if tiles_N3SS.is_floating_point():
+        return tiles_N3SS.to(dtype)
+    # Not made on the device, which would wait for it.
+    colours = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    mean_311, std_311 = (c.to(tiles_N3SS.device, non_blocking=True) for c in colours)
+    return ((tiles_N3SS.float() / 255 - mean_311) / std_311).to(dtype)
 
 
 def eager_attention(q_NHLK: Tensor, k_NHLK: Tensor, v_NHLK: Tensor, dropout: float) -> Tensor:

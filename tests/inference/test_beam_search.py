@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import InternVLForConditionalGeneration
 
-from ivl.model.internvl import InternVL, normalize
+from ivl.model.internvl import InternVL
+from ivl.model.vision import normalize
 from ivl.types import UserError
 from tests.checkpoint.test_hf_layout import export
 from tests.model.rows import padded, rows

@@ -11,7 +11,9 @@ from ivl.checkpoint.layouts import groups
 from ivl.config import Config, read_json
 from ivl.estimate.training_step import MemTracker
 from ivl.families import llm_family
-from ivl.model.internvl import InternVL, normalize, pixel_shuffle
+from ivl.model.internvl import InternVL
+from ivl.model.projector import pixel_shuffle
+from ivl.model.vision import normalize
 from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, UserError
 from tests.model.rows import packed, padded, rows
 from tests.tiny import FAMILIES, write_checkpoint

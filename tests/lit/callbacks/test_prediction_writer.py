@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import time
@@ -129,6 +130,14 @@ def crash(argv: list[str], parts: PredictionShards, lines: int) -> None:
 def test_batches_of_generate_answer_as_rows_alone_do(api, alone_ids, size):
     found = [ids for n in range(0, COUNT, size) for ids in api.generated(api.prompts[n : n + size])]
     assert found == alone_ids
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+def test_a_compiled_decoding_step_gives_the_same_answers(base, alone, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    assert main(command(base, out, "--model.compile", "true")) == 0
+    assert [row["response"] for row in read(out)] == alone
 
 
 def test_several_answers_and_log_probabilities_of_each_row(base, api, tmp_path):
