@@ -37,9 +37,9 @@ def load_model(
     dtype = quant.compute_dtype(files, splitting.as_dtype(dtype), quantize)
     placement = None
     if any(option is not None for option in (devices, device_max_memory, device_map)):
-        sized = kind.from_config(config, dtype, "meta")
-        bits = quant.bits(sized, files, quantize)
-        placement = splitting.choose(sized, devices, device_max_memory, device_map, bits, needs, offload)
+        meta_model = kind.from_config(config, dtype, "meta")
+        bits = quant.bits(meta_model, files, quantize)
+        placement = splitting.choose(meta_model, devices, device_max_memory, device_map, bits, needs, offload)
     device = placement.main if placement else splitting.device_of(device)
     dtype = splitting.supported_dtype(dtype, device)
     kernel = choose_kernel(attention, device, dtype)

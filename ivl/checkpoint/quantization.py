@@ -58,20 +58,20 @@ def load_quantized(model: InternVL, files: Files, device: Where, quantize: Quant
     scales = {
         f"{name}.{SCALES}": torch.empty(linears[name].out_features, device="meta") for name in quantized if stored
     }
-    waiting: dict[str, dict[str, Tensor]] = {}
+    pending: dict[str, dict[str, Tensor]] = {}
     for name, tensor in files.read(check(model, _without_formats(files), scales), model.config):
         owner, _, leaf = name.rpartition(".")
         if owner not in quantized or leaf == "bias":
             place(model, name, tensor, device)
             continue
-        parts = waiting.setdefault(owner, {})
+        parts = pending.setdefault(owner, {})
         parts[leaf] = tensor
         if not stored:
             assert quantize is not None, "no layer is quantised without it"
-            weight = waiting.pop(owner)["weight"].to(model.dtype)
+            weight = pending.pop(owner)["weight"].to(model.dtype)
             _swap(model, owner, _of_float(bnb, linears[owner], weight, device_of(name, device), quantize))
         elif len(parts) == 2:
-            parts = waiting.pop(owner)
+            parts = pending.pop(owner)
             _swap(model, owner, _of_int8(bnb, linears[owner], **parts, device=device_of(name, device)))
     model.is_loaded_in_8bit = stored or quantize == "int8"
     model.is_loaded_in_4bit = quantize == "nf4"

@@ -54,18 +54,18 @@ class Files:
                     files.shapes[key], files.dtypes[key] = tuple(header.get_shape()), header.get_dtype()
         return files
 
-    def read(self, wanted: list[Group], config: Config) -> Iterator[tuple[str, Tensor]]:
+    def read(self, module_groups: list[Group], config: Config) -> Iterator[tuple[str, Tensor]]:
         """Yield each module's name and tensor, as stored, one at a time; a file is mapped only while it is read."""
-        group_of = {name: group for group in wanted for name in group.stored}
-        waiting: dict[str, Tensor] = {}
+        group_of = {name: group for group in module_groups for name in group.stored}
+        pending: dict[str, Tensor] = {}
         for path in dict.fromkeys(self.where.values()):
             with _opened(path) as file:
                 for name in (n for n, p in self.where.items() if p == path and n in group_of):
                     group = group_of[name]
-                    waiting[name] = file.get_tensor(name)
-                    if all(n in waiting for n in group.stored):
-                        yield from zip(group.module, group.read([waiting.pop(n) for n in group.stored], config))
-                waiting = {n: t.clone() for n, t in waiting.items()}
+                    pending[name] = file.get_tensor(name)
+                    if all(n in pending for n in group.stored):
+                        yield from zip(group.module, group.read([pending.pop(n) for n in group.stored], config))
+                pending = {n: t.clone() for n, t in pending.items()}
 
 
 def _opened(path: Path) -> Any:

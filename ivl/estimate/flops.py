@@ -214,8 +214,8 @@ def _vision(config: Config, trained: Trained, tiles: int, recomputed: Recomputed
     total, grad = _embedding(config) * (1 + with_embeddings) * tiles, with_embeddings
     block, pairs = vision_block(config), 4 * length**2 * width * tiles
     for n in range(depth):
-        mine: Mode = mode if n >= first else "frozen"
-        cost, forward, grad = _block(block, mine, grad, length * tiles, pairs, recomputed.scores)
+        block_mode: Mode = mode if n >= first else "frozen"
+        cost, forward, grad = _block(block, block_mode, grad, length * tiles, pairs, recomputed.scores)
         total += cost + (forward if recomputed.vision_model else 0)
     return total, grad
 

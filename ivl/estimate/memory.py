@@ -53,10 +53,10 @@ def need(sketch: ShallowModel, micro: BatchShape) -> MemoryEstimate:
         buffers += 2 * sketch.block_bytes() + root if n > 1 else 0.0
     elif setup.strategy == "ddp" and n > 1:
         buffers += gradients  # buckets
-    return _at_most(setup, activations, weights, gradients, states, buffers)
+    return _peak(setup, activations, weights, gradients, states, buffers)
 
 
-def _at_most(
+def _peak(
     setup: TrainSetup, peaks: Activations, weights: float, gradients: float, states: float, buffers: float
 ) -> MemoryEstimate:
     """Peak memory of one device: that of the moment that needs most."""
@@ -129,5 +129,5 @@ def _fullest(sketch: ShallowModel, activations: Activations) -> MemoryEstimate:
         share = _share(sketch, activations, count, first=number == 0)
         states = share.trained * state_bytes(setup.optimizer)
         buffers = CONTEXT if setup.on_gpu else 0.0
-        needs.append(_at_most(setup, share.activations, share.weights, share.trained * FP32, states, buffers))
+        needs.append(_peak(setup, share.activations, share.weights, share.trained * FP32, states, buffers))
     return max(needs, key=lambda need: need.total)

@@ -286,15 +286,15 @@ def _faked(model: InternVL) -> Iterator[None]:
                 fake = torch.empty(p.shape, dtype=p.dtype, device="cpu")
                 module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
     rotary = model.language_model.model.rotary_emb
-    real = {k: v for k, v in vars(rotary).items() if isinstance(v, Tensor)}
-    for name, tensor in real.items():
+    rotary_tensors = {k: v for k, v in vars(rotary).items() if isinstance(v, Tensor)}
+    for name, tensor in rotary_tensors.items():
         setattr(rotary, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
     try:
         yield
     finally:
         for place, name, p in replaced:
             place[name] = p
-        for name, tensor in real.items():
+        for name, tensor in rotary_tensors.items():
             setattr(rotary, name, tensor)
 
 

@@ -92,7 +92,7 @@ def save_adapter(
         for lora in [loras[part_of(n)]]
     }
     layout = layout or model.config.layout
-    layers, full = _translated(model, _updates(model, state, scales), _full(model, state), layout)
+    layers, full = _convert(model, _updates(model, state, scales), _full_tensors(model, state), layout)
     first, *_ = loras.values()
     config = lora_config(first, sorted(layers))
     config.init_lora_weights = True
@@ -129,7 +129,7 @@ def _updates(model: InternVL, state: Mapping[str, Tensor], scales: Mapping[str, 
     return updates
 
 
-def _full(model: InternVL, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _full_tensors(model: InternVL, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that were trained in full. Embeddings that are the output layer too are there twice: peft puts what
     it saves in full beside the module, and the other would stay the base's."""
     full = {name.replace(".base_layer.", "."): t.cpu() for name, t in state.items() if ".lora_" not in name}
@@ -150,7 +150,7 @@ def _stored_names(model: InternVL, layout: Layout) -> set[str]:
     return {name for group in _tables(model, layout)[0] for name in group.stored}
 
 
-def _translated(
+def _convert(
     model: InternVL, updates: dict[str, _Update], full: dict[str, Tensor], layout: Layout
 ) -> tuple[dict[str, _Update], dict[str, Tensor]]:
     """Updates by layer and full tensors by name, as the layout names and cuts them."""
@@ -160,32 +160,32 @@ def _translated(
     for group in table:
         of_group = [updates.get(name.removesuffix(".weight")) for name in group.module]
         if any(of_group):
-            moved = _moved(model, group, of_group, [shapes[name][0] for name in group.module])
-            layers |= zip((name.removesuffix(".weight") for name in group.stored), moved)
+            converted = _convert_group(model, group, of_group, [shapes[name][0] for name in group.module])
+            layers |= zip((name.removesuffix(".weight") for name in group.stored), converted)
         elif any(name in full for name in group.module):
             tensors |= zip(group.stored, group.write([full[name] for name in group.module], model.config))
     return layers, tensors
 
 
-def _moved(model: InternVL, group: Group, updates: list[_Update | None], rows: list[int]) -> list[_Update]:
+def _convert_group(model: InternVL, group: Group, updates: list[_Update | None], rows: list[int]) -> list[_Update]:
     """The updates of a group's stored layers."""
-    there = [update for update in updates if update is not None]
-    scale = next((update.scale for update in there if update.scale), 1.0)
-    blocks, at, rank = [], 0, sum(len(update.A) for update in there)
+    present = [update for update in updates if update is not None]
+    scale = next((update.scale for update in present if update.scale), 1.0)
+    blocks, start, rank = [], 0, sum(len(update.A) for update in present)
     for update, count in zip(updates, rows):
         block = torch.zeros(count, rank)
         if update is not None:
-            block[:, at : at + len(update.A)] = update.B * (update.scale / scale)
-            at += len(update.A)
+            block[:, start : start + len(update.A)] = update.B * (update.scale / scale)
+            start += len(update.A)
         blocks.append(block)
     magnitudes: list[Tensor] | list[None] = [None] * len(group.stored)
-    if there[0].magnitude is not None:
+    if present[0].magnitude is not None:
         sizes = [
             _magnitude(model, name) if update is None or update.magnitude is None else update.magnitude.cpu()
             for name, update in zip(group.module, updates)
         ]
         magnitudes = group.write(sizes, model.config)
-    A = torch.cat([update.A for update in there])
+    A = torch.cat([update.A for update in present])
     return [
         _Update(A.clone(), B, scale, magnitude)
         for B, magnitude in zip(group.write(blocks, model.config), magnitudes, strict=True)

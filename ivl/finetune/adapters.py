@@ -31,7 +31,11 @@ _PREFIX = "base_model.model."
 _WRAPPINGS = (".base_layer.", ".modules_to_save.default.", ".modules_to_save.")
 """Infixes of peft in names: around a weight under a LoRA, and around a module that is saved in full"""
 _LOW_RANK = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
-_ALONE = {"model.layers.": "language_model.", "encoder.layers.": "vision_model.", "encoder.layer.": "vision_tower."}
+_PART_PREFIXES = {
+    "model.layers.": "language_model.",
+    "encoder.layers.": "vision_model.",
+    "encoder.layer.": "vision_tower.",
+}
 """Start of names where a part was adapted by itself → the prefix that they lack"""
 
 
@@ -78,8 +82,8 @@ def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig)
     LoRA of a kind that is not computed here.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    there = _full_names(state)
-    tensors = _without_tied_head(model, there, state)
+    keys = _full_names(state)
+    tensors = _without_tied_head(model, keys, state)
     low_rank = {name: (match[1], match[2]) for name in tensors if (match := _LOW_RANK.fullmatch(name))}
     weights = {low_rank[name][0] + ".weight" if name in low_rank else name for name in tensors}
     table = _groups(names, weights)
@@ -88,7 +92,7 @@ def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig)
         _refuse(model, layer, half, table[layer + ".weight" if half else name])
     adapter = Adapter(config)
     pairs = _pairs({half: (tensors[name], state[tensors[name]]) for name, half in low_rank.items()}, config)
-    _check_names(config, weights | there.keys(), table)
+    _check_names(config, weights | keys.keys(), table)
     for group in {id(table[n]): table[n] for n in sorted(weights)}.values():
         layers = [name.removesuffix(".weight") for name in group.stored]
         full = [name for name in group.stored if name in tensors and name not in low_rank]
@@ -97,11 +101,11 @@ def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig)
             _check_shapes(model, group, of_group)
             if config.init and not full:
                 of_group = _with_start(model, group, of_group, config.init)
-            for name, pair in _moved(model, group, of_group):
+            for name, pair in _convert_group(model, group, of_group):
                 adapter.add(name, pair)
         if full:
             # A part of a fused tensor may be missing (biases of some layers only): it is the base's.
-            base = {} if len(full) == len(group.stored) else dict(zip(group.stored, _stored(model, group)))
+            base = {} if len(full) == len(group.stored) else dict(zip(group.stored, _base_tensors(model, group)))
             parts = [state[tensors[name]] if name in full else base[name] for name in group.stored]
             try:
                 adapter.state |= {_PREFIX + n: t for n, t in zip(group.module, group.read(parts, model.config))}
@@ -124,19 +128,19 @@ def _refuse(model: InternVL, layer: str, half: str, group: Group) -> None:
         )
 
 
-def _check_names(config: AdapterConfig, there: set[str], table: dict[str, Group]) -> None:
+def _check_names(config: AdapterConfig, names: set[str], table: dict[str, Group]) -> None:
     """Raise UserError where the file has nothing of a layer or a module of the model that its config names.
 
     Names that the model does not have are passed over, as by peft: one list of names serves several models.
     """
-    layers = [n for n in config.targets if (full := _full_name(n) + ".weight") in table and full not in there]
-    modules = [n for n in config.saved if _inside(n, table) and not _inside(n, there)]
+    layers = [n for n in config.targets if (full := _full_name(n) + ".weight") in table and full not in names]
+    modules = [n for n in config.saved if _has_module(n, table) and not _has_module(n, names)]
     for key, missing in (("target_modules", layers), ("modules_to_save", modules)):
         if missing:
             raise UserError(f"its config has {key} {some(missing)}, and the file has no tensor of it; is it complete?")
 
 
-def _inside(module: str, names: Iterable[str]) -> bool:
+def _has_module(module: str, names: Iterable[str]) -> bool:
     """True if any of these tensors belongs to a module, given by the end of its name."""
     return any(f".{module}." in f".{name}" for name in names)
 
@@ -155,7 +159,7 @@ def _check_shapes(model: InternVL, group: Group, pairs: list[_Pair | None]) -> N
             )
 
 
-def _stored(model: InternVL, group: Group) -> list[Tensor]:
+def _base_tensors(model: InternVL, group: Group) -> list[Tensor]:
     """Return the base's tensors of a group, in the adapter's layout. Raises UserError where they are quantised."""
     tensors = [model.get_parameter(name).detach() for name in group.module]
     if any(not tensor.is_floating_point() for tensor in tensors):
@@ -170,7 +174,7 @@ def _with_start(model: InternVL, group: Group, pairs: list[_Pair | None], init: 
     from peft import LoraConfig, inject_adapter_in_model
 
     result: list[_Pair | None] = []
-    for pair, weight in zip(pairs, _stored(model, group)):
+    for pair, weight in zip(pairs, _base_tensors(model, group)):
         if pair is None:
             result.append(None)
             continue
@@ -180,8 +184,8 @@ def _with_start(model: InternVL, group: Group, pairs: list[_Pair | None], init: 
         settings = LoraConfig(r=rank, lora_alpha=pair.scale * rank, target_modules=["layer"], init_lora_weights=init)
         layer = inject_adapter_in_model(settings, nn.ModuleDict({"layer": linear}), ADAPTER)["layer"]
         A, B = (m[ADAPTER].weight.detach().float().to(pair.A.device) for m in (layer.lora_A, layer.lora_B))
-        both = torch.cat([pair.A.float(), A]), torch.cat([pair.B.float(), -B], dim=1)
-        result.append(_Pair(*both, pair.scale, pair.magnitude))
+        factors = torch.cat([pair.A.float(), A]), torch.cat([pair.B.float(), -B], dim=1)
+        result.append(_Pair(*factors, pair.scale, pair.magnitude))
     return result
 
 
@@ -202,8 +206,8 @@ def _full_names(keys: Iterable[str]) -> dict[str, str]:
     names = {key: _full_name(key) for key in keys}
     if any(name.startswith("language_model.model.layers.") for name in names.values()):
         # Adapted by itself: what stands beside its blocks has lost the same prefix.
-        alone = ("lm_head.", "output.", "model.embed_tokens.", "model.tok_embeddings.", "model.norm.")
-        names |= {key: f"language_model.{name}" for key, name in names.items() if name.startswith(alone)}
+        prefixes = ("lm_head.", "output.", "model.embed_tokens.", "model.tok_embeddings.", "model.norm.")
+        names |= {key: f"language_model.{name}" for key, name in names.items() if name.startswith(prefixes)}
     result = {name: key for key, name in names.items()}
     if len(result) < len(names):
         twice = next(name for key, name in names.items() if result[name] != key)
@@ -216,21 +220,21 @@ def _full_name(key: str) -> str:
     name = key.replace(_PREFIX, "")
     for wrapping in _WRAPPINGS:
         name = name.replace(wrapping, ".")
-    return next((part + name for start, part in _ALONE.items() if name.startswith(start)), name)
+    return next((part + name for start, part in _PART_PREFIXES.items() if name.startswith(start)), name)
 
 
-def _groups(model_names: Iterable[str], wanted: set[str]) -> dict[str, Group]:
+def _groups(model_names: Iterable[str], weights: set[str]) -> dict[str, Group]:
     """Map names of an adapter's tensors to groups of the model, in the layout that knows all of them."""
     unknown: list[str] = []
     for layout in LAYOUTS:
         table = {name: group for group in groups(model_names, layout) for name in group.stored}
-        if not (missing := sorted(wanted - table.keys())):
+        if not (missing := sorted(weights - table.keys())):
             return table
         if not unknown or len(missing) < len(unknown):
             unknown = missing
     raise UserError(
-        f"the adapter does not fit this model: {len(unknown)} of its {len(wanted)} layers are not in it in any layout, "
-        f"{unknown[0]} among them; is it for another model?"
+        f"the adapter does not fit this model: {len(unknown)} of its {len(weights)} layers are not in it in any "
+        f"layout, {unknown[0]} among them; is it for another model?"
     )
 
 
@@ -280,12 +284,12 @@ def _without_tied_head(model: InternVL, tensors: dict[str, str], state: dict[str
     return {name: key for name, key in tensors.items() if name != full["head"]}
 
 
-def _moved(model: InternVL, group: Group, pairs: list[_Pair | None]) -> list[tuple[str, _Pair]]:
+def _convert_group(model: InternVL, group: Group, pairs: list[_Pair | None]) -> list[tuple[str, _Pair]]:
     """The pairs of a group's stored layers as those of the model's layers."""
     names = [name.removesuffix(".weight") for name in group.module]
-    there = [pair for pair in pairs if pair is not None]
+    present = [pair for pair in pairs if pair is not None]
     if len(pairs) == 1:
-        (pair,) = there
+        (pair,) = present
         halves = group.read([pair.B], model.config)
         magnitudes = [None] * len(halves) if pair.magnitude is None else group.read([pair.magnitude], model.config)
         return [
@@ -293,13 +297,13 @@ def _moved(model: InternVL, group: Group, pairs: list[_Pair | None]) -> list[tup
             for n, b, m, ranks in zip(names, halves, magnitudes, _ranks(halves, pair.magnitude is not None))
             if ranks.any()
         ]
-    if len(there) < len(pairs) and there[0].magnitude is not None:
+    if len(present) < len(pairs) and present[0].magnitude is not None:
         raise UserError(
             f"{names[0]}: a DoRA of some of the layers that are one layer here has no exact form; adapt all of them"
         )
     rows = len(model.get_parameter(group.module[0])) // len(pairs)
-    scale = next((pair.scale for pair in there if pair.scale), 1.0)
+    scale = next((pair.scale for pair in present if pair.scale), 1.0)
     blocks = [torch.zeros(rows, 0) if p is None else p.B.float() * (p.scale / scale) for p in pairs]
-    magnitudes = [pair.magnitude for pair in there if pair.magnitude is not None]
+    magnitudes = [pair.magnitude for pair in present if pair.magnitude is not None]
     magnitude = torch.cat(magnitudes) if magnitudes else None
-    return [(names[0], _Pair(torch.cat([p.A.float() for p in there]), torch.block_diag(*blocks), scale, magnitude))]
+    return [(names[0], _Pair(torch.cat([p.A.float() for p in present]), torch.block_diag(*blocks), scale, magnitude))]

@@ -103,9 +103,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises UserError where a file is missing or damaged, or other weights lie beside it.
     """
     others = [p.name for p in sorted(folder.iterdir()) if p.suffix in _ENDINGS and not _PASSED.fullmatch(p.name)]
-    if strange := [name for name in others if name not in (WEIGHTS, TOWER)]:
+    if unread := [name for name in others if name not in (WEIGHTS, TOWER)]:
         raise UserError(
-            f"beside it lie {some(strange)}, which may be trained weights and are not read here; move them away if "
+            f"beside it lie {some(unread)}, which may be trained weights and are not read here; move them away if "
             "they are not part of the adapter"
         )
     state = _load(folder / WEIGHTS)

@@ -108,8 +108,8 @@ class DecodingState:
 
     def restore(self, tensors: Sequence[Tensor]) -> None:
         """Write back what `copy` returned."""
-        for tensor, before in zip(self._tensors(), tensors, strict=True):
-            tensor.copy_(before)
+        for tensor, saved in zip(self._tensors(), tensors, strict=True):
+            tensor.copy_(saved)
 
     def grow(self, rows: int) -> None:
         """Make room for more rows."""

@@ -89,13 +89,13 @@ class StepRunner:
         self, model: LanguageModel, cache: KVCache, state: DecodingState, rows: int, columns: int, *kinds: bool
     ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Record a step. It runs once before, on copies of the state, so that lazily made workspaces exist."""
-        before = state.copy()
+        saved_state = state.copy()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(model, cache, state, rows, columns, *kinds)
         torch.cuda.current_stream().wait_stream(stream)
-        state.restore(before)
+        state.restore(saved_state)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = self._step(model, cache, state, rows, columns, *kinds)

@@ -169,7 +169,7 @@ def rows_in_sequence(
         return flash_attn_varlen_func(q, k, v, *bounds, dropout_p=dropout, causal=True, window_size=back)[None]
     half = q_1HTK.dtype in HALF and q_1HTK.shape[-1] in WIDTHS
     if half and dropout == 0 and has_varlen(q_1HTK.device, window):
-        return at_once(q_1HTK, k_1GTK, v_1GTK, layout, window)
+        return by_varlen(q_1HTK, k_1GTK, v_1GTK, layout, window)
     return by_row(q_1HTK, k_1GTK, v_1GTK, layout.lengths, dropout, window)
 
 
@@ -199,7 +199,7 @@ def _varlen_arguments() -> frozenset[str]:
     return frozenset(signature(varlen_attn).parameters)
 
 
-def at_once(
+def by_varlen(
     q_1HTK: Tensor, k_1GTK: Tensor, v_1GTK: Tensor, layout: SequenceLayout, window: int | None = None
 ) -> Tensor:
     """Causal attention of each row to itself, by one kernel, without dropout: (1, T, H, K), as `by_row`."""

@@ -54,11 +54,11 @@ def losses(
     """
     at_M = supervised_places(labels_BT) if at_M is None else at_M
     hidden_MD = hidden if hidden.ndim == 2 else hidden.flatten(0, 1).index_select(0, at_M)
-    labels_M = _at(labels_BT, at_M + 1)
+    labels_M = _select(labels_BT, at_M + 1)
     nll_M = token_losses(head, hidden_MD, labels_M, chunk, smoothing)
     ones_M = (labels_M != IGNORE).to(nll_M)
-    weights_M = ones_M if weights_BT is None else _at(weights_BT, at_M + 1).to(nll_M)
-    rows_M = _at(rows_of(labels_BT, row_ids_BT), at_M + 1)
+    weights_M = ones_M if weights_BT is None else _select(weights_BT, at_M + 1).to(nll_M)
+    rows_M = _select(rows_of(labels_BT, row_ids_BT), at_M + 1)
     loss_sum, weight_sum = (nll_M * weights_M).sum(), weights_M.sum()
     return Losses(
         loss=loss_sum / torch.where(weight_sum > 0, weight_sum, 1),
@@ -70,7 +70,7 @@ def losses(
     )
 
 
-def _at(values_BT: Tensor, at_M: Tensor) -> Tensor:
+def _select(values_BT: Tensor, at_M: Tensor) -> Tensor:
     return values_BT.flatten().index_select(0, at_M)
 
 

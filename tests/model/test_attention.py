@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ivl.model import attention
-from ivl.model.attention import at_once, attend, by_row, visible
+from ivl.model.attention import attend, by_row, by_varlen, visible
 from ivl.model.decoder import LanguageModel
 from ivl.model.sequence_layout import layout_of, lengths_of
 from ivl.types import SequenceLayout
@@ -95,7 +95,7 @@ def test_all_rows_at_once_are_asked_for_as_torch_takes_them(window, groups, kern
     if not has_kernel:
         return
     q, k, v = (torch.randn(1, n, 13, 8) for n in (4, groups, groups))
-    found = at_once(q, k, v, layout(*LENGTHS), window)
+    found = by_varlen(q, k, v, layout(*LENGTHS), window)
     torch.testing.assert_close(found, by_row(q, k, v, LENGTHS, 0.0, window), atol=1e-6, rtol=1e-5)
 
 
@@ -103,15 +103,15 @@ def test_all_rows_at_once_where_there_is_a_kernel_for_it(monkeypatch):
     """On fake tensors of a GPU, which need none: torch's own operator takes what it is given."""
     monkeypatch.setattr(attention, "_is_recent", lambda device: True)
     called = []
-    for name in ("at_once", "by_row"):
+    for name in ("by_varlen", "by_row"):
         real = getattr(attention, name)
         monkeypatch.setattr(attention, name, lambda *a, n=name, real=real: called.append(n) or real(*a))
     with FakeTensorMode():
         ends = torch.empty(4, dtype=torch.int32, device="cuda")
         rows = SequenceLayout(LENGTHS, torch.empty(1, 13, dtype=torch.long, device="cuda"), ends)
         for dtype, width, dropout, expected in (
-            (torch.bfloat16, 16, 0.0, "at_once"),
-            (torch.float16, 128, 0.0, "at_once"),
+            (torch.bfloat16, 16, 0.0, "by_varlen"),
+            (torch.float16, 128, 0.0, "by_varlen"),
             (torch.float32, 16, 0.0, "by_row"),
             (torch.bfloat16, 12, 0.0, "by_row"),
             (torch.bfloat16, 16, 0.1, "by_row"),
@@ -131,12 +131,12 @@ def test_all_rows_at_once_on_a_gpu(window, groups):
         pytest.skip("no GPU")
     lengths, found = (300, 1, 129, 594), []
     assert attention.has_varlen(torch.device("cuda"), window)
-    for way in (at_once, by_row):
+    for way in (by_varlen, by_row):
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, n, 1024, 64, device="cuda", dtype=torch.bfloat16) for n in (8, groups, groups))
         leaves = [x.requires_grad_() for x in (q, k, v)]
         rows = layout(*lengths).to("cuda")
-        out = way(q, k, v, rows, window) if way is at_once else way(q, k, v, lengths, 0.0, window)
+        out = way(q, k, v, rows, window) if way is by_varlen else way(q, k, v, lengths, 0.0, window)
         (out.float() * torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape)).sum().backward()
         found.append([out, *(x.grad for x in leaves)])
     for one, other in zip(*found):

@@ -173,7 +173,7 @@ class Gated(layers.Gated):
         return recompute(self.act, gate_BTF) * up_BTF
 
 
-_INSTEAD: dict[type[nn.Module], type[nn.Module]] = {
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: InputLayerNorm,
     layers.RMSNorm: InputRMSNorm,
     layers.Gated: Gated,
@@ -194,11 +194,11 @@ def install(model: InternVL) -> None:
         for name in ("q_norm", "k_norm"):
             if (norm := getattr(layer.self_attn, name)) is not None:
                 setattr(layer.self_attn, name, adopted(norm, RMSNorm))
-        if type(getattr(layer.mlp, "act", None)) in _INSTEAD:
+        if type(getattr(layer.mlp, "act", None)) in _REPLACEMENTS:
             _replace(layer.mlp, "act")
     vision.around_layer = decoder.around_layer = recompute_region
 
 
 def _replace(parent: nn.Module, name: str) -> None:
     module = getattr(parent, name)
-    setattr(parent, name, adopted(module, _INSTEAD.get(type(module), type(module))))
+    setattr(parent, name, adopted(module, _REPLACEMENTS.get(type(module), type(module))))
