@@ -194,7 +194,7 @@ def test_hub_and_token_are_options_of_every_command(capsys, monkeypatch, tmp_pat
 
     asked = []
     monkeypatch.setattr(hub, "_settings", hub._HubSettings())
-    monkeypatch.setattr(hub, "_on_this_machine", lambda *a: None)
+    monkeypatch.setattr(hub, "_cached_folder", lambda *a: None)
     for place in hub.HUBS:
         module = getattr(hub, place)
         monkeypatch.setattr(module, "lock", lambda _: tmp_path / "lock")
