@@ -12,6 +12,7 @@ import torch
 
 from ivl.__main__ import main
 from ivl.checkpoint.ckpt_file import damage
+from ivl.lit.module import LitInternVL
 from tests.lit import test_runs
 from tests.lit.callbacks.test_checkpoint import COMMON, EACH, assert_same, run
 from tests.lit.processes import CTRL_C, Terminal, in_own_group, on_terminal, started, wait
@@ -135,15 +136,27 @@ def test_ctrl_c_at_any_time(base, tmp_path, workers, validated, step):
     goes_on(base, tmp_path, argv, **changes)
 
 
+def with_slow_validation(mark: Path) -> None:
+    """Begin a group of processes, and let each batch of a validation take a second and leave a mark."""
+    in_own_group()
+    step = LitInternVL.validation_step
+
+    def slow(*arguments, **options):
+        mark.touch()
+        time.sleep(1)
+        return step(*arguments, **options)
+
+    LitInternVL.validation_step = slow
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_in_the_sanity_check_ends_at_once(base, tmp_path, number, workers):
     changes = settings(base, workers, validated=True, trainer__num_sanity_val_steps=60)
     _, start = begun(base, tmp_path, **changes)
-    process = start(prepare=in_own_group)
-    wait(process, lambda: (tmp_path / "run/trained.txt").exists())
-    time.sleep(0.5)
+    process = start(prepare=partial(with_slow_validation, tmp_path / "validating"))
+    wait(process, lambda: (tmp_path / "validating").exists())
     send(process, number)
     process.join(20)
     ended(process, 128 + number, (tmp_path / "log").read_text())
