@@ -158,6 +158,7 @@ class Engine:
         For a model whose weights are spread over processes, which must all compute every step. `all_done` is told after
         each step whether this process has finished, and returns whether all have.
         """
+        self.runner.run_plainly()
         self._prefill(list(self.waiting))
         self.waiting.clear()
         for _ in range(self.max_new_tokens - 1):

@@ -43,6 +43,10 @@ class StepRunner:
             self._step = torch.compile(decode_step, fullgraph=True, dynamic=True)
         self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
+    def run_plainly(self) -> None:
+        """Read each step before the next and capture none, for a model whose weights other processes hold a part of."""
+        self.overlaps = self._captures = False
+
     def forget(self) -> None:
         """Drop the graphs, after the tensors they use were replaced."""
         self._graphs.clear()

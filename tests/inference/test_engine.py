@@ -231,6 +231,19 @@ def test_the_prefix_cache_knows_its_tokens_also_where_steps_are_read_late(model)
         assert prefix_cache.tokens_read == 2  # the answer's last token was not fed, and one is new
 
 
+def test_processes_that_compute_every_step_together_read_each_before_the_next(model):
+    """Also on a device where the engine alone would start the next step first: no answer loses its last token."""
+    made = rows(model, LENGTHS[:4], TILES[:4])
+    expected = answered(Engine(model, StoppingCriteria(), max_new_tokens=6), requests(made))
+    runner = StepRunner(model.language_model, model.device)
+    runner.overlaps = True
+    engine, together = Engine(model, StoppingCriteria(), max_new_tokens=6, runner=runner), requests(made)
+    for request in together:
+        engine.submit(request)
+    engine.run_in_step_with(lambda done: done)
+    assert [request.answer for request in together] == expected
+
+
 def test_log_probabilities_of_the_tokens_are_the_models(model):
     made = rows(model, LENGTHS[:4], TILES[:4])
     params = SamplingParams(temperature=0.7, repetition_penalty=1.3)
