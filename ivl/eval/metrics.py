@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
 from ivl.types import UserError
 
@@ -99,18 +100,6 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], mode: Mode = "compat")
 # -- documents, charts, exact answers ---------------------------------------------------------------------------------
 
 
-def edit_distance(a: Sequence, b: Sequence) -> int:
-    """Levenshtein distance: insertions, deletions and replacements, each of cost 1."""
-    if len(a) < len(b):
-        a, b = b, a
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], before if x == y else 1 + min(before, row[j], row[j - 1])
-    return row[-1]
-
-
 def anls(prediction: str, answers: Sequence[str], mode: Mode = "compat", threshold: float = 0.5) -> float:
     """Average normalised Levenshtein similarity of one answer: the best over the golds, 0 below the threshold.
 
@@ -122,7 +111,7 @@ def anls(prediction: str, answers: Sequence[str], mode: Mode = "compat", thresho
         a, b = (" ".join(text.lower().split()) for text in (gold, prediction))
         lengths = (gold.upper(), prediction.upper()) if mode == "compat" else (a, b)
         length = max(map(len, lengths))
-        values.append(edit_distance(a, b) / length if length else 0.0)
+        values.append(Levenshtein.distance(a, b) / length if length else 0.0)
     score = 1 - min(values)
     return score if score >= threshold else 0.0
 

@@ -6,7 +6,6 @@ every machine: NumPy promises them for `RandomState`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,11 +67,10 @@ def difference(a: Scored, b: Scored, resamples: int = 1000, seed: int = 0) -> Di
 
 
 def _mcnemar(a: Scored, b: Scored) -> float | None:
+    from scipy.stats import binomtest  # slow to import
+
     if a.counts.shape[1] != 2 or not {*a.counts[:, 0], *b.counts[:, 0]} <= {0.0, 1.0}:
         return None
     gained = int((b.counts[:, 0] > a.counts[:, 0]).sum())
     lost = int((b.counts[:, 0] < a.counts[:, 0]).sum())
-    n = gained + lost
-    log = math.lgamma(n + 1) - n * math.log(2)
-    tail = sum(math.exp(log - math.lgamma(k + 1) - math.lgamma(n - k + 1)) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail)
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
