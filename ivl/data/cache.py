@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -20,7 +20,7 @@ _noted: list[str] = []
 
 
 def default_cache() -> Path:
-    """Folder of decompressed rows, indexes, facts and fetched media, by the XDG rules."""
+    """Folder of decompressed rows, indexes and fetched media, by the XDG rules."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl"
 
 
@@ -51,6 +51,18 @@ def temporary(place: Path) -> Path:
     folder = _temporary_folder() / place.parent.name
     folder.mkdir(exist_ok=True)
     return folder / place.name
+
+
+def written(place: Path, write: Callable[[Path], Path]) -> Path:
+    """Call `write` with `place`, a file of the cache; with a temporary path where the cache cannot be written."""
+    target = writable(place)
+    try:
+        return write(target)
+    except OSError as error:
+        if target != place:
+            raise
+        go_without(place, error)
+        return write(temporary(place))
 
 
 @contextlib.contextmanager

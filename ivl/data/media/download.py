@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import ipaddress
 import os
 import socket
 import ssl
 import string
-import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-from ivl.data.cache import default_cache, go_without, temporary, writable
+try:  # it comes with huggingface-hub
+    import httpcore2 as httpcore
+except ImportError:
+    import httpcore
+
+from ivl.data.cache import default_cache, written
 from ivl.files import whole_file
 from ivl.types import UserError
 
-Socket = TypeVar("Socket", bound=socket.socket)
-
-_CHUNK = 1 << 16
 _HEADERS = {"User-Agent": "ivl", "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
 
 
@@ -86,19 +86,11 @@ def fetch(url: str, policy: FetchPolicy | None = None, check: Callable[[Path], N
     Raises UserError with the URL and what failed.
     """
     policy = policy or FetchPolicy()
-    path = cached_path(url, policy)
-    place = writable(path)
-    try:
-        return _download(url, policy, check, place)
-    except _DiskFault as fault:
-        if place != path:
-            raise fault.error from None
-        go_without(path, fault.error)
-        return _download(url, policy, check, temporary(path))
+    return written(cached_path(url, policy), lambda place: _download(url, policy, check, place))
 
 
 def _download(url: str, policy: FetchPolicy, check: Callable[[Path], None] | None, place: Path) -> Path:
-    """Download to `place` unless the file is there. Raises _DiskFault where it cannot be written."""
+    """Download to `place` unless the file is there. Raises OSError where it cannot be written."""
     if os.path.isfile(place):
         return place
     _check_url(url, url)
@@ -108,8 +100,8 @@ def _download(url: str, policy: FetchPolicy, check: Callable[[Path], None] | Non
             out.flush()
             if check is not None:
                 check(Path(out.name))
-    except OSError as error:
-        raise _DiskFault(error) from None
+    except _DiskFault as fault:
+        raise fault.error from None
     return place
 
 
@@ -127,57 +119,55 @@ def _with_retries(url: str, policy: FetchPolicy, out: BinaryIO) -> None:
 
 
 def _attempt(url: str, policy: FetchPolicy, out: BinaryIO) -> None:
-    deadline = _Deadline(policy.total_timeout)
+    end = time.monotonic() + policy.total_timeout
     out.seek(0)
     out.truncate()
     try:
-        _follow(url, policy, deadline, out)
-    except ssl.SSLCertVerificationError as error:
-        raise UserError(f"{url}: its certificate is not valid ({error.verify_message})") from None
-    except (OSError, http.client.HTTPException) as error:
-        if deadline.passed:
+        _follow(url, policy, end, out)
+    except (OSError, httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
+        reason = error.args[0] if error.args else None  # the library wraps the error of the socket
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise UserError(f"{url}: its certificate is not valid ({reason.verify_message})") from None
+        if time.monotonic() >= end:
             raise _TemporaryFault(f"not complete after {policy.total_timeout:g} seconds") from None
-        raise _TemporaryFault(f"no answer ({str(error) or type(error).__name__})") from None
-    finally:
-        deadline.cancel()
+        raise _TemporaryFault(f"no whole answer ({str(error) or type(error).__name__})") from None
 
 
-def _follow(url: str, policy: FetchPolicy, deadline: _Deadline, out: BinaryIO) -> None:
+def _follow(url: str, policy: FetchPolicy, end: float, out: BinaryIO) -> None:
     """Request, follow redirects within the limit, write the body to `out`."""
     hop = url
+    timeouts = dict.fromkeys(("connect", "read", "write"), policy.timeout)
     for _ in range(policy.max_redirects + 1):
-        connection, target = _connection(hop, url, policy, deadline)
-        try:
-            connection.request("GET", target, headers=_HEADERS)
-            response = connection.getresponse()
+        address = urllib.parse.quote(hop, safe=string.punctuation)
+        with (
+            _connections(address, url, policy, end) as connections,
+            connections.stream("GET", address, headers=_HEADERS, extensions={"timeout": timeouts}) as response,
+        ):
+            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
             if response.status == 200:
-                return _copy(url, response, policy, deadline, out)
-            location = response.headers.get("Location")
+                return _copy(url, response, headers, policy, out)
+            location = headers.get("location")
             if response.status not in (301, 302, 303, 307, 308) or not location:
-                answer = f"the server answered {response.status} {response.reason}"
+                reason = response.extensions.get("reason_phrase", b"").decode("latin-1")
+                answer = f"the server answered {response.status} {reason}"
                 if response.status == 429 or response.status >= 500:
-                    after = response.headers.get("Retry-After", "")
+                    after = headers.get("retry-after", "")
                     raise _TemporaryFault(answer, float(after) if after.isdecimal() else 0.0)
                 raise UserError(f"{url}: {answer}; check the address")
-        finally:
-            connection.close()
         hop = urllib.parse.urljoin(hop, location)
         _check_url(hop, url)
     raise UserError(f"{url}: more than {policy.max_redirects} redirects, the last to {hop} (max_redirects)")
 
 
-def _copy(
-    url: str, response: http.client.HTTPResponse, policy: FetchPolicy, deadline: _Deadline, out: BinaryIO
-) -> None:
-    encoding = response.headers.get("Content-Encoding") or "identity"
+def _copy(url: str, response: Any, headers: dict[str, str], policy: FetchPolicy, out: BinaryIO) -> None:
+    encoding = headers.get("content-encoding") or "identity"
     if encoding != "identity":
         raise UserError(f"{url}: sent with Content-Encoding {encoding}, although identity was asked for")
-    length = response.headers.get("Content-Length", "")
-    expected = int(length) if length.isdecimal() else None
-    if expected is not None and expected > policy.max_bytes:
-        raise UserError(f"{url}: {expected} bytes, above the limit of {policy.max_bytes} (max_bytes)")
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > policy.max_bytes:
+        raise UserError(f"{url}: {length} bytes, above the limit of {policy.max_bytes} (max_bytes)")
     count = 0
-    while chunk := response.read1(_CHUNK):
+    for chunk in response.iter_stream():
         count += len(chunk)
         if count > policy.max_bytes:
             raise UserError(f"{url}: more bytes than the limit of {policy.max_bytes} (max_bytes)")
@@ -185,10 +175,6 @@ def _copy(
             out.write(chunk)
         except OSError as error:
             raise _DiskFault(error) from None
-    if deadline.passed:
-        raise _TemporaryFault(f"not complete after {policy.total_timeout:g} seconds")
-    if expected is not None and count != expected:
-        raise _TemporaryFault(f"the connection broke after {count} of {expected} bytes")
     if count == 0:
         raise UserError(f"{url}: the server sent nothing (0 bytes)")
 
@@ -222,96 +208,62 @@ def _check_public(host: str, port: int, policy: FetchPolicy) -> list[tuple]:
     return addresses
 
 
-def _connection(
-    hop: str, origin: str, policy: FetchPolicy, deadline: _Deadline
-) -> tuple[http.client.HTTPConnection, str]:
-    """Connection, not opened, for a URL that passed `_check_url`, and the target to request."""
-    parts = urllib.parse.urlsplit(urllib.parse.quote(hop, safe=string.punctuation))
-    tls, host = parts.scheme.lower() == "https", parts.hostname or ""
-    port = parts.port or (443 if tls else 80)
-    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-    proxy = urllib.request.getproxies().get("https" if tls else "http")
+def _connections(address: str, origin: str, policy: FetchPolicy, end: float) -> Any:
+    """Connections for a URL that passed `_check_url`: to its host, or to the proxy of the environment."""
+    parts = urllib.parse.urlsplit(address)
+    scheme, host = parts.scheme.lower(), parts.hostname or ""
+    port = parts.port or (443 if scheme == "https" else 80)
+    context = ssl.create_default_context() if scheme == "https" else None
+    proxy = urllib.request.getproxies().get(scheme)
     if not proxy or urllib.request.proxy_bypass(f"{host}:{port}"):
-        return _DirectConnection(host, port, tls, policy, deadline), target
+        return httpcore.ConnectionPool(ssl_context=context, network_backend=_Network(end, policy))
     with contextlib.suppress(socket.gaierror):  # some names only the proxy can resolve
         _check_public(host, port, policy)
     through = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     if through.scheme != "http" or not through.hostname:
         raise UserError(f"{origin}: the proxy {through.scheme}://{through.hostname} is not supported; expected http://")
-    connection = _ProxyConnection(through.hostname, through.port or 80, tls, policy, deadline)
-    if not tls:
-        return connection, hop
-    connection.set_tunnel(host, port)
-    return connection, target
+    proxy = f"http://{through.netloc.rpartition('@')[2]}"
+    return httpcore.HTTPProxy(proxy, ssl_context=context, network_backend=_Network(end))
 
 
-class _DirectConnection(http.client.HTTPConnection):
-    """Connection to an address that was checked."""
+class _Network(httpcore.SyncBackend):
+    """Network of one attempt: it connects to addresses that were checked, and ends at `end` on the clock.
 
-    def __init__(self, host: str, port: int, tls: bool, policy: FetchPolicy, deadline: _Deadline) -> None:
-        super().__init__(host, port, timeout=policy.timeout)
-        self.default_port = 443 if tls else 80
-        self.name, self.tls, self.policy, self.deadline = host, tls, policy, deadline
+    `policy` None: to a proxy, whose address is the user's.
+    """
 
-    def connect(self) -> None:
-        addresses = _check_public(self.host, self.port, self.policy)
-        fault = OSError(f"{self.host} has no address")
-        for family, kind, protocol, _, address in addresses:
-            sock = socket.socket(family, kind, protocol)
-            sock.settimeout(self.policy.timeout)
+    def __init__(self, end: float, policy: FetchPolicy | None = None) -> None:
+        self.end, self.policy = end, policy
+
+    def connect_tcp(self, host: str, port: int, timeout: float | None = None, *args: Any, **settings: Any) -> Any:
+        hosts = [host] if self.policy is None else [row[4][0] for row in _check_public(host, port, self.policy)]
+        fault: Exception = OSError(f"{host} has no address")
+        for address in hosts:
             try:
-                sock.connect(address)
-            except OSError as error:
-                sock.close()
+                return _Stream(super().connect_tcp(address, port, timeout, *args, **settings), self.end)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 fault = error
-                continue
-            self.sock = _secured(sock, self.host, self.deadline) if self.tls else self.deadline.watch(sock)
-            return
         raise fault
 
 
-class _ProxyConnection(http.client.HTTPConnection):
-    """Connection to the proxy, which connects to the host; TLS goes through its tunnel."""
+class _Stream(httpcore.NetworkStream):
+    """Connection that ends at `end` on the clock, also where bytes still trickle in."""
 
-    def __init__(self, host: str, port: int, tls: bool, policy: FetchPolicy, deadline: _Deadline) -> None:
-        super().__init__(host, port, timeout=policy.timeout)
-        self.tls, self.deadline, self.name = tls, deadline, host
+    def __init__(self, stream: Any, end: float) -> None:
+        self.stream, self.end = stream, end
+        self.close, self.get_extra_info = stream.close, stream.get_extra_info
 
-    def set_tunnel(self, host: str, port: int | None = None, headers: Mapping[str, str] | None = None) -> None:
-        super().set_tunnel(host, port, headers)
-        self.name = host
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self.stream.read(max_bytes, self._left(timeout))
 
-    def connect(self) -> None:
-        super().connect()
-        self.sock = _secured(self.sock, self.name, self.deadline) if self.tls else self.deadline.watch(self.sock)
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.stream.write(buffer, self._left(timeout))
 
+    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> Any:
+        return _Stream(self.stream.start_tls(ssl_context, server_hostname, self._left(timeout)), self.end)
 
-def _secured(sock: socket.socket, host: str, deadline: _Deadline) -> socket.socket:
-    context = ssl.create_default_context()
-    secured = deadline.watch(context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False))
-    secured.do_handshake()
-    return secured
-
-
-class _Deadline:
-    """Timer that shuts a connection's socket down when an attempt's time is up, also where bytes still trickle in."""
-
-    def __init__(self, seconds: float) -> None:
-        self.passed = False
-        self._sockets: list[socket.socket] = []
-        self._timer = threading.Timer(seconds, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def watch(self, sock: Socket) -> Socket:
-        self._sockets.append(sock)
-        return sock
-
-    def cancel(self) -> None:
-        self._timer.cancel()
-
-    def _expire(self) -> None:
-        self.passed = True
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):  # closed already
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's own, which takes its state apart
+    def _left(self, timeout: float | None) -> float:
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise httpcore.ReadTimeout("timed out")
+        return left if timeout is None else min(timeout, left)

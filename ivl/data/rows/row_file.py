@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ivl.data.cache import default_cache, go_without, temporary, writable
+from ivl.data.cache import default_cache, written
 from ivl.data.rows.formats import loads
 from ivl.files import whole_file
 from ivl.types import UserError, printable
@@ -249,19 +249,12 @@ def _decompressed(path: Path, cache: Path, max_expansion: float) -> Path:
             size += len(chunk)
     plain = cache / "rows" / f"{digest.hexdigest()}.jsonl"
     most = max(_ALWAYS, int(max_expansion * size))
-    place = writable(plain)
-    if os.path.isfile(place) and os.path.getsize(place) <= most:
-        return place
-    try:
-        return _decompress(path, place, most)
-    except OSError as error:
-        if place != plain:
-            raise
-        go_without(plain, error)
-        return _decompress(path, temporary(plain), most)
+    return written(plain, lambda place: _decompress(path, place, most))
 
 
 def _decompress(path: Path, place: Path, most: int) -> Path:
+    if os.path.isfile(place) and os.path.getsize(place) <= most:
+        return place
     source, faults = _opener(path)
     try:
         with whole_file(place) as out, source:

@@ -359,7 +359,7 @@ BAD = {
     4: ("empty.mp4", "the file is empty (0 bytes)"),
     5: ("2 <image> marks but 1 image",),
     6: ("tokens", "exceed the model's context of 4096"),
-    7: ("/cat.png", "no answer (timed out), 1 times"),
+    7: ("/cat.png", "no whole answer (timed out), 1 times"),
 }
 """Line of a bad row → what is said of it"""
 
