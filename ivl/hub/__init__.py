@@ -9,7 +9,7 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from ivl.families import MODELS, find_model
 from ivl.hub import huggingface, modelscope
@@ -20,16 +20,8 @@ from ivl.types import UserError
 HUBS: tuple[Hub, ...] = ("huggingface", "modelscope")
 
 
-class _HubModule(Protocol):
-    """Interface of a hub's module."""
-
-    def cached(self, repo_id: str, revision: str | None) -> list[Path]: ...
-    def download(self, repo_id: str, revision: str | None, token: str | None) -> Path: ...
-    def lock(self, repo_id: str) -> Path: ...
-    def cache(self) -> Path: ...
-
-
-_MODULES: dict[Hub, _HubModule] = {"huggingface": huggingface, "modelscope": modelscope}
+_MODULES: dict[Hub, Any] = {"huggingface": huggingface, "modelscope": modelscope}
+"""Modules with the same functions: cached, download, lock, cache"""
 
 
 @dataclass

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ivl.hub.files import UNFINISHED, WANTED, corrupt, digest, need_complete, refused, unreachable, wanted
+from ivl.hub.files import UNFINISHED, WANTED, corrupt, need_complete, refused, unreachable
 from ivl.types import UserError
 
 
@@ -73,8 +72,8 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
                 ignore_patterns="*/*",
             )
         )
-        tree = HfApi(endpoint=endpoint, token=token).list_repo_tree(repo_id, revision=folder.name)
-        _check(folder, {file.path: file for file in tree if file.path in wanted([file.path])})
+        api = HfApi(endpoint=endpoint, token=token)
+        _check(folder, api.verify_repo_checksums(repo_id, revision=folder.name, local_dir=folder).mismatches)
     except RevisionNotFoundError as error:
         raise UserError(
             f"{repo_id}: huggingface has no revision {revision!r}; leave it out or name a branch"
@@ -92,21 +91,15 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
     return folder
 
 
-def _check(folder: Path, files: dict[str, Any]) -> None:
-    """Compare each file with the hub's own record: sha256 of large files, git's hash of the others."""
-    for name, file in files.items():
-        path = folder / name
-        if file.lfs is not None:
-            expected, algorithm = file.lfs.sha256, hashlib.sha256()
-        else:
-            # git's name for a file's content: a hash, not a secret
-            expected, algorithm = file.blob_id, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-        actual = digest(path, algorithm)
-        if actual != expected:
-            blob = path.resolve()
-            path.unlink()
-            blob.unlink(missing_ok=True)
-            raise corrupt(name, str(folder), expected, actual)
+def _check(folder: Path, mismatches: list[Any]) -> None:
+    """Remove the files that do not match the hub's record. Raises UserError for the first."""
+    for file in mismatches:
+        path = folder / file["path"]
+        blob = path.resolve()
+        path.unlink()
+        blob.unlink(missing_ok=True)
+    for file in mismatches:
+        raise corrupt(file["path"], str(folder), file["expected"], file["actual"])
 
 
 def _refused(repo_id: str, why: object) -> UserError:
