@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,7 +19,6 @@ from ivl.data.media.tiler import VideoOptions
 from ivl.data.processor import Processor
 from ivl.data.rows.row_file import FileLimits
 from ivl.data.sets.dataset import Mixture, MixtureSource
-from ivl.data.sets.facts import read_facts
 from ivl.data.sets.index import Index, answers_needed, build_index, concat, progress_bar, reasons
 from ivl.data.sets.sources import Source, open_sources
 from ivl.files import whole_path
@@ -72,13 +70,11 @@ class Data:
 
 @dataclass
 class OptionRows:
-    """Rows of one option, with their index of lengths and their facts."""
+    """Rows of one option, with their index."""
 
     name: str
     rows: Mixture
     index: Index
-    facts: np.ndarray
-    """Facts of every row, (rows,) of FACTS."""
 
     def where(self, number: int) -> str:
         return self.rows.where(number)
@@ -223,19 +219,13 @@ def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tupl
 
 
 def _index_rows(name: str, parts: list[MixtureSource], args: Namespace) -> OptionRows:
-    indexes, facts = [], []
+    indexes = []
     for part in parts:
         with progress_bar(f"{name}: lengths of {part.name}", part.rows) as progress:
             media: Literal["header", "decode"] = "decode" if args.media else "header"
             index = build_index(part.rows, args.workers, media, args.probe_urls, args.cache_dir, progress)
-        seen = index.media.stamps.tobytes()
-        if name != "predict":
-            index = answers_needed(part.rows, index)
-        indexes.append(index)
-        with progress_bar(f"{name}: texts of {part.name}", part.rows) as progress:
-            workers = os.cpu_count() or 1 if args.workers is None else args.workers
-            facts.append(read_facts(part.rows, index.records["usable"], workers, args.cache_dir, progress, seen))
-    return OptionRows(name, Mixture(parts), concat(indexes), np.concatenate(facts))
+        indexes.append(index if name == "predict" else answers_needed(part.rows, index))
+    return OptionRows(name, Mixture(parts), concat(indexes))
 
 
 # The report
@@ -283,7 +273,7 @@ def _report_rows(one: OptionRows, show: int, report: TextIO) -> None:
             f"\nrows with media behind URLs, counted with the most tiles there can be: {unsure} (--probe_urls)", report
         )
     if one.usable.any():
-        _emit("\n" + distributions(one.index, one.facts), report)
+        _emit("\n" + distributions(one.index), report)
         longest = np.argsort(-one.index.tokens, kind="stable")[: min(5, int(one.usable.sum()))]
         lengths = [f"{_lengths(one.index, int(n)):>24}  {one.where(int(n))}" for n in longest]
         _emit("\nlongest rows:\n" + "\n".join(lengths), report)
@@ -302,20 +292,16 @@ def _lengths(index: Index, number: int) -> str:
     return f"{index.tokens[number]} tokens, {many(int(index.tiles[number]), 'tile')}"
 
 
-def distributions(index: Index, facts: np.ndarray) -> str:
+def distributions(index: Index) -> str:
     """Table of least, median, 99th percentile, most and sum over the usable rows."""
     usable = index.records["usable"]
-    numbers = {
-        "tokens": index.tokens[usable],
-        "tiles": index.tiles[usable],
-        "turns": facts["turns"][usable],
-        "images and videos": facts["media"][usable],
-        "boxes": facts["boxes"][usable],
-    }
+    titles = {"media": "images and videos"}
     lines = [f"{'':20}{'least':>9}{'median':>9}{'99 %':>9}{'most':>9}{'all':>14}"]
-    for name, values in numbers.items():
+    for name in ("tokens", "tiles", "turns", "media", "boxes"):
+        values = index.records[name][usable]
         points = np.percentile(values, [0, 50, 99, 100], method="nearest")
-        lines.append(f"{name:20}" + "".join(f"{int(v):9}" for v in points) + f"{int(values.sum(dtype=np.int64)):14}")
+        total = int(values.sum(dtype=np.int64))
+        lines.append(f"{titles.get(name, name):20}" + "".join(f"{int(v):9}" for v in points) + f"{total:14}")
     share = 100 * index.supervised[usable] / index.tokens[usable]
     total_share = 100 * index.supervised[usable].sum(dtype=np.int64) / index.tokens[usable].sum(dtype=np.int64)
     points = np.percentile(share, [0, 50, 99, 100], method="nearest")
@@ -325,7 +311,7 @@ def distributions(index: Index, facts: np.ndarray) -> str:
 def _report_duplicates(one: OptionRows, report: TextIO) -> None:
     """List duplicates: rows with the media and text of an earlier one."""
     usable = np.flatnonzero(one.usable)
-    _, first, back = np.unique(one.facts["same"][usable], return_index=True, return_inverse=True)
+    _, first, back = np.unique(one.index.records["same"][usable], return_index=True, return_inverse=True)
     repeats = np.flatnonzero(first[back] != np.arange(len(usable)))
     lines = [f"{one.where(usable[n])}: as {one.where(usable[first[back[n]]])}" for n in repeats]
     _list("rows that repeat an earlier one (same media, same text)", lines, report)
@@ -339,12 +325,12 @@ def _report_overlap(option_rows: list[OptionRows], show: int, report: TextIO) ->
         if train is None or one.name not in ("val", "test"):
             continue
         trained = np.flatnonzero(train.usable)
-        texts, first = np.unique(train.facts["same"][trained], return_index=True)
-        held = np.flatnonzero(np.isin(one.facts["same"], texts) & one.usable)
+        texts, first = np.unique(train.index.records["same"][trained], return_index=True)
+        held = np.flatnonzero(np.isin(one.index.records["same"], texts) & one.usable)
         if not len(held):
             continue
         _emit(f"\nrows of data.{one.name} that are in data.train as well: {len(held)}", report)
-        same = trained[first[np.searchsorted(texts, one.facts["same"][held])]]
+        same = trained[first[np.searchsorted(texts, one.index.records["same"][held])]]
         lines = [
             f"{one.where(int(n))}: trained on as {train.where(int(row))}; take it out of one of them"
             for n, row in zip(held, same)
@@ -365,7 +351,7 @@ def _draw_examples(one: OptionRows, processor: Processor, sheet: Path, seed: int
 
     candidates = np.flatnonzero(one.usable & one.index.records["exact"])  # nothing is fetched to be shown
     drawn = np.sort(np.random.default_rng(seed).permutation(candidates)[:_DRAWN])
-    shown = next((n for n in drawn if one.facts["boxes"][n]), drawn[0]) if len(drawn) else None
+    shown = next((n for n in drawn if one.index.records["boxes"][n]), drawn[0]) if len(drawn) else None
     cells = []
     for number in drawn:
         rows, inner = one.rows.at(int(number))

@@ -1,4 +1,4 @@
-"""Index: lengths of every row, from a parallel pass over text and headers, cached on disk.
+"""Index: lengths and facts of every row, from a parallel pass over text and headers, cached on disk.
 
 Packing, checking and planning read it. The cache key of a file's index holds the file's content and everything that
 decides lengths, so an index is never older than its file. Sizes and times of pictures and videos are stored with it:
@@ -30,6 +30,7 @@ from ivl.data.cache import default_cache, optional
 from ivl.data.media.tiling import plain_pictures
 from ivl.data.processor import TooLong
 from ivl.data.rows.formats import is_url
+from ivl.data.sets import facts
 from ivl.data.sets import unread_keys as unread
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.media_stamps import MediaStamps
@@ -38,7 +39,7 @@ from ivl.data.worker_loader import WorkerLoader
 from ivl.files import whole_file, write_text
 from ivl.types import UserError, printable
 
-_FORMAT = 4
+_FORMAT = 5
 _CHUNK = 256
 _SHOWN = 10
 RECORD = np.dtype(
@@ -51,13 +52,15 @@ RECORD = np.dtype(
         ("usable", "?"),
         ("plain", "u1"),
         ("turned", "?"),
+        *facts.FIELDS,
         ("unread", "<u2"),
     ]
 )
 """Record of a row: tokens (text and image together), tiles, supervised labels; changes: bits of `on_too_long`, see
 `ivl.data.truncation.changes`; exact: False where media behind URLs were not probed; usable: False where the row is left
 out, all other fields then 0; plain: pictures and frames of one colour (at most 255), counted where they are decoded;
-turned: True where EXIF turned boxes; unread: number of the row's set of keys in `Index.unread`"""
+turned: True where EXIF turned boxes; those of `ivl.data.sets.facts`; unread: number of the row's set of keys in
+`Index.unread`"""
 
 MediaCheck = Literal["header", "decode"]
 
@@ -180,11 +183,7 @@ def build_index(
         indexes.append(index)
         done += len(part)
     total = concat(indexes)
-    return (
-        total
-        if len(rows) == len(total) and (rows.numbers == np.arange(len(total))).all()
-        else total.select(rows.numbers)
-    )
+    return total if np.array_equal(rows.numbers, np.arange(len(total))) else total.select(rows.numbers)
 
 
 def _renew(index: Index, stale: np.ndarray, fresh: Index) -> None:
@@ -297,16 +296,16 @@ class _Probe(Dataset):
         """Record of a row, with the names of keys that are not read as its last element."""
         rows = self.rows
         conversation = rows.conversation(number)
-        turned = conversation.turned_boxes > 0
+        beside = (conversation.turned_boxes > 0, *facts.facts_of(conversation), conversation.unread)
         self._seen.append(MediaStamps.of(number, conversation.media))  # before they are looked at
         urls = any(isinstance(m.source, str) and is_url(m.source) for m in conversation.media)
         if self.media == "decode" and (self.probe_urls or not urls):
             example = rows.processor(conversation, max_tiles=rows.max_tiles)
             numbers = (len(example.input_ids), len(example.tiles), example.num_supervised)
             plain = min(255, plain_pictures(example.tiles, example.tiles_per_image))
-            return *numbers, changes(example.notes), True, True, plain, turned, conversation.unread
+            return *numbers, changes(example.notes), True, True, plain, *beside
         lengths = rows.processor.lengths(conversation, max_tiles=rows.max_tiles, probe_urls=self.probe_urls)
-        return *lengths, self.probe_urls or not urls, True, 0, turned, conversation.unread
+        return *lengths, self.probe_urls or not urls, True, 0, *beside
 
 
 def cores() -> int:

@@ -375,3 +375,16 @@ def test_pictures_of_one_colour_are_counted_where_they_are_decoded(checkpoint, t
     for media, count in (("decode", 2), ("header", 0)):
         index = build_index(rows, workers=0, media=media, cache_dir=tmp_path / "cache")
         assert index.records["plain"].tolist() == [count]
+
+
+def test_facts_of_rows(checkpoint, tmp_path):
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    boxes = {"query": "Where?", "response": "<box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box>", "images": ["a.png", "a.png"]}
+    talk = {"query": "c", "response": "d", "history": [["a", "b"]]}
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (boxes, talk, boxes | {"id": "again"}, {"query": ""})))
+    records = build_index(
+        RowDataset(path, Processor.from_pretrained(checkpoint)), workers=0, cache_dir=tmp_path / "cache"
+    ).records
+    assert records[["turns", "media", "boxes"]].tolist() == [(1, 2, 2), (2, 0, 0), (1, 2, 2), (0, 0, 0)]
+    assert records["same"][0] == records["same"][2] != records["same"][1] and not records["same"][3]
