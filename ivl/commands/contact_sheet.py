@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from ivl.data.media import load as media
 from ivl.data.processor import Processor
-from ivl.lit.callbacks.images import ANSWERED, EXPECTED, draw_boxes, lettering, wrapped
+from ivl.lit.callbacks.images import ANSWERED, EXPECTED, lettering, scaled, with_boxes, wrapped
 from ivl.types import Conversation, Media, Message
 
 WIDTH, HEIGHT, LINE, LINES = 320, 240, 13, 7
@@ -25,11 +25,10 @@ def cell(row: Conversation, about: str, processor: Processor) -> Image.Image:
     shown = [picture for medium in row.media[:MOST] for picture in _pictures(medium, processor)][:MOST]
     across = 1 if len(shown) < 2 else 2
     for n, picture in enumerate(shown):
-        picture = _scaled(picture, WIDTH // across, HEIGHT if len(shown) < 3 else HEIGHT // 2)
+        picture = scaled(picture, WIDTH // across, HEIGHT if len(shown) < 3 else HEIGHT // 2)
         if len(row.media) == 1 and row.media[0].kind == "image":
-            draw = ImageDraw.Draw(picture)
             for message in row.messages:
-                draw_boxes(draw, message.text, picture.size, EXPECTED if message.role == "assistant" else ANSWERED)
+                picture = with_boxes(picture, message.text, EXPECTED if message.role == "assistant" else ANSWERED)
         place = n % across * WIDTH // across, n // across * HEIGHT // 2
         drawn.paste(picture, place)
         bottom = max(bottom, place[1] + picture.height)
@@ -52,9 +51,3 @@ def _pictures(medium: Media, processor: Processor) -> list[Image.Image]:
     if medium.kind == "image":
         return [media.load_image(medium.source, exif, policy)]
     return media.load_video(medium.source, MOST, None, MOST, medium.start, medium.end, policy=policy)
-
-
-def _scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
-    scale = min(width / picture.width, height / picture.height)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.BILINEAR if scale > 1 else Image.Resampling.LANCZOS)

@@ -6,12 +6,15 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ivl.data.rows.grounding import parse_boxes, to_pixels
 from ivl.types import Conversation
 
-SIDE, TEXT, MARGIN = 280, 90, 8
+SIDE, TEXT, MARGIN = 280, 90, 16
 ANSWERED, EXPECTED = (220, 40, 40), (30, 150, 60)
 
 
@@ -22,23 +25,16 @@ def panel(cells: list[tuple[Image.Image, Conversation, str]], columns: int = 4) 
 
 def grid(cells: Sequence[Image.Image], columns: int = 4) -> Image.Image:
     """Arrange cells of one size on one picture, row by row."""
-    columns = min(columns, len(cells))
-    width, height = cells[0].width + 2 * MARGIN, cells[0].height + 2 * MARGIN
-    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
-    for n, cell in enumerate(cells):
-        sheet.paste(cell, (n % columns * width + MARGIN, n // columns * height + MARGIN))
-    return sheet
+    return to_pil_image(make_grid([pil_to_tensor(cell) for cell in cells], columns, MARGIN, pad_value=255))
 
 
 def _cell(image: Image.Image, row: Conversation, answer: str) -> Image.Image:
     cell = Image.new("RGB", (SIDE, SIDE + TEXT), "white")
-    scale = min(SIDE / image.width, SIDE / image.height)
-    picture = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    draw = ImageDraw.Draw(picture)
+    picture = scaled(image, SIDE, SIDE)
     last = row.messages[-1] if row.messages[-1].role == "user" else row.messages[-2]
-    draw_boxes(draw, last.text, picture.size, EXPECTED, width=5)  # visible around an equal generated box
-    draw_boxes(draw, row.reference or "", picture.size, EXPECTED, width=5)
-    draw_boxes(draw, answer, picture.size, ANSWERED)
+    for text in (last.text, row.reference or ""):
+        picture = with_boxes(picture, text, EXPECTED, width=5)  # visible around an equal generated box
+    picture = with_boxes(picture, answer, ANSWERED)
     cell.paste(picture, (0, 0))
     write = ImageDraw.Draw(cell)
     lines = [
@@ -53,6 +49,13 @@ def _cell(image: Image.Image, row: Conversation, answer: str) -> Image.Image:
             write.text((0, y), line, fill=colour, font=font)
             y += 13
     return cell
+
+
+def scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale a picture to fit a rectangle."""
+    scale = min(width / picture.width, height / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.BILINEAR if scale > 1 else Image.Resampling.LANCZOS)
 
 
 FONTS = (
@@ -102,12 +105,9 @@ def wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
     return [*lines, line]
 
 
-def draw_boxes(
-    draw: ImageDraw.ImageDraw, text: str, size: tuple[int, int], colour: tuple[int, int, int], width: int = 2
-) -> None:
-    """Draw the boxes of a text (coordinates 0 to 1000) onto a picture of `size` pixels."""
-    for _, boxes in parse_boxes(text):
-        for box in boxes:
-            x1, y1, x2, y2 = to_pixels(box, size)
-            if x1 <= x2 and y1 <= y2:
-                draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
+def with_boxes(picture: Image.Image, text: str, colour: tuple[int, int, int], width: int = 2) -> Image.Image:
+    """Draw the boxes of a text (coordinates 0 to 1000) onto a copy of a picture."""
+    boxes = [to_pixels(box, picture.size) for _, group in parse_boxes(text) for box in group]
+    if not boxes:
+        return picture
+    return to_pil_image(draw_bounding_boxes(pil_to_tensor(picture), torch.tensor(boxes), colors=colour, width=width))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from PIL.Image import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from ivl.data.media.load import load_image
 from ivl.lit.callbacks.images import panel
@@ -50,8 +50,7 @@ def _show(logger: Logger, picture: Image | None, text: str, step: int) -> None:
         return
     board.add_text("answers", text, step)
     if picture is not None:
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        board.add_image("answers", pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
+        board.add_image("answers", pil_to_tensor(picture), step)
 
 
 def _as_text(answers: list[dict[str, Any]]) -> str:
