@@ -16,7 +16,7 @@ from typing import Any
 
 from ivl.config import read_json
 from ivl.hub.hints import check_adapter_folder
-from ivl.types import UserError, some
+from ivl.types import UserError, shortened, some
 
 FILE = "adapter_config.json"
 
@@ -102,7 +102,7 @@ class AdapterConfig:
         for key, feature in REFUSED.items():
             if _is_on(raw.get(key)):
                 raise UserError(
-                    f"{where}: {key} is {_shown(raw[key])}: {feature} is not computed here; merge the adapter with "
+                    f"{where}: {key} is {shortened(raw[key])}: {feature} is not computed here; merge the adapter with "
                     "peft (merge_and_unload) and give the merged checkpoint"
                 )
         config = cls(
@@ -125,7 +125,7 @@ class AdapterConfig:
         known = {*NO_EFFECT, *REFUSED, *READ}
         if unknown := sorted(key for key, value in raw.items() if key not in known and _is_on(value)):
             raise UserError(
-                f"{where}: {some([f'{key} ({_shown(raw[key])})' for key in unknown])}: not known here, so what it "
+                f"{where}: {some([f'{key} ({shortened(raw[key])})' for key in unknown])}: not known here, so what it "
                 "does to the answers is not either; remove the key if it does nothing, or merge the adapter with the "
                 "program that made it"
             )
@@ -148,11 +148,6 @@ def _is_on(value: Any) -> bool:
     return value is not None and value is not False and value not in ("", [], {})
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _init(value: Any, where: str) -> str | None:
     """The member of `TAKEN_OUT` that init_lora_weights names; None for those that leave the weight alone."""
     name = value.lower() if isinstance(value, str) else value
@@ -161,9 +156,9 @@ def _init(value: Any, where: str) -> str | None:
     if any(name is plain or (isinstance(plain, str) and name == plain) for plain in (*PLAIN, None)):
         return None
     raise UserError(
-        f"{where}: init_lora_weights is {_shown(value)}: the base's weights were changed before the training in a way "
-        f"that cannot be computed again here (known: {', '.join(map(str, (*PLAIN, *TAKEN_OUT)))}); save the adapter "
-        "with peft's path_initial_model_for_weight_conversion, or give the merged checkpoint"
+        f"{where}: init_lora_weights is {shortened(value)}: the base's weights were changed before the training in a "
+        f"way that cannot be computed again here (known: {', '.join(map(str, (*PLAIN, *TAKEN_OUT)))}); save the "
+        "adapter with peft's path_initial_model_for_weight_conversion, or give the merged checkpoint"
     )
 
 
@@ -175,7 +170,7 @@ class _Reader:
     where: str
 
     def wrong(self, key: str, expected: str) -> UserError:
-        return UserError(f"{self.where}: {key}: expected {expected}, found {_shown(self.raw.get(key))}")
+        return UserError(f"{self.where}: {key}: expected {expected}, found {shortened(self.raw.get(key))}")
 
     def number(self, key: str, default: float) -> float:
         value = self.raw.get(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -103,11 +104,10 @@ def agreed(model: InternVL, tune: Tune, typed: Tune, where: str) -> Tune:
 
 
 def _same(model: InternVL, part: str, there: LoRA, here: LoRA) -> bool:
-    scales = [scale_alpha(lora) / (lora.rank**0.5 if lora.rslora else lora.rank) for lora in (there, here)]
     layers = [set(target_names(model, part, lora)) for lora in (there, here)]
     return (
         (there.rank, there.dora) == (here.rank, here.dora)
-        and abs(scales[0] - scales[1]) < 1e-6 * max(scales)
+        and math.isclose(there.scale, here.scale, rel_tol=1e-6)
         and layers[0] == layers[1]
     )
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from ivl.checkpoint.layouts import Group, groups
 from ivl.families import llm_family
 from ivl.files import whole_path
+from ivl.finetune.adapters import PREFIX, LowRank
 from ivl.finetune.tune import (
     ADAPTER,
     EMBEDDINGS,
@@ -38,7 +38,6 @@ from ivl.finetune.tune import (
     is_tied,
     lora_config,
     part_of,
-    scale_alpha,
 )
 from ivl.finetune.tune import trainable_state as trained_tensors
 from ivl.types import UserError
@@ -51,20 +50,8 @@ Layout = Literal["released", "hf"]
 WEIGHTS = "adapter_model.safetensors"
 DIGEST = "sha256"
 """Key of the file's metadata: `digest` of its tensors. safetensors itself has no checksum"""
-_PREFIX = "base_model.model."
 _LISTS = ("layers", "layer")
 """Names of lists of layers, which peft cannot wrap"""
-
-
-@dataclass
-class _Update:
-    """A low-rank update of one layer."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    magnitude: Tensor | None = None
-    """(rows,) of DoRA"""
 
 
 def save_adapter(
@@ -87,7 +74,7 @@ def save_adapter(
     state = dict(trained_tensors(model) if state is None else state)
     loras = {part: mode for part in PARTS if isinstance(mode := tune.mode(part), LoRA)}
     scales = {
-        n: scale_alpha(lora) / (lora.rank**0.5 if lora.rslora else lora.rank)
+        n: lora.scale
         for n in (name.replace(FSDP_PREFIX, "") for name in adapted(model))
         for lora in [loras[part_of(n)]]
     }
@@ -111,13 +98,13 @@ def save_adapter(
         if update.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = update.magnitude
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    tensors = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     with whole_path(folder / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt", DIGEST: digest(tensors)})
     config.save_pretrained(str(folder))
 
 
-def _updates(model: InternVL, state: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, _Update]:
+def _updates(model: InternVL, state: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, LowRank]:
     """Layer → its update, on the base as released."""
     updates = {}
     for name, scale in scales.items():
@@ -125,7 +112,7 @@ def _updates(model: InternVL, state: Mapping[str, Tensor], scales: Mapping[str, 
         if name in model.lora_start:
             first_a, first_b = model.lora_start[name]
             A, B = torch.cat([A, first_a]), torch.cat([B, -first_b], dim=1)
-        updates[name] = _Update(A, B, scale, state.get(f"{name}.lora_magnitude_vector.{ADAPTER}.weight"))
+        updates[name] = LowRank(A, B, scale, state.get(f"{name}.lora_magnitude_vector.{ADAPTER}.weight"))
     return updates
 
 
@@ -151,11 +138,11 @@ def _stored_names(model: InternVL, layout: Layout) -> set[str]:
 
 
 def _convert(
-    model: InternVL, updates: dict[str, _Update], full: dict[str, Tensor], layout: Layout
-) -> tuple[dict[str, _Update], dict[str, Tensor]]:
+    model: InternVL, updates: dict[str, LowRank], full: dict[str, Tensor], layout: Layout
+) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
     """Updates by layer and full tensors by name, as the layout names and cuts them."""
     table, shapes = _tables(model, layout)
-    layers: dict[str, _Update] = {}
+    layers: dict[str, LowRank] = {}
     tensors: dict[str, Tensor] = {}
     for group in table:
         of_group = [updates.get(name.removesuffix(".weight")) for name in group.module]
@@ -167,7 +154,7 @@ def _convert(
     return layers, tensors
 
 
-def _convert_group(model: InternVL, group: Group, updates: list[_Update | None], rows: list[int]) -> list[_Update]:
+def _convert_group(model: InternVL, group: Group, updates: list[LowRank | None], rows: list[int]) -> list[LowRank]:
     """The updates of a group's stored layers."""
     present = [update for update in updates if update is not None]
     scale = next((update.scale for update in present if update.scale), 1.0)
@@ -187,7 +174,7 @@ def _convert_group(model: InternVL, group: Group, updates: list[_Update | None],
         magnitudes = group.write(sizes, model.config)
     A = torch.cat([update.A for update in present])
     return [
-        _Update(A.clone(), B, scale, magnitude)
+        LowRank(A.clone(), B, scale, magnitude)
         for B, magnitude in zip(group.write(blocks, model.config), magnitudes, strict=True)
     ]
 

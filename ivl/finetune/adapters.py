@@ -27,7 +27,8 @@ from ivl.types import UserError, some
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Start of peft's names"""
 _WRAPPINGS = (".base_layer.", ".modules_to_save.default.", ".modules_to_save.")
 """Infixes of peft in names: around a weight under a LoRA, and around a module that is saved in full"""
 _LOW_RANK = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
@@ -40,7 +41,7 @@ _PART_PREFIXES = {
 
 
 @dataclass
-class _Pair:
+class LowRank:
     """A low-rank update of one layer."""
 
     A: Tensor
@@ -62,17 +63,17 @@ class Adapter:
     state: dict[str, Tensor] = field(default_factory=dict)
     """Tensors under peft's names"""
 
-    def add(self, layer: str, pair: _Pair) -> None:
+    def add(self, layer: str, pair: LowRank) -> None:
         self.ranks[layer] = len(pair.A)
         self.alphas[layer] = pair.scale * len(pair.A)
-        self.state |= {f"{_PREFIX}{layer}.lora_A.weight": pair.A, f"{_PREFIX}{layer}.lora_B.weight": pair.B}
+        self.state |= {f"{PREFIX}{layer}.lora_A.weight": pair.A, f"{PREFIX}{layer}.lora_B.weight": pair.B}
         if pair.magnitude is not None:
-            self.state[f"{_PREFIX}{layer}.lora_magnitude_vector"] = pair.magnitude
+            self.state[f"{PREFIX}{layer}.lora_magnitude_vector"] = pair.magnitude
 
     @property
     def replaced(self) -> list[str]:
         """The parameters that the adapter brings in full: those of `modules_to_save`, biases, a tower beside it."""
-        return [key.removeprefix(_PREFIX) for key in self.state if ".lora_" not in key]
+        return [key.removeprefix(PREFIX) for key in self.state if ".lora_" not in key]
 
 
 def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig) -> Adapter:
@@ -108,7 +109,7 @@ def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig)
             base = {} if len(full) == len(group.stored) else dict(zip(group.stored, _base_tensors(model, group)))
             parts = [state[tensors[name]] if name in full else base[name] for name in group.stored]
             try:
-                adapter.state |= {_PREFIX + n: t for n, t in zip(group.module, group.read(parts, model.config))}
+                adapter.state |= {PREFIX + n: t for n, t in zip(group.module, group.read(parts, model.config))}
             except RuntimeError as error:
                 raise UserError(f"{full[0]} of the adapter has a shape that does not fit this model") from error
     return adapter
@@ -145,7 +146,7 @@ def _has_module(module: str, names: Iterable[str]) -> bool:
     return any(f".{module}." in f".{name}" for name in names)
 
 
-def _check_shapes(model: InternVL, group: Group, pairs: list[_Pair | None]) -> None:
+def _check_shapes(model: InternVL, group: Group, pairs: list[LowRank | None]) -> None:
     layers = [model.get_submodule(name.removesuffix(".weight")) for name in group.module]
     sizes = [(m.out_features, m.in_features) for m in layers if isinstance(m, nn.Linear)]
     if len(sizes) < len(layers):
@@ -169,11 +170,11 @@ def _base_tensors(model: InternVL, group: Group) -> list[Tensor]:
     return group.write(tensors, model.config)
 
 
-def _with_start(model: InternVL, group: Group, pairs: list[_Pair | None], init: str) -> list[_Pair | None]:
+def _with_start(model: InternVL, group: Group, pairs: list[LowRank | None], init: str) -> list[LowRank | None]:
     """Add to stored pairs the part that peft takes out of the base's weight at injection (PiSSA, OLoRA)."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    result: list[_Pair | None] = []
+    result: list[LowRank | None] = []
     for pair, weight in zip(pairs, _base_tensors(model, group)):
         if pair is None:
             result.append(None)
@@ -185,7 +186,7 @@ def _with_start(model: InternVL, group: Group, pairs: list[_Pair | None], init: 
         layer = inject_adapter_in_model(settings, nn.ModuleDict({"layer": linear}), ADAPTER)["layer"]
         A, B = (m[ADAPTER].weight.detach().float().to(pair.A.device) for m in (layer.lora_A, layer.lora_B))
         factors = torch.cat([pair.A.float(), A]), torch.cat([pair.B.float(), -B], dim=1)
-        result.append(_Pair(*factors, pair.scale, pair.magnitude))
+        result.append(LowRank(*factors, pair.scale, pair.magnitude))
     return result
 
 
@@ -217,7 +218,7 @@ def _full_names(keys: Iterable[str]) -> dict[str, str]:
 
 def _full_name(key: str) -> str:
     """A key without peft's wrappings (one around the model, or one around each part), and with the part's name."""
-    name = key.replace(_PREFIX, "")
+    name = key.replace(PREFIX, "")
     for wrapping in _WRAPPINGS:
         name = name.replace(wrapping, ".")
     return next((part + name for start, part in _PART_PREFIXES.items() if name.startswith(start)), name)
@@ -238,7 +239,7 @@ def _groups(model_names: Iterable[str], weights: set[str]) -> dict[str, Group]:
     )
 
 
-def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterConfig) -> dict[str, _Pair]:
+def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterConfig) -> dict[str, LowRank]:
     """Map layers to low-rank pairs with the config's scale; `halves`: (layer, kind) → key in the file, tensor.
 
     Raises UserError where a half is missing.
@@ -247,7 +248,7 @@ def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterCon
     named: dict[str, str] = {}
     for (layer, kind), (key, tensor) in halves.items():
         parts.setdefault(layer, {})[kind] = tensor
-        named[layer] = key.rpartition(f".{kind}")[0].removeprefix(_PREFIX)
+        named[layer] = key.rpartition(f".{kind}")[0].removeprefix(PREFIX)
     pairs = {}
     for layer, tensors in parts.items():
         if missing := {"lora_A", "lora_B"} - tensors.keys():
@@ -256,7 +257,7 @@ def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterCon
         if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or len(A) == 0:
             raise UserError(f"the adapter's {layer} has shapes {list(A.shape)} and {list(B.shape)}; they are no pair")
         scale = config.scale(named[layer], len(A))
-        pairs[layer] = _Pair(A, B, scale, tensors.get("lora_magnitude_vector"))
+        pairs[layer] = LowRank(A, B, scale, tensors.get("lora_magnitude_vector"))
     return pairs
 
 
@@ -284,7 +285,7 @@ def _without_tied_head(model: InternVL, tensors: dict[str, str], state: dict[str
     return {name: key for name, key in tensors.items() if name != full["head"]}
 
 
-def _convert_group(model: InternVL, group: Group, pairs: list[_Pair | None]) -> list[tuple[str, _Pair]]:
+def _convert_group(model: InternVL, group: Group, pairs: list[LowRank | None]) -> list[tuple[str, LowRank]]:
     """The pairs of a group's stored layers as those of the model's layers."""
     names = [name.removesuffix(".weight") for name in group.module]
     present = [pair for pair in pairs if pair is not None]
@@ -293,7 +294,7 @@ def _convert_group(model: InternVL, group: Group, pairs: list[_Pair | None]) -> 
         halves = group.read([pair.B], model.config)
         magnitudes = [None] * len(halves) if pair.magnitude is None else group.read([pair.magnitude], model.config)
         return [
-            (n, _Pair(pair.A[ranks], b[:, ranks], pair.scale, m))
+            (n, LowRank(pair.A[ranks], b[:, ranks], pair.scale, m))
             for n, b, m, ranks in zip(names, halves, magnitudes, _ranks(halves, pair.magnitude is not None))
             if ranks.any()
         ]
@@ -306,4 +307,4 @@ def _convert_group(model: InternVL, group: Group, pairs: list[_Pair | None]) -> 
     blocks = [torch.zeros(rows, 0) if p is None else p.B.float() * (p.scale / scale) for p in pairs]
     magnitudes = [pair.magnitude for pair in present if pair.magnitude is not None]
     magnitude = torch.cat(magnitudes) if magnitudes else None
-    return [(names[0], _Pair(torch.cat([p.A.float() for p in present]), torch.block_diag(*blocks), scale, magnitude))]
+    return [(names[0], LowRank(torch.cat([p.A.float() for p in present]), torch.block_diag(*blocks), scale, magnitude))]

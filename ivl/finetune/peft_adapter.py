@@ -164,7 +164,7 @@ def merge(model: InternVL) -> None:
 def _peft_key(name: str) -> str:
     """Our parameter's name → its name in a PEFT adapter file."""
     name = name.replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector")
-    return "base_model.model." + name.replace(f".{ADAPTER}.", ".").replace(".base_layer.", ".")
+    return adapters.PREFIX + name.replace(f".{ADAPTER}.", ".").replace(".base_layer.", ".")
 
 
 def adapted_parts(folder: str | Path) -> list[str]:

@@ -67,6 +67,11 @@ class LoRA:
     """Initial values of the two matrices: the first random and the second zero, or, for pissa, from the largest
     singular values of the weight, which keeps the rest (https://arxiv.org/abs/2404.02948; one SVD per layer)."""
 
+    @property
+    def scale(self) -> float:
+        """Factor of the update."""
+        return scale_alpha(self) / (self.rank**0.5 if self.rslora else self.rank)
+
 
 @dataclass(frozen=True)
 class Blocks:
