@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ivl.checkpoint.weights import save_weights
-from ivl.commands.export_files import dump
 from ivl.config import Config
 from ivl.demo.model import write_tokenizer
+from ivl.files import write_json
 from ivl.model.internvl import InternVL
 
 TEXT = "Describe the picture in a few words. What is it? How many are there? Read what is written. 0 1 2 3 4 5 6 7 8 9"
@@ -124,8 +124,8 @@ def write(folder: Path, size: str, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         model = InternVL.from_config(parsed, image_token_id=ids["<IMG_CONTEXT>"])
     save_weights(model.state_dict(), folder, "native", parsed)
-    dump(folder / "generation_config.json", {"eos_token_id": [end, ids["<|endoftext|>"]]})
-    dump(folder / "config.json", raw)
+    write_json(folder / "generation_config.json", {"eos_token_id": [end, ids["<|endoftext|>"]]})
+    write_json(folder / "config.json", raw)
     return folder
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 REMEDIES = {
     errno.ENOSPC: "free space there, or name another folder",
@@ -86,6 +87,11 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears at `path` once it is complete, and not after an error."""
     with whole_path(path) as part, part.open("wb") as out:
         yield out
+
+
+def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
+    """Write a value as JSON for people, complete or not at all."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -24,11 +24,12 @@ from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.hf_layout import hf_tensor
 from ivl.checkpoint.quantization import Quantize
 from ivl.checkpoint.weights import save_weights
-from ivl.commands.export_files import Settings, dump, hf_rows, write_hf, write_released
+from ivl.commands.export_files import Settings, hf_rows, write_hf, write_released
 from ivl.commands.export_verify import Check, Probe, stored_dtype, verify, verify_adapter
 from ivl.config import read_json
 from ivl.data.processor import Processor
 from ivl.families import llm_family
+from ivl.files import write_json
 from ivl.finetune import peft_adapter as adapting
 from ivl.finetune import tune as tuning
 from ivl.finetune.adapter_writer import Layout
@@ -150,7 +151,7 @@ def export(
             report = _write_adapter(trained, settings, probe, temporary, device, layout or checkpoint.config.layout)
         else:
             report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
-        dump(temporary / REPORT, report)
+        write_json(temporary / REPORT, report)
     print(printable(_summary(target, report)))
     if run and (best := best_beside(trained.where)):
         print(printable(f"  {trained.where}: {best}"))

@@ -7,7 +7,6 @@ base's, byte for byte; the rewritten files are named here.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ivl.config import read_json
 from ivl.data.processor import Processor
 from ivl.data.text.jinja_template import chat_template
 from ivl.data.text.template import release_system_message
+from ivl.files import write_json
 from ivl.hf_config import is_hf, released_config
 from ivl.types import IMAGENET_MEAN, IMAGENET_STD, UserError
 
@@ -65,17 +65,17 @@ def write_released(settings: Settings, folder: Path) -> list[str]:
     base, processor = settings.base, settings.processor
     for name in copied_files(base):
         shutil.copyfile(base / name, folder / name)
-    dump(folder / "config.json", released_json(settings))
-    dump(folder / "generation_config.json", _generation(settings))
+    write_json(folder / "config.json", released_json(settings))
+    write_json(folder / "generation_config.json", _generation(settings))
     text = chat_template(processor.template, processor.tokenizer, processor.system_message)
     path = base / "tokenizer_config.json"
-    dump(folder / "tokenizer_config.json", (read_json(path) if path.is_file() else {}) | {"chat_template": text})
+    write_json(folder / "tokenizer_config.json", (read_json(path) if path.is_file() else {}) | {"chat_template": text})
     if (base / "chat_template.jinja").is_file():  # where it is there, it wins over the key
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     if (base / "preprocessor_config.json").is_file() and not is_hf(read_json(base / "config.json")):
         shutil.copyfile(base / "preprocessor_config.json", folder / "preprocessor_config.json")
     else:
-        dump(folder / "preprocessor_config.json", _preprocessor(processor.config.image_size))
+        write_json(folder / "preprocessor_config.json", _preprocessor(processor.config.image_size))
     notes = []
     if not list(folder.glob("*.py")):
         notes.append(
@@ -168,8 +168,8 @@ def write_hf(settings: Settings, folder: Path) -> list[str]:
         raw["text_config"]["vocab_size"] = hf_rows(settings)
     except UserError as error:
         raise UserError(f"{settings.base}: its tokenizer has no form in the hf layout: {error}") from error
-    dump(folder / "config.json", raw | _program_keys(settings))
-    dump(folder / "generation_config.json", _generation(settings))
+    write_json(folder / "config.json", raw | _program_keys(settings))
+    write_json(folder / "generation_config.json", _generation(settings))
     if processor.tokenizer.leading_space:
         return ["a text that begins with a blank has one token fewer in transformers; no prompt of this template does"]
     return []
@@ -228,7 +228,3 @@ def _image_processor(settings: Settings) -> Any:
         min_patches=config.min_dynamic_patch,
         max_patches=settings.max_tiles,
     )
-
-
-def dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

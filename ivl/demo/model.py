@@ -13,6 +13,7 @@ from torch import nn
 
 from ivl.checkpoint.weights import save_weights
 from ivl.config import Config
+from ivl.files import write_json
 from ivl.model.internvl import InternVL
 
 VISUAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
@@ -42,11 +43,13 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> dict[str, int]:
     state["added_tokens"] = [{"id": number, "content": token} | flags for token, number in ids.items()]
     named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     decoder = {str(number): {"content": token} | flags for token, number in ids.items()}
-    _dump(folder / "tokenizer.json", state)
-    _dump(folder / "added_tokens.json", ids)
-    _dump(folder / "special_tokens_map.json", {"additional_special_tokens": list(ids)} | named)
+    write_json(folder / "tokenizer.json", state)
+    write_json(folder / "added_tokens.json", ids)
+    write_json(folder / "special_tokens_map.json", {"additional_special_tokens": list(ids)} | named)
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    _dump(folder / "tokenizer_config.json", {"added_tokens_decoder": decoder, "model_max_length": 1024} | kind | named)
+    write_json(
+        folder / "tokenizer_config.json", {"added_tokens_decoder": decoder, "model_max_length": 1024} | kind | named
+    )
     return ids
 
 
@@ -109,8 +112,8 @@ def write_checkpoint(folder: Path, texts: Iterable[str], seed: int = 0) -> None:
     folder.mkdir(parents=True)
     ids = write_tokenizer(folder, texts)
     raw = config(ids)
-    _dump(folder / "config.json", raw)
-    _dump(folder / "generation_config.json", {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]})
+    write_json(folder / "config.json", raw)
+    write_json(folder / "generation_config.json", {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]})
     parsed = Config.from_dict(raw)
     model = InternVL.from_config(parsed, image_token_id=ids["<IMG_CONTEXT>"])
     initialise(model, torch.Generator().manual_seed(seed))
@@ -139,7 +142,3 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
                 parameter.normal_(0, scale, generator=generator)
             elif name.endswith(".bias"):
                 parameter.zero_()
-
-
-def _dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

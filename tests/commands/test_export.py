@@ -243,7 +243,7 @@ def test_overwrite_spares_what_is_no_checkpoint_and_what_is_read(base, tmp_path)
             export(str(place), base=str(base), overwrite=True)
 
 
-@pytest.mark.parametrize("step", ["save_weights", "verify", "dump"])
+@pytest.mark.parametrize("step", ["save_weights", "verify", "write_json"])
 def test_a_crash_leaves_no_half_folder_and_the_old_one(base, tmp_path, monkeypatch, step):
     out = export(str(tmp_path / "out"), base=str(base))
     before = {path.name: path.read_bytes() for path in out.iterdir()}

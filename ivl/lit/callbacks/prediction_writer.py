@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ivl.data.processor import Processor
 from ivl.data.rows.grounding import parse_boxes
 from ivl.data.sets.index import fingerprint
-from ivl.files import whole_file, write_text
+from ivl.files import whole_file, write_json
 from ivl.lit.benchmark import score_fields
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.types import as_lit
@@ -108,7 +108,7 @@ class PredictionShards:
         if not self.settings.exists():
             if parts:
                 raise UserError(f"{parts[0]}: exists, but {self.settings.name} beside it does not; remove it")
-            write_text(self.settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            write_json(self.settings, settings, indent=1)
             return
         changes = _differences(json.loads(self.settings.read_text(encoding="utf-8")), settings)
         if changes:
