@@ -10,41 +10,18 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ivl.data.processor import Processor
 from ivl.data.rows.row_file import FileLimits, RowFile
 from ivl.types import Conversation, Example, UserError
 
 Key = int | tuple[int, int]
 """A row's number, or (epoch, number)"""
-
-
-class RowProcessor(Protocol):
-    """Interface of `ivl.data.processor.Processor` that data sets need."""
-
-    def parse(self, row: Any, where: str = "", root: str | Path | None = None) -> Conversation: ...
-
-    def __call__(
-        self,
-        row: Any,
-        where: str = "",
-        root: str | Path | None = None,
-        max_tiles: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Example: ...
-
-    def lengths(
-        self,
-        row: Any,
-        where: str = "",
-        root: str | Path | None = None,
-        max_tiles: int | None = None,
-        probe_urls: bool = True,
-    ) -> tuple[int, int, int, int]: ...
 
 
 class RowDataset(Dataset[Example]):
@@ -53,7 +30,7 @@ class RowDataset(Dataset[Example]):
     def __init__(
         self,
         paths: str | Path | Sequence[str | Path],
-        processor: RowProcessor,
+        processor: Processor,
         root: str | Path | None = None,
         as_prompt: bool = False,
         on_error: Literal["error", "skip"] = "error",
@@ -252,13 +229,7 @@ class Mixture(Dataset[Example]):
         """Number of different rows; an epoch has `sum(counts)`."""
         return int(self.first[-1])
 
-    @overload
-    def at(self, key: int) -> tuple[RowDataset, int]: ...
-
-    @overload
-    def at(self, key: Key) -> tuple[RowDataset, Key]: ...
-
-    def at(self, key: Key) -> tuple[RowDataset, Key]:
+    def at(self, key: Key) -> tuple[RowDataset, Any]:
         """Rows of the part that a row belongs to, and its key there."""
         epoch, i = key if isinstance(key, tuple) else (None, key)
         if not 0 <= i < len(self):

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from ivl.data.processor import Processor
 from ivl.data.rows.row_file import FileLimits
-from ivl.data.sets.dataset import RowDataset, RowProcessor, digests
+from ivl.data.sets.dataset import RowDataset, digests
 from ivl.files import whole_file
 from ivl.types import UserError
 
@@ -52,7 +53,7 @@ def save_split(path: str | Path, held: RowDataset, seed: int = 0) -> None:
 
 
 def open_split(
-    path: str | Path, processor: RowProcessor, root: str | Path | None = None, limits: FileLimits | None = None
+    path: str | Path, processor: Processor, root: str | Path | None = None, limits: FileLimits | None = None
 ) -> RowDataset:
     """Held-out rows of a file that `save_split` wrote, from the files of rows it names.
 
@@ -65,7 +66,7 @@ def open_split(
 
 
 def held_out(
-    run: str | Path, processor: RowProcessor, root: str | Path | None = None, limits: FileLimits | None = None
+    run: str | Path, processor: Processor, root: str | Path | None = None, limits: FileLimits | None = None
 ) -> RowDataset:
     """Rows that a run held out: those of its split file, or its files of `data.val`. Raises UserError where none."""
     if (path := remembered(run)) is not None:

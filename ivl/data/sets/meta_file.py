@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ivl.data.sets.dataset import MixtureSource, RowDataset, RowProcessor
+from ivl.data.processor import Processor
+from ivl.data.sets.dataset import MixtureSource, RowDataset
 from ivl.types import UserError
 
 
-def read_meta(path: str | Path, processor: RowProcessor, **options: Any) -> list[MixtureSource]:
+def read_meta(path: str | Path, processor: Processor, **options: Any) -> list[MixtureSource]:
     """Sources of an OpenGVLab meta file: name → root, annotation, repeat_time, max_dynamic_patch, length.
 
     `annotation` is a file of rows or a list of them. Paths are tried as seen from the working directory, then from the

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ivl.data.processor import Processor
 from ivl.data.sets import hub_datasets as named
-from ivl.data.sets.dataset import MixtureSource, RowDataset, RowProcessor, permutation
+from ivl.data.sets.dataset import MixtureSource, RowDataset, permutation
 from ivl.data.sets.meta_file import read_meta
 from ivl.types import UserError
 
@@ -42,7 +43,7 @@ SourceLike = str | Path | Source
 
 
 def open_sources(
-    values: SourceLike | Sequence[SourceLike], processor: RowProcessor, root: str | Path | None = None, **options: Any
+    values: SourceLike | Sequence[SourceLike], processor: Processor, root: str | Path | None = None, **options: Any
 ) -> list[MixtureSource]:
     """Open the sources of a data option as parts of a mixture.
 
@@ -58,7 +59,7 @@ def open_sources(
 
 
 def _parts(
-    source: Source, processor: RowProcessor, root: str | Path | None, options: dict[str, Any]
+    source: Source, processor: Processor, root: str | Path | None, options: dict[str, Any]
 ) -> list[MixtureSource]:
     path = Path(source.path).expanduser()
     counted = None if path.exists() else _COUNT.fullmatch(source.path)
