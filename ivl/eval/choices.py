@@ -120,3 +120,26 @@ def infer_choice(answer: str, options: Mapping[str, str]) -> str:
         return ""
     letters = [letter for letter, text in options.items() if text.lower() in answer.lower()]
     return letters[0] if len(letters) == 1 else ""
+
+
+_MARKS = (*';/[]"{}()=+\\_-><@`,?!',)
+
+
+def yes_or_no(answer: str) -> str:
+    """Return "Yes" or "No" where exactly one of the two words stands in an answer, else "Unknown".
+
+    Source: VLMEvalKit vlmeval/dataset/utils/yorn.py, `YOrN_Extraction`, with `process_punctuation` of
+    vlmeval/smp/misc.py, where a mark beside a space is cut and another one becomes a space, and where every mark is cut
+    from a text with a number such as 1,000.
+    """
+    low = answer.lower()
+    words = low
+    number = re.search(r"\d,\d", low) is not None
+    for mark in _MARKS:
+        cut = number or f"{mark} " in low or f" {mark}" in low
+        words = words.replace(mark, "" if cut else " ")
+    # Their flag re.UNICODE stands where a count belongs: the first 32 full stops go.
+    found = re.sub(r"(?<!\d)\.(?!\d)", "", words, count=32).split()
+    if ("yes" in found) == ("no" in found):
+        return "Unknown"
+    return "Yes" if "yes" in found else "No"

@@ -7,6 +7,7 @@ open-compass/VLMEvalKit (commit e8e78f0). A box is (x1, y1, x2, y2), x to the ri
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -242,6 +243,49 @@ def mmmu_open(prediction: str, answers: Sequence[str], mode: Mode = "compat") ->
     golds = [form for gold in answers for form in _open_forms(gold)]
     texts = [gold for gold in golds if isinstance(gold, str)]
     return float(any(any(g in s for g in texts) if isinstance(s, str) else s in golds for s in readings))
+
+
+# -- MathVista's free-form answers ------------------------------------------------------------------------------------
+
+_FINAL = re.compile(r"(?i)\\boxed\{([^{}]*)\}|\banswer\b(?:\s+is\b)?\s*[:=]?\s*([^\n]+)")
+
+
+def _final_part(text: str) -> str:
+    """Return what stands in the last `\\boxed{}` or after the last "answer", without marks around it; else the text."""
+    found = [boxed or tail for boxed, tail in _FINAL.findall(text) if boxed or tail]
+    return (found[-1] if found else text).strip().strip("*$. ")
+
+
+def mathvista_match(prediction: str, gold: str, mode: Mode = "compat") -> float:
+    """Return 1.0 where an answer without choices is the gold whole number, number or text.
+
+    Source: VLMEvalKit vlmeval/dataset/utils/mathvista.py, `post_check`, whose kind of answer is told from the gold
+    here. `compat` takes the whole answer, as `post_check` does of what a judge model extracts. Defect: a text or a list
+    is never right. `strict` takes what stands in `\\boxed{}` or after "answer", and of it the one number, thousands
+    commas and units aside, or compares texts.
+    """
+    if mode == "strict":
+        return _mathvista_strict(_final_part(prediction), gold.strip())
+    for kind in (int, float):
+        try:
+            wanted = kind(gold)
+        except ValueError:
+            continue
+        try:
+            return float(kind(prediction) == wanted)
+        except ValueError:
+            return 0.0
+    return 0.0
+
+
+def _mathvista_strict(answer: str, gold: str) -> float:
+    try:
+        wanted = float(gold)
+    except ValueError:
+        return float(answer.lower() == gold.lower().strip(". "))
+    figures = re.findall(r"-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", answer)
+    numbers = {float(figure.replace(",", "")) for figure in figures}
+    return float(len(numbers) == 1 and math.isclose(numbers.pop(), wanted, rel_tol=1e-9))
 
 
 # -- boxes ------------------------------------------------------------------------------------------------------------

@@ -6,16 +6,18 @@ of one question), so that a bootstrap only has to add up other units. U units, G
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ivl.eval import metrics
 from ivl.eval.captions import caption_scores
-from ivl.eval.choices import choice, infer_choice, mvbench_match, videomme_letter
+from ivl.eval.choices import choice, infer_choice, mvbench_match, videomme_letter, yes_or_no
 from ivl.eval.metrics import Mode
 from ivl.types import UserError
 
@@ -98,6 +100,12 @@ def _f1(counts: np.ndarray) -> np.ndarray:
     """Mean of the categories' F1, times 100; counts (true and false positives, true and false negatives)."""
     tp, fp, _, fn = np.moveaxis(counts, -1, 0)
     return (100 * 2 * tp / np.maximum(2 * tp + fp + fn, 1)).mean(-1)
+
+
+def _hallusionbench(counts: np.ndarray) -> np.ndarray:
+    """Mean of the three accuracies, by answer, figure and question; counts (right, all) of each."""
+    summed = counts.sum(-2)
+    return (100 * summed[..., 0::2] / summed[..., 1::2]).mean(-1)
 
 
 # -- from rows to counts ----------------------------------------------------------------------------------------------
@@ -201,6 +209,60 @@ def _videomme(row: Row, mode: Mode) -> tuple[float, str]:
     return reading == reference(row), reading
 
 
+def _mcq(row: Row, mode: Mode) -> tuple[float, str]:
+    options = _options(row)
+    if mode == "compat":  # what VLMEvalKit's rules cannot read is wrong without a judge
+        reading = infer_choice(row["response"], options) or "Z"
+    else:
+        reading = choice(row["response"], options, mode)
+    return reading == reference(row), reading
+
+
+def _mathvista(row: Row, mode: Mode) -> tuple[float, str]:
+    if options := _options(row):
+        reading = (infer_choice if mode == "compat" else partial(choice, mode="strict"))(row["response"], options)
+        return reading == reference(row), reading
+    return metrics.mathvista_match(row["response"], reference(row), mode), row["response"].strip()
+
+
+def _hallusionbench_rule(rows: Sequence[Row], mode: Mode) -> Scored:
+    """Score HallusionBench (VLMEvalKit, `Hallusion_rating`).
+
+    A figure and a question are right where all their answers are. A unit is a set of figures and their questions.
+    """
+    parsed = [yes_or_no(row["response"]) for row in rows]
+    if mode == "strict":  # of "Yes, no doubt" the first word counts
+        parsed = [_first_yes_or_no(row["response"]) for row in rows]
+    scores = [float(reading == reference(row)) for reading, row in zip(parsed, rows)]
+    parts = [str(need(row, "group")).rsplit("/", 3) for row in rows]
+    for row, part in zip(rows, parts):
+        if len(part) != 4:
+            raise UserError(f"{row['where']}: group {row['group']!r}; expected l2-category/set/figure/question")
+    unit, sets = _categories([f"{part[0]}/{part[1]}" for part in parts])
+    every = np.arange(len(rows))
+    members = [_categories([f"{part[0]}/{part[1]}/{part[n]}" for part in parts])[0] for n in (2, 3)]
+    counts = np.hstack([_all_right(np.array(scores), unit, groups) for groups in (every, *members)])
+    first = {int(u): row for u, row in reversed(list(zip(unit, rows)))}
+    category, names = _categories([str(first[u].get("category") or "") for u in range(len(sets))])
+    summed = counts.sum(0)
+    extra = {name: float(100 * summed[k] / summed[k + 1]) for k, name in ((0, "aAcc"), (2, "fAcc"), (4, "qAcc"))}
+    return Scored(scores, parsed, unit.tolist(), counts, category, names, _hallusionbench, extra)
+
+
+def _all_right(scores: np.ndarray, unit: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return (U, 2): groups of a unit whose answers are all right, and groups of the unit; `groups` (rows,) int."""
+    right, home = np.ones(groups.max() + 1), np.zeros(groups.max() + 1, dtype=int)
+    np.minimum.at(right, groups, scores)
+    home[groups] = unit
+    size = int(unit.max()) + 1
+    return np.stack([np.bincount(home, right, size), np.bincount(home, minlength=size)], axis=1)
+
+
+def _first_yes_or_no(answer: str) -> str:
+    match = re.search(r"(?i)\b(yes|no)\b", answer)
+    return match.group(1).capitalize() if match else ""
+
+
 def _circular(rows: Sequence[Row], mode: Mode) -> Scored:
     """Score circular evaluation (VLMEvalKit, `mcq_circular_eval`).
 
@@ -290,6 +352,13 @@ RULES: dict[str, Rule] = {
     "circular": Rule("circular accuracy", "option letter, then VLMEvalKit's matching without a judge", _circular),
     "scienceqa": Rule("accuracy", "option letter, also X. and (X)", _by_answer(_scienceqa)),
     "mmmu": Rule("accuracy", "option letter; open questions: part after the key word", _by_answer(_mmmu)),
+    "mcq": Rule("accuracy", "VLMEvalKit's matching without a judge", _by_answer(_mcq)),
+    "mathvista": Rule(
+        "accuracy",
+        "option letter by VLMEvalKit's matching without a judge; else the whole answer",
+        _by_answer(_mathvista),
+    ),
+    "hallusionbench": Rule("mean of aAcc, fAcc and qAcc", "yes or no, where one of them occurs", _hallusionbench_rule),
     "letter": Rule("accuracy", "first character", _by_answer(_letter)),
     "ocrbench": Rule(
         "score", "lower case, line ends to spaces; formulas: spaces removed", _by_answer(_ocrbench, _sum), 0

@@ -143,7 +143,7 @@ def _file_record(
 
 def _has_published_words(benchmark: Task, prompt: str) -> bool:
     """True if all fixed words of the benchmark's prompt are in a prompt."""
-    forms = [benchmark.prompt, *([benchmark.open_prompt] if benchmark.open_prompt else [])]
+    forms = filter(None, (benchmark.prompt, benchmark.open_prompt, benchmark.chinese_prompt))
     return any(all(part.strip() in prompt for part in re.split(r"\{\w+\}", form)) for form in forms)
 
 

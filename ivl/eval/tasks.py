@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivl.eval import convert
+from ivl.eval import convert, kit_tables
 from ivl.eval.convert import Record
 from ivl.types import UserError
 
@@ -56,6 +57,8 @@ class Task:
     option: str = "\n{letter}. {text}"
     open_prompt: str | None = None
     """Prompt of a question without options, instead of `prompt`."""
+    chinese_prompt: str | None = None
+    """Prompt of a question with options that holds a Chinese character, instead of `prompt`."""
     frames: int | None = None
     """Number of frames of a video, evenly spread."""
     frame_prefix: str = "Frame{i}: "
@@ -72,7 +75,11 @@ class Task:
             question = f"{hint}\n{question}"
         options = record.get("options") or {}
         written = "".join(self.option.format(letter=letter, text=text) for letter, text in options.items())
-        prompt = self.open_prompt if self.open_prompt and not options else self.prompt
+        prompt = self.prompt
+        if self.open_prompt and not options:
+            prompt = self.open_prompt
+        elif self.chinese_prompt and re.search(r"[\u4e00-\u9fff]", question + written):
+            prompt = self.chinese_prompt
         text = prompt.format(question=question, options=written)
         return {"id": record.pop("id"), "query": self._marks(record) + text, **record}
 
@@ -110,6 +117,7 @@ _VQA = "internvl_chat/eval/vqa/evaluate_vqa.py"
 _KIT = "VLMEvalKit vlmeval/vlm/internvl"
 _PHRASE = "{question} " + _SHORT
 _CHOOSE = "{question}{options}\n" + _LETTER
+_CHOOSE_ZH = "{question}{options}\n请直接回答选项字母。"
 
 TASKS: dict[str, Task] = {
     "vqav2": Task(
@@ -171,11 +179,11 @@ TASKS: dict[str, Task] = {
         source="internvl_chat/eval/mmbench/evaluate_mmbench.py", files=("mmbench/mmbench_dev_20230712.tsv",),
     ),
     "mmbench_cn": Task(
-        "MMBench dev, Chinese", "{question}{options}\n请直接回答选项字母。", "circular", 100, convert.mmbench_cn,
+        "MMBench dev, Chinese", _CHOOSE_ZH, "circular", 100, convert.mmbench_cn,
         source="internvl_chat/eval/mmbench/evaluate_mmbench.py", files=("mmbench/mmbench_dev_cn_20231003.tsv",),
     ),
     "ccbench": Task(
-        "CCBench dev", "{question}{options}\n请直接回答选项字母。", "circular", 100, convert.ccbench,
+        "CCBench dev", _CHOOSE_ZH, "circular", 100, convert.ccbench,
         source="internvl_chat/eval/mmbench/evaluate_mmbench.py", files=("mmbench/CCBench_legacy.tsv",),
     ),
     "scienceqa": Task(
@@ -236,4 +244,27 @@ TASKS: dict[str, Task] = {
         files=("Video-MME/videomme/test-00000-of-00001.parquet", "Video-MME/video/"),
         note="VLMEvalKit takes frame i of n at i / (n + 1) of the video, here at the middle of the n-th parts",
     ),
+    "hallusionbench": Task(
+        "HallusionBench, questions with a picture",
+        "{question} Please answer yes or no. " + _SHORT, "hallusionbench", 4096, kit_tables.hallusionbench,
+        min_new_tokens=0, source=_KIT, files=("LMUData/HallusionBench.tsv",), count=951,
+    ),
+    "mathvista": Task(
+        "MathVista testmini", "{question}", "mathvista", 4096, kit_tables.mathvista, option="", min_new_tokens=0,
+        source=_KIT, files=("LMUData/MathVista_MINI.tsv",), count=1_000,
+        note="VLMEvalKit lets a judge model extract answers that its rules cannot read; here rules alone read them",
+    ),
+    **{
+        name: Task(
+            title, _CHOOSE, "mcq", 4096, kit_tables.choices(file), min_new_tokens=0, chinese_prompt=_CHOOSE_ZH,
+            source=_KIT, files=(f"LMUData/{file}.tsv",), count=count,
+        )
+        for name, title, file, count in (
+            ("mmstar", "MMStar", "MMStar", 1_500),
+            ("realworldqa", "RealWorldQA", "RealWorldQA", 765),
+            ("blink", "BLINK val", "BLINK", 1_901),
+            ("mmt_bench", "MMT-Bench val", "MMT-Bench_VAL", 3_127),
+            ("vstar", "V* Bench", "VStarBench", 191),
+        )
+    },
 }  # fmt: skip

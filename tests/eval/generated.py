@@ -117,7 +117,26 @@ def refcoco(m: Maker) -> dict[str, Any]:
     return {"prediction": said, "box": [round(value, 3) for value in gold], "size": [w, h]}
 
 
-RULES = [vqa, anls, relaxed, exact, ocrbench, choice, mvbench, yes_no, mmmu, refcoco]
+SURE = (
+    "{}", "{}.", "{}, there is.", "Yes and no", "**{}**", "I say {}!", "1,000 times {}", "{}-ish", "no...yes", "",
+    "{}\n",
+)  # fmt: skip
+
+
+def hallusionbench(m: Maker) -> dict[str, Any]:
+    place = {"l2": m.pick(("illusion", "chart")), "set": m.below(20), "figure": m.below(3), "question": m.below(3)}
+    said = m.pick(SURE).format(m.pick(("Yes", "yes", "No", "NO", "not")))
+    return {"prediction": said, "reference": m.pick(("Yes", "No")), **place}
+
+
+def mathvista(m: Maker) -> dict[str, Any]:
+    kind = m.pick(("integer", "float", "text", "list"))
+    gold = {"integer": str(m.below(20)), "float": f"{m.below(50) / 10}", "text": m.pick(OPTIONS[:4]), "list": "[0, 1]"}
+    said = m.pick(("{}", " {} ", "{}\n", "{}.0", "{}0", "The answer is {}", "x", "{} cm")).format(gold[kind])
+    return {"prediction": said, "answer": gold[kind], "answer_type": kind}
+
+
+RULES = [hallusionbench, mathvista, vqa, anls, relaxed, exact, ocrbench, choice, mvbench, yes_no, mmmu, refcoco]
 
 
 def rows(rule) -> list[dict[str, Any]]:

@@ -109,6 +109,29 @@ def _sets(root: Path) -> None:
     put(root / "SEED/SEED-Bench-image/1_2", jpeg())
 
 
+def _kit_tables(root: Path) -> None:
+    image = base64.b64encode(jpeg()).decode()
+    head = "index\tquestion\thint\tA\tB\tanswer\tcategory\tl2-category\timage\n"
+    cells = "Which?\tLook.\tcat\tdog\tB\tlogic\tall"
+    two = f"2\t是什么?\t\tcat\tdog\tA\tlogic\tall\t\"['{image}', '{image}']\"\n"
+    three = "3\tHow many?\t\ttwo\tnine\tA\tcount\tall\t1\n"
+    for name in ("MMStar", "RealWorldQA", "BLINK", "MMT-Bench_VAL", "VStarBench"):
+        put(root / f"LMUData/{name}.tsv", f"{head}1\t{cells}\t{image}\n" + two + three)
+    head = "index\tquestion\tanswer\tcategory\tl2-category\timage\n"
+    rows = (
+        ("VD_illusion_x_0_0_0", "No", image),
+        ("VD_illusion_x_0_0_1", "Yes", image),
+        ("VD_illusion_x_0_1_0", "Yes", ""),
+    )
+    put(
+        root / "LMUData/HallusionBench.tsv",
+        head + "".join(f"{name}\tIs it?\t{answer}\tVD\tillusion\t{cell}\n" for name, answer, cell in rows),
+    )
+    head = "index\tquestion\tquestion_type\tanswer_type\tchoices\tanswer\tanswer_option\ttask\timage\n"
+    first = f"1\tHint: letter.\tmulti_choice\ttext\t\"['cat', 'dog']\"\tdog\tB\tfigures\t{image}\n"
+    put(root / "LMUData/MathVista_MINI.tsv", f"{head}{first}2\tHow many?\tfree_form\tinteger\t\t14\t\tcount\t{image}\n")
+
+
 def _pictures(root: Path) -> None:
     name = "val2014/COCO_val2014_000000000042.jpg"
     put(root / "coco/annotations/coco_karpathy_test.json", [{"image": name, "caption": ["a red field"]}])
@@ -160,5 +183,5 @@ def _tables(root: Path) -> None:
 
 def write(root: Path, tables: bool) -> None:
     """All benchmarks below a data folder; those kept in parquet tables only where asked."""
-    for part in (_vqa, _documents, _sets, _pictures, _videos, *([_tables] if tables else [])):
+    for part in (_vqa, _documents, _sets, _kit_tables, _pictures, _videos, *([_tables] if tables else [])):
         part(root)

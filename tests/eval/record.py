@@ -3,7 +3,8 @@
     python tests/eval/record.py INTERNVL VLMEVALKIT
 
 Both are checkouts (OpenGVLab/InternVL at 2410d1d, open-compass/VLMEvalKit at e8e78f0). Their functions are taken out
-of their files one by one, since the files themselves import models, CUDA and data sets. Needs scikit-learn and torch.
+of their files one by one, since the files themselves import models, CUDA and data sets. Needs scikit-learn, pandas and
+torch.
 """
 
 import argparse
@@ -142,6 +143,33 @@ def _pope(internvl: Path) -> dict[str, float]:
     return {name.lower(): float(value) for name, value in re.findall(r"(\w+)(?: score| ratio)?: ([\d.]+)", out)}
 
 
+def _yes_no_of_vlmevalkit(vlmeval: Path):
+    punctuation = take(vlmeval / "smp/misc.py", "process_punctuation")["process_punctuation"]
+    return take(vlmeval / "dataset/utils/yorn.py", "YOrN_Extraction", process_punctuation=punctuation)[
+        "YOrN_Extraction"
+    ]
+
+
+def _hallusionbench(vlmeval: Path) -> dict[str, float]:
+    from collections import defaultdict
+
+    import pandas as pd
+
+    extract, rows = _yes_no_of_vlmevalkit(vlmeval), generated.rows(generated.hallusionbench)
+    script = take(
+        vlmeval / "dataset/utils/yorn.py", "Hallusion_rating", pd=pd, defaultdict=defaultdict, load=lambda table: table
+    )
+    table = pd.DataFrame(
+        {
+            "index": [f"a_b_c_{r['set']}_{r['figure']}_{r['question']}" for r in rows],
+            "l2-category": [r["l2"] for r in rows],
+            "score": [r["reference"] == extract(r["prediction"]) for r in rows],
+        }
+    )
+    overall = script["Hallusion_rating"](table).iloc[0]
+    return {name: float(overall[name]) for name in ("aAcc", "fAcc", "qAcc")}
+
+
 def main(internvl: Path, vlmeval: Path) -> None:
     vqa = take(
         internvl / "vqa/evaluate_vqa.py",
@@ -177,6 +205,19 @@ def main(internvl: Path, vlmeval: Path) -> None:
             return None
 
     choices = generated.rows(generated.choice)
+    read = _yes_no_of_vlmevalkit(vlmeval)
+    check = take(vlmeval / "dataset/utils/mathvista.py", "post_check")["post_check"]
+
+    def as_line(row):
+        """A line of the table after a judge that extracts nothing: its result is the whole answer."""
+        return {"question_type": "free_form", "prediction": row["prediction"], "res": row["prediction"], **row}
+
+    def free_form(row):
+        try:
+            return float(check(as_line(row) | {"prediction": row["prediction"]}))
+        except ValueError:
+            return 0.0
+
     recorded = {
         "vqa": [
             soft.eval_pred_list([{"pred_answer": r["prediction"], "gt_answers": r["answers"]}])
@@ -195,6 +236,9 @@ def main(internvl: Path, vlmeval: Path) -> None:
             float(open_["eval_open"](r["answers"], open_["parse_open_response"](r["prediction"])))
             for r in generated.rows(generated.mmmu)
         ],
+        "yes_no": [read(r["prediction"]) for r in generated.rows(generated.hallusionbench)],
+        "hallusionbench": _hallusionbench(vlmeval),
+        "mathvista": [free_form(r) for r in generated.rows(generated.mathvista)],
         "refcoco": _refcoco(internvl / "refcoco/evaluate_grounding.py"),
         "mme": _mme(internvl),
         "pope": _pope(internvl),

@@ -24,6 +24,8 @@ OURS = {
     "videomme": (generated.choice, lambda r: choices.videomme_letter(r["prediction"], r["options"])),
     "mvbench": (generated.mvbench, lambda r: choices.mvbench_match(r["prediction"], r["reference"])),
     "mmmu": (generated.mmmu, lambda r: metrics.mmmu_open(r["prediction"], r["answers"])),
+    "yes_no": (generated.hallusionbench, lambda r: choices.yes_or_no(r["prediction"])),
+    "mathvista": (generated.mathvista, lambda r: metrics.mathvista_match(r["prediction"], r["answer"])),
     "refcoco": (generated.refcoco, lambda r: metrics.refcoco_match(r["prediction"], r["box"], r["size"])),
 }
 

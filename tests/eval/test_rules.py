@@ -48,6 +48,63 @@ def test_mme_wants_pairs():
         RULES["mme"].run(rows, "compat")
 
 
+def hallusion_rows():
+    rows = generated.rows(generated.hallusionbench)
+    groups = [f"{row['l2']}/{row['set']}/{row['figure']}/{row['question']}" for row in rows]
+    return rows_of(
+        *({"response": row["prediction"], "reference": row["reference"], "group": g} for row, g in zip(rows, groups))
+    )
+
+
+def test_hallusionbench_is_vlmevalkits():
+    recorded = RECORDED["hallusionbench"]
+    found = RULES["hallusionbench"].run(hallusion_rows(), "compat")
+    assert found.extra == pytest.approx(recorded, abs=1e-9)
+    assert found.total() == pytest.approx(sum(recorded.values()) / 3, abs=1e-9)
+    assert len(found.counts) == len({row["group"].rsplit("/", 2)[0] for row in hallusion_rows()})
+
+
+def test_hallusionbench_wants_its_groups():
+    rows = hallusion_rows()
+    rows[3]["group"] = "7"
+    with pytest.raises(UserError, match=r"f:4: group '7'; expected l2-category/set/figure/question"):
+        RULES["hallusionbench"].run(rows, "compat")
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "compat", "strict"),
+    [
+        ("14", "14", 1, 1),
+        (" 14\n", "14", 1, 1),
+        ("14.0", "14", 0, 1),
+        ("1.20", "1.2", 1, 1),
+        ("The answer is 14 cm.", "14", 0, 1),
+        ("2 + 12\nAnswer: \\boxed{14}", "14", 0, 1),
+        ("1,400", "1400", 0, 1),
+        ("13 or 14", "14", 0, 0),
+        ("[0, 4]", "[0, 4]", 0, 1),
+        ("", "14", 0, 0),
+    ],
+)
+def test_mathvista_without_choices(answer, gold, compat, strict):
+    rows = rows_of({"response": answer, "reference": gold})
+    assert RULES["mathvista"].run(rows, "compat").scores == [compat]
+    assert RULES["mathvista"].run(rows, "strict").scores == [strict]
+
+
+def test_choices_without_a_judge():
+    options = {"A": "cat", "B": "dog"}
+    rows = rows_of(
+        *(
+            {"response": text, "reference": "B", "options": options}
+            for text in ("B", "(B) dog", "a dog", "none", "Answer: A")
+        )
+    )
+    assert RULES["mcq"].run(rows, "compat").parsed == ["B", "B", "B", "Z", "A"]
+    assert RULES["mcq"].run(rows, "strict").scores == [1, 1, 1, 0, 0]
+    assert RULES["mathvista"].run(rows, "compat").scores == [1, 1, 1, 0, 0]
+
+
 def test_pope_is_the_scripts():
     recorded = RECORDED["pope"]
     found = RULES["pope"].run(yes_no_rows(["random"]), "compat")
@@ -126,6 +183,7 @@ def test_every_rule_scores_its_rows(rule, mode):
         pytest.importorskip("pycocoevalcap")
     row = {"reference": "yes", "answers": ["yes"] * 10, "options": {"A": "yes", "B": "no"}, "category": "c"}
     row |= {"box": [1, 1, 2, 2], "size": [9, 9], "group": "1"}
+    row |= {"group": "l2/1/0/0"} if rule == "hallusionbench" else {}
     row |= {"reference": "(A) yes"} if rule == "mvbench" else {}
     rows = rows_of(*({"response": said} for said in ("A. yes", "[[111, 111, 222, 222]]")), **row)
     found = RULES[rule].run(rows, mode)

@@ -47,6 +47,9 @@ ASKED = {
     "mmbench_cn": CHOOSE.format('a "hot" dog') + "请直接回答选项字母。",
     "scienceqa": CHOOSE.format("dog") + LETTER,
     "mmmu": f"<image>\nWhich <image 1>?\nA. cat\nB. dog\n{LETTER}",
+    "mmstar": CHOOSE.format("dog") + LETTER,
+    "hallusionbench": "<image>\nIs it? Please answer yes or no." + SHORT,
+    "mathvista": "<image>\nHint: letter.",
     "seed": "<image>\nWhich?\nA. x\nB. y",
     "ocrbench": "<image>\nwhat is written?\nAnswer the question using a single word or phrase.",
     "coco": "<image>\nProvide a one-sentence caption for the provided image.",
@@ -91,6 +94,28 @@ def test_the_expected_answers_get_the_full_score(name, root, tmp_path):
     best = {"mme": 14 * 200, "ocrbench": 2, "coco": 0, "flickr30k": 0, "nocaps": 0}  # one caption weighs no words
     assert found["files"][0]["score"] == pytest.approx(best.get(name, 100))
     assert found["files"][0]["asked_as_published"] == len(rows)
+
+
+def test_tables_of_vlmevalkit(root):
+    one, two, three = rows_of("blink", root)
+    assert two["query"] == ("Image-1: <image>\nImage-2: <image>\n是什么?\nA. cat\nB. dog\n请直接回答选项字母。")
+    assert three["query"] == f"<image>\nHow many?\nA. two\nB. nine\n{LETTER}"
+    assert three["images"] == one["images"]  # its cell is the index of the first
+    assert [row["group"] for row in rows_of("hallusionbench", root)] == ["illusion/0/0/0", "illusion/0/0/1"]
+    assert [(row["response"], row.get("options")) for row in rows_of("mathvista", root)] == [
+        ("B", {"A": "cat", "B": "dog"}),
+        ("14", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [("9", "that of index 9, which has none"), ("['a" + "b" * 80, "image cell"), ("x" * 81, "image cell")],
+)
+def test_a_picture_that_cannot_be_read(cell, said, tmp_path):
+    official.put(tmp_path / "LMUData/MMStar.tsv", f"index\tquestion\timage\n7\tWhich?\t{cell}\n")
+    with pytest.raises(UserError, match=rf"MMStar.tsv: row with index 7: .*{said}"):
+        list(TASKS["mmstar"].rows(tmp_path))
 
 
 def test_ground_truth(root):
