@@ -22,6 +22,8 @@ from ivl.inference.prefix_cache import PrefixCache
 from ivl.inference.request import Request
 from ivl.inference.sampling import FinishReason, SamplingParams, StoppingCriteria
 from ivl.model.internvl import InternVL
+from ivl.reasoning import split_reasoning
+from ivl.system_text import system_text
 from ivl.types import Conversation, Message, UserError
 
 
@@ -68,14 +70,14 @@ class Chat:
     ) -> None:
         """Start a conversation.
 
-        `system`: system message instead of the checkpoint's. `max_length`: most tokens of a conversation with its last
-        question, instead of the model's context. A limit of the processor does not count: nothing is left out to make a
-        question fit.
+        `system`: system message instead of the checkpoint's, or a name of `ivl.system_text`. `max_length`: most tokens
+        of a conversation with its last question, instead of the model's context. A limit of the processor does not
+        count: nothing is left out to make a question fit.
         """
         self.model = model
         self.processor = copy(processor)
         self.processor.max_length = None
-        self.system = system
+        self.system = system_text(system)
         self.settings = settings or Settings()
         context = model.language_model.config.max_position_embeddings
         self.max_length = context if max_length is None else min(max_length, context)
@@ -92,8 +94,21 @@ class Chat:
         self._opened = MediaCache()
 
     @property
+    def reasoning(self) -> str | None:
+        """Thought of the last answer, None where it has none; `response` is the rest."""
+        return self._split()[0]
+
+    @property
+    def response(self) -> str:
+        """Last answer without its thought."""
+        return self._split()[1]
+
+    def _split(self) -> tuple[str | None, str]:
+        return split_reasoning(self._messages[-1].text if self._messages else "")
+
+    @property
     def history(self) -> list[list[str]]:
-        """Pairs [question, answer] of the turns; media as their marks."""
+        """Pairs [question, answer] of the turns; media as their marks, answers with their thoughts."""
         texts = [message.text for message in self._messages]
         return [list(pair) for pair in zip(texts[::2], texts[1::2])]
 
@@ -104,7 +119,7 @@ class Chat:
         self.prefix_cache.forget()
 
     def ask(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:
-        """Return the answer to a question about these media and the conversation so far.
+        """Return the answer to a question about these media and the conversation so far, with its thought if any.
 
         `<image>` and `<video>` in the question are the places of media; without marks they come first. `images`:
         paths, URLs, `data:` URIs, bytes or PIL images; a path may also be written as `<img>path</img>`.
@@ -132,7 +147,7 @@ class Chat:
         self._check_room(len(example))
         engine = self._engine()
         request = Request(0, example.input_ids, example.tiles, seed=self.settings.seed)
-        decoder, self.finish_reason = StreamDecoder(self.processor), None
+        decoder, self.finish_reason = StreamDecoder(self.processor, self.processor.template.begun), None
         try:
             for token in stream_request(engine, request):
                 if token not in engine.criteria.eos_ids and (piece := decoder.add(token)):
@@ -175,7 +190,9 @@ class Chat:
 class StreamDecoder:
     """Incremental decoder: token ids → complete characters, without blanks around the answer."""
 
-    def __init__(self, processor: Processor) -> None:
+    def __init__(self, processor: Processor, begun: str = "") -> None:
+        """`begun`: text of the answer that the prompt ends with."""
+        self._begun = begun
         tokenizer = processor.tokenizer
         self.text = ""
         """Text so far."""
@@ -195,8 +212,8 @@ class StreamDecoder:
 
     def _emit(self, new: str) -> str:
         text = self._blanks + new
-        if not self.text:
-            text = text.lstrip()
+        if not self.text and (text := text.lstrip()):
+            text = self._begun + text
         piece = text.rstrip()
         self._blanks = text[len(piece) :]
         self.text += piece

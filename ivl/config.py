@@ -49,6 +49,8 @@ class Config:
     template: str
     system_message: str | None = None
     """System message of the checkpoint; None: the template's."""
+    system_turn: bool = True
+    """False: rows without a system message have no system turn. A key of this program's exports."""
     answer_prefill: str = ""
     """Text after the template's opening of an answer, such as `<think>` and a new line."""
     select_layer: int = -1

@@ -65,6 +65,7 @@ TOP: dict[str, Field] = {
     "llm_config": Field(dict, needed=True),
     "template": Field(str, needed=True),
     "system_message": Field(str, null=True),
+    "system_turn": _FLAG,
     "answer_prefill": Field(str),
     "release": Field(str, null=True),
     "select_layer": Field(int, -LAYERS, LAYERS),

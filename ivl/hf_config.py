@@ -37,6 +37,10 @@ VISION = {
 """Names in vision_config: released → transformers'."""
 
 
+PROGRAM_KEYS = ("release", "system_turn")
+"""Keys that this program's exports add to config.json, as no other key tells them."""
+
+
 def is_hf(raw: dict[str, Any]) -> bool:
     """True for the config.json of a -hf folder."""
     return raw.get("model_type") == "internvl" or raw.get("architectures") == [ARCHITECTURE]
@@ -103,7 +107,7 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.json"
     raw = read_json(path)
     if is_hf(raw):
-        released = released_config(raw) | _tile_limits(Path(folder)) | {k: raw[k] for k in ("release",) if k in raw}
+        released = released_config(raw) | _tile_limits(Path(folder)) | {k: raw[k] for k in PROGRAM_KEYS if k in raw}
         return replace(Config.from_dict(released, where=str(path)), layout="hf")
     return Config.from_dict(raw, where=str(path))
 

@@ -109,10 +109,12 @@ class Message:
     role: Literal["user", "assistant"]
     parts: tuple[str | Media, ...]
     trained: bool = True
+    reasoning: str | None = None
+    """Thought before an assistant's answer, where the row has it apart; the template writes the marks around it."""
 
     @property
     def text(self) -> str:
-        """Text alone, each medium written as its mark."""
+        """Text alone, each medium written as its mark; without a thought that the row has apart."""
         return "".join(p if isinstance(p, str) else f"<{p.kind}>" for p in self.parts)
 
 
@@ -121,7 +123,8 @@ class Conversation:
     """Row in the one form of the package; `ivl.data.rows.formats` makes it from every format.
 
     `messages` alternate, mostly a user's first. A last message by the user is a prompt: the answer is to be generated.
-    `system` None means the checkpoint's own system message; an empty string means none at all.
+    `system` None means the checkpoint's own system message, an empty string a system turn without words, and
+    `ivl.system_text.NONE` no system turn.
     `where` is `file:line` for messages to people; `id` the row's own id where it has one.
     `reference` is the expected answer of a prompt, kept for scoring and never shown to the model.
     """

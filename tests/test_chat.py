@@ -8,6 +8,7 @@ from PIL import Image
 
 from ivl import Chat, InternVL, Processor
 from ivl.chat import Settings, StreamDecoder, inference, inference_stream
+from ivl.reasoning import split_reasoning
 from ivl.types import UserError
 from tests import tiny
 
@@ -64,6 +65,21 @@ def test_every_turn_answers_as_a_fresh_prompt_does(tmp_path, architecture, templ
         tokens, tiles = len(whole), len(whole.tiles)
         history.append([question, answer])
     assert chat.history == history
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_thought_that_the_prompt_begins_belongs_to_the_answer(tmp_path, thinking):
+    folder = tiny.write_checkpoint(tmp_path, "Qwen3ForCausalLM")
+    model, processor = InternVL.from_pretrained(folder), Processor.from_pretrained(folder, thinking=thinking)
+    chat = Chat(model, processor, "r1", SHORT)
+    answer = chat.ask("How many?")
+    assert answer.startswith("<think>\n") == thinking
+    assert answer == processor.template.begun + fresh(model, processor, {"query": "How many?", "system": "r1"})
+    assert (chat.reasoning, chat.response) == split_reasoning(answer)
+    assert chat.history == [["How many?", answer]]
+    assert (chat.reasoning is None) == (not thinking)
+    history = {"query": "And now?", "history": chat.history, "system": "r1"}
+    assert chat.ask("And now?") == processor.template.begun + fresh(model, processor, history)
 
 
 def test_a_second_turn_reads_only_its_own_tokens(parts):

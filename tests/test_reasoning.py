@@ -6,7 +6,7 @@ import pytest
 
 from ivl.data.rows.grounding import parse_boxes
 from ivl.eval.score import main as score
-from ivl.reasoning import split_reasoning
+from ivl.reasoning import ReasoningStream, split_reasoning
 
 THOUGHT = "<think>\nWait, maybe A? The box [[1, 2, 3, 4]] is wrong. yes it is not.\n</think>\n\n"
 
@@ -73,3 +73,26 @@ def test_what_stands_before_the_answer_is_not_scored(tmp_path, task, rows, score
     found = json.loads((tmp_path / "p.scores.json").read_text())
     assert found["files"][0]["score"] == scores
     assert ("it is not." in page.read_text()) == any("it is not." in row["response"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "begun", "thought", "answer"),
+    [
+        ("B", False, "", "B"),
+        ("<think>\na</think>\n\nB <think> c", False, "\na", "\n\nB <think> c"),
+        ("a</think>B", True, "a", "B"),
+        ("  <think>a</think> <think>b</think> C </think", False, "ab", " C </think"),
+        ("<think>a </th", False, "a </th", ""),
+        ("<thi", False, "", "<thi"),
+        ("<thin> x", False, "", "<thin> x"),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_a_stream_is_split_as_it_comes(text, begun, thought, answer, step):
+    stream, parts = ReasoningStream(begun), {True: "", False: ""}
+    for at in range(0, len(text), step):
+        for is_thought, piece in stream.add(text[at : at + step]):
+            parts[is_thought] += piece
+    for is_thought, piece in stream.rest():
+        parts[is_thought] += piece
+    assert (parts[True], parts[False].lstrip()) == (thought, answer.lstrip())

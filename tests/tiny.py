@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Hermes-2",
         {"rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24},
     ),
-    "Qwen3ForCausalLM": ("qwen2", "internvl2_5", {"rope_theta": 1000000, "head_dim": 16, "attention_bias": False}),
+    "Qwen3ForCausalLM": ("qwen3", "internvl2_5", {"rope_theta": 1000000, "head_dim": 16, "attention_bias": False}),
     "LlamaForCausalLM": ("yi", "Hermes-2", {"rope_theta": 5000000.0}),
     "Phi3ForCausalLM": (
         "phi3",
@@ -205,6 +205,31 @@ def _qwen2(folder: Path) -> dict[str, int]:
     return added
 
 
+QWEN3 = ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+"""Added tokens of Qwen3 that are no control tokens"""
+
+
+def _qwen3(folder: Path) -> dict[str, int]:
+    """The same with Qwen3's further tokens, and the chat template of InternVL3.5."""
+    model = json.loads(_byte_level_bpe())["model"]
+    _qwen2(folder)
+    tokens = ("<|endoftext|>", *CHATML, "<|vision_start|>", *QWEN3, *VISUAL)
+    added = {token: len(model["vocab"]) + n for n, token in enumerate(tokens)}
+    special = tuple(token for token in tokens if token not in QWEN3)
+    _write_added(folder, added, "Qwen2Tokenizer", {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, special)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE_3_5, encoding="utf-8")
+    return added
+
+
+CHAT_TEMPLATE_3_5 = (
+    "{%- for m in messages -%}{{ '<|im_start|>' ~ m['role'] ~ '\\n' }}{%- if m['content'] is string -%}"
+    "{{ m['content'] }}{%- else -%}{%- for part in m['content'] -%}{%- if part['type'] == 'text' -%}{{ part['text'] }}"
+    "{%- else -%}{{ '<' ~ part['type'] ~ '>\\n' }}{%- endif -%}{%- endfor -%}{%- endif -%}{{ '<|im_end|>\\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+"""As the releases of 3.5 have it: no system turn of its own"""
+
+
 def _llama3(folder: Path) -> dict[str, int]:
     """tokenizer.json alone, as Llama 3 has it."""
     whole = json.loads(_byte_level_bpe())
@@ -264,6 +289,7 @@ def _yi_prefix(folder: Path) -> dict[str, int]:
 
 TOKENIZERS = {
     "qwen2": _qwen2,
+    "qwen3": _qwen3,
     "llama3": _llama3,
     "internlm2": _internlm2,
     "phi3": _phi3,
@@ -289,7 +315,7 @@ def _write_added(
     # Phi-3's role tokens swallow the blanks after them.
     rstrip = {t for t in added if t in ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")}
     decoder = {
-        str(number): {"content": token} | flags | {"rstrip": token in rstrip, "special": True}
+        str(number): {"content": token} | flags | {"rstrip": token in rstrip, "special": token not in QWEN3}
         for token, number in ((own or {}) | added).items()
     }
     if write_ids:

@@ -29,10 +29,13 @@ from ivl.finetune import peft_adapter as adapting
 from ivl.hub import resolve
 from ivl.model.internvl import InternVL
 from ivl.parallel.device_map import device_of
+from ivl.reasoning import ReasoningStream
+from ivl.system_text import system_text
 from ivl.types import UserError, printable
 
 WORDS = """Type a question; <image> or <video> in it asks for a path or URL, <img>PATH</img> names one.
 clear: a new conversation   reset-system: another system message   multi-line, single-line: how questions end
+/think on, /think off: thoughts shown or folded
 exit or quit: leave (also Ctrl-D)   Ctrl-C: stop an answer"""
 
 LINE = "-" * 50
@@ -55,6 +58,7 @@ class Session:
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.several_lines = False
+        self.shows_thoughts = True
         abilities = chat.processor.abilities
         self.asks_for_media = abilities is not None and not abilities.multi_turn_images
         """Prompt for media with the first question: the model takes images in one turn only, so nobody writes marks."""
@@ -84,7 +88,9 @@ class Session:
         elif word == "reset-system":
             system = self._read("<<<[S] ")
             self.chat.clear()
-            self.chat.system = system
+            self.chat.system = system_text(system)
+        elif word.split() in (["/think", "on"], ["/think", "off"]):
+            self.shows_thoughts = word.endswith("on")
         elif word in ("multi-line", "single-line"):
             self.several_lines = word == "multi-line"
             if self.several_lines:
@@ -114,11 +120,14 @@ class Session:
         if self.asks_for_media and not self.chat.history and not any(media.values()) and "<img>" not in text:
             media["image"] = [path for path in [self._path(_ANY)] if path]
         pieces = self.chat.stream(text, media["image"], media["video"])
+        printer = AnswerPrinter(self.shows_thoughts)
         try:
             for piece in pieces:
-                print(printable(piece), end="", flush=True)
+                printer.print(piece)
+            printer.finish()
         except KeyboardInterrupt:
             pieces.close()
+            printer.finish()
             print(" [stopped]", end="")
         print(f"\n{LINE}")
         for note in self.chat.notes:
@@ -134,6 +143,46 @@ class Session:
         if not line and needed:
             raise UserError(f"no path given, and {needed}; ask again")
         return str(Path(line).expanduser()) if line.startswith("~") else line
+
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class AnswerPrinter:
+    """Prints an answer piece by piece: its thought dimmed, or folded to one line."""
+
+    def __init__(self, shows_thoughts: bool) -> None:
+        self.shows_thoughts = shows_thoughts
+        self._dims = sys.stdout.isatty()
+        self._stream = ReasoningStream()
+        self._thought = 0
+        """Characters of the thought so far"""
+        self._answered = False
+
+    def print(self, piece: str) -> None:
+        for is_thought, text in self._stream.add(piece):
+            self._write(is_thought, text)
+
+    def finish(self) -> None:
+        """Print what was held back."""
+        for is_thought, text in self._stream.rest():
+            self._write(is_thought, text)
+
+    def _write(self, is_thought: bool, text: str) -> None:
+        if is_thought and not self._thought and not (text := text.lstrip()):
+            return
+        if not is_thought and self._thought and not self._answered:
+            print("\n" * (2 if self.shows_thoughts else 1), end="")
+            text = text.lstrip()
+        self._answered |= not is_thought
+        if not is_thought:
+            print(printable(text), end="", flush=True)
+        elif self.shows_thoughts:
+            shown = printable(text)
+            print(f"{DIM}{shown}{PLAIN}" if self._dims else shown, end="", flush=True)
+        elif not self._thought:
+            print("(thinking; /think on shows it)", end="", flush=True)
+        self._thought += len(text) if is_thought else 0
 
 
 def _line(error: Exception) -> str:
@@ -193,6 +242,7 @@ def chat(
     adapter: str | None = None,
     ckpt_path: str | None = None,
     system: str | None = None,
+    thinking: bool | None = None,
     settings: Settings | None = None,
     max_tiles: int | None = None,
     max_length: int | None = None,
@@ -211,7 +261,10 @@ def chat(
             the adapter names.
         adapter: PEFT adapter folder to put on it.
         ckpt_path: Fitted run: its folder (the last checkpoint is taken), or one of its .ckpt files.
-        system: System message instead of the checkpoint's.
+        system: System message instead of the checkpoint's; `none` for no system turn, `r1` for the thinking prompt of
+            InternVL3.5.
+        thinking: true begins each answer with a thought, false with an empty one. Default: as in the run, or as the
+            checkpoint says.
         settings: How answers are made.
         max_tiles: Most tiles of one image, the thumbnail not counted. Default: the checkpoint's.
         max_length: Most tokens of a conversation with its last question. Default: the model's context.
@@ -247,8 +300,8 @@ def chat(
         trained.base,
         max_tiles=trained.max_tiles if max_tiles is None else max_tiles,
         max_length=None,
-        system_message=trained.system_message,
         policy=MediaPolicy(fetch=FETCHING),
+        **trained.processing | ({} if thinking is None else {"thinking": thinking}),
     )
     # A folder that was downloaded by hand keeps the model's name, and with it the model's abilities.
     processor.released = processor.released or find_model(Path(trained.base).name)

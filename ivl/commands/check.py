@@ -48,6 +48,12 @@ class Data:
     """Most tokens of a row, image tokens included."""
     max_tiles: int | None = None
     """Most tiles of an image, thumbnail not counted. Default: the checkpoint's."""
+    share_tiles: bool = False
+    """Divide max_tiles by the number of images of a row."""
+    dynamic_image_size: bool | None = None
+    """False: one tile of each image. Default: as the checkpoint says."""
+    pad2square: bool | None = None
+    """Pad an image of one tile to a square. Default: as the checkpoint says."""
     on_too_long: Literal["fit", "truncate_text", "drop", "error"] = "fit"
     """Treatment of a row above max_length."""
     video: VideoOptions = field(default_factory=VideoOptions)
@@ -63,7 +69,7 @@ class Data:
     compact_boxes: bool = False
     """Write boxes as `<box>[[...]]</box>`."""
     system_message: str | None = None
-    """System message of rows without one, instead of the checkpoint's."""
+    """System message of rows without one, instead of the checkpoint's; `none`: no system turn."""
     seed: int = 0
     """Seed of the draw of rows that are shown."""
 
@@ -184,6 +190,9 @@ def _processor(args: Namespace) -> Processor:
     return Processor.from_pretrained(
         args.model.pretrained,
         max_tiles=data.max_tiles,
+        share_tiles=data.share_tiles,
+        dynamic_image_size=data.dynamic_image_size,
+        pad2square=data.pad2square,
         max_length=data.max_length,
         on_too_long=data.on_too_long,
         video=VideoOptions(**vars(data.video)),

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ from ivl.types import WEIGHTS, UserError, printable
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 REPORT = "export_report.json"
+PROCESSING = ("system_message", "thinking", "dynamic_image_size", "pad2square")
 
 
 @dataclass
@@ -54,7 +55,8 @@ class Trained:
     """Trained tensors by name, with `tune`"""
     adapter: Path | None = None
     max_tiles: int | None = None
-    system_message: str | None = None
+    processing: dict[str, Any] = field(default_factory=dict)
+    """Options of the run's processor, for prompts and tiles as in training."""
     quantize: Quantize | None = None
     """Quantization of the base during training."""
     where: str = ""
@@ -141,7 +143,7 @@ def export(
     settings = Settings(
         base=folder,
         checkpoint=checkpoint,
-        processor=Processor.from_pretrained(trained.base, system_message=trained.system_message),
+        processor=Processor.from_pretrained(trained.base, **trained.processing),
         max_tiles=trained.max_tiles or checkpoint.config.max_dynamic_patch,
         dtype=stored if dtype == "auto" else dtype,
     )
@@ -313,7 +315,7 @@ def read_run(path: Path, base: str | None = None) -> Trained:
         tune,
         trained_state(file),
         max_tiles=data.get("max_tiles"),
-        system_message=data.get("system_message"),
+        processing={name: data[name] for name in PROCESSING if data.get(name) is not None},
         quantize=model.get("quantize"),
         where=str(file),
     )

@@ -20,6 +20,7 @@ from ivl.data.text.jinja_template import chat_template
 from ivl.data.text.template import release_system_message
 from ivl.files import write_json
 from ivl.hf_config import is_hf, released_config
+from ivl.system_text import NONE
 from ivl.types import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 COPIED = (
@@ -77,6 +78,11 @@ def write_released(settings: Settings, folder: Path) -> list[str]:
     else:
         write_json(folder / "preprocessor_config.json", _preprocessor(processor.config.image_size))
     notes = []
+    if processor.system_message == NONE:
+        notes.append(
+            "no system turn: so are prompts of vLLM, lmdeploy and this program; the release's own chat() always writes "
+            "one, here without words"
+        )
     if not list(folder.glob("*.py")):
         notes.append(
             "the base has no .py files: transformers, vLLM and lmdeploy take the released layout only with the "
@@ -102,11 +108,9 @@ def released_json(settings: Settings) -> dict[str, Any]:
         "max_dynamic_patch": settings.max_tiles,
         "force_image_size": config.image_size,
     }
-    for key in (
-        "select_layer", "ps_version", "downsample_ratio", "dynamic_image_size", "use_thumbnail",
-        "min_dynamic_patch", "pad2square",
-    ):  # fmt: skip
+    for key in ("select_layer", "ps_version", "downsample_ratio", "use_thumbnail", "min_dynamic_patch"):
         raw.setdefault(key, getattr(config, key))
+    raw |= {key: getattr(processor.config, key) for key in ("dynamic_image_size", "pad2square")}
     raw["vision_config"]["drop_path_rate"] = 0.0
     if raw["llm_config"].get("tie_word_embeddings"):
         raw["llm_config"]["tie_word_embeddings"] = config.llm["tie_word_embeddings"]
@@ -119,15 +123,22 @@ def released_json(settings: Settings) -> dict[str, Any]:
     system_message = raw.get("system_message")
     if system_message is None:
         system_message = release_system_message(settings.base, template)
+    if raw.get("system_message", "") is None:
+        del raw["system_message"]  # some readers make the word None of it
+    raw.pop("system_turn", None)
     raw |= _program_keys(settings)
-    if processor.system_message != (template.system_message if system_message is None else system_message):
+    if processor.system_message == NONE:
+        raw["system_message"] = ""  # the nearest that the release's own chat() can do
+    elif processor.system_message != (template.system_message if system_message is None else system_message):
         raw["system_message"] = processor.system_message
     return raw
 
 
 def _program_keys(settings: Settings) -> dict[str, Any]:
     """Keys of config.json for this program only: facts of the checkpoint that no other key holds."""
-    processor, keys = settings.processor, {}
+    processor, keys = settings.processor, dict[str, Any]()
+    if processor.system_message == NONE:
+        keys["system_turn"] = False
     if processor.template.prefill:
         keys["answer_prefill"] = processor.template.prefill
     if (row := processor.abilities) is not None and not row.video:
@@ -170,9 +181,14 @@ def write_hf(settings: Settings, folder: Path) -> list[str]:
         raise UserError(f"{settings.base}: its tokenizer has no form in the hf layout: {error}") from error
     write_json(folder / "config.json", raw | _program_keys(settings))
     write_json(folder / "generation_config.json", _generation(settings))
+    notes = []
     if processor.tokenizer.leading_space:
-        return ["a text that begins with a blank has one token fewer in transformers; no prompt of this template does"]
-    return []
+        notes.append(
+            "a text that begins with a blank has one token fewer in transformers; no prompt of this template does"
+        )
+    if processor.config.pad2square and not processor.config.dynamic_image_size:
+        notes.append("pad2square has no form in transformers: pictures are stretched there to a square, and not padded")
+    return notes
 
 
 def hf_rows(settings: Settings) -> int:

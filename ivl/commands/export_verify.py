@@ -237,7 +237,7 @@ def _special(settings: Settings) -> Check:
 
 
 def conversations() -> list[list[dict[str, Any]]]:
-    """Conversations of one to three turns, with and without images, a system message, and the last answer."""
+    """Conversations of one to three turns, with and without images, a system message, the last answer, and thoughts."""
     samples: list[list[dict[str, Any]]] = []
     for system, mark in itertools.product((None, "Answer in one word."), ("<image>\n", "")):
         for turns in (1, 2, 3):
@@ -246,7 +246,10 @@ def conversations() -> list[list[dict[str, Any]]]:
                 messages.append({"role": "user", "content": f"{mark}What is {n}? \n" if n % 2 == 0 else "And now?"})
                 messages.append({"role": "assistant", "content": f'"A\\n" <ref>cat</ref> 四{n}. '})
             samples += [messages, messages[:-1]]
-    return samples
+    asked = {"role": "user", "content": "How many?"}
+    apart = {"role": "assistant", "content": "Four.", "reasoning_content": "Three\nand one."}
+    inside = {"role": "assistant", "content": "<think>\nAs before.\n</think>\n\nFour."}
+    return [*samples, [asked, apart, asked, inside], [asked, inside, asked, apart, asked]]
 
 
 def _prompt(folder: Path, settings: Settings, layout: str) -> Check:

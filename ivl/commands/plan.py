@@ -198,7 +198,8 @@ def rows_of(fit: Any, config: Config) -> Rows:
     why = _why_not_read(fit)
     if why is None:
         return _read_rows(fit)
-    tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail
+    tiled = config.dynamic_image_size if data.dynamic_image_size is None else data.dynamic_image_size
+    tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail if tiled else 1
     most = max(0, length - 64) // config.tokens_per_tile
     rows = 1 if packed else data.batch_size or 8
     tiles = min(data.pack_tiles or most, most) if packed else rows * min(tiles, most)

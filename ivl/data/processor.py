@@ -21,11 +21,13 @@ from ivl.data.media.tiler import ImageTiler, MediaCache, Resize, VideoOptions
 from ivl.data.rows import formats
 from ivl.data.rows.box_frames import BoxFrames
 from ivl.data.text import template
-from ivl.data.text.jinja_template import recognised
+from ivl.data.text.jinja_template import recognised, thoughts_of
 from ivl.data.text.tokenizer import Tokenizer
 from ivl.data.truncation import EncodedRow, Shape
 from ivl.families import ReleasedModel, find_model, line_of
 from ivl.hf_config import read_config
+from ivl.reasoning import BEGUN, CLOSED
+from ivl.system_text import NONE, system_text
 from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Batch, Conversation, Example, Stored, UserError
 
 OnTooLong = Literal["fit", "truncate_text", "drop", "error"]
@@ -65,16 +67,25 @@ class Processor:
         policy: media.MediaPolicy | None = None,
         resize: Resize = "exact",
         released: ReleasedModel | None = None,
+        thinking: bool | None = None,
+        dynamic_image_size: bool | None = None,
+        pad2square: bool | None = None,
+        thoughts: template.Thoughts | None = None,
     ) -> None:
-        """Options as in `from_pretrained`; `released`: abilities of this checkpoint, where they are known."""
+        """Options as in `from_pretrained`; `released`: abilities of this checkpoint, where they are known; `thoughts`:
+        rules of its own chat template, else the template's."""
         for name, value in (("max_tiles", max_tiles), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected at least 1, found {value}")
         if on_too_long not in get_args(OnTooLong):
             raise UserError(f"on_too_long: expected one of {', '.join(get_args(OnTooLong))}, found {on_too_long!r}")
+        chosen = {"dynamic_image_size": dynamic_image_size, "pad2square": pad2square}
+        config = replace(config, **{name: value for name, value in chosen.items() if value is not None})
         self.config = config
         self.tokenizer = tokenizer
-        self.template = replace(template.find_template(config.template), prefill=config.answer_prefill)
+        row = template.find_template(config.template)
+        prefill = config.answer_prefill if thinking is None else BEGUN if thinking else CLOSED
+        self.template = replace(row, prefill=prefill, thoughts=thoughts or row.thoughts)
         self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
         self.share_tiles = share_tiles
         self.max_length = max_length
@@ -83,7 +94,8 @@ class Processor:
         self.compact_boxes = compact_boxes
         self.released = released
         self.line = line_of(config)
-        known = (system_message, config.system_message, released.system_message if released else None)
+        of_config = config.system_message if config.system_turn else NONE
+        known = (system_text(system_message), of_config, released.system_message if released else None)
         self.system_message = next((text for text in known if text is not None), self.template.system_message)
         self.answer_room = 0
         """Tokens left free below max_length in a row that has to be shortened"""
@@ -105,6 +117,9 @@ class Processor:
         system_message: str | None = None,
         policy: media.MediaPolicy | None = None,
         resize: Resize = "exact",
+        thinking: bool | None = None,
+        dynamic_image_size: bool | None = None,
+        pad2square: bool | None = None,
     ) -> Processor:
         """Load the processor of a checkpoint: a folder, or a name that `ivl.hub` resolves to one.
 
@@ -119,10 +134,16 @@ class Processor:
             video: sampling of videos' frames.
             exif: turn pictures upright as their EXIF block says; False: as stored, like the reference.
             compact_boxes: write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`.
-            system_message: default for rows without one, instead of the checkpoint's.
+            system_message: default for rows without one, instead of the checkpoint's: a text, `none` for no system
+                turn, or `r1` for the thinking prompt of InternVL3.5.
             policy: limits of media that are opened and fetched.
             resize: exact makes the reference's pixels, bit for bit; fast resizes with torch: about half the time, and
                 a pixel in some hundreds is a level off.
+            thinking: True begins each answer to a prompt with `<think>`, False with an empty thought; None: as the
+                checkpoint says.
+            dynamic_image_size: False makes one tile of each image; None: as the checkpoint says.
+            pad2square: True pads an image of one tile to a square, instead of stretching it; None: as the checkpoint
+                says.
         """
         from ivl.hub import resolve
 
@@ -130,8 +151,9 @@ class Processor:
         config = read_config(folder)
         if not config.template:
             config = recognised(folder, config)
-        release_message = template.release_system_message(folder, template.find_template(config.template))
-        if system_message is None and config.system_message is None:
+        row = template.find_template(config.template)
+        release_message = template.release_system_message(folder, row)
+        if system_message is None and config.system_message is None and config.system_turn:
             system_message = release_message
         processor = cls(
             config,
@@ -147,6 +169,10 @@ class Processor:
             policy,
             resize,
             find_model(str(name_or_path)),
+            thinking,
+            dynamic_image_size,
+            pad2square,
+            thoughts_of(folder, row),
         )
         processor.line = line_of(config, release_message)
         return processor
@@ -243,6 +269,10 @@ class Processor:
         """
         text = self._text(ids)
         return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))].strip()
+
+    def answer(self, ids: Sequence[int] | Tensor, stop: Sequence[str] = ()) -> str:
+        """Text of the answer to a prompt: as `decode`, after the thought that the prompt begins."""
+        return self.template.begun + self.decode(ids, stop)
 
     def stopped_by(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
         """Stopping criterion: a function of an answer's token ids, True if their text contains one of `stop`.

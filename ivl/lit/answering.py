@@ -136,7 +136,7 @@ class Answering:
         for request in requests:
             if request.error:
                 return self._failed(prompt, request.error)
-        texts = [self.processor.decode(request.answer, self.generation.stop) for request in requests]
+        texts = [self.processor.answer(request.answer, self.generation.stop) for request in requests]
         first = requests[0].answer
         row = answered(prompt.index, example.conversation, texts[0], self.processor, first.finish_reason, example.notes)
         if first.logprobs is not None:
@@ -187,4 +187,4 @@ def answers(
         settings["all_done"] = all_done
     with uncompiled():
         answer_ids = model.generate(prompts, eos_ids=criteria.eos_ids, stopped=criteria.stopped, **settings)
-    return [processor.decode(ids, generation.stop) for ids in answer_ids]
+    return [processor.answer(ids, generation.stop) for ids in answer_ids]

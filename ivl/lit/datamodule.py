@@ -2,6 +2,7 @@
 
 Lengths are read first; every rank then gets the same work, and the position among the rows can be saved.
 Long: __init__, since each option of the command line is an argument with its type and default.
+Long: datamodule, since their help stands here as well.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ class IvlData(LightningDataModule):
         max_prompt_length: Most tokens of a prompt in predict, where a typed --data.max_length means it too. Default:
             the model's context.
         max_tiles: Most tiles of an image, thumbnail not counted. Default: the checkpoint's.
+        share_tiles: Divide max_tiles by the number of images of a row, as the official trainer does.
+        dynamic_image_size: false makes one tile of each image. Default: as the checkpoint says.
+        pad2square: Pad an image of one tile to a square, instead of stretching it. Default: as the checkpoint says.
         on_too_long: Treatment of a row above its limit: fit lowers tiles, largest image first, then drops the
             oldest turns; truncate_text cuts the end; drop leaves the row out; error stops.
         on_error: A row that cannot be used stops the run, or is skipped: in training it is left out and listed in
@@ -82,7 +86,10 @@ class IvlData(LightningDataModule):
             level off.
         exif: Turn pictures upright as their EXIF block says; false: as stored, like the reference.
         compact_boxes: Write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`.
-        system_message: For rows without one, instead of the checkpoint's.
+        system_message: For rows without one, instead of the checkpoint's: a text, `none` for no system turn, or `r1`
+            for the thinking prompt of InternVL3.5.
+        thinking: true begins each answer to a prompt with a thought, false with an empty one. Default: as the
+            checkpoint says.
         shuffle: A new order of the training rows in each epoch; false: as they stand, for a curriculum.
         feature_cache: Folder that keeps what a frozen vision encoder makes of each image, for later epochs and runs.
         feature_cache_gb: Most disk of that folder, in gigabytes.
@@ -115,6 +122,9 @@ class IvlData(LightningDataModule):
         max_length: int = 4096,
         max_prompt_length: int | None = None,
         max_tiles: int | None = None,
+        share_tiles: bool = False,
+        dynamic_image_size: bool | None = None,
+        pad2square: bool | None = None,
         on_too_long: Literal["fit", "truncate_text", "drop", "error"] = "fit",
         on_error: Literal["error", "skip"] = "error",
         max_bad: float = 0.05,
@@ -127,6 +137,7 @@ class IvlData(LightningDataModule):
         exif: bool = True,
         compact_boxes: bool = False,
         system_message: str | None = None,
+        thinking: bool | None = None,
         shuffle: bool = True,
         feature_cache: str | None = None,
         feature_cache_gb: float = 100.0,
@@ -150,6 +161,9 @@ class IvlData(LightningDataModule):
         self.processor = Processor.from_pretrained(
             pretrained,
             max_tiles=max_tiles,
+            share_tiles=share_tiles,
+            dynamic_image_size=dynamic_image_size,
+            pad2square=pad2square,
             max_length=max_length,
             on_too_long=on_too_long,
             video=video,
@@ -158,6 +172,7 @@ class IvlData(LightningDataModule):
             policy=media,
             compact_boxes=compact_boxes,
             system_message=system_message,
+            thinking=thinking,
         )
         self._rows: dict[str, RowDataset] = {}
         self._train: tuple[Mixture, Index] | None = None

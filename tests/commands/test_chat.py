@@ -24,6 +24,7 @@ from ivl.data.media.download import FetchPolicy
 from ivl.data.media.load import MediaPolicy
 from ivl.finetune.peft_adapter import save_adapter
 from ivl.finetune.tune import LoRA, Tune, apply
+from ivl.types import Conversation, Message
 from tests import tiny
 from tests.test_chat import fresh, picture
 
@@ -305,3 +306,30 @@ def test_a_url_that_hangs_is_one_line(folder, capsys):
         assert error.startswith("error: ") and url in error and error.count("\n") == 1
         session._handle("And cats?")
     assert [question for question, _ in session.chat.history] == ["And cats?"]
+
+
+@pytest.mark.parametrize(
+    ("words", "terminal", "printed"),
+    [
+        (["/think on"], False, "Hm, 3 or 4.\n\nFour."),
+        (["/think on"], True, "\x1b[2mHm,\x1b[0m\x1b[2m 3 or 4.\x1b[0m\n\nFour."),
+        (["/think off"], True, "(thinking; /think on shows it)\nFour."),
+        (["/think off", "/think ON"], False, "Hm, 3 or 4.\n\nFour."),
+    ],
+)
+def test_thoughts_are_dimmed_or_folded(folder, monkeypatch, capsys, words, terminal, printed):
+    session = Session(Chat(InternVL.from_pretrained(folder), Processor.from_pretrained(folder)))
+    pieces = ["<think>", "\nHm,", " 3 or 4.", "</think>", "\n\n", "Four."]
+    monkeypatch.setattr(session.chat, "stream", lambda *_: iter(pieces))
+    lines = iter([*words, "How many?", "exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    session.run()
+    out = capsys.readouterr().out
+    assert printed + "\n" + LINE in out and "<think>" not in out
+
+
+def test_options_of_thinking_and_of_no_system_turn(folder, tmp_path):
+    session = chat(str(folder), system="none", thinking=True)
+    assert session.chat.system == "none" and session.chat.processor.template.prefill == "<think>\n"
+    assert "system" not in session.chat.processor.prompt_text(Conversation((Message("user", ("q",)),), "none"))

@@ -1,5 +1,6 @@
 """Rows → examples, end to end; limits; answers back."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -24,6 +25,7 @@ from tests.tiny import write_checkpoint
 CHECKPOINTS = (
     "internvl2_1b", "internvl2_2b", "internvl2_4b", "internvl2_26b", "internvl_chat_v1_5", "internvl3_8b",
     "internvl3_5_4b",
+    "internvl3_5_30b_a3b",
 )  # fmt: skip
 
 
@@ -90,8 +92,7 @@ def test_recorded_generation(golden, name):
         assert [n for example in examples for n in example.tiles_per_image] == case["num_patches"]
         for n, example in enumerate(examples):
             asked = [i for i, m in zip(case["input_ids"][n], case["attention_mask"][n]) if m]
-            if (name, case["name"]) != ("internvl3_5_4b", "thinking_system"):  # <think> of a system text is text here
-                assert example.input_ids.tolist() == asked
+            assert example.input_ids.tolist() == asked
             assert example.num_supervised == 0
         tiles = processor.collate(examples).tiles
         if len(tiles):
@@ -206,6 +207,25 @@ def test_one_tile_where_the_checkpoint_says_so(golden):
     example = processor({"query": "Q", "images": [picture(400, 100)]})
     assert example.tiles_per_image == [1]
     assert processor.lengths({"query": "Q", "images": [picture(400, 100)]}).tiles == 1
+
+
+def test_options_of_one_tile(make, golden):
+    """The whole picture as one tile, stretched or padded to a square, with the recorded pixels."""
+    entries = [e for e in json.loads((golden / "pixels.json").read_text()) if not e.get("dynamic", True)]
+    assert {entry["pad2square"] for entry in entries} == {True, False}
+    for entry in entries:
+        with Image.open(golden / entry["image"]) as image:
+            rgb = image.convert("RGB")
+        if hashlib.sha256(rgb.tobytes()).hexdigest() != entry["decoded_rgb_sha256"]:
+            continue
+        processor = make(dynamic_image_size=False, pad2square=entry["pad2square"], exif=False)
+        if processor.config.image_size != entry["image_size"]:
+            continue
+        example = processor({"query": "Q", "images": [rgb]})
+        expected = torch.from_numpy(np.load(golden / entry["file"])["pixel_values"])
+        assert example.tiles_per_image == [1]
+        torch.testing.assert_close(processor.pixel_values(example.tiles), expected, atol=1e-6, rtol=0)
+    assert make().config.dynamic_image_size
 
 
 def test_pixel_values(make):

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl.data.rows import grounding
-from ivl.data.rows.keys import REFUSED, check_row_weight, is_trained
+from ivl.data.rows.keys import REFUSED, check_row_weight, is_trained, thought_of
 from ivl.data.rows.row_reader import Kind, Row, RowReader, nothing, optional_name, optional_text, text_of
+from ivl.system_text import NONE, system_text
 from ivl.types import TRUTH, Conversation, Media, Message, UserError, many
 from ivl.types import shortened as short
 
@@ -44,6 +45,12 @@ class _Turn:
     role: Role
     content: list[str | Media]
     trained: bool = True
+    thought: list[str | Media] = field(default_factory=list)
+    """Text of the thought before an answer, if any"""
+
+    @property
+    def reasoning(self) -> str | None:
+        return "".join(part for part in self.thought if isinstance(part, str)) if self.thought else None
 
 
 @dataclass
@@ -114,11 +121,13 @@ def _parse(
     _place(draft, reader)
     _ground(draft, row.get("objects"), size, compact, reader, reorient)
     _check_turns(draft)
-    messages = tuple(Message(turn.role, _joined(turn.content), turn.trained) for turn in draft.turns)
+    messages = tuple(Message(turn.role, _joined(turn.content), turn.trained, turn.reasoning) for turn in draft.turns)
     truth = {key: row[key] for key in TRUTH if row.get(key) is not None}
     name, source = optional_name(row, "id"), optional_name(row, "source") or ""
     unread = tuple(sorted(reader.keys.unread))
-    return Conversation(messages, draft.system, id=name, where=where, source=source, truth=truth, unread=unread)
+    return Conversation(
+        messages, system_text(draft.system), id=name, where=where, source=source, truth=truth, unread=unread
+    )
 
 
 def _all_media(draft: _Draft) -> Iterator[Media]:
@@ -155,7 +164,8 @@ def _from_query(row: Row, reader: RowReader) -> _Draft:
     turns.append(_Turn("user", reader.user_text(row["query"], "query")))
     if row.get("response") is not None:
         turns.append(_Turn("assistant", [text_of(row["response"], "response")]))
-    return _Draft(turns, optional_text(row, "system"))
+    turns[-1].thought = _thought(row, "", turns[-1])
+    return _Draft(turns, _system(row))
 
 
 def _from_conversations(row: Row, reader: RowReader) -> _Draft:
@@ -167,7 +177,7 @@ def _from_conversations(row: Row, reader: RowReader) -> _Draft:
         "system": "system",
     }
     entries = _entries(row, "conversations")
-    system, turns = optional_text(row, "system"), list[_Turn]()
+    system, turns = _system(row), list[_Turn]()
     for n, entry in enumerate(entries):
         name = f"conversations[{n}]"
         role = roles.get(str(entry.get("from")))
@@ -179,14 +189,16 @@ def _from_conversations(row: Row, reader: RowReader) -> _Draft:
         if role == "system":
             if n:
                 raise UserError(f"{name}: a system message can only come first")
+            thought_of(entry, name, None)
             system = _one_system(system, text, name)
-        else:
-            turns.append(_Turn(role, reader.content(text, role, f"{name}.value"), trained))
+            continue
+        turns.append(_Turn(role, reader.content(text, role, f"{name}.value"), trained))
+        turns[-1].thought = _thought(entry, name, turns[-1])
     return _Draft(turns, system, media_first=True)
 
 
 def _from_messages(row: Row, reader: RowReader) -> _Draft:
-    system, turns = optional_text(row, "system"), list[_Turn]()
+    system, turns = _system(row), list[_Turn]()
     entries = _entries(row, "messages")
     for n, entry in enumerate(entries):
         name, role, content = f"messages[{n}]", entry.get("role"), entry.get("content")
@@ -195,19 +207,35 @@ def _from_messages(row: Row, reader: RowReader) -> _Draft:
         reader.keys.look("messages turn", entry, name)
         trained = is_trained(entry, name, role)
         if role == "assistant" and content is None and n == len(entries) - 1:
+            thought_of(entry, name, None)
             break
         parts = list(_parts(content, f"{name}.content", row, role, reader))
+        if role != "assistant":
+            thought_of(entry, name, None)
         if role == "user":
             turns.append(_Turn(role, parts))
         elif len(texts := [part for part in parts if isinstance(part, str)]) < len(parts):
             raise UserError(f"{name}.content: only a user's message can hold images or videos")
         elif role == "assistant":
             turns.append(_Turn(role, ["".join(texts)], trained))
+            turns[-1].thought = _thought(entry, name, turns[-1])
         elif n:
             raise UserError(f"{name}: a system message can only come first")
         else:
             system = _one_system(system, "".join(texts), name)
     return _Draft(turns, system)
+
+
+def _thought(entry: Row, name: str, turn: _Turn) -> list[str | Media]:
+    """Content of a turn's thought: none, or one text."""
+    answer = "".join(part for part in turn.content if isinstance(part, str)) if turn.role == "assistant" else None
+    thought = thought_of(entry, name, answer)
+    return [] if thought is None else [text_of(thought, f"{name}: thought")]
+
+
+def _system(row: Row) -> str | None:
+    """Text of the row's key `system`, None where it has none; false: no system turn."""
+    return NONE if row.get("system") is False else optional_text(row, "system")
 
 
 def _one_system(of_row: str | None, of_turn: str, name: str) -> str:
@@ -306,7 +334,8 @@ def _ground(
         reader.keys.look("object", entry, f"objects[{n}]")
     if isinstance(objects, dict):
         reader.keys.look("objects", objects, "objects")
-    places = [(turn, i, p) for turn in draft.turns for i, p in enumerate(turn.content) if isinstance(p, str)]
+    contents = [content for turn in draft.turns for content in (turn.thought, turn.content)]
+    places = [(content, i, p) for content in contents for i, p in enumerate(content) if isinstance(p, str)]
     texts = [text for *_, text in places]
     prompt = draft.turns[-1].role == "user"
     if nothing(objects) and (prompt or not any(grounding.MARK.search(text) for text in texts)):
@@ -324,8 +353,8 @@ def _ground(
         known = reorient is not None and 0 <= index < len(listed)  # else a frame of a video, or another image
         return reorient(listed[index].source, box, pixels) if reorient and known else box
 
-    for (turn, i, _), text in zip(places, grounding.fill(texts, objects, size_of, compact, reoriented)):
-        turn.content[i] = text
+    for (content, i, _), text in zip(places, grounding.fill(texts, objects, size_of, compact, reoriented)):
+        content[i] = text
 
 
 def _header_size(source: Any) -> tuple[int, int]:

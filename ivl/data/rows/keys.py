@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ivl.reasoning import CLOSING
 from ivl.types import TRUTH, UserError, shortened
 
 LOSS = (
@@ -19,15 +20,18 @@ LOSS = (
 )
 """Keys of several programs that say if a turn is trained on"""
 
+THOUGHT = ("reasoning_content", "reasoning", "thinking", "thinking_content")
+"""Keys of several programs for the thought before an answer"""
+
 _ROW = ("id", "source", "system", "image", "images", "video", "videos", "start", "end", "objects", *TRUTH)
 READ: dict[str, frozenset[str]] = {
     level: frozenset(keys)
     for level, keys in {
-        "query": (*_ROW, "query", "response", "history", *LOSS),
+        "query": (*_ROW, "query", "response", "history", *THOUGHT, *LOSS),
         "conversations": (*_ROW, "conversations", *LOSS),
         "messages": (*_ROW, "messages", *LOSS),
-        "conversations turn": ("from", "value", *LOSS),
-        "messages turn": ("role", "content", *LOSS),
+        "conversations turn": ("from", "value", *THOUGHT, *LOSS),
+        "messages turn": ("role", "content", *THOUGHT, *LOSS),
         "text part": ("type", "text"),
         "image part": ("type", "image", "image_url", "url", "path"),
         "video part": ("type", "video", "video_url", "url", "path", "start", "end"),
@@ -40,7 +44,7 @@ READ: dict[str, frozenset[str]] = {
     }.items()
 }
 
-_THOUGHT = "thoughts are not trained on apart; write <think>…</think> before the answer, or remove the key"
+_THOUGHT = "a row has several answers; write the thought beside its answer, in the turn, or remove the key"
 _TOOLS = "tools are not written into the prompt; write them into the system message, or remove the key"
 _SOUND = "sound is not read; remove the key"
 _FRAMES = "frames are chosen for all videos by data.video, a part of a video by start and end; remove the key"
@@ -48,7 +52,7 @@ _NAMED_TWICE = "media of a turn are not read; name them in the row, or as parts 
 _MASK = "write loss: 0 (not learnt) or 1 (learnt) beside the turn, and remove the key"
 _PART = "a part is not weighed by itself; write it beside the turn's role, or remove the key"
 
-_THINKING = dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thinking_content"), _THOUGHT)
+_THINKING = dict.fromkeys(THOUGHT, _THOUGHT)
 _CALLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS)
 _AUDIO = dict.fromkeys(("audio", "audios"), _SOUND)
 _SAMPLING = dict.fromkeys(
@@ -62,8 +66,9 @@ _MEDIA = dict.fromkeys(("image", "images", "video", "videos", "objects"), _NAMED
 _MASKED = dict.fromkeys(("mask", "masked", "train_detail", "training_detail"), _MASK)
 _WEIGHED = dict.fromkeys(LOSS, _PART)
 REFUSED: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("query", "conversations", "messages"), _THINKING | _CALLS | _AUDIO),
-    **dict.fromkeys(("conversations turn", "messages turn"), _THINKING | _CALLS | _AUDIO | _MEDIA | _MASKED),
+    "query": _CALLS | _AUDIO,
+    **dict.fromkeys(("conversations", "messages"), _THINKING | _CALLS | _AUDIO),
+    **dict.fromkeys(("conversations turn", "messages turn"), _CALLS | _AUDIO | _MEDIA | _MASKED),
     "text part": _WEIGHED,
     "image part": _WEIGHED,
     "video part": _WEIGHED | _SAMPLING,
@@ -121,6 +126,27 @@ def is_trained(entry: Mapping[str, Any], name: str, role: Literal["user", "assis
     if role != "assistant" and any(flags.values()):
         raise UserError(f"{name}.{next(iter(flags))}: only an assistant's turn is learnt from; remove the key")
     return all(flags.values())
+
+
+def thought_of(entry: Mapping[str, Any], name: str, answer: str | None) -> str | None:
+    """Thought of a turn by its keys of THOUGHT, None without one. `answer`: text of an assistant, None of others.
+
+    Raises UserError where another speaker's turn has one, and where the answer has one in its text.
+    """
+    keys = [key for key in THOUGHT if not says_nothing(entry.get(key))]
+    if not keys:
+        return None
+    where = f"{name}.{keys[0]}" if name else keys[0]
+    texts = [entry[key] for key in keys]
+    if not isinstance(texts[0], str):
+        raise UserError(f"{where}: expected the text of a thought, found {shortened(texts[0])}")
+    if any(text != texts[0] for text in texts):
+        raise UserError(f"{name + ': ' if name else ''}{' and '.join(keys)} do not agree; keep one")
+    if not answer:
+        raise UserError(f"{where}: a thought comes before an answer; write the answer, or remove the key")
+    if CLOSING in answer or CLOSING in texts[0]:
+        raise UserError(f"{where}: a thought apart, and {CLOSING} in the text; write it in one of the two places")
+    return texts[0]
 
 
 def check_row_weight(row: Mapping[str, Any]) -> None:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ivl.config import Config, read_json
-from ivl.data.text.template import TEMPLATES, Template, written
+from ivl.data.text.template import TEMPLATES, Template, Thoughts, written
 from ivl.data.text.tokenizer import Tokenizer
+from ivl.reasoning import BEGUN, CLOSED, CLOSING
+from ivl.system_text import NONE
 from ivl.types import Conversation, Message, UserError
 
 RELEASED_MARKS = ("<image>", "<video>")
@@ -36,34 +38,59 @@ _JINJA = """\
 {%- endmacro -%}
 {{ BOS }}
 {%- set trains = messages and messages[-1]['role'] == 'assistant' -%}
-{%- set seen = namespace(user=false) -%}
-{%- if not messages or messages[0]['role'] != 'system' -%}{{ SYSTEM ~ DEFAULT ~ AFTER_USER }}{%- endif -%}
+{%- set seen = namespace(user=false, question=-1) -%}
+{%- for message in messages -%}{%- if message['role'] == 'user' -%}{%- set seen.question = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- if not messages or messages[0]['role'] != 'system' -%}{{ DEFAULT }}{%- endif -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ SYSTEM ~ words(message['content']) ~ AFTER_USER }}
 {%- elif message['role'] == 'assistant' -%}
 {%- if EVERY or seen.user -%}
 {%- set text = (words(message['content']) STRIP) -%}
+{%- set thought = message['reasoning_content'] -%}
+{%- set earlier = loop.index0 < seen.question -%}
+REWRITE
+{%- if thought EMPTY -%}
+{%- set text = OPENING ~ (thought or '').strip('\\n') ~ CLOSING ~ text.lstrip('\\n') -%}
+{%- endif -%}
 {{ ANSWER }}{%- if text or (EVERY and trains) -%}{{ LEAD ~ text ~ END ~ GAP }}{%- endif -%}
 {%- endif -%}
 {%- else -%}{%- set seen.user = true -%}{{ USER ~ (words(message['content']) STRIP) ~ AFTER_USER }}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ ANSWER ~ PREFILL }}{%- endif -%}
+{%- if add_generation_prompt -%}
+{{ ANSWER }}
+{%- if enable_thinking is defined and enable_thinking is false -%}{{ CLOSED }}
+{%- else -%}{{ PREFILL }}{%- endif -%}
+{%- endif -%}
 """
+_REWRITE = """\
+{%- if not thought and '</think>' in text -%}
+{%- set thought = text.split('</think>')[0].split('<think>')[-1] -%}
+{%- set text = text.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{%- if earlier -%}{%- set thought = '' -%}{%- endif -%}
+"""
+"""Thoughts of answers in the text, where the template writes them anew (`Thoughts.in_history`)"""
 
 
 def chat_template(
     template: Template, tokenizer: Tokenizer, system_message: str, marks: tuple[str, str] = RELEASED_MARKS
 ) -> str:
-    """The Jinja text. `system_message`: for conversations without one. `marks`: of an image and of a video.
+    """The Jinja text. `system_message`: for conversations without one; NONE: they have no system turn. `marks`: of an
+    image and of a video.
 
     It begins with the token a text begins with where the tokenizer adds one, since programs that render a
     template do not add it themselves.
     """
     replaced = [(old, new) for old, new in zip(RELEASED_MARKS, marks) if old != new]
+    thoughts = template.thoughts
     texts = {
         "AFTER_USER": template.after_user,
-        "DEFAULT": system_message,
+        "DEFAULT": "" if system_message == NONE else template.system + system_message + template.after_user,
+        "OPENING": thoughts.opening,
+        "CLOSING": thoughts.closing,
+        "CLOSED": CLOSED,
         "SYSTEM": template.system,
         "USER": template.user,
         "ANSWER": template.answer,
@@ -79,6 +106,8 @@ def chat_template(
     holes["MARKS"] = "".join(f".replace({json.dumps(old)}, {json.dumps(new)})" for old, new in replaced)
     holes[" STRIP"] = " | trim if trains else words(message['content'])" if template.strip else ""
     holes["EVERY"] = json.dumps(template.every_turn)
+    holes["REWRITE"] = "" if thoughts.in_history else _REWRITE.replace("\n", "")
+    holes[" EMPTY"] = " or not earlier" if thoughts.empty else ""
     return _filled(_JINJA.replace("\n", ""), holes)
 
 
@@ -121,21 +150,52 @@ def recognised(folder: Path, config: Config) -> Config:
             f"{folder}: no chat_template.jinja, and its language model ({config.llm_architecture}) does not tell the "
             f"template; add the file from the model's page"
         )
+    render = _Rendered(text, where)
     messages = [{"role": message.role, "content": message.text} for message in _PROBE.messages]
-    rendered = _rendered(text, [{"role": "system", "content": _PROBE.system}, *messages], where)
-    name = next((n for n, row in TEMPLATES.items() if rendered.endswith(written(_PROBE, (), row, 0))), None)
-    if name is None:
+    rendered = render([{"role": "system", "content": _PROBE.system}, *messages])
+    for row in TEMPLATES.values():
+        template = replace(row, thoughts=_thoughts(render, row.answer))
+        expected = written(_PROBE, (), template, 0)
+        if rendered.endswith(expected):
+            break
+    else:
         raise UserError(
             f"{where}: renders {rendered!r}, which no template of this program does; it knows {', '.join(TEMPLATES)}"
         )
-    row = TEMPLATES[name]
-    opening_text = rendered.removesuffix(written(_PROBE, (), row, 0))
-    before = _rendered(text, messages, where).split(row.user)[0].removeprefix(opening_text)
+    before = render(messages).split(row.user)[0].removeprefix(rendered.removesuffix(expected))
     system = None
     if before.startswith(row.system) and before.endswith(row.after_user):
-        system = before.removeprefix(row.system).removesuffix(row.after_user) or None
-    _, opened, prefill = _rendered(text, messages[:1], where, prompt=True).rpartition(row.answer)
-    return replace(config, template=name, system_message=system, answer_prefill=prefill if opened else "")
+        system = before.removeprefix(row.system).removesuffix(row.after_user)
+    _, opened, prefill = render(messages[:1], prompt=True).rpartition(row.answer)
+    return replace(config, template=row.name, system_message=system, answer_prefill=prefill if opened else "")
+
+
+def thoughts_of(folder: Path, template: Template) -> Thoughts:
+    """Rules for thoughts of a folder's own chat template; the usual ones where it has none, or knows no thoughts.
+
+    Raises UserError where its chat template cannot be rendered.
+    """
+    text, where = _read_chat_template(folder)
+    if text is None or ("think" not in text and "reasoning_content" not in text):
+        return template.thoughts
+    return _thoughts(_Rendered(text, where), template.answer)
+
+
+_THOUGHT, _ANSWER = "THOUGHT-7f3a", "ANSWER-7f3a"
+
+
+def _thoughts(render: _Rendered, before_answer: str) -> Thoughts:
+    """Rules for thoughts that a chat template renders. `before_answer`: text before every answer."""
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": _ANSWER}
+    marked = answer | {"content": f"{BEGUN}{_THOUGHT}\n{CLOSING}\n\n{_ANSWER}"}
+    in_history = _THOUGHT in render([question, marked, question])
+    apart = render([question, answer | {"reasoning_content": _THOUGHT}])
+    plain = render([question, answer]).partition(_ANSWER)[0].rpartition(before_answer)[2]
+    head, found, tail = apart.partition(_THOUGHT)
+    if not found or _ANSWER not in tail:
+        return replace(Thoughts(), in_history=in_history)
+    opening, closing = head.rpartition(before_answer)[2], tail.partition(_ANSWER)[0]
+    return Thoughts(opening, closing, in_history, plain == opening + closing)
 
 
 def _read_chat_template(folder: Path) -> tuple[str | None, Path]:
@@ -150,12 +210,17 @@ def _read_chat_template(folder: Path) -> tuple[str | None, Path]:
     return None, folder
 
 
-def _rendered(text: str, messages: list[dict], where: Path, prompt: bool = False) -> str:
-    """Render in transformers' sandbox: a template can reach nothing but its messages."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+class _Rendered:
+    """Function that renders a chat template in transformers' sandbox: it can reach nothing but its messages."""
 
-    try:
-        return render_jinja_template([messages], chat_template=text, add_generation_prompt=prompt)[0][0]
-    except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{where}: cannot be rendered ({error}); restore it from the model's page") from error
+    def __init__(self, text: str, where: Path) -> None:
+        self.text, self.where = text, where
+
+    def __call__(self, messages: list[dict], prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            return render_jinja_template([messages], chat_template=self.text, add_generation_prompt=prompt)[0][0]
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+            raise UserError(f"{self.where}: cannot be rendered ({error}); restore it from the model's page") from error

@@ -2,10 +2,11 @@
 
 A template is an entry of TEMPLATES. Source of the texts: OpenGVLab/InternVL, internvl_chat/internvl/conversation.py.
 
-Control tokens that are recognised, by the author of a text:
+Added tokens that are recognised, by the author of a text:
 - the template: all of them;
-- system and user texts: the grounding tokens (`<ref>`, `<box>`, `<quad>` and their ends) only. `<IMG_CONTEXT>`,
-  `<img>`, `<|im_end|>`, `</s>` and the like written by a user are plain characters;
+- system and user texts: those that are no control tokens (`<think>`, `<tool_response>`), and the grounding tokens
+  (`<ref>`, `<box>`, `<quad>` and their ends). `<IMG_CONTEXT>`, `<img>`, `<|im_end|>`, `</s>` and the like written by a
+  user are plain characters;
 - an assistant's text: all but the image tokens, as the reference reads it.
 """
 
@@ -19,6 +20,8 @@ from typing import Literal
 
 from ivl.data.text.tokenizer import GROUNDING_TOKENS, IMAGE_TOKENS, Tokenizer
 from ivl.data.text.tokenizer import Span as Piece
+from ivl.reasoning import BEGUN, CLOSING, OPENING
+from ivl.system_text import NONE
 from ivl.types import IGNORE, Conversation, Media, Message, UserError
 
 SYSTEM_2 = (
@@ -27,6 +30,18 @@ SYSTEM_2 = (
 SYSTEM_2_5 = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """Rules for the thoughts of answers, as a checkpoint's own chat template writes them."""
+
+    opening: str = BEGUN
+    closing: str = "\n</think>\n\n"
+    in_history: bool = True
+    """False: answers before the last question lose their thoughts, and those in a text are written anew by the rules"""
+    empty: bool = False
+    """Write an empty thought before a last answer that has none"""
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,21 @@ class Template:
     """Keep an answer before the first question, and in training the end of an empty answer; both are learnt from"""
     prefill: str = ""
     """Text after `answer` at the end of a prompt, never before an answer of a row: `<think>` of thinking models"""
+    thoughts: Thoughts = Thoughts()
 
     @property
     def after_user(self) -> str:
         return self.end + self.gap if self.user_end is None else self.user_end
+
+    @property
+    def begun(self) -> str:
+        """Text of `prefill` that belongs to the answer: a thought that it begins and leaves open."""
+        return self.prefill if OPENING in self.prefill and CLOSING not in self.prefill else ""
+
+    def has_token(self, token: str) -> bool:
+        """True for an added token among the template's own words."""
+        words = (self.system, self.user, self.answer, self.after_user, self.end)
+        return any(token in text for text in words)
 
 
 _CHATML = ("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>")
@@ -120,19 +146,24 @@ def spans(
     """Spans of a conversation as a template writes it.
 
     `tiles`: for each medium the tiles of its image, or of each frame of its video. `system_message`: the checkpoint's,
-    used where the row has none. A conversation that ends with an answer is written as the reference's trainer does, a
-    prompt as its chat does; they differ in blanks and empty answers (`Template.strip` and `every_turn`).
+    used where the row has none; NONE: no system turn. A conversation that ends with an answer is written as the
+    reference's trainer does, a prompt as its chat does; they differ in blanks and empty answers (`Template.strip` and
+    `every_turn`).
     """
     counts = iter(tiles)
     system = conversation.system
     if system is None:
         system = template.system_message if system_message is None else system_message
-    yield "template", template.system, False
-    yield "user", system, False
-    yield "template", template.after_user, False
+    if system != NONE:
+        yield "template", template.system, False
+        yield "user", system, False
+        yield "template", template.after_user, False
     messages = conversation.messages
     training = messages[-1].role == "assistant"
-    for message in messages[1:] if messages[0].role == "assistant" and not template.every_turn else messages:
+    last_question = max((n for n, message in enumerate(messages) if message.role == "user"), default=-1)
+    for n, message in enumerate(messages):
+        if n == 0 and message.role == "assistant" and not template.every_turn:
+            continue
         parts = _stripped(message) if template.strip and training else message.parts
         if message.role == "user":
             yield "template", template.user, False
@@ -141,12 +172,26 @@ def spans(
             continue
         yield "template", template.answer, False
         text = "".join(part for part in parts if isinstance(part, str))
+        text = _with_thought(text, message.reasoning, template.thoughts, n < last_question)
         if text or (template.every_turn and training):
             yield "answer", template.lead + text, message.trained
             yield "template", template.end, message.trained
             yield "template", template.gap, False
     if conversation.messages[-1].role == "user":
         yield "template", template.answer + template.prefill, False
+
+
+def _with_thought(text: str, thought: str | None, rules: Thoughts, earlier: bool) -> str:
+    """Write an answer with its thought. `earlier`: a question follows it."""
+    if thought is None and not rules.in_history and CLOSING in text:
+        # As Qwen3's chat template cuts a text: at its first end of a thought, and at its last
+        thought = text.split(CLOSING)[0].split(OPENING)[-1]
+        text = text.split(CLOSING)[-1].lstrip("\n")
+    if earlier and not rules.in_history:
+        return text
+    if thought is None and (earlier or not rules.empty):
+        return text
+    return rules.opening + (thought or "").strip("\n") + rules.closing + text.lstrip("\n")
 
 
 def _user_spans(
@@ -190,7 +235,9 @@ def encode(
     A token that begins in the template's words and reaches into the answer is not trained on.
     """
     everything = frozenset(tokenizer.added)
-    read = {"template": everything, "user": GROUNDING_TOKENS & everything, "answer": everything - IMAGE_TOKENS}
+    ordinary = {token for token in tokenizer.ordinary - IMAGE_TOKENS if not template.has_token(token)}
+    user = (GROUNDING_TOKENS & everything) | ordinary
+    read = {"template": everything, "user": user, "answer": everything - IMAGE_TOKENS}
     opening, context, closing = (tokenizer.token_id(t) for t in ("<img>", "<IMG_CONTEXT>", "</img>"))
     pieces: list[Piece] = []
     for kind, content, trained in spans(conversation, tiles, template, tokens_per_tile, system_message, frame_prefix):

@@ -40,6 +40,8 @@ class AddedToken:
     rstrip: bool = False
     inside: bool = False
     """True for a token that the engine recognises inside a text (sentencepiece's user-defined symbols)"""
+    special: bool = True
+    """True for a control token; others, such as `<think>`, are a part of anybody's text"""
 
 
 class Tokenizer:
@@ -64,6 +66,8 @@ class Tokenizer:
             if CONTROL.fullmatch(symbol) and symbol not in self.added and number not in known:
                 self.added[symbol] = AddedToken(symbol, number, inside=True)
         self.special = frozenset(special)
+        self.ordinary = frozenset(text for text, token in self.added.items() if not token.special)
+        """Added tokens that are no control tokens: recognised whoever writes them"""
         self.style = style
         self.add_bos = add_bos
         self.leading_space = leading_space
@@ -315,7 +319,7 @@ def _read_files(folder: Path) -> dict[str, Any]:
         add_bos = bool(settings.get("add_bos_token", True))
         named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | named
         control = {pieces.sp.id_to_piece(i): i for i in (pieces.sp.unk_id(), pieces.sp.bos_id(), pieces.sp.eos_id())}
-        tokens = [{"content": text, "id": i} for text, i in control.items() if i >= 0]
+        tokens = [{"content": text, "id": i, "special": True} for text, i in control.items() if i >= 0]
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and kind == "Qwen2Tokenizer":
         engine = qwen2_engine(folder)
     elif (folder / "tokenizer.json").is_file():
@@ -329,14 +333,18 @@ def _read_files(folder: Path) -> dict[str, Any]:
     if (folder / "added_tokens.json").is_file():
         tokens += [{"content": t, "id": i} for t, i in read_json(folder / "added_tokens.json").items()]
     tokens += [token | {"id": int(i)} for i, token in settings.get("added_tokens_decoder", {}).items()]
+    special |= set(named.values())
+    control_tokens = special | {t["content"] for t in tokens if t.get("special")}
     added = {
-        t["content"]: AddedToken(t["content"], t["id"], bool(t.get("lstrip")), bool(t.get("rstrip"))) for t in tokens
+        text: AddedToken(text, t["id"], bool(t.get("lstrip")), bool(t.get("rstrip")), special=text in control_tokens)
+        for t in tokens
+        for text in (t["content"],)
     }
     return {
         "engine": engine,
         "added": added.values(),
         "named": named,
-        "special": special | set(named.values()),
+        "special": special,
         "style": style,
         "add_bos": add_bos,
         "leading_space": leading_space,

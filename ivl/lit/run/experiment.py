@@ -26,7 +26,7 @@ Experiment = dict[str, Any]
 
 WEIGHTS = ("model.pretrained", "model.tune", "model.adapter", "model.quantize")
 ROWS = ("data.train", "data.mixture", "data.val_fraction", "data.seed", "data.shuffle", "seed_everything")
-LENGTHS = ("data.max_length", "data.max_tiles", "data.on_too_long")
+LENGTHS = (*("data.max_length", "data.max_tiles", "data.share_tiles", "data.dynamic_image_size", "data.on_too_long"),)
 """Options that the order of rows or batches depends on, as the above"""
 BATCHES = (
     *("data.batch_size", "data.packing", "data.pack_tokens", "data.pack_tiles", "data.group_by_length"),
@@ -35,7 +35,7 @@ BATCHES = (
 """Options of the size of a batch: they may change at the end of an epoch"""
 COUNTED = (
     *("model.loss_reduction", "model.label_smoothing", "model.neftune", "data.system_message", "data.compact_boxes"),
-    *("data.video", "data.resize", "data.exif"),
+    *("data.video", "data.resize", "data.exif", "data.pad2square", "data.thinking"),
 )
 """Options that a resumed run may change"""
 

@@ -10,6 +10,7 @@ from ivl.data.rows.keys import LOSS
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import build_index
 from ivl.data.sets.unread_keys import counts, describe, merged, number_of
+from ivl.system_text import NONE, R1
 from ivl.types import Media, UserError
 from tests.tiny import write_checkpoint
 
@@ -64,14 +65,18 @@ def test_keys_that_are_not_read_are_gathered(row, names):
 REFUSED = [
     (query(tools='[{"name": "w"}]'), "tools: tools are not written"),
     (messages(audios=["a.wav"]), "audios: sound is not read"),
-    (query(reasoning_content="because"), "reasoning_content: thoughts"),
+    (query(reasoning_content=["x"]), "reasoning_content: expected the text of a thought, found"),
+    (query(response=None, thinking="x"), "thinking: a thought comes before an answer"),
+    (query(response="<think>y</think>a", thinking="x"), "thinking: a thought apart, and </think> in the text"),
+    (conversations(reasoning="x", thinking="y"), r"conversations\[1\]: reasoning and thinking do not agree"),
+    (messages(USER | {"reasoning_content": "x"}, ANSWER), r"messages\[2\].reasoning_content: a thought comes before"),
+    (messages(reasoning_content="x"), "reasoning_content: a row has several answers"),
     (
-        messages({"role": "user", "content": "q"}, ANSWER | {"reasoning_content": "x"}),
-        r"messages\[3\].reasoning_content",
+        messages(USER, {"role": "assistant", "content": None, "reasoning_content": "x"}),
+        r"messages\[3\].reasoning_content: a thought comes before",
     ),
     (messages({"role": "user", "content": "q"}, ANSWER | {"tool_calls": [{}]}), r"messages\[3\].tool_calls: tools"),
     (messages({"role": "user", "content": "q", "images": ["a.jpg"]}, ANSWER), r"messages\[2\].images: media of a turn"),
-    (conversations(thinking="x"), r"conversations\[1\].thinking"),
     (query(videos=[{"path": "a.mp4", "fps": 1}]), r"videos\[0\].fps: frames are chosen"),
     (content({"type": "video", "video": "a.mp4", "nframes": 4}), r"messages\[0\].content\[0\].nframes"),
     (content({"type": "text", "text": "x", "loss": 0}), r"content\[0\].loss: a part is not weighed"),
@@ -95,6 +100,27 @@ REFUSED = [
 def test_a_key_that_changes_the_meaning_is_refused_by_name(row, words):
     with pytest.raises(UserError, match=words):
         parse(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        query(reasoning_content="because <ref-object>", objects=[{"bbox": [1, 2, 3, 4], "caption": "c"}]),
+        conversations(thinking="because", value="a"),
+        messages(USER, ANSWER | {"reasoning": "because"}),
+    ],
+)
+def test_a_thought_apart_from_its_answer(row):
+    last = parse(row | ({"images": ["a.jpg"]} if "objects" in row else {}), size=lambda _: (10, 10)).messages[-1]
+    assert last.parts == ("a",) and last.text == "a"
+    assert last.reasoning is not None and last.reasoning.startswith("because") and "object>" not in last.reasoning
+
+
+@pytest.mark.parametrize(("system", "text"), [(False, NONE), ("none", NONE), ("r1", R1), ("", ""), ("None", "None")])
+def test_the_system_turn_of_a_row(system, text):
+    assert parse(query(system=system)).system == text
+    if isinstance(system, str):
+        assert parse({"messages": [{"role": "system", "content": system}, USER, ANSWER]}).system == text
 
 
 @pytest.mark.parametrize("empty", [None, "", [], {}, "[]", False])

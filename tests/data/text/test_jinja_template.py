@@ -8,7 +8,10 @@ import pytest
 from ivl.commands.export import export
 from ivl.data.processor import Processor
 from ivl.data.text.template import TEMPLATES, find_template
+from ivl.finetune.tune import LoRA, Tune
+from ivl.system_text import R1
 from ivl.types import UserError
+from tests.commands.test_export import write_run
 from tests.tiny import FAMILIES, write_checkpoint
 
 # As transformers' convert_internvl_weights_to_hf.py writes it into the released -hf folders
@@ -116,3 +119,117 @@ def test_a_template_that_opens_the_answer_with_a_thought(tmp_path, layout):
         assert text.count("<think>") == 1 and text.endswith("</think>\n\nTwo.<|im_end|>\n")
     path = folder / "chat_template.jinja"
     assert "<think>" in (path if path.is_file() else folder / "tokenizer_config.json").read_text()
+
+
+QWEN3 = (
+    """\
+{%- set ns = namespace(last=messages|length - 1) -%}
+{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for m in messages -%}
+{%- if m.role != 'assistant' -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- else -%}
+{%- set content = m.content -%}{%- set thought = '' -%}
+{%- if m.reasoning_content is string -%}{%- set thought = m.reasoning_content -%}
+{%- elif '</think>' in content -%}
+{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{%- if loop.index0 > ns.last and (loop.last or thought) -%}
+{{ '<|im_start|>assistant\\n<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+{%- else -%}{{ '<|im_start|>assistant\\n' + content }}
+{%- endif -%}{{ '<|im_end|>\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
+{%- endif -%}
+""".replace("\n{%", "{%")
+    .replace("\n{{", "{{")
+    .replace("%}\n", "%}")
+)
+ASKED = {"role": "user", "content": "How many?"}
+APART = {"role": "assistant", "content": "Four.", "reasoning_content": "Three\nand one."}
+INSIDE = {"role": "assistant", "content": "<think>\nAs before.\n</think>\n\nFour."}
+PLAIN = {"role": "assistant", "content": "Four."}
+TALKS = [
+    [ASKED, APART], [ASKED, INSIDE], [ASKED, PLAIN], [ASKED, APART, ASKED], [ASKED, INSIDE, ASKED, PLAIN],
+    [ASKED, PLAIN, ASKED, APART, ASKED, INSIDE],
+]  # fmt: skip
+
+
+def text_of(processor: Processor, messages: list) -> str:
+    return processor.tokenizer.decode(processor({"messages": messages}).input_ids)
+
+
+@pytest.mark.parametrize("layout", ["released", "hf"])
+def test_thoughts_as_the_folders_own_template_writes_them(tmp_path, layout):
+    """Qwen3's: apart from the answer, out of the history, and an empty one where there is none; exports keep it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    base = write_checkpoint(tmp_path / "base", "Qwen3ForCausalLM")
+    folder = export(str(tmp_path / "hf"), base=str(base), layout="hf") if layout == "hf" else base
+    (folder / "chat_template.jinja").write_text(QWEN3)
+    again = export(str(tmp_path / "again"), base=str(folder), layout=layout)
+    for place in (folder, again):
+        processor = Processor.from_pretrained(place, system_message="none")
+        for messages in TALKS:
+            prompt = messages[-1]["role"] == "user"
+            rendered, _ = render_jinja_template([messages], chat_template=QWEN3, add_generation_prompt=prompt)
+            assert text_of(processor, messages) == rendered[0]
+    default = Processor.from_pretrained(folder)
+    assert default.system_message == find_template("internvl2_5").system_message
+
+
+def test_the_released_template_keeps_thoughts_in_the_history(tmp_path):
+    processor = Processor.from_pretrained(write_checkpoint(tmp_path, "Qwen3ForCausalLM"))
+    assert processor.template.thoughts == find_template("internvl2_5").thoughts
+    assert "As before." in text_of(processor, [ASKED, INSIDE, ASKED])
+
+
+@pytest.mark.parametrize("layout", ["released", "hf"])
+@pytest.mark.parametrize("system", ["none", "", "Be brief.", "r1", None])
+def test_a_server_writes_the_system_turn_that_was_trained(tmp_path, layout, system):
+    """And so does this program, with the export: a turn without words is not the same as no turn."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    base = write_checkpoint(tmp_path / "base", "Qwen3ForCausalLM")
+    run = tmp_path / "run"
+    write_run(run, base, Tune(language_model=LoRA(rank=2)), {"system_message": system})
+    folder = export(str(tmp_path / "out"), run=str(run), layout=layout)
+    template = find_template("internvl2_5")
+    words = {"r1": R1, None: template.system_message}.get(system, system)
+    turn = "" if system == "none" else f"<|im_start|>system\n{words}<|im_end|>\n"
+    prompt = turn + "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+    jinja = (folder / "chat_template.jinja").read_text()
+    assert render_jinja_template([[ASKED]], chat_template=jinja, add_generation_prompt=True)[0][0] == prompt
+    processor = Processor.from_pretrained(folder)
+    assert text_of(processor, [ASKED]) == prompt
+    if layout == "released":
+        raw = json.loads((folder / "config.json").read_text())
+        assert raw.get("system_message", template.system_message) == ("" if system == "none" else words)
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+def test_an_answer_that_begins_with_a_thought_or_without(tmp_path, thinking):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    base = write_checkpoint(tmp_path / "base", "Qwen3ForCausalLM")
+    run = tmp_path / "run"
+    write_run(run, base, Tune(language_model=LoRA(rank=2)), {"thinking": thinking})
+    folder = export(str(tmp_path / "out"), run=str(run))
+    begun = {True: "<think>\n", False: "<think>\n\n</think>\n\n", None: ""}[thinking]
+    jinja = (folder / "chat_template.jinja").read_text()
+    for processor in (Processor.from_pretrained(base, thinking=thinking), Processor.from_pretrained(folder)):
+        text = text_of(processor, [ASKED])
+        assert text.endswith("<|im_start|>assistant\n" + begun)
+        assert text == render_jinja_template([[ASKED]], chat_template=jinja, add_generation_prompt=True)[0][0]
+    off = render_jinja_template([[ASKED]], chat_template=jinja, add_generation_prompt=True, enable_thinking=False)
+    assert off[0][0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_null_system_message_is_the_templates_text(tmp_path):
+    """InternVL3's config.json has it; other readers would write the word None, so the export leaves it out."""
+    base = write_checkpoint(tmp_path / "base", template="internvl2_5", overrides={"system_message": None})
+    assert Processor.from_pretrained(base).system_message == find_template("internvl2_5").system_message
+    folder = export(str(tmp_path / "out"), base=str(base))
+    assert "system_message" not in json.loads((folder / "config.json").read_text())

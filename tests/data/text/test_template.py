@@ -10,16 +10,25 @@ from hypothesis import strategies as st
 
 from ivl.config import Config
 from ivl.data.rows.formats import parse
-from ivl.data.text.template import TEMPLATES, encode, find_template, release_system_message, written
+from ivl.data.text.template import (
+    TEMPLATES,
+    Template,
+    Thoughts,
+    encode,
+    find_template,
+    release_system_message,
+    written,
+)
 from ivl.data.text.tokenizer import Tokenizer
+from ivl.system_text import NONE, R1
 from ivl.types import IGNORE, Conversation, Media, Message, UserError
+from tests.tiny import write_tokenizer
 
 CHECKPOINTS = (
     "internvl2_1b", "internvl2_2b", "internvl2_4b", "internvl2_26b", "internvl_chat_v1_5", "internvl3_8b",
-    "internvl3_5_4b",
+    "internvl3_5_4b", "internvl3_5_30b_a3b",
 )  # fmt: skip
 
-_THOUGHTS = "the reference reads <think> and <tool_response> of a system or user text as tokens; here they are text"
 NOT_FOLLOWED = {
     # name: (templates or checkpoints, why); "labels": ids are equal, labels are not
     "ends_with_human": ("all", "a trailing question is a prompt here, not a supervised turn"),
@@ -27,16 +36,9 @@ NOT_FOLLOWED = {
     "fewer_placeholders_than_images": ("all", "an error here"),
     "empty_answer": ("all", "an error here: nothing to learn"),
     "newline_only_answer": ("internlm2-chat", "blanks are dropped, then as an empty answer"),
-    "thinking": ("internvl3_5_4b", _THOUGHTS),
-    "thinking_two_turns": ("internvl3_5_4b", _THOUGHTS),
-    "tool_response_in_question": ("internvl3_5_4b", _THOUGHTS),
     "special_tokens_in_text": ("internlm2-chat phi3-chat", "a user's <s> is plain text here"),
     "system_first": ("all", "the reference raises KeyError; here it is the system message"),
 }
-IDS_OF_PROMPTS_NOT_FOLLOWED = dict.fromkeys(
-    ("thinking_system", "thinking_system_text_only", "thought_in_history", "batch_thinking_system"),
-    ("internvl3_5_4b", _THOUGHTS),
-)
 LABELS_NOT_FOLLOWED = {
     "im_end_in_answer": ("Hermes-2 phi3-chat", "the reference masks the whole row after its mismatch warning"),
     "empty_answer_then_turn": ("Hermes-2 phi3-chat", "the reference masks the whole row after its mismatch warning"),
@@ -95,8 +97,6 @@ def test_recorded_prompts(checkpoint, golden):
             prompt = case["prompt"] if "question" in case else case["prompt"][n]
             args = (template, config.tokens_per_tile, config.system_message)
             assert written(asked, tiles, *args) == prompt, case["name"]
-            if excepted(IDS_OF_PROMPTS_NOT_FOLLOWED, case["name"], name):
-                continue
             ids, _ = encode(asked, tiles, tokenizer, *args)
             mask = case["attention_mask"][n]
             assert ids == [i for i, m in zip(case["input_ids"][n], mask) if m], case["name"]
@@ -142,6 +142,69 @@ def test_turns_that_only_newer_templates_keep(name):
     empty = template.answer + template.lead + template.end + template.gap
     assert (empty in whole) == kept and empty not in prompt
     assert template.answer + template.user + "b" in prompt
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_system_turn_differs_from_an_empty_one(name):
+    template = find_template(name)
+    empty, none = (written(conversation("q", "a", system=s), None, template, 0) for s in ("", NONE))
+    assert empty == template.system + template.after_user + none
+    assert none.startswith(template.user)
+    default = written(conversation("q", "a"), None, template, 0, NONE)
+    assert default == none
+    assert written(conversation("q", "a", system="s"), None, template, 0, NONE).startswith(template.system + "s")
+
+
+THOUGHTFUL = Conversation(
+    (
+        Message("user", ("q",)),
+        Message("assistant", ("one",), reasoning="because"),
+        Message("user", ("r",)),
+        Message("assistant", ("<think>\nso\n</think>\n\ntwo",)),
+        Message("user", ("s",)),
+        Message("assistant", ("three",)),
+    )
+)
+
+
+def answers_of(template: Template, asked: Conversation = THOUGHTFUL) -> list[str]:
+    text = written(asked, None, template, 0)
+    return [part.partition(template.end)[0] for part in text.split(template.answer)[1:]]
+
+
+def test_thoughts_as_the_template_writes_them():
+    """A thought of a row's own key is written before its answer, and one in the text stays as it stands."""
+    template = find_template("internvl2_5")
+    so = "<think>\nso\n</think>\n\ntwo"
+    assert answers_of(template) == ["<think>\nbecause\n</think>\n\none", so, "three"]
+    as_qwen3 = replace(template, thoughts=Thoughts(in_history=False, empty=True))
+    assert answers_of(as_qwen3) == ["one", "two", "<think>\n\n</think>\n\nthree"]
+    assert answers_of(as_qwen3, replace(THOUGHTFUL, messages=THOUGHTFUL.messages[:4])) == ["one", so]
+    prompt = replace(THOUGHTFUL, messages=THOUGHTFUL.messages[:-1])
+    assert answers_of(as_qwen3, prompt) == ["one", "two", ""]
+
+
+def test_a_thought_is_learnt_with_its_answer(checkpoint):
+    _, _, tokenizer = checkpoint
+    for template in supported(tokenizer):
+        asked = replace(THOUGHTFUL, messages=THOUGHTFUL.messages[:2])
+        _, labels = encode(asked, [], tokenizer, template, 4)
+        learnt = tokenizer.decode([label for label in labels if label != IGNORE])
+        assert learnt.strip() == f"<think>\nbecause\n</think>\n\none{template.end}"
+
+
+def test_tokens_that_are_no_control_tokens_are_tokens_in_every_text(tmp_path):
+    """3.5's own R1 prompt spells <think>; only special tokens are plain characters there."""
+    write_tokenizer(tmp_path, "qwen3")
+    tokenizer, template = Tokenizer.load(tmp_path), find_template("internvl2_5")
+    tokens = ("<think>", "</think>", "<tool_call>", "<tool_response>", "<|fim_prefix|>")
+    text = "".join(tokens) + "<|im_end|><|vision_start|>"
+    ids, _ = encode(conversation(text, "y", system=text), [], tokenizer, template, 4)
+    assert [ids.count(tokenizer.token_id(token)) for token in tokens] == [2] * len(tokens)
+    assert ids.count(tokenizer.token_id("<|im_end|>")) == 3
+    assert tokenizer.token_id("<|vision_start|>") not in ids
+    r1, _ = encode(conversation("x", system=R1), [], tokenizer, template, 4)
+    assert r1.count(tokenizer.token_id("<think>")) == r1.count(tokenizer.token_id("</think>")) == 1
 
 
 def test_unknown_template():
@@ -240,7 +303,7 @@ def test_control_tokens_of_a_user_are_plain_text(checkpoint, pieces):
     template = find_template(config.template)
     harmless = encode(conversation("x", "y", system="z"), [], tokenizer, template, 4)[0]
     ids, _ = encode(conversation(text, "y", system=text), [], tokenizer, template, 4)
-    control = {token.id for token in tokenizer.added.values()}
+    control = {token.id for token in tokenizer.added.values() if token.special}
     assert [i for i in ids if i in control] == [i for i in harmless if i in control]
 
 
