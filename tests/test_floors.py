@@ -25,6 +25,7 @@ FLOOR_0 = {
     "ivl.estimate.hardware",
     "ivl.parquet",
     "ivl.reasoning",
+    "ivl.system_text",
 }
 
 MODEL_SIDE = {"ivl.model", "ivl.checkpoint", "ivl.finetune", "ivl.parallel"}
@@ -45,6 +46,7 @@ ALLOWED = {
     "ivl.estimate.hardware": set(),
     "ivl.parquet": {"ivl.types"},
     "ivl.reasoning": set(),
+    "ivl.system_text": set(),
     # `InternVL.generate` and `InternVL.from_pretrained` call what stands on top of the model.
     "ivl.model.internvl": {*FLOOR_0, "ivl.model", "ivl.inference", "ivl.checkpoint", "ivl.parallel", "ivl.finetune"},
     "ivl.model.efficient": {*FLOOR_0, "ivl.model", "ivl.finetune"},

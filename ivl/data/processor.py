@@ -1,4 +1,7 @@
-"""Processor: tokenizer, template, media and tiles in one call, for training and inference."""
+"""Processor: tokenizer, template, media and tiles in one call, for training and inference.
+
+Long: from_pretrained, since each option is an argument with its help.
+"""
 
 from __future__ import annotations
 
