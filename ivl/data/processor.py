@@ -82,8 +82,9 @@ class Processor:
                 raise UserError(f"{name}: expected at least 1, found {value}")
         if on_too_long not in get_args(OnTooLong):
             raise UserError(f"on_too_long: expected one of {', '.join(get_args(OnTooLong))}, found {on_too_long!r}")
-        chosen = {"dynamic_image_size": dynamic_image_size, "pad2square": pad2square}
-        config = replace(config, **{name: value for name, value in chosen.items() if value is not None})
+        tiled = config.dynamic_image_size if dynamic_image_size is None else dynamic_image_size
+        padded = config.pad2square if pad2square is None else pad2square
+        config = replace(config, dynamic_image_size=tiled, pad2square=padded)
         self.config = config
         self.tokenizer = tokenizer
         row = template.find_template(config.template)
