@@ -89,6 +89,14 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         yield out
 
 
+def file_digest(path: str | Path, algorithm: Any) -> str:
+    """Hexadecimal digest of a file's bytes. `algorithm`: such as `hashlib.sha256()`; it may have bytes already."""
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            algorithm.update(chunk)
+    return algorithm.hexdigest()
+
+
 def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
     """Write a value as JSON for people, complete or not at all."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")

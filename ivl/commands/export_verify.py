@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import filecmp
 import itertools
 import json
 from collections.abc import Sequence
@@ -150,7 +150,11 @@ def _released_checks(folder: Path, settings: Settings, raw: dict[str, Any]) -> l
     drop, tiles = raw["vision_config"].get("drop_path_rate"), raw.get("max_dynamic_patch")
     copied = copied_files(settings.base)
     lost = [name for name in (*_FILES, *copied) if not (folder / name).is_file()]
-    changed = [name for name in copied if name not in lost and _sha(folder / name) != _sha(settings.base / name)]
+    changed = [
+        name
+        for name in copied
+        if name not in lost and not filecmp.cmp(folder / name, settings.base / name, shallow=False)
+    ]
     expected = settings.processor.system_message
     read = Processor.from_pretrained(folder).system_message
     return [
@@ -299,7 +303,3 @@ def _frozen(model: InternVL, settings: Settings, layout: str, parts: Sequence[st
     tied = {"embeddings", "head"} if checkpoint.config.llm.get("tie_word_embeddings") else set()
     unexpected = sorted(set(changed) - set(parts) - (tied if tied & set(parts) else set()))
     return Check("frozen parts", not unexpected, f"tensors that differ from the base's: {changed or 'none'}")
-
-
-def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ivl.config import read_json
 from ivl.config_fields import shown
@@ -82,13 +82,6 @@ def need_complete(folder: Path, repo_id: str) -> None:
     missing = missing_files(folder)
     if missing:
         raise UserError(f"{repo_id}: not a checkpoint this program can read: it has no {', no '.join(missing)}")
-
-
-def digest(path: Path, algorithm: Any) -> str:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            algorithm.update(chunk)
-    return algorithm.hexdigest()
 
 
 def refused(repo_id: str, hub: Hub, why: object, page: str, tokens: str, variable: str) -> UserError:

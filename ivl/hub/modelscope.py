@@ -17,7 +17,8 @@ from typing import Any
 from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
-from ivl.hub.files import CHUNK, UNFINISHED, corrupt, digest, need_complete, refused, unreachable, wanted
+from ivl.files import file_digest
+from ivl.hub.files import CHUNK, UNFINISHED, corrupt, need_complete, refused, unreachable, wanted
 from ivl.types import UserError
 
 
@@ -106,7 +107,7 @@ def _file(repo_id: str, revision: str, token: str | None, file: _Remote, folder:
             time.sleep(2 ** (failures - 3))
         problem = _fetch(url, token, part, file, repo_id)
     if not _matches(part, file):
-        actual = digest(part, hashlib.sha256())
+        actual = file_digest(part, hashlib.sha256())
         part.unlink()
         raise corrupt(file.path, str(folder), file.sha256 or f"{file.size} bytes", actual)
     os.replace(part, target)
@@ -115,7 +116,7 @@ def _file(repo_id: str, revision: str, token: str | None, file: _Remote, folder:
 def _matches(path: Path, file: _Remote) -> bool:
     if path.stat().st_size != file.size:
         return False
-    return not file.sha256 or digest(path, hashlib.sha256()) == file.sha256
+    return not file.sha256 or file_digest(path, hashlib.sha256()) == file.sha256
 
 
 def _fetch(url: str, token: str | None, part: Path, file: _Remote, repo_id: str) -> Exception | None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from ivl.data.cache import default_cache, written
 from ivl.data.rows.formats import loads
-from ivl.files import whole_file
+from ivl.files import file_digest, whole_file
 from ivl.types import UserError, printable
 
 _CHUNK = 1 << 20
@@ -242,13 +242,8 @@ def _decompressed(path: Path, cache: Path, max_expansion: float) -> Path:
     """Path of the decompressed file, cached under the digest of the compressed bytes; a plain file as it is."""
     if path.suffix not in (".gz", ".zst"):
         return path
-    digest, size = hashlib.blake2b(digest_size=16), 0
-    with open(path, "rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    plain = cache / "rows" / f"{digest.hexdigest()}.jsonl"
-    most = max(_ALWAYS, int(max_expansion * size))
+    plain = cache / "rows" / f"{file_digest(path, hashlib.blake2b(digest_size=16))}.jsonl"
+    most = max(_ALWAYS, int(max_expansion * path.stat().st_size))
     return written(plain, lambda place: _decompress(path, place, most))
 
 

@@ -27,8 +27,8 @@ from ivl.data.cache import default_cache, writable
 from ivl.data.media.download import FetchPolicy, fetch
 from ivl.data.media.source import HEAD, kind_of
 from ivl.data.rows.row_file import load_rows
+from ivl.files import file_digest
 from ivl.hub import huggingface, modelscope
-from ivl.hub.files import digest
 from ivl.parquet import parquet_rows
 from ivl.types import UserError
 
@@ -222,7 +222,7 @@ def _json_at(url: str, policy: FetchPolicy) -> Any:
 
 def _download(dataset: NamedSet, file: _File, policy: FetchPolicy) -> Path:
     def check(path: Path) -> None:
-        if file.sha256 and digest(path, hashlib.sha256()) != file.sha256:
+        if file.sha256 and file_digest(path, hashlib.sha256()) != file.sha256:
             raise UserError(f"{dataset.repo}: {file.path} does not match the hub's checksum; run again")
 
     size = "" if file.size is None else f" ({file.size / 1e6:,.1f} MB)"

@@ -18,6 +18,7 @@ from jsonargparse import Namespace
 
 from ivl.data.sets.sources import is_meta
 from ivl.families import find_model
+from ivl.files import file_digest
 from ivl.finetune.tune import PARTS, LoRA, Tune, scale_alpha
 from ivl.types import UserError, shortened, some
 
@@ -165,10 +166,6 @@ def _rows(text: str) -> dict[str, str]:
 
 def _digest(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            total = hashlib.blake2b(digest_size=16)
-            while chunk := file.read(1 << 22):
-                total.update(chunk)
+        return file_digest(path, hashlib.blake2b(digest_size=16))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return total.hexdigest()
