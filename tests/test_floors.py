@@ -39,7 +39,7 @@ ALLOWED = {
     "ivl.backbones": set(),
     "ivl.families": {"ivl.types", "ivl.config", "ivl.backbones"},
     "ivl.hf_config": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families"},
-    "ivl.hub": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families", "ivl.hub"},
+    "ivl.hub": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families", "ivl.files", "ivl.hub"},
     "ivl.estimate.flops": {"ivl.config"},
     "ivl.files": set(),
     "ivl.picture_file": {"ivl.types"},

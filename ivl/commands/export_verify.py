@@ -150,11 +150,8 @@ def _released_checks(folder: Path, settings: Settings, raw: dict[str, Any]) -> l
     drop, tiles = raw["vision_config"].get("drop_path_rate"), raw.get("max_dynamic_patch")
     copied = copied_files(settings.base)
     lost = [name for name in (*_FILES, *copied) if not (folder / name).is_file()]
-    changed = [
-        name
-        for name in copied
-        if name not in lost and not filecmp.cmp(folder / name, settings.base / name, shallow=False)
-    ]
+    there = [name for name in copied if name not in lost]
+    _, changed, _ = filecmp.cmpfiles(settings.base, folder, there, shallow=False)
     expected = settings.processor.system_message
     read = Processor.from_pretrained(folder).system_message
     return [
