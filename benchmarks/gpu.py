@@ -42,8 +42,7 @@ from ivl.estimate import flops
 from ivl.families import config_for, find_model
 from ivl.finetune import tune as tuning
 from ivl.finetune.tune import LoRA, Tune
-from ivl.lit.module import LOSS_UNIT
-from ivl.lit.nonfinite import scale, total_norm
+from ivl.lit.loss_normalizer import LOSS_UNIT, scale, total_norm
 from ivl.model.efficient.compile import compile_layers
 from ivl.model.internvl import InternVL
 from ivl.types import IGNORE, Batch, Conversation, Example

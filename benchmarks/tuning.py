@@ -62,7 +62,8 @@ def train(args: argparse.Namespace) -> None:
 
     from ivl.finetune.tune import Tune
     from ivl.lit.datamodule import IvlData
-    from ivl.lit.module import Checkpointing, LitInternVL
+    from ivl.lit.module import LitInternVL
+    from ivl.lit.strategies.model_loading import Checkpointing
 
     class Timed(LitInternVL):
         inside = 0.0

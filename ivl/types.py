@@ -341,3 +341,9 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         return self._map(lambda t: t.pin_memory())
+
+
+def row_names(rows: Sequence[Conversation]) -> str:
+    """List rows by file, line and id, for messages."""
+    names = [f"{row.where} ({row.id})" if row.id and row.where else row.where or row.id or "?" for row in rows]
+    return printable(some(names), " ")

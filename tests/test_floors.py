@@ -122,6 +122,37 @@ def test_imports_stay_on_their_floor(path: Path):
             assert _inside(name, LIGHTNING), f"{name} imports {imported}; only {LIGHTNING} may"
 
 
+MUTUAL = {
+    "ivl.checkpoint.load <-> ivl.model.internvl",
+    "ivl.checkpoint.quantization <-> ivl.model.internvl",
+    "ivl.model.efficient <-> ivl.model.internvl",
+    "ivl.model.internvl <-> ivl.parallel.device_map",
+}
+"""Pairs of files that import each other, for types or inside a function; this list only shrinks"""
+
+
+def _mutual(imports: dict[str, set[str]]) -> set[str]:
+    return {f"{a} <-> {b}" for a in imports for b in imports[a] if a < b and a in imports.get(b, ())}
+
+
+def _files_imported(path: Path, names: set[str]) -> set[str]:
+    """The files of the package that a file imports, whether as a module or by its names."""
+    imported = set(_imports(path))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return (imported & names) - {"ivl"}
+
+
+def test_no_two_files_import_each_other():
+    names = {_name(path) for path in FILES}
+    assert _mutual({_name(path): _files_imported(path, names) for path in FILES}) == MUTUAL
+
+
+def test_files_that_import_each_other_are_seen():
+    assert _mutual({"a": {"b", "c"}, "b": {"a"}, "c": {"d"}, "d": set()}) == {"a <-> b"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_no_pickle_and_no_remote_code(path: Path):
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,8 +13,8 @@ from ivl.inference.engine import Engine
 from ivl.inference.graphs import StepRunner
 from ivl.inference.request import Batching, Request, row_seed
 from ivl.inference.sampling import Answer, NotFinite, SamplingParams, StoppingCriteria
-from ivl.lit.callbacks.prediction_writer import Row, answered, failed
-from ivl.lit.prompts import LAST, Prompt
+from ivl.lit.prediction_rows import Row, answered, failed
+from ivl.lit.prompts import Prompt
 from ivl.model.efficient.compile import uncompiled
 from ivl.model.internvl import InternVL
 from ivl.reasoning import split_reasoning
@@ -97,10 +97,15 @@ class Answering:
             "decoding": dict(vars(self.generation)),
         }
 
-    def take(self, prompt: Prompt) -> list[Row]:
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[list[Row]]:
+        """Answer prompts. Yields, prompt after prompt and step after step, the rows that have ended: none, or more."""
+        for prompt in prompts:
+            yield self._take(prompt)
+        while self.engine.is_busy:
+            yield self._step()
+
+    def _take(self, prompt: Prompt) -> list[Row]:
         """Submit a prompt to the engine. Returns the rows whose answers ended meanwhile."""
-        if prompt.index == LAST:
-            return []
         example = prompt.example
         if example is None:
             return [failed(prompt.index, prompt.conversation, prompt.where, prompt.error)]
@@ -115,10 +120,10 @@ class Answering:
             return [self._failed(prompt, str(error))]
         rows: list[Row] = []
         while not self.engine.wants_requests:
-            rows += self.step()
+            rows += self._step()
         return rows
 
-    def step(self) -> list[Row]:
+    def _step(self) -> list[Row]:
         """Decode the next token of every row that is being answered. Returns the rows that ended."""
         rows = []
         for request in self.engine.step():

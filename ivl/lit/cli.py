@@ -43,7 +43,7 @@ from ivl.lit.run.signals import STOP
 from ivl.lit.strategies.deepspeed import check_installed, weights_beside
 from ivl.lit.strategies.peers import Peers
 from ivl.lit.strategies.precision import choose_precision, device_has_bf16
-from ivl.lit.types import IvlTrainer, as_lit
+from ivl.lit.types import IvlTrainer, as_data, as_lit
 from ivl.types import UserError
 
 
@@ -68,7 +68,7 @@ class SaveConfig(SaveConfigCallback):
         ending = next(ending for ending in endings if not (Path(folder) / f"config{ending}.yaml").exists())
         with whole_path(Path(folder) / f"config{ending}.yaml") as path:
             self.parser.save(self.config, path, skip_none=False)
-        record = {"versions": versions(), "data": as_lit(module).trainer.datamodule.fingerprints()}
+        record = {"versions": versions(), "data": as_data(trainer).fingerprints()}
         write_text(Path(folder) / f"versions{ending}.json", json.dumps(record, indent=2) + "\n")
         self.already_saved = True
 

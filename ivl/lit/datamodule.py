@@ -34,8 +34,17 @@ from ivl.lit.benchmark import rows_file
 from ivl.lit.callbacks.checkpoint import micro_batches_pending
 from ivl.lit.callbacks.row_report import index_rows, report_changed, report_left_out, report_unread
 from ivl.lit.feature_cache import open_store
-from ivl.lit.loaders import Pace, PacedLoader, RankRows, ResumableLoader, ValidationRows, WorkerLoader, validation_batch
-from ivl.lit.prompts import LAST, Prompt, Prompts, processor_of_prompts, report_prompts
+from ivl.lit.loaders import (
+    Pace,
+    PacedLoader,
+    RankRows,
+    ResumableLoader,
+    ValidationRows,
+    WorkerLoader,
+    data_rank,
+    validation_batch,
+)
+from ivl.lit.prompts import PromptGroups, Prompts, processor_of_prompts, report_prompts
 from ivl.lit.types import as_lit
 from ivl.types import UserError
 
@@ -302,14 +311,9 @@ class IvlData(LightningDataModule):
         """Most epochs of the run; 1 where the trainer has no limit."""
         return max(1, self.trainer.max_epochs or 1)
 
-    def _data_rank(self) -> tuple[int, int]:
-        """Data-parallel rank and size. Processes that share layers (tensor parallel) have one rank."""
-        kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
-        return kwargs["rank"], kwargs["num_replicas"]
-
     def _train_batches(self) -> PackedBatches | GroupedBatches:
         mixture, index = self.training
-        rank, ranks = self._data_rank()
+        rank, ranks = data_rank(self.trainer)
         order = mixture.order if self.shuffle else lambda epoch: np.arange(len(mixture))
         common: dict[str, Any] = {"order": order, "seed": self.seed, "rank": rank, "ranks": ranks}
         if self.packing:
@@ -324,9 +328,10 @@ class IvlData(LightningDataModule):
 
     def _open_feature_store(self, folder: str) -> None:
         """Open the feature cache for training rows. Held-out rows are few, and are answered from their pixels."""
-        model, (mixture, index) = as_lit(self.trainer.lightning_module).model, self.training
+        lit, (mixture, index) = as_lit(self.trainer.lightning_module), self.training
+        model = lit.model
         limit = int(self.feature_cache_gb * 1e9)
-        self.feature_store = open_store(folder, limit, model, self.trainer)
+        self.feature_store = lit.feature_store = open_store(folder, limit, model, self.trainer)
         processor = copy(self.processor)
         processor.features = self.feature_store
         for n, part in enumerate(mixture.parts):
@@ -367,21 +372,13 @@ class IvlData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._eval_loader("test", validation_batch)
 
-    def predict_dataloader(self) -> DataLoader:
-        """Prompts of this process that are not answered yet, one after another; the last is `LAST`."""
+    def predict_dataloader(self) -> PromptGroups:
+        """Prompts of this process that are not answered yet."""
         todo = [int(n) for n in self._order if n not in self.answered]
-        indices = [*todo[self.trainer.global_rank :: self.trainer.world_size], LAST]
+        indices = todo[self.trainer.global_rank :: self.trainer.world_size]
         prompts = Prompts(self.rows("predict"), keep_errors=self.on_error == "skip")
-        return WorkerLoader(prompts, batch_size=None, sampler=indices, num_workers=self._pace().workers)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if isinstance(batch, Prompt):
-            return batch  # its tiles go to the device with its request
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-    def rows_of_step(self) -> int:
-        """Number of rows in a validation batch, over all ranks."""
-        return self.eval_batch_size * self._data_rank()[1]
+        loader = WorkerLoader(prompts, batch_size=None, sampler=indices, num_workers=self._pace().workers)
+        return PromptGroups(loader, len(indices))
 
     def predict_indices(self) -> range:
         """Indices of all rows of a complete prediction."""
@@ -389,7 +386,7 @@ class IvlData(LightningDataModule):
 
     def _eval_loader(self, name: str, collate: Callable) -> DataLoader:
         rows = self.rows(name)
-        batches = RankRows(len(rows), self.eval_batch_size, *self._data_rank())
+        batches = RankRows(len(rows), self.eval_batch_size, *data_rank(self.trainer))
         return self._loader(ValidationRows(rows), batches, partial(collate, self.processor))
 
     def _pace(self) -> Pace:

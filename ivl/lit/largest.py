@@ -7,10 +7,10 @@ import math
 import numpy as np
 
 from ivl.estimate.training_step import BatchShape
-from ivl.lit.datamodule import IvlData
+from ivl.lit.types import RunData
 
 
-def largest_batch(data: IvlData) -> BatchShape:
+def largest_batch(data: RunData) -> BatchShape:
     """Largest batch of the training rows: the longest row, the most tiles, the mean number of supervised tokens."""
     index = data.training_index()
     tokens, tiles, supervised = (int(counts.sum()) for counts in (index.tokens, index.tiles, index.supervised))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,6 +17,12 @@ from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import cores
 from ivl.data.worker_loader import WorkerLoader
 from ivl.types import IGNORE, Batch, Example
+
+
+def data_rank(trainer: Trainer) -> tuple[int, int]:
+    """Data-parallel rank and size of this process. Processes that share layers (tensor parallel) have one rank."""
+    kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+    return kwargs["rank"], kwargs["num_replicas"]
 
 
 class RankRows:

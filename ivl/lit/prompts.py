@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
@@ -11,10 +13,10 @@ from torch.utils.data import Dataset
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import Index
-from ivl.types import Conversation, Example, UserError
+from ivl.types import Batch, Conversation, Example, UserError
 
-LAST = -1
-"""Index that marks the end of the prompts"""
+GROUP = 4096
+"""Prompts of a batch of prediction: its rows are returned together, so their number bounds the memory they take"""
 
 
 @dataclass
@@ -61,8 +63,6 @@ class Prompts(Dataset):
         self.rows, self.keep_errors = rows, keep_errors
 
     def __getitem__(self, index: int) -> Prompt:
-        if index == LAST:
-            return Prompt(LAST)
         prompt = Prompt(index, where=self.rows.where(index))
         try:
             prompt.conversation = self.rows.conversation(index)
@@ -72,3 +72,28 @@ class Prompts(Dataset):
                 raise
             prompt.error = str(error)
         return prompt
+
+
+def prompts_of(batch: Batch, processor: Processor, indices: Iterable[int]) -> Iterator[Prompt]:
+    """Make the prompts of a batch of rows, whose answers become references."""
+    for index, conversation in zip(indices, batch.rows):
+        prompt = conversation.as_prompt()
+        yield Prompt(index, processor(prompt), prompt, prompt.where)
+
+
+class PromptGroups:
+    """Batches of prediction: iterators over up to `size` prompts, which are read as they are answered.
+
+    A batch of tensors would hold the pixels of all its rows, and few rows in it would leave the engine idle at its end.
+    """
+
+    def __init__(self, prompts: Iterable[Prompt], count: int, size: int = GROUP) -> None:
+        """`prompts`: a loader of `count` prompts."""
+        self.prompts, self.count, self.size = prompts, count, size
+
+    def __len__(self) -> int:
+        return max(1, -(-self.count // self.size))  # without a batch Lightning would end nothing
+
+    def __iter__(self) -> Iterator[Iterator[Prompt]]:
+        prompts = iter(self.prompts)
+        return (islice(prompts, self.size) for _ in range(len(self)))

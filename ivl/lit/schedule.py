@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from ivl.types import UserError
 
 
 class Warmup(LambdaLR):
@@ -40,3 +43,13 @@ class Warmup(LambdaLR):
             return floor + (1 - floor) * share
 
         super().__init__(optimizer, factor)
+
+
+def estimated_steps(trainer: Trainer) -> int:
+    """Optimizer steps of a run over a loader of the user's own. Raises UserError where it has no end."""
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise UserError(
+            "Trainer: the schedule needs the number of steps; give max_steps, or max_epochs and rows of a length"
+        )
+    return int(steps)

@@ -1,24 +1,90 @@
-"""Types of Lightning's objects for annotations, with the attributes used here."""
+"""Types of Lightning's objects for annotations: what callbacks, strategies and the two modules use of one another."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-if TYPE_CHECKING:
-    from ivl.lit.datamodule import IvlData
-    from ivl.lit.module import LitInternVL
+from ivl.data.media.feature_store import FeatureStore
+from ivl.data.processor import Processor
+from ivl.data.sets.dataset import RowDataset
+from ivl.data.sets.index import Index
+from ivl.finetune.tune import Tune
+from ivl.inference.request import Batching
+from ivl.lit.answering import Generation
+from ivl.lit.prediction_rows import Row
+from ivl.model.internvl import InternVL
 
 
 class IvlTrainer(Trainer):
     """Trainer with the attributes that Lightning sets and does not declare; for annotations, never instantiated."""
 
-    datamodule: IvlData
     callbacks: list[Callback]
     log_every_n_steps: int
 
 
-def as_lit(module: LightningModule) -> LitInternVL:
+class RunModule(Protocol):
+    """`ivl.lit.module.LitInternVL`."""
+
+    trainer: IvlTrainer
+    model: InternVL
+    pretrained: str
+    tune: Tune
+    adapter: str | None
+    dtype_name: Any
+    quantize: Any
+    attention: Any
+    checkpointing: Any
+    efficient: bool
+    compiled: bool
+    make_optimizer: Callable
+    generation: Generation
+    batching: Batching
+    metrics: list[Any]
+    total_steps: int
+    feature_store: FeatureStore | None
+    answers: list[dict[str, Any]]
+    """Answers of the last validation"""
+    on_rows: Callable[[list[Row]], None] | None
+    """Receiver of predicted rows as they end"""
+
+
+@runtime_checkable
+class RunData(Protocol):
+    """`ivl.lit.datamodule.IvlData`."""
+
+    processor: Processor
+    files: dict[str, Any]
+    val_fraction: float | None
+    on_error: Any
+    packing: bool
+    batch_size: int
+    pack_tokens: int
+    pack_tiles: int | None
+    answered: set[int]
+    """Indices of rows to predict whose answers are on disk already"""
+
+    def rows(self, name: str) -> RowDataset: ...
+    def training_index(self) -> Index: ...
+    def total_steps(self) -> int: ...
+    def batches_of_epoch(self) -> int: ...
+    def predict_indices(self) -> range: ...
+    def fingerprints(self) -> dict[str, str]: ...
+
+
+def as_lit(module: LightningModule | None) -> RunModule:
     """Cast the module of a callback."""
-    return cast("LitInternVL", module)
+    return cast("RunModule", module)
+
+
+def data_of(trainer: Trainer) -> RunData | None:
+    """Return the data module of a run; None where its rows come from loaders of the user's own."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, RunData) else None
+
+
+def as_data(trainer: Trainer) -> RunData:
+    """Cast the data module of a run by the command line."""
+    return cast("RunData", getattr(trainer, "datamodule", None))

@@ -69,8 +69,8 @@ def guarded(step):
     """Memory that runs out comes from inside the step."""
 
     def training_step(self, batch, batch_idx):
-        self._batch = batch
-        with self._memory("forward"):
+        self.batch = batch
+        with self.memory("forward"):
             return step(self, batch, batch_idx)
 
     return training_step

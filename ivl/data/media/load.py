@@ -21,9 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from ivl.data.media.download import FetchPolicy, cached_path
 from ivl.data.media.orientation import StoredImage, orientation_of, stored_image, upright, upright_size
 from ivl.data.media.pixels import Transparency, deep_png, to_rgb
-from ivl.data.media.source import HEAD, content, describe, kind_of, open_source
+from ivl.data.media.source import HEAD, content, describe, is_url, kind_of, open_source
 from ivl.data.media.video import Backend, Sample, Sampling, VideoFile, VideoInfo, sample_indices
-from ivl.data.rows.formats import is_url
 from ivl.picture_file import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE, check_jpeg, check_size, open_picture
 from ivl.types import UserError
 

@@ -56,6 +56,11 @@ _MAGIC = (
 """Offset, bytes, kind; the first that fits"""
 
 
+def is_url(source: str) -> bool:
+    """True for an http(s) URL, which must be fetched to be opened."""
+    return source[:8].lower().startswith(("http://", "https://"))
+
+
 def kind_of(head: bytes) -> str | None:
     """Kind of a file by its first bytes: an image format, "video", another kind, or None where it is not known."""
     for offset, magic, kind in _MAGIC:

@@ -14,7 +14,7 @@ from ivl.config import Config
 from ivl.data.media import load as media
 from ivl.data.media import tiling as tiles
 from ivl.data.media.feature_store import FeatureStore
-from ivl.data.rows import formats
+from ivl.data.media.source import is_url
 from ivl.data.truncation import Shape
 from ivl.types import Media, UserError
 
@@ -79,7 +79,7 @@ class ImageTiler:
 
     def shape(self, medium: Media, probe_urls: bool = True) -> Shape:
         """Frames and size of an image or a video; behind a URL that is not probed, the most frames there can be."""
-        if not probe_urls and isinstance(medium.source, str) and formats.is_url(medium.source):
+        if not probe_urls and isinstance(medium.source, str) and is_url(medium.source):
             return Shape(1 if medium.kind == "image" else self._video_frames(), 0, 0)
         if medium.kind == "image":
             return Shape(1, *media.image_size(medium.source, self.exif, self.policy))

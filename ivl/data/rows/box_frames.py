@@ -6,7 +6,7 @@ from typing import Any
 
 from ivl.data.media.load import MediaPolicy, stored_picture
 from ivl.data.media.orientation import StoredImage, stored_box, upright_box, upright_size
-from ivl.data.rows.formats import is_url
+from ivl.data.media.source import is_url
 from ivl.data.rows.grounding import Box
 
 

@@ -35,11 +35,6 @@ _MARK = re.compile(r"(<image>|<video>)")
 _TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|,(?=\s*[}\]])', re.DOTALL)
 
 
-def is_url(source: str) -> bool:
-    """True for an http(s) URL, which must be fetched to be opened."""
-    return source[:8].lower().startswith(("http://", "https://"))
-
-
 @dataclass
 class _Turn:
     role: Role

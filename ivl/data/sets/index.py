@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 import ivl
 from ivl.data.cache import default_cache, optional
+from ivl.data.media.source import is_url
 from ivl.data.media.tiling import plain_pictures
 from ivl.data.processor import TooLong
-from ivl.data.rows.formats import is_url
 from ivl.data.sets import facts
 from ivl.data.sets import unread_keys as unread
 from ivl.data.sets.dataset import RowDataset

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ivl.data.rows.formats import is_url
+from ivl.data.media.source import is_url
 from ivl.files import whole_file
 from ivl.types import Media
 

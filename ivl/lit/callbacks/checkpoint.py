@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
 
 from ivl.checkpoint.ckpt_file import read_ckpt, trained_state
 from ivl.finetune import peft_adapter as adapting
@@ -34,7 +35,7 @@ from ivl.lit.run.monitored_metric import best_mode, check_monitors, check_open_m
 from ivl.lit.run.position import VALIDATION_DUE, Position, begin_with_validation, validation_due
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.strategies import deepspeed as zero
-from ivl.lit.types import as_lit
+from ivl.lit.types import as_lit, data_of
 from ivl.types import WEIGHTS, UserError
 
 PARTIAL = ".part"
@@ -104,6 +105,8 @@ class Checkpoints(ModelCheckpoint):
     """True if a run is resumed in its folder"""
     _training: bool = False
     """True if there is a state to save"""
+    _updating: bool = False
+    """True while the optimizer changes the weights"""
     _step_end: Position | None = None
     """Position after the last optimizer step of this process"""
     _saved: Position | None = None
@@ -156,6 +159,9 @@ class Checkpoints(ModelCheckpoint):
                 partial.unlink()
         self._take_signals(trainer)
         STOP.check()
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, Optimizer):  # DeepSpeed's is none
+                optimizer.register_step_post_hook(lambda *_: setattr(self, "_updating", False))
         self._training = True
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
@@ -217,7 +223,7 @@ class Checkpoints(ModelCheckpoint):
         """Return the reason why the state in memory is not that of the end of a step; None if it is."""
         counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         between = position.step == trainer.global_step or counts.processed == counts.ready
-        if as_lit(module).updating or not between:
+        if self._updating or not between:
             return "the error came while the optimizer changed the weights"
         if trainer.world_size > 1 and (zero.is_zero(trainer.strategy) or not isinstance(trainer.strategy, DDPStrategy)):
             return "each process holds a part of it"
@@ -237,9 +243,13 @@ class Checkpoints(ModelCheckpoint):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window_start = random_state()
 
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        self._updating = True  # the last callback: the optimizer follows
+
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._updating = False
         if micro_batches_pending(trainer):
             return
         self._step_end = Position.of(trainer, random_state())
@@ -346,9 +356,10 @@ class Checkpoints(ModelCheckpoint):
         loops = checkpoint["loops"]["fit_loop"]
         loader = loops["state_dict"].get("combined_loader")
         counts = loops["epoch_loop.batch_progress"]["current"]
-        if trainer.state.fn == "fit" and loader and not loader[0]["done"] and counts["ready"]:
+        data = data_of(trainer)
+        if trainer.state.fn == "fit" and data and loader and not loader[0]["done"] and counts["ready"]:
             # An epoch has ended. Lightning sees it by the number of batches, which follows from that of processes.
-            missing = as_lit(module).trainer.datamodule.batches_of_epoch() - counts["ready"]
+            missing = data.batches_of_epoch() - counts["ready"]
             for name in counts:
                 counts[name] += missing
         if trainer.state.fn == "fit" and checkpoint.get(VALIDATION_DUE):

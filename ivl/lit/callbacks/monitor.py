@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,11 +18,8 @@ from ivl.estimate.hardware import find_device
 from ivl.files import write_text
 from ivl.finetune.param_groups import groups_table
 from ivl.finetune.tune import adapted, described, table
-from ivl.lit.types import as_lit
+from ivl.lit.types import RunModule, as_lit
 from ivl.types import Batch, Conversation
-
-if TYPE_CHECKING:
-    from ivl.lit.module import LitInternVL
 
 
 class SourceLosses:
@@ -69,6 +66,11 @@ class Watch(Callback):
     Nothing here waits for the device between two log steps.
     """
 
+    def __init__(self) -> None:
+        self.shown: dict[str, float] = {}
+        """Values of the progress bar, as of the last log step"""
+        self._losses = SourceLosses()
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start = self._end = time.perf_counter()
         self._step = trainer.global_step
@@ -88,6 +90,8 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        if "row_losses" in outputs:
+            self._losses.add(batch.rows, outputs["row_losses"], outputs["row_tokens"])
         self._work = added(self._work, batch)
         self._rows += len(batch)
         self._end = time.perf_counter()
@@ -97,11 +101,11 @@ class Watch(Callback):
             return
         self._steps += 1
         if step % as_lit(module).trainer.log_every_n_steps == 0:
-            self._log(trainer, as_lit(module))
+            self._log(trainer, module)
             self._reset()
 
-    def _log(self, trainer: Trainer, module: LitInternVL) -> None:
-        module.shown["loss"] = float(trainer.callback_metrics.get("train/loss", float("nan")))  # waits for the device
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        self.shown["loss"] = float(trainer.callback_metrics.get("train/loss", float("nan")))  # waits for the device
         self._end = time.perf_counter()
         seconds, ranks = self._end - self._start, trainer.world_size
         # Ranks are given equal work, so this rank's rate stands for all.
@@ -110,22 +114,22 @@ class Watch(Callback):
             "speed/samples_per_s": self._rows * ranks / seconds,
             "speed/data_wait": self._waited / seconds,
         }
-        flops = training_flops(module.model.config, described(module.tune), self._work, NOTHING).total
+        flops = training_flops(as_lit(module).model.config, described(as_lit(module).tune), self._work, NOTHING).total
         if (share := utilisation(flops / seconds, module.device)) is not None:
             values["speed/mfu"] = share
         values |= {f"lr/{g.get('name', n)}": g["lr"] for n, g in enumerate(trainer.optimizers[0].param_groups)}
         values |= memory(self._devices)
-        losses = module.source_losses.read(ranks)
+        losses = self._losses.read(ranks)
         values |= {f"train/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
         module.log_dict(values, batch_size=1)
-        module.shown |= {"tokens/s": values["speed/tokens_per_s"], "s/step": seconds / self._steps}
+        self.shown |= {"tokens/s": values["speed/tokens_per_s"], "s/step": seconds / self._steps}
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if hasattr(self, "_start"):  # a validation inside fit is not waiting for training data
             self._end = time.perf_counter()
             self._reset()
 
-    def _write_trained(self, trainer: Trainer, module: LitInternVL) -> None:
+    def _write_trained(self, trainer: Trainer, module: RunModule) -> None:
         folder = trainer.log_dir  # asks all ranks
         if folder is None or not trainer.is_global_zero:
             return
@@ -179,7 +183,8 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
         items = super().get_metrics(trainer, module)
         items.pop("v_num", None)
-        shown, total = as_lit(module).shown, as_lit(module).total_steps
+        watch = next((callback for callback in as_lit(module).trainer.callbacks if isinstance(callback, Watch)), None)
+        shown, total = watch.shown if watch else {}, as_lit(module).total_steps
         if "loss" in shown:
             items["loss"] = f"{shown['loss']:.4g}"
             items["tokens/s"] = f"{shown['tokens/s']:,.0f}"

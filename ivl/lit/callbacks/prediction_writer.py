@@ -12,70 +12,28 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from ivl.data.processor import Processor
-from ivl.data.rows.grounding import parse_boxes
 from ivl.data.sets.index import fingerprint
 from ivl.files import whole_file, write_json
-from ivl.lit.benchmark import score_fields
+from ivl.lit.prediction_rows import Row
 from ivl.lit.run.signals import STOP, Stopped
-from ivl.lit.types import as_lit
-from ivl.reasoning import split_reasoning
-from ivl.types import Conversation, UserError
-
-if TYPE_CHECKING:
-    from ivl.lit.module import LitInternVL
+from ivl.lit.types import RunModule, as_data, as_lit, data_of
+from ivl.types import UserError
 
 if sys.platform != "win32":  # where two programs that write the same file are not told apart
     import fcntl
 
-Row = dict[str, Any]
 NAME = "predictions.jsonl"
 SYNC_SECONDS = 1.0
 """Longest time between two flushes to the disk; answers are handed to the system at once"""
-
-
-def answered(
-    index: int,
-    row: Conversation,
-    answer: str,
-    processor: Processor,
-    finish_reason: str,
-    notes: Sequence[str] = (),
-) -> Row:
-    """Return the line of an answered row: prompt, response, and reference.
-
-    `notes`: parts of the prompt that were left out to make it fit.
-    """
-    reasoning, response = split_reasoning(answer)
-    return {
-        "index": index,
-        "id": row.id,
-        "where": row.where,
-        "source": row.source or None,
-        "prompt": processor.prompt_text(row),
-        "response": response,
-        "reasoning": reasoning,
-        "finish_reason": finish_reason,
-        "notes": list(notes),
-        "reference": row.reference,
-        "boxes": [{"ref": ref, "boxes": boxes} for ref, boxes in parse_boxes(response)],
-        **score_fields(row),
-    }
-
-
-def failed(index: int, row: Conversation | None, where: str, error: str) -> Row:
-    """Return the line of a row that could not be answered. `row`: None where it could not be parsed."""
-    fields = {"id": row.id, "where": row.where, "source": row.source or None} if row else {"id": None, "where": where}
-    return {"index": index, **fields, "error": error}
 
 
 class PredictionShards:
@@ -245,10 +203,15 @@ class PredictionWriter(Callback):
         """Checkpoint of the trained weights; part of the settings of the answers"""
         self._shards: PredictionShards | None = None
         self._bar: tqdm[Any] | None = None
+        self._unanswered = 0
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
+        if data_of(trainer) is None:
+            raise UserError(
+                "PredictionWriter: expected trainer.predict(module, datamodule=IvlData(...)), found a loader"
+            )
         path = Path(self.file or Path(trainer.log_dir or trainer.default_root_dir) / NAME)  # log_dir asks all ranks
         settings = self._settings(as_lit(module)) if trainer.is_global_zero else {}
         if self.file is None and trainer.is_global_zero:
@@ -263,11 +226,12 @@ class PredictionWriter(Callback):
                 problem = str(error)
         if problem := trainer.strategy.broadcast(problem):
             raise UserError(problem)
-        data = as_lit(module).trainer.datamodule
+        data = as_data(trainer)
         data.answered = self._shards.answered()
         trainer.strategy.barrier("what is answered is known")
         self._shards.open(trainer.global_rank)
         done, count = len(data.answered), len(data.predict_indices())
+        self._unanswered = count - done
         rank_zero_info(f"{done} of {count} rows are in {path}.part*" if done else f"{count} rows → {path}")
         if bar := trainer.progress_bar_callback:
             bar.disable()  # it counts rows as they are read, not as they are answered
@@ -282,9 +246,9 @@ class PredictionWriter(Callback):
         assert self._shards is not None, "the run is set up"
         return self._shards
 
-    def _settings(self, module: LitInternVL) -> dict[str, Any]:
+    def _settings(self, module: RunModule) -> dict[str, Any]:
         """Settings that determine the answers. Files of weights are recorded by size and time."""
-        rows = module.trainer.datamodule.rows("predict")
+        rows = as_data(module.trainer).rows("predict")
         weights: list[str | Path | None] = [self.checkpoint]
         weights += [f"{module.adapter}/{name}" for name in _ADAPTER if module.adapter]
         weights += sorted(Path(module.pretrained).glob("*.safetensors"))  # none where it is a model's name
@@ -303,32 +267,24 @@ class PredictionWriter(Callback):
         }
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        total = sum(trainer.num_predict_batches) - 1  # the last is `LAST`
+        total = len(range(trainer.global_rank, self._unanswered, trainer.world_size))
         ranks = f", process 1 of {trainer.world_size}" if trainer.world_size > 1 else ""
         off = trainer.progress_bar_callback is None or not trainer.is_global_zero
         self._bar = tqdm(total=total, desc=f"answers{ranks}", unit="row", disable=off, dynamic_ncols=True)
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: list[Row], batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._write(outputs)
-
-    def on_predict_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        for rows in as_lit(module).remaining_answers():
-            self._write(rows)
-            STOP.check()
+        as_lit(module).on_rows = self._write
 
     def _write(self, rows: list[Row]) -> None:
         if rows and self._bar is not None:
             self._open_shards.append(rows)
             self._bar.update(len(rows))
+        STOP.check()
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._close()
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
-        count = len(as_lit(module).trainer.datamodule.predict_indices())
+        count = len(as_data(trainer).predict_indices())
         kinds = self._open_shards.join(count)
         longest = as_lit(module).generation.max_new_tokens
         descriptions = {
@@ -343,7 +299,7 @@ class PredictionWriter(Callback):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._close()
         if isinstance(exception, Stopped) and self._shards is not None and trainer.is_global_zero:
-            done, count = len(self._shards.answered()), len(as_lit(module).trainer.datamodule.predict_indices())
+            done, count = len(self._shards.answered()), len(as_data(trainer).predict_indices())
             rank_zero_info(f"{done} of {count} rows are in {self.path}.part*; the same command goes on with the others")
 
     def _close(self) -> None:

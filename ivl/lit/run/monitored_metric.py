@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from ivl.lit.metrics import CAPTIONS, Metric, score
-from ivl.lit.types import as_lit
+from ivl.lit.types import as_lit, data_of
 from ivl.types import UserError, some
 
 ALWAYS = ("epoch", "step", "train/loss", "train/grad_norm")
@@ -58,9 +58,11 @@ def check_open_monitors(trainer: Trainer) -> None:
 
 
 def _monitoring(trainer: Trainer) -> list[Any]:
-    """Callbacks with a monitor; none where a callback of the user may log further metrics."""
+    """Callbacks with a monitor; none where loaders or callbacks of the user may bring further metrics."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(not type(callback).__module__.startswith(("ivl.", "lightning.")) for callback in callbacks):
+    if data_of(trainer) is None or any(
+        not type(callback).__module__.startswith(("ivl.", "lightning.")) for callback in callbacks
+    ):
         return []
     kinds = (ModelCheckpoint, EarlyStopping)
     return [c for c in callbacks if isinstance(c, kinds) and c.monitor is not None]
@@ -77,8 +79,8 @@ def logged_names(trainer: Trainer, module: LightningModule) -> list[str]:
 
 
 def _held_out(trainer: Trainer, module: LightningModule) -> list[str]:
-    data, metrics = as_lit(module).trainer.datamodule, as_lit(module).metrics
-    if not (data.files["val"] or data.val_fraction) or not trainer.limit_val_batches:
+    data, metrics = data_of(trainer), as_lit(module).metrics
+    if data is None or not (data.files["val"] or data.val_fraction) or not trainer.limit_val_batches:
         return []
     keys: dict[str, None] = {"val/loss": None}
     rows = data.rows("val")

@@ -25,6 +25,12 @@ def is_zero(strategy: Strategy, stage: int | None = None) -> bool:
     return isinstance(strategy, DeepSpeedStrategy) and (stage != 3 or strategy.zero_stage_3)
 
 
+def micro_batch_mean(trainer: Trainer, loss_sum: Tensor, weight_sum: Tensor) -> Tensor:
+    """Mean of a micro-batch over what all processes learn from in it: DeepSpeed keeps gradients to itself."""
+    weight = trainer.strategy.reduce(weight_sum.clone(), reduce_op="sum")
+    return loss_sum * trainer.world_size / weight.clamp(min=1)
+
+
 def check_installed(strategy: Any) -> None:
     """Raise UserError where an option asks for DeepSpeed and its package is missing.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -12,11 +12,9 @@ from torch import nn
 from ivl.estimate.memory import split_sizes
 from ivl.estimate.training_step import ShallowModel, TrainSetup
 from ivl.lit.largest import largest_batch
+from ivl.lit.types import RunModule, as_lit, data_of
 from ivl.parallel.device_map import Sizes
 from ivl.types import UserError
-
-if TYPE_CHECKING:
-    from ivl.lit.module import LitInternVL
 
 
 class LayerSplit(SingleDeviceStrategy):
@@ -43,14 +41,8 @@ class LayerSplit(SingleDeviceStrategy):
             devices = torch.cuda.device_count()
         self.options = {"devices": devices, "device_max_memory": device_max_memory, "device_map": device_map}
 
-    @property
-    def _module(self) -> LitInternVL:
-        module = self.lightning_module
-        assert module is not None, "the trainer sets it first"
-        return cast("LitInternVL", module)
-
     def setup_environment(self) -> None:
-        trainer = self._module.trainer
+        trainer = as_lit(self.lightning_module).trainer
         count = len(trainer._accelerator_connector._parallel_devices)  # of which Lightning would take the first alone
         if count * trainer.num_nodes > 1:
             raise UserError(
@@ -63,7 +55,7 @@ class LayerSplit(SingleDeviceStrategy):
                 "trainer.strategy.devices"
             )
 
-    def load_options(self, module: LitInternVL) -> dict[str, Any]:
+    def load_options(self, module: RunModule) -> dict[str, Any]:
         """Options of `InternVL.from_pretrained` for this strategy. Trainable weights are not offloaded to the host."""
         planned = module.trainer.training and self.options["device_map"] is None
         needs = training_sizes(module) if planned else None
@@ -72,9 +64,10 @@ class LayerSplit(SingleDeviceStrategy):
     def model_to_device(self) -> None:
         """Set the root device for the batches; each layer is on its device already."""
         assert self.accelerator is not None
-        self._root_device = self._module.model.device
+        module: Any = self.lightning_module
+        self._root_device = as_lit(module).model.device
         self.accelerator.setup_device(self._root_device)
-        self._module._device = self._root_device  # as Lightning's FSDP does
+        module._device = self._root_device  # as Lightning's FSDP does
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load each state on the device of its parameter; Lightning would move all of them to one."""
@@ -89,9 +82,13 @@ class LayerSplit(SingleDeviceStrategy):
         self.checkpoint_io.teardown()
 
 
-def training_sizes(module: LitInternVL) -> Sizes:
+def training_sizes(module: RunModule) -> Sizes:
     """Estimate the memory of each part of a model in a training step on the largest batch of the run."""
     trainer = module.trainer
+    if (data := data_of(trainer)) is None:
+        raise UserError(
+            "LayerSplit: plans layers by the lengths of the rows of IvlData, found a loader; give its device_map"
+        )
     setup = TrainSetup(
         tune=module.tune,
         precision=str(trainer.precision),
@@ -104,5 +101,5 @@ def training_sizes(module: LitInternVL) -> Sizes:
         accumulate=trainer.accumulate_grad_batches,
         strategy="layer_split",
     )
-    sketch = ShallowModel(trainer.datamodule.processor.config, setup)
-    return split_sizes(sketch, sketch.activations(largest_batch(trainer.datamodule)))
+    sketch = ShallowModel(data.processor.config, setup)
+    return split_sizes(sketch, sketch.activations(largest_batch(data)))

@@ -21,7 +21,6 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ivl.finetune.tune import ADAPTER
 from ivl.model.layers import adopted, autocast_dtype, is_sharded
 
 
@@ -91,19 +90,21 @@ class LoRALinear(lora.Linear):
         compiling = torch.compiler.is_compiling()
         if compiling or args or kwargs or self.disable_adapters or self.merged or not self._is_plain():
             return super().forward(x, *args, **kwargs)
-        base, dropout = self.base_layer, self.lora_dropout[ADAPTER]
+        (adapter,) = self.active_adapters
+        base, dropout = self.base_layer, self.lora_dropout[adapter]
         share = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        tensors = (base.weight, base.bias, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
-        y_NO = LoRAProduct.apply(x.flatten(0, -2), *tensors, self.scaling[ADAPTER], share)
+        tensors = (base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        y_NO = LoRAProduct.apply(x.flatten(0, -2), *tensors, self.scaling[adapter], share)
         return y_NO.unflatten(0, x.shape[:-1])
 
     def _is_plain(self) -> bool:
         """True if the fused path applies: one active adapter, frozen weights, no shards."""
-        if self.active_adapters != [ADAPTER] or self.lora_variant or self.lora_bias.get(ADAPTER):
+        if len(self.active_adapters) != 1 or self.lora_variant or self.lora_bias.get(self.active_adapters[0]):
             return False
+        (adapter,) = self.active_adapters
         base = self.base_layer
         frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
-        weights = [*frozen, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
+        weights = [*frozen, self.lora_A[adapter].weight, self.lora_B[adapter].weight]
         return not any(map(is_sharded, weights)) and not any(p.requires_grad for p in frozen)
 
 

@@ -19,7 +19,8 @@ from ivl.__main__ import main
 from ivl.data.processor import Processor
 from ivl.inference.request import row_seed
 from ivl.lit.answering import Generation
-from ivl.lit.callbacks.prediction_writer import PredictionShards, answered
+from ivl.lit.callbacks.prediction_writer import PredictionShards
+from ivl.lit.prediction_rows import answered
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.data.videos import write_long_video

@@ -1,32 +1,25 @@
-"""Guards of a step: non-finite losses and lack of memory, reported with their rows."""
+"""Guard against losses and gradients that are not finite: their steps are skipped, and their rows named."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ivl.types import Batch, Conversation, UserError, printable, some
+from ivl.lit.loss_normalizer import LossNormalizer
+from ivl.types import Batch, Conversation, UserError, row_names
 
 log = logging.getLogger(__name__)
 """Logger of every process, since only the process that has a row can name it"""
 
 FLAG = "found_inf"
 """Attribute read by torch's fused optimizers: they skip the step where it is not 0"""
-
-
-def row_names(rows: Sequence[Conversation]) -> str:
-    """List rows by file, line and id."""
-    names = [f"{row.where} ({row.id})" if row.id and row.where else row.where or row.id or "?" for row in rows]
-    return printable(some(names), " ")
 
 
 @dataclass
@@ -118,56 +111,29 @@ def _nonfinite_rows(step: _Step) -> tuple[bool, str]:
     return bool(nonfinite), row_names(nonfinite or rows_of_step)
 
 
-def scale(gradients: list[Tensor], factor: Tensor) -> None:
-    """Multiply gradients in place, in one call per device.
+class NonFiniteGuard(Callback):
+    """Skips the optimizer steps that `FiniteLoss` finds; `normalizer` knows which, so it comes before this one."""
 
-    Shards are multiplied as local tensors, since torch takes no two tensors on different meshes in one call.
-    """
-    of_device: dict[torch.device, list[Tensor]] = {}
-    for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        of_device.setdefault(local.device, []).append(local)
-    for device, tensors in of_device.items():
-        torch._foreach_mul_(tensors, factor.to(device))
+    def __init__(self, normalizer: LossNormalizer, patience: int) -> None:
+        self.normalizer, self.patience = normalizer, patience
+        self._rows: list[Conversation] = []
 
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._finite = FiniteLoss(self.patience, getattr(trainer, "log_every_n_steps", 1))
 
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """Norm of all gradients together, over all shards, before clipping; on the device."""
-    of_mesh: dict[Any, list[Tensor]] = {}
-    for gradient in gradients:
-        of_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
-    norms = [torch.nn.utils.get_total_norm(tensors) for tensors in of_mesh.values()]
-    totals = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(totals))
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._rows = batch.rows
 
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        self._finite.add(self._rows, loss)
 
-def clip(gradients: list[Tensor], most: float, norm: Tensor) -> None:
-    """Scale gradients down to a norm of `most`, as torch's `clip_grads_with_norm_` does."""
-    scale(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        assert self.normalizer.is_bad is not None, "the normalizer has ended the step"
+        self._finite.close(trainer.global_step, self.normalizer.is_bad, optimizer)
 
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        for optimizer in trainer.optimizers:
+            FiniteLoss.release(optimizer)
 
-def memory_advice(data: Any, checkpointing: Mapping[str, bool]) -> str:
-    """Advice for a training step that did not fit, with the present values of a data module."""
-    size = f"data.pack_tokens ({data.pack_tokens})" if data.packing else f"data.batch_size ({data.batch_size})"
-    limits = f"data.max_length ({data.processor.max_length}) or data.max_tiles ({data.processor.max_tiles})"
-    off = " and ".join(f"model.checkpointing.{part}: true" for part, on in checkpointing.items() if not on)
-    return f"lower {size} and raise trainer.accumulate_grad_batches, or lower {limits}" + (
-        f", or set {off}" if off else ""
-    )
-
-
-@contextmanager
-def out_of_memory(batch: Batch | None, advice: str, doing: str) -> Iterator[None]:
-    """Turn a lack of memory, the device's or the host's, into a UserError that names the rows, and what to lower."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        size = "before any batch"
-        if batch is not None:
-            longest = batch.input_ids.shape[1] if batch.lengths is None else int(batch.lengths.max())
-            size = (
-                f"with {len(batch)} rows of {batch.num_tokens} tokens (the longest {longest}) and {len(batch.tiles)} "
-                f"tiles: {row_names(batch.rows)}"
-            )
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"out of memory in {doing}, {size}; {advice} ({first})") from error
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._finite.read()
