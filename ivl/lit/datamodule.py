@@ -31,7 +31,6 @@ from ivl.data.sets.index import Index, answers_needed, concat, drop_unusable, wr
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.sets.sources import Source, open_sources
 from ivl.lit.benchmark import rows_file
-from ivl.lit.callbacks.checkpoint import micro_batches_pending
 from ivl.lit.callbacks.row_report import index_rows, report_changed, report_left_out, report_unread
 from ivl.lit.feature_cache import open_store
 from ivl.lit.loaders import (
@@ -45,6 +44,7 @@ from ivl.lit.loaders import (
     validation_batch,
 )
 from ivl.lit.prompts import PromptGroups, Prompts, processor_of_prompts, report_prompts
+from ivl.lit.run.position import micro_batches_pending
 from ivl.lit.types import as_lit
 from ivl.types import UserError
 

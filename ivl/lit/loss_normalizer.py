@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ivl.lit.strategies.classic_fsdp import shards_norm
 from ivl.lit.strategies.deepspeed import is_zero, micro_batch_mean
-from ivl.lit.strategies.fsdp import shards_norm
 
 LOSS_UNIT = 1024.0
 """Backward runs on the sum of token losses divided by this (a power of two, so it costs no rounding); the gradients

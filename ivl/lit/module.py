@@ -1,4 +1,4 @@
-"""LightningModule of InternVL: steps of fit, validate, test, predict; the loss's denominator."""
+"""LightningModule of InternVL: steps of fit, validate, test, predict."""
 
 from __future__ import annotations
 

@@ -58,20 +58,24 @@ def quiet(root: Path, *callbacks, **options) -> Trainer:
 
 
 def test_a_plain_trainer_and_a_list_of_rows_train_as_the_command_line_does(base, tmp_path, processor, rows):
-    optimizer, schedule = lambda p: torch.optim.SGD(p, lr=0.05), lambda o, steps: Warmup(o, steps, 0, "constant")
-    module = LitInternVL(str(base / "model"), FULL, optimizer=optimizer, schedule=schedule)
-    options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "max_epochs": 2}
-    quiet(tmp_path, Watch(), **options).fit(module, loader(processor, rows))
+    module = LitInternVL(
+        str(base / "model"),
+        FULL,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.01),  # the command line's default decay
+        schedule=lambda optimizer, steps: Warmup(optimizer, steps, 0, "constant"),
+    )
+    options = {"gradient_clip_val": 0.5, "max_epochs": 2}
+    quiet(tmp_path, Watch(), accumulate_grad_batches=6, **options).fit(module, loader(processor, rows))
     changes = {f"trainer__{name}": value for name, value in options.items()}
-    changes |= {"data__batch_size": 2, "data__shuffle": False, "data__val": None}
+    changes |= {"data__batch_size": 12, "data__val": None}
     changes |= {"model__tune": {"vision_model": "frozen", "mlp1": "full", "language_model": "full"}}
     assert main(["fit", "--config", str(config(base, tmp_path, **changes))]) == 0
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     trained = {f"model.{name}": p for name, p in module.model.named_parameters() if p.requires_grad}
     assert saved["state_dict"].keys() == trained.keys()
     for name, tensor in saved["state_dict"].items():
-        assert torch.equal(trained[name], tensor), name
-    assert module.total_steps == 4
+        torch.testing.assert_close(trained[name], tensor, atol=1e-6, rtol=1e-4)
+    assert module.total_steps == 2
 
 
 def test_a_run_is_resumed_from_a_plain_checkpoint(base, tmp_path, processor, rows):
@@ -97,7 +101,7 @@ def test_rows_are_validated_and_each_batch_predicts_its_own(base, tmp_path, proc
     ]
     answers = {row["id"]: row for batch in batches for row in batch}
     prompt = processor.collate([processor(rows[0].conversation.as_prompt())])
-    alone = processor.decode(module.model.generate(prompt, max_new_tokens=4)[0])
+    alone = processor.decode(module.model.eval().generate(prompt, max_new_tokens=4)[0])
     assert answers["row0"]["response"] == alone and answers["row0"]["reference"] == "a cat"
     assert answers["row3"]["index"] == 3
 

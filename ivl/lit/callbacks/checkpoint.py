@@ -13,12 +13,10 @@ position where that window began, whose micro-batches are then computed again, w
 from __future__ import annotations
 
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
@@ -32,7 +30,8 @@ from ivl.checkpoint.ckpt_file import read_ckpt, trained_state
 from ivl.finetune import peft_adapter as adapting
 from ivl.finetune import tune as tuning
 from ivl.lit.run.monitored_metric import best_mode, check_monitors, check_open_monitors
-from ivl.lit.run.position import VALIDATION_DUE, Position, begin_with_validation, validation_due
+from ivl.lit.run.position import VALIDATION_DUE, Position, begin_with_validation, micro_batches_pending, validation_due
+from ivl.lit.run.random_state import random_state, set_random_state, state_of_rank
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.strategies import deepspeed as zero
 from ivl.lit.types import as_lit, data_of
@@ -372,40 +371,3 @@ def move_paths(state: dict[str, Any], folder: str) -> dict[str, Any]:
     paths = {name: str(Path(folder) / Path(state[name]).name) if state.get(name) else "" for name in names}
     best = {str(Path(folder) / Path(path).name): value for path, value in (state.get("best_k_models") or {}).items()}
     return state | paths | {"dirpath": folder, "best_k_models": {p: v for p, v in best.items() if Path(p).exists()}}
-
-
-def micro_batches_pending(trainer: Trainer) -> int:
-    """Number of micro-batches since the last optimizer step; 0 between accumulation windows."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    ready = progress.current.ready
-    last = progress.is_last_batch or ready == trainer.num_training_batches
-    return 0 if last else ready % trainer.accumulate_grad_batches
-
-
-def random_state() -> dict[str, Any]:
-    """State of this process's random generators: torch, CUDA, numpy, python; plain values and tensors only."""
-    numbers: Any = np.random.get_state()
-    kind, keys, *rest = numbers
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "python": random.getstate(),
-    }
-
-
-def state_of_rank(states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-    """Return the saved state of a process; that of the first where fewer processes saved one."""
-    return states[rank if rank < len(states) else 0]
-
-
-def set_random_state(states: list[dict[str, Any]], rank: int) -> None:
-    """Restore the random generators of a process."""
-    state = state_of_rank(states, rank)
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))

@@ -33,6 +33,14 @@ class Position:
         checkpoint["loops"]["fit_loop"] = self.loops
 
 
+def micro_batches_pending(trainer: Trainer) -> int:
+    """Number of micro-batches since the last optimizer step; 0 between accumulation windows."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    ready = progress.current.ready
+    last = progress.is_last_batch or ready == trainer.num_training_batches
+    return 0 if last else ready % trainer.accumulate_grad_batches
+
+
 def validation_due(trainer: Trainer) -> bool:
     """Return true if a validation follows the batch that has just ended."""
     loop: Any = trainer.fit_loop

@@ -1,4 +1,4 @@
-"""FSDP2 strategy: full checkpoints in one file, of the trainable tensors only. Norm of classic FSDP's gradients."""
+"""FSDP2 strategy: full checkpoints in one file, of the trainable tensors only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -95,14 +95,6 @@ class Sharded(ModelParallelStrategy):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             local = {n: {k: _like(v, parameters[n]) for k, v in values.items()} for n, values in state["state"].items()}
             optimizer.load_state_dict({"state": local, "param_groups": state["param_groups"]})
-
-
-def shards_norm(strategy: Strategy) -> Tensor | None:
-    """Norm of all gradients under classic FSDP, whose shards do not give it; None under any other strategy."""
-    if not isinstance(strategy, FSDPStrategy):
-        return None
-    wrapped: Any = strategy.model
-    return wrapped.clip_grad_norm_(float("inf"))
 
 
 def _like(value: Any, parameter: Tensor) -> Any:

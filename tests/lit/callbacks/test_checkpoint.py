@@ -17,8 +17,9 @@ import torch
 
 from ivl.__main__ import main
 from ivl.checkpoint.ckpt_file import damage
-from ivl.lit.callbacks.checkpoint import Checkpoints, random_state, set_random_state
+from ivl.lit.callbacks.checkpoint import Checkpoints
 from ivl.lit.loaders import Pace
+from ivl.lit.run.random_state import random_state, set_random_state
 from ivl.lit.run.resume import newest_checkpoint
 from tests.lit import test_runs
 from tests.lit.processes import started, wait
