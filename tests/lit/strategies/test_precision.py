@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from ivl.finetune import tune
 from ivl.finetune.tune import Tune
 from ivl.lit.module import LitInternVL
-from ivl.lit.strategies.precision import choose_precision
+from ivl.lit.strategies.precision import PrecisionGuard, choose_precision
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
@@ -44,4 +44,4 @@ def test_what_would_spoil_the_numbers_is_refused(tmp_path):
         module.configure_optimizers()
     module.model.bfloat16()  # as Lightning's own bf16-true does
     with pytest.raises(UserError, match=r"it rounded what trains to torch\.bfloat16, not float32"):
-        module.on_fit_start()
+        PrecisionGuard().on_fit_start(module.trainer, module)
