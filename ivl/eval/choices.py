@@ -139,7 +139,7 @@ def yes_or_no(answer: str) -> str:
         cut = number or f"{mark} " in low or f" {mark}" in low
         words = words.replace(mark, "" if cut else " ")
     # Their flag re.UNICODE stands where a count belongs: the first 32 full stops go.
-    found = re.sub(r"(?<!\d)\.(?!\d)", "", words, count=32).split()
-    if ("yes" in found) == ("no" in found):
+    left = re.sub(r"(?<!\d)\.(?!\d)", "", words, count=32).split()
+    if ("yes" in left) == ("no" in left):
         return "Unknown"
-    return "Yes" if "yes" in found else "No"
+    return "Yes" if "yes" in left else "No"

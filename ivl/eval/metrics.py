@@ -252,8 +252,8 @@ _FINAL = re.compile(r"(?i)\\boxed\{([^{}]*)\}|\banswer\b(?:\s+is\b)?\s*[:=]?\s*(
 
 def _final_part(text: str) -> str:
     """Return what stands in the last `\\boxed{}` or after the last "answer", without marks around it; else the text."""
-    found = [boxed or tail for boxed, tail in _FINAL.findall(text) if boxed or tail]
-    return (found[-1] if found else text).strip().strip("*$. ")
+    parts = [boxed or tail for boxed, tail in _FINAL.findall(text) if boxed or tail]
+    return (parts[-1] if parts else text).strip().strip("*$. ")
 
 
 def mathvista_match(prediction: str, gold: str, mode: Mode = "compat") -> float:
