@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ivl.data.processor import Processor
 from ivl.data.rows.row_file import FileLimits, RowFile
+from ivl.data.rows.table_file import SUFFIXES, TableFile
 from ivl.types import Conversation, Example, UserError
 
 Key = int | tuple[int, int]
@@ -39,9 +40,11 @@ class RowDataset(Dataset[Example]):
         seed: int = 0,
         cache_dir: str | Path | None = None,
         limits: FileLimits | None = None,
+        columns: dict[str, str] | None = None,
     ) -> None:
         """
         Args:
+            paths: files of rows: jsonl or a JSON list (`RowFile`), or parquet, csv, tsv (`TableFile`).
             root: folder that relative media paths start from; None: the folder of the file of rows.
             as_prompt: leave out the last answer, for generation.
             on_error: error: a bad row raises UserError; skip: `__getitems__`, which a DataLoader calls with the
@@ -50,12 +53,17 @@ class RowDataset(Dataset[Example]):
             source: name of this data set in scores and losses per source; a row's key `source` goes before it.
             max_tiles: most tiles of an image of these rows; None: the processor's limit.
             seed: seed of random choices inside rows, together with epoch and number.
-            cache_dir, limits: see `RowFile`.
+            cache_dir, limits: see `RowFile` and `TableFile`.
+            columns: key of our formats → key that the files have instead, such as query → question.
         """
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise UserError("rows: no files; expected one or more (jsonl or json)")
-        self.files = [RowFile(path, cache_dir, limits) for path in paths]
+        self.files = [_open_file(Path(path), cache_dir, limits) for path in paths]
+        self.columns = columns or {}
+        for file in self.files:
+            if isinstance(file, TableFile) and (missing := sorted(set(self.columns.values()) - set(file.columns))):
+                raise UserError(f"{file.path}: columns: no column {missing[0]!r}; it has {', '.join(file.columns)}")
         self.processor = processor
         self.root, self.as_prompt, self.source = root, as_prompt, source
         self.on_error, self.max_tiles, self.seed = on_error, max_tiles, seed
@@ -96,7 +104,7 @@ class RowDataset(Dataset[Example]):
             raise IndexError(f"row {i} of {len(self)}")
         return int(i if self._selection is None else self._selection[i])
 
-    def _at(self, i: int) -> tuple[RowFile, int]:
+    def _at(self, i: int) -> tuple[RowFile | TableFile, int]:
         number = self._number(i)
         file = int(np.searchsorted(self._first, number, side="right")) - 1
         return self.files[file], number - int(self._first[file])
@@ -112,15 +120,15 @@ class RowDataset(Dataset[Example]):
         return file.raw(at)
 
     def row(self, i: int) -> Any:
-        """Row as parsed JSON. Raises UserError with `file:line`."""
+        """Row as parsed JSON, its keys renamed by `columns`. Raises UserError with `file:line`."""
         file, at = self._at(i)
-        return file[at]
+        return _renamed(file[at], self.columns, file.where(at))
 
     def conversation(self, i: int) -> Conversation:
         """Row as a Conversation. Raises UserError with `file:line`."""
         file, at = self._at(i)
         root = file.path.parent if self.root is None else self.root
-        conversation = self.processor.parse(file[at], file.where(at), root)
+        conversation = self.processor.parse(self.row(i), file.where(at), root)
         if self.source and not conversation.source:
             conversation = replace(conversation, source=self.source)
         return conversation.as_prompt() if self.as_prompt else conversation
@@ -142,6 +150,30 @@ class RowDataset(Dataset[Example]):
     def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
         """Examples of a batch; where `on_error` is skip, rows with an error are left out."""
         return _gather(self, keys)
+
+
+def _open_file(path: Path, cache_dir: str | Path | None, limits: FileLimits | None) -> RowFile | TableFile:
+    if ".tar" in path.suffixes:
+        raise UserError(
+            f"{path}: a tar file has no random access, which shuffling, packing and exact resume need; unpack it "
+            f"(tar -xf {path.name}) and give its rows as jsonl or parquet"
+        )
+    return TableFile(path, cache_dir, limits) if path.suffix in SUFFIXES else RowFile(path, cache_dir, limits)
+
+
+def _renamed(row: Any, columns: dict[str, str], where: str) -> Any:
+    """Row with each key that `columns` names under our name. Raises UserError for a row that has none of them."""
+    if not columns or not isinstance(row, dict):
+        return row
+    there = {key: row[name] for key, name in columns.items() if name in row}
+    if not there:
+        raise UserError(
+            f"{where}: columns: expected {', '.join(columns.values())}; the row has {', '.join(map(str, row))}"
+        )
+    rest = {key: value for key, value in row.items() if key not in columns.values()}
+    if taken := sorted(rest.keys() & there.keys()):
+        raise UserError(f"{where}: columns: the row has a key {taken[0]!r} of its own beside {columns[taken[0]]!r}")
+    return rest | there
 
 
 def _gather(dataset: RowDataset | Mixture, keys: Sequence[Key]) -> list[Example]:

@@ -167,6 +167,7 @@ def build_index(
     for part in rows.per_file():
         digest, root = part.files[0].digest, part.root or part.files[0].path.parent
         parts = [_FORMAT, ivl.__version__, digest, settings, str(Path(root).absolute()), part.as_prompt, part.max_tiles]
+        parts += [sorted(part.columns.items())] if part.columns else []
         key = _digest(json.dumps([*parts, probe_urls]).encode())
         probe = _Probe(part, media, probe_urls)
         index = _load(folder / key, len(part)) if media == "header" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Sequence
@@ -15,10 +16,13 @@ from ivl.data.processor import Processor
 from ivl.data.sets import hub_datasets as named
 from ivl.data.sets.dataset import MixtureSource, RowDataset, permutation
 from ivl.data.sets.meta_file import read_meta
+from ivl.hub.dataset_files import NAME, dataset_files
 from ivl.types import UserError
 
 _META_BYTES = 16 << 20
 _COUNT = re.compile(r"(.+)#(\d+)")
+_ROWS = re.compile(r"\.(?:jsonl(?:\.gz|\.zst)?|parquet|csv|tsv)$")
+"""Files of a folder that hold rows; a `.json` may be anything"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Source:
     """Source of rows. Give repeat or ratio to all sources, or to none."""
 
     path: str
-    """A file of rows (jsonl or json), a meta file of several, or a data set's name; #N after it takes N rows."""
+    """A file of rows (jsonl, json, parquet, csv, tsv), a folder or a pattern (*) of them, a meta file of several, or a
+    data set's name, as OWNER/NAME:SUBSET:SPLIT on Hugging Face; #N after it takes N rows."""
     name: str = ""
     """Its name in losses and scores per source; a row's own `source` wins."""
     repeat: float | None = None
@@ -37,6 +42,8 @@ class Source:
     """Folder that this source's relative media paths start from."""
     max_tiles: int | None = None
     """Most tiles of an image of this source."""
+    columns: dict[str, str] | None = None
+    """Our key → the files' own, such as {query: question, response: answer, images: image}."""
 
 
 SourceLike = str | Path | Source
@@ -47,7 +54,8 @@ def open_sources(
 ) -> list[MixtureSource]:
     """Open the sources of a data option as parts of a mixture.
 
-    A source is a file of rows, an OpenGVLab meta file (see `read_meta`), or a name of `ivl.data.sets.hub_datasets`.
+    A source is a file of rows, a folder or pattern of such files, an OpenGVLab meta file (see `read_meta`), a name of
+    `ivl.data.sets.hub_datasets`, or a data set of the Hugging Face hub (see `dataset_files`).
     `#N` after it takes N of its rows, the same ones for the same seed. `options` go to `RowDataset`. The root and tile
     limit of a Source go before `root`, and those of a meta file before both. Raises UserError naming the file.
     """
@@ -67,20 +75,44 @@ def _parts(
         parts = _parts(replace(source, path=counted[1]), processor, root, options)
         return [_sampled(part, int(counted[2]), source.path) for part in parts]
     options = options | {"source": source.name, "root": source.media_root or root, "max_tiles": source.max_tiles}
-    if not path.exists() and named.find(source.path) is not None:
-        path = named.fetch_rows(source.path, options.get("cache_dir"))
-        options["root"] = None
-    elif not path.exists() and not path.suffix:
-        known = ", ".join(named.SETS)
-        raise UserError(f"{path}: neither a file nor a data set known by name; expected a path, or one of {known}")
-    elif is_meta(path):
+    if source.columns:
+        options["columns"] = source.columns
+    if is_meta(path):
         if source.repeat is not None or source.ratio is not None:
             raise UserError(
                 f"{path}: a meta file says how often each of its sources is seen; leave repeat and ratio out"
             )
         return read_meta(path, processor, **options)
-    rows = RowDataset(path, processor, **options)
+    files = _files(source.path, path, options)
+    rows = RowDataset(files, processor, **options)
     return [MixtureSource(rows, source.name or Path(source.path).name, source.repeat, source.ratio)]
+
+
+def _files(name: str, path: Path, options: dict[str, Any]) -> list[Path]:
+    """Files of a source that is no meta file. Sets the root in `options` for a data set known by name."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _ROWS.search(file.name))
+        if not files:
+            raise UserError(f"{path}: a folder without rows; expected files named *.jsonl, *.parquet, *.csv or *.tsv")
+        return files
+    if path.exists():
+        return [path]
+    if named.find(name) is not None:
+        options["root"] = None
+        return [named.fetch_rows(name, options.get("cache_dir"))]
+    if re.search(r"[*?\[]", name):
+        if files := sorted(Path(file) for file in glob.glob(str(path), recursive=True)):
+            return files
+        raise UserError(f"{name}: no file fits this pattern")
+    if NAME.fullmatch(name) and (":" in name or not path.suffix) and not path.parent.is_dir():
+        return dataset_files(name)
+    if not path.suffix:
+        known = ", ".join(named.SETS)
+        raise UserError(
+            f"{path}: neither a file nor a data set known by name; expected a path, OWNER/NAME of a data set on "
+            f"Hugging Face, or one of {known}"
+        )
+    return [path]
 
 
 def _sampled(part: MixtureSource, count: int, file: str) -> MixtureSource:

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+from huggingface_hub import constants
 
 from ivl.data.sets.dataset import Mixture
 from ivl.data.sets.sources import Source, is_meta, open_sources
+from ivl.hub.dataset_files import dataset_files, files_of
 from ivl.types import UserError
-from tests.data.sets.test_dataset import Stub, write
+from tests.data.sets.test_dataset import Stub, query, write
+from tests.hub_server import Hub, serve
 
 
 def test_a_meta_file_stands_for_its_sources(tmp_path):
@@ -56,3 +59,116 @@ def test_some_rows_of_a_file(tmp_path):
         open_sources(str(tmp_path / "gone.jsonl"), Stub())
     with pytest.raises(UserError, match="no files"):
         open_sources([], Stub())
+
+
+def test_a_folder_and_a_pattern_stand_for_their_files(tmp_path):
+    write(tmp_path / "data", "b.jsonl", 2)
+    write(tmp_path / "data" / "deep", "a.jsonl", 3)
+    (tmp_path / "data" / "notes.txt").write_text("not rows")
+    (part,) = open_sources(str(tmp_path / "data"), Stub())
+    assert [query(part.rows, n) for n in (0, 2)] == ["b.jsonl 0", "a.jsonl 0"] and part.name == "data"
+    (part,) = open_sources(f"{tmp_path}/data/**/a*.jsonl#2", Stub())
+    assert len(part.rows) == 2
+    with pytest.raises(UserError, match=r"\*\.csv: no file fits this pattern"):
+        open_sources(f"{tmp_path}/data/*.csv", Stub())
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="a folder without rows; expected files named"):
+        open_sources(str(tmp_path / "none"), Stub())
+    (tmp_path / "shard.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"shard\.tar: a tar file has no random access.*tar -xf shard\.tar"):
+        open_sources(str(tmp_path / "shard.tar"), Stub())
+
+
+def test_columns_of_a_source(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "what?", "answer": "this"}\n')
+    (part,) = open_sources(Source(str(path), columns={"query": "question", "response": "answer"}), Stub())
+    assert query(part.rows, 0) == "what?"
+
+
+LISTING = [
+    "README.md",
+    "data/train-00000-of-00002.parquet",
+    "data/train-00001-of-00002.parquet",
+    "data/test-00000-of-00001.parquet",
+    "fr/train.jsonl",
+    "retrain.txt",
+]
+
+
+@pytest.mark.parametrize(
+    ("listing", "card", "subset", "split", "files"),
+    [
+        (LISTING[:4], {}, "", "train", LISTING[1:3]),
+        (LISTING[:4], {}, "", "test", LISTING[3:4]),
+        (LISTING, {}, "fr", "train", ["fr/train.jsonl"]),
+        (["a.jsonl", "b.parquet"], {}, "", "train", ["a.jsonl", "b.parquet"]),
+        (
+            LISTING,
+            {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]},
+            "",
+            "train",
+            LISTING[1:3],
+        ),
+        (LISTING, {"configs": [{"config_name": "fr", "data_files": "fr/*.jsonl"}]}, "", "train", ["fr/train.jsonl"]),
+    ],
+)
+def test_files_of_a_subset_and_split(listing, card, subset, split, files):
+    assert files_of(listing, card, subset, split, "me/set") == files
+
+
+@pytest.mark.parametrize(
+    ("card", "subset", "split", "said"),
+    [
+        ({}, "", "dev", r"no rows for subset \(none\) and split dev; it has data/test"),
+        ({"configs": [{"config_name": "a"}, {"config_name": "b"}]}, "", "train", "several subsets; name one .*: a, b"),
+        ({"configs": [{"config_name": "a"}]}, "c", "train", "no subset c; name one"),
+        (
+            {"configs": [{"config_name": "a", "data_files": "x.csv"}]},
+            "a",
+            "test",
+            "no split test; name one as me/set:a:",
+        ),
+    ],
+)
+def test_a_subset_or_split_that_is_not_there(card, subset, split, said):
+    with pytest.raises(UserError, match=said):
+        files_of(LISTING, card, subset, split, "me/set")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/t*.jsonl\n---\n"
+    row = b'{"query": "what?", "response": "r"}\n'
+    files = {"README.md": card, "data/t1.jsonl": row, "data/t2.jsonl": row * 2, "code.py": b"raise SystemExit"}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serve(Hub("me/set", files)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def test_a_data_set_of_the_hub_by_name(hub, tmp_path, monkeypatch):
+    (part,) = open_sources("me/set#2", Stub())
+    assert len(part.rows) == 2 and query(part.rows, 0) == "what?"
+    assert not hub.downloads("code.py") and len(hub.downloads("t1.jsonl")) == 1
+    hub.log.clear()
+    assert [path.name for path in dataset_files("me/set")] == ["t1.jsonl", "t2.jsonl"]
+    assert not hub.downloads("t1.jsonl")  # its content is in the cache
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert [path.name for path in dataset_files("me/set")] == ["t1.jsonl", "t2.jsonl"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.log.clear()
+    assert [path.name for path in dataset_files("me/set")] == ["t1.jsonl", "t2.jsonl"] and not hub.log
+    with pytest.raises(UserError, match="me/other: not in the cache, and the hub is not asked or not reached"):
+        dataset_files("me/other")
+
+
+def test_a_data_set_that_is_not_there(hub):
+    with pytest.raises(
+        UserError, match=r"me/gone: the hub has no such data set, or it is not yours to read \(HTTP 404\)"
+    ):
+        open_sources("me/gone", Stub())
+    with pytest.raises(UserError, match=r"me/set:: no split dev; name one as me/set:default:SPLIT: train"):
+        open_sources("me/set::dev", Stub())
