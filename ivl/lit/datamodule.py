@@ -54,8 +54,7 @@ class IvlData(LightningDataModule):
 
     Args:
         pretrained: Checkpoint whose tokenizer, template and tiling are used (linked to model.pretrained).
-        train: Training rows: files (jsonl, json, parquet, csv, tsv), folders of them, OpenGVLab meta files, or names of
-            data sets (OWNER/NAME:SUBSET:SPLIT on Hugging Face); NAME#N takes N rows.
+        train: Training rows: files, folders, OpenGVLab meta files, or names of data sets; NAME#N takes N rows.
         mixture: Several sources of training rows, each with its share of an epoch, instead of `train`.
         val: Files of held-out rows: loss and answers.
         val_fraction: Hold out this share of the training rows where `val` is not given.

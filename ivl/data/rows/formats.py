@@ -103,7 +103,10 @@ def _parse(
     kinds = [key for key in _FORMATS if row.get(key) is not None]
     if len(kinds) != 1:
         keys = sorted(kinds or (str(key) for key in row if row[key] is not None))[:12]
-        raise UserError(f"expected one of query, conversations or messages, found {', '.join(keys) or 'nothing'}")
+        rename = "" if kinds else "; a source's columns: {query: NAME, response: NAME, …} give other names"
+        raise UserError(
+            f"expected one of query, conversations or messages, found {', '.join(keys) or 'nothing'}{rename}"
+        )
     reader = RowReader(root)
     reader.keys.look(kinds[0], row)
     check_row_weight(row)
