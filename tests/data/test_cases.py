@@ -57,12 +57,8 @@ def test_objects_of_ms_swift_3(case):
 def test_keys_that_say_what_is_learnt(case):
     *turns, thought, tools, sound, frames = case("05_unread_keys.jsonl")
     assert [learnt(case, example) for example in turns] == ["6<|im_end|>"] * 3
-    for problem, key in (
-        (thought, "reasoning_content"),
-        (tools, "tools"),
-        (sound, "audios"),
-        (frames, "videos[0].fps"),
-    ):
+    assert learnt(case, thought) == "<think>\ntwo and two\n</think>\n\n4<|im_end|>"
+    for problem, key in ((tools, "tools"), (sound, "audios"), (frames, "videos[0].fps")):
         assert isinstance(problem, str) and f"{key}: " in problem
 
 
