@@ -7,7 +7,7 @@ are read by `model/decoder.py` (variant), `checkpoint/layouts.py` (layout), `fin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from ivl.backbones import BACKBONES, Backbone
@@ -115,6 +115,8 @@ class ReleasedModel:
     """Id on ModelScope; empty: the same as on Hugging Face."""
     max_length: int = 2048
     max_tiles: int = 12
+    variant_of: str = ""
+    """Name of the model with the same dimensions, of a variant: another stage of training, or another layout."""
 
     def id_on(self, hub: str) -> str:
         """Return the id on `huggingface` or `modelscope`."""
@@ -258,10 +260,42 @@ MODELS: tuple[ReleasedModel, ...] = (
 )
 
 
+# Endings of the repositories of other stages of training, and of transformers' layout. Sources: the model zoo in the
+# README of OpenGVLab/InternVL, and the model list of ms-swift.
+_ENDINGS: dict[str, tuple[str, ...]] = {
+    "InternVL2_5": ("-MPO",),
+    "InternVL3": ("-Pretrained", "-Instruct", "-hf"),
+    "InternVL3_5": ("-Pretrained", "-Instruct", "-MPO", "-HF"),
+}
+_DOMAINS = ("DriveLM", "BDD", "Medical", "RS")
+
+
+def _variants(row: ReleasedModel) -> tuple[ReleasedModel, ...]:
+    """Variants of a released model, by name and by id on the hub."""
+    owner, _, stem = row.huggingface.partition("/")
+    series = stem.partition("-")[0]
+    ids = [f"{stem}{ending}" for ending in _ENDINGS.get(series, ())]
+    if series in ("InternVL2", "InternVL2_5"):
+        ids.append(f"{series}-Pretrain-Models:{stem}-Pretrain")
+    if stem == "InternVL2-8B":
+        ids.append(f"{stem}-MPO")
+    if stem in ("InternVL2-1B", "InternVL2-2B", "InternVL2-4B"):
+        ids += [f"Mini-{stem}-DA-{domain}" for domain in _DOMAINS]
+    return tuple(
+        replace(row, name=name.rpartition(":")[2].lower(), huggingface=f"{owner}/{name}", variant_of=row.name)
+        for name in ids
+    )
+
+
+VARIANTS: tuple[ReleasedModel, ...] = tuple(variant for row in MODELS for variant in _variants(row))
+"""Variants of MODELS, with the dimensions, template and abilities of their models."""
+
+
 def find_model(name: str) -> ReleasedModel | None:
     """Return the released model of a name, in any case: `internvl2-2b`, `OpenGVLab/InternVL2-2B@main`.
 
-    None for everything else, such as another owner's copy or a variant with a name of its own.
+    A variant (`internvl3-8b-instruct`) is found by its own name. None for everything else, such as another owner's
+    copy.
     """
     return _BY_NAME.get(_key(name))
 
@@ -293,5 +327,7 @@ def _key(name: str) -> str:
     return stem if owner in ("", "opengvlab", "ai-modelscope") else f"{owner}/{stem}"
 
 
-_BY_NAME = {_key(name): row for row in MODELS for name in (row.name, row.huggingface, row.modelscope) if name}
+_BY_NAME = {
+    _key(name): row for row in (*MODELS, *VARIANTS) for name in (row.name, row.huggingface, row.modelscope) if name
+}
 _BY_NAME["internvl2-76b"] = _BY_NAME["internvl2-llama3-76b"]

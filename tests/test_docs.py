@@ -30,6 +30,7 @@ WANTED = {
     "export",
     "from_ms_swift",
     "from_internvl",
+    "models",
     "design",
 }
 

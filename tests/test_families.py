@@ -5,7 +5,7 @@ import pytest
 from ivl.backbones import BACKBONES, Backbone
 from ivl.config import Config
 from ivl.data.text.template import TEMPLATES
-from ivl.families import LLMS, MODELS, TOWERS, config_for, find_model
+from ivl.families import LLMS, MODELS, TOWERS, VARIANTS, config_for, find_model
 from ivl.model.internvl import InternVL
 
 REPORT_2_5 = "InternVL 2.5 report, arXiv 2412.05271, table 2"
@@ -104,8 +104,14 @@ def test_the_document_s_names_are_found():
         ("OpenGVLab/InternVL3_5-14B", "internvl3_5-14b"),
         ("InternVL2-76B", "internvl2-llama3-76b"),
         ("someone/InternVL2-2B", None),
-        ("OpenGVLab/InternVL2_5-8B-MPO", None),
-        ("OpenGVLab/InternVL3-8B-hf", None),
+        ("OpenGVLab/InternVL2_5-8B-MPO", "internvl2_5-8b-mpo"),
+        ("OpenGVLab/InternVL3-8B-hf", "internvl3-8b-hf"),
+        ("internvl3_5-8b-HF", "internvl3_5-8b-hf"),
+        ("InternVL3.5-14B-Instruct@main", "internvl3_5-14b-instruct"),
+        ("OpenGVLab/InternVL2-Pretrain-Models:InternVL2-8B-Pretrain", "internvl2-8b-pretrain"),
+        ("internvl2_5-26b-pretrain", "internvl2_5-26b-pretrain"),
+        ("OpenGVLab/Mini-InternVL2-2B-DA-DriveLM", "mini-internvl2-2b-da-drivelm"),
+        ("someone/InternVL3-8B-Instruct", None),
         ("", None),
     ],
 )
@@ -114,9 +120,22 @@ def test_names_people_use(name, row):
     assert (found and found.name) == row
 
 
+def test_every_variant_is_its_model_under_another_name():
+    assert {row.variant_of for row in VARIANTS} <= {row.name for row in MODELS}
+    for variant in VARIANTS:
+        row = find_model(variant.variant_of)
+        assert find_model(variant.name) is find_model(variant.huggingface) is variant
+        assert variant.id_on("modelscope") == variant.huggingface != row.huggingface
+        assert config_for(variant) == config_for(row)
+    for series, endings in {"3": "-pretrained -instruct -hf", "3_5": "-pretrained -instruct -mpo -hf"}.items():
+        for size in ("1b", "2b", "8b", "14b", "38b"):
+            assert all(find_model(f"internvl{series}-{size}{ending}") for ending in endings.split())
+
+
 def test_names_are_unique():
-    for names in ([r.name for r in MODELS], [r.huggingface for r in MODELS], [r.id_on("modelscope") for r in MODELS]):
-        assert len(set(names)) == len(MODELS)
+    rows = (*MODELS, *VARIANTS)
+    for names in ([r.name for r in rows], [r.huggingface for r in rows], [r.id_on("modelscope") for r in rows]):
+        assert len(set(names)) == len(rows)
 
 
 def test_ids_on_the_hubs_are_the_document_s(shared):

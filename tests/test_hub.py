@@ -89,6 +89,32 @@ def test_what_is_needed_is_downloaded_and_no_more(server, place):
     assert not asked & set(LEFT_OUT)
 
 
+FOLDER = "InternVL2-8B-Pretrain"
+
+
+@BOTH
+@pytest.mark.parametrize("name", [f"OpenGVLab/InternVL2-Pretrain-Models:{FOLDER}", "internvl2-8b-pretrain"])
+def test_a_folder_of_a_repository_with_several_models(caches, monkeypatch, place, name):
+    files = {f"{FOLDER}/{file}": content for file, content in KEPT.items()}
+    others = {"config.json": b"{}", "InternVL2-1B-Pretrain/config.json": b"{}", f"{FOLDER}/examples/config.json": b"{}"}
+    with serve(Hub("OpenGVLab/InternVL2-Pretrain-Models", files | others)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", server.url)
+        folder = resolve(name, hub=place)
+        assert folder.name == FOLDER and contents(folder) == KEPT
+        assert not [path for path in folder.parent.iterdir() if path.name not in (FOLDER, ".msc")]
+        server.log.clear()
+        assert resolve(name, hub=place) == resolve(name, hub=place, offline=True) == folder
+        assert server.log == []
+
+
+@pytest.mark.parametrize("name", ["a/b:../c", "a/b:c/d", "a/b:", "a/b:c:d", "b:c"])
+def test_a_folder_of_a_repository_is_one_name(server, name):
+    with pytest.raises(UserError, match="neither a folder nor a known model"):
+        resolve(name)
+    assert server.log == []
+
+
 @BOTH
 def test_the_second_time_nothing_is_asked(server, place):
     first = resolve(REPO, hub=place)

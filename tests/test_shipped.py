@@ -23,6 +23,18 @@ def test_a_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch, name):
     ]
 
 
+@pytest.mark.parametrize("name", ["internvl3_5-8b-instruct", "OpenGVLab/InternVL3_5-8B-Instruct"])
+def test_the_name_of_a_variant_is_its_models_config(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = str(REPO / "configs/internvl3_5_8b.yaml")
+    pretrained = ["--model.pretrained", "OpenGVLab/InternVL3_5-8B-Instruct"]
+    assert with_configs(["fit", "--config", name, "-c", "tune/lora"]) == [
+        *("fit", "--config", path, *pretrained, "-c", str(REPO / "configs/tune/lora.yaml"))
+    ]
+    assert with_configs(["fit", f"--config={name}"]) == ["fit", f"--config={path}", *pretrained]
+    assert with_configs(["fit", "--config"]) == ["fit", "--config"]
+
+
 def test_a_users_own_file_wins_and_a_folder_of_the_same_name_does_not_hide_a_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()

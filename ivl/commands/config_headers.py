@@ -5,7 +5,7 @@ The numbers are those of `ivl.estimate.memory`.
     python -m ivl plan --headers configs
 
 rewrites the comments on top of the configs of released models, and the table that `python -m ivl models` reads. Nothing
-below the comments changes.
+below the comments changes. A released model without a config gets one: that of PATTERN with its own name.
 """
 
 from __future__ import annotations
@@ -110,8 +110,23 @@ def body(text: str) -> str:
     return "".join(lines[first:])
 
 
+PATTERN = "internvl2_8b.yaml"
+"""Config that those of other models are made from"""
+
+
+def new_config(row: ReleasedModel, folder: Path) -> str:
+    """Text of a config for a model that has none. Tiles are shared over a row's images, as in the official recipe."""
+    text = body((folder / PATTERN).read_text(encoding="utf-8"))
+    text = text.replace("OpenGVLab/InternVL2-8B", row.huggingface)
+    return text.replace("data:\n  max_length: 4096\n", "data:\n  max_length: 4096\n  share_tiles: true\n")
+
+
 def rewrite(folder: Path) -> None:
-    """Give every released model's config in a folder its header, and `ivl models` its table."""
+    """Give every released model a config in a folder, each config its header, and `ivl models` its table."""
+    for row in MODELS:
+        path = folder / Path(config_of(row)).name
+        if not path.is_file() and (folder / PATTERN).is_file():
+            path.write_text(new_config(row, folder), encoding="utf-8")
     table = {row.name: simulated(row, folder) for row in tqdm(MODELS, desc="models", disable=None)}
     head = "# Gigabytes of a training step with a LoRA, simulated: python -m ivl plan --headers configs\n"
     TABLE.write_text(head + yaml.safe_dump(table, sort_keys=False), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import yaml
 
 from ivl.estimate.hardware import CONTEXT, TILES, TOKENS
-from ivl.families import MODELS, ReleasedModel
+from ivl.families import MODELS, VARIANTS, ReleasedModel
+from ivl.hub.unsupported import UNSUPPORTED
 
 TABLE = Path(__file__).resolve().parents[1] / "estimate/memory.yaml"
 """Gigabytes of a training step of each model, written by `ivl.commands.config_headers`, which takes minutes"""
@@ -48,10 +50,13 @@ def _simulated() -> dict[str, float]:
 
 
 def config_of(row: ReleasedModel) -> str:
-    """Path of the config to start from: the model's, or that of the document's model nearest in size."""
-    if not row.in_document:
-        row = min((r for r in MODELS if r.in_document and r.video), key=lambda r: abs(r.parameters - row.parameters))
-    return f"configs/{row.name.replace('-', '_')}.yaml"
+    """Path of the config to start from: the model's, of a variant that of its model."""
+    return f"configs/{(row.variant_of or row.name).replace('-', '_')}.yaml"
+
+
+def variants_of(row: ReleasedModel) -> list[str]:
+    """Names of a model's variants."""
+    return [variant.name for variant in VARIANTS if variant.variant_of == row.name]
 
 
 def _lines(rows: list[ReleasedModel]) -> list[str]:
@@ -59,14 +64,16 @@ def _lines(rows: list[ReleasedModel]) -> list[str]:
     for row in rows:
         need = memory(row)
         turns = "any turn" if row.multi_turn_images else "one turn"
-        mark = "" if row.in_document else " *"
         lines += [
             (
                 f"{row.name:<26}  {row.parameters / 1e9:5.1f}B  {need.inference / 1e9:4.0f}  {need.lora / 1e9:4.0f}  "
-                f"{turns:<8}  {'yes' if row.video else 'no':<5}  {config_of(row)}{mark}"
+                f"{turns:<8}  {'yes' if row.video else 'no':<5}  {config_of(row)}"
             ),
             f"    {row.huggingface} · {row.tower} + {row.llm}{' in 8 bits' if row.int8 else ''}",
         ]
+        if variants := variants_of(row):
+            text = f"as well: {', '.join(variants)}"
+            lines += textwrap.wrap(text, 116, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
     return lines
 
 
@@ -74,8 +81,14 @@ NOTES = f"""
 run, LoRA: GB on one device, an estimate. Weights in bfloat16 (or 8 bits, where said so), and one row of {TOKENS} tokens
 with an image of {TILES} tiles: to answer it, with a cache; to train on it with the LoRA of the model's config, the
 language model's layers recomputed (`python -m ivl plan` for other options). Several devices share the weights.
-* no config of its own: add --model.pretrained NAME to this one.
-NAME is a name above, a hub's OWNER/NAME, or a local folder."""
+as well: variants, with the dimensions and the config of the model: other stages of training, and transformers' layout.
+NAME is a name above, a hub's OWNER/NAME (of a repository with several models OWNER/NAME:FOLDER), or a local folder.
+Not loaded: {", ".join(row.kind for row in UNSUPPORTED)}."""
+
+
+def _words(row: ReleasedModel) -> list[str]:
+    """Texts that a word of the user is looked for in."""
+    return [row.name, row.huggingface, row.llm, *variants_of(row)]
 
 
 def main(argv: list[str]) -> int:
@@ -83,10 +96,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m ivl models", description="List the released models.")
     parser.add_argument("text", nargs="?", default="", help="only models whose name, hub id or language model has this")
     text = parser.parse_args(argv).text.lower()
-    rows = [row for row in MODELS if any(text in name.lower() for name in (row.name, row.huggingface, row.llm))]
+    rows = [row for row in MODELS if any(text in name.lower() for name in _words(row))]
     if not rows:
         print(f"no released model has {text!r} in its name")
         return 1
     print("\n".join(_lines(rows)))
-    print(NOTES)
+    print("\n".join(textwrap.fill(line, 120, break_on_hyphens=False) for line in NOTES.splitlines()))
     return 0

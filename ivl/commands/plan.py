@@ -18,11 +18,14 @@ from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, Train
 from ivl.families import config_for, find_model
 from ivl.finetune import tune as tuning
 from ivl.finetune.tune import LoRA, Tune
+from ivl.hf_config import read_config
+from ivl.hub.hints import check_model_folder
+from ivl.hub.unsupported import refuse_name
 from ivl.parallel.device_map import parse_size
 from ivl.types import UserError
 
 SUPERVISED = 0.25
-"""Share of a row's tokens that is learnt from, where no rows are given"""
+"""Share of a row's tokens that is learnt from, where no rows are given."""
 FULL = 0.95
 """Fill of packs: share of a pack's tokens that rows take."""
 
@@ -124,9 +127,10 @@ def _size(text: str) -> int:
 def checkpoint_config(pretrained: str) -> Config:
     """Config of a folder, or of a released model by name. Raises UserError for anything else."""
     if Path(pretrained).is_dir():
-        return Config.load(pretrained)
-    row = find_model(pretrained)
-    if row is None:
+        check_model_folder(Path(pretrained))
+        return read_config(pretrained)
+    refuse_name(pretrained)
+    if (row := find_model(pretrained)) is None:
         raise UserError(
             f"--model.pretrained: {pretrained!r} is neither a folder nor a released model (python -m ivl models)"
         )
@@ -195,8 +199,7 @@ def rows_of(fit: Any, config: Config) -> Rows:
     data = fit.data
     packed = is_packed(data.packing, data.batch_size, data.group_by_length)
     length = data.pack_tokens or data.max_length if packed else data.max_length
-    why = _why_not_read(fit)
-    if why is None:
+    if (why := _why_not_read(fit)) is None:
         return _read_rows(fit)
     tiled = config.dynamic_image_size if data.dynamic_image_size is None else data.dynamic_image_size
     tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail if tiled else 1

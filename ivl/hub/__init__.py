@@ -15,6 +15,7 @@ from ivl.families import MODELS, find_model
 from ivl.hub import huggingface, modelscope
 from ivl.hub.files import Hub, missing_files
 from ivl.hub.hints import check_model_folder
+from ivl.hub.unsupported import refuse_name
 from ivl.types import UserError
 
 HUBS: tuple[Hub, ...] = ("huggingface", "modelscope")
@@ -68,8 +69,9 @@ def resolve(
 ) -> Path:
     """Return the local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
 
-    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`); a name
-    may end with a revision, `NAME@REVISION` (a branch, a tag or a commit).
+    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`), with
+    the folder of a repository that has several models (`OWNER/NAME:FOLDER`); a name may end with a revision,
+    `NAME@REVISION` (a branch, a tag or a commit).
     `hub` and `token`: None takes the values given to `choose`, else Hugging Face, and HF_TOKEN or the stored login, or
     MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
     A copy either hub left on this machine serves both, unless a `revision` is asked for. Downloads go to the hub's own
@@ -96,6 +98,7 @@ def resolve(
         raise UserError(
             f"{name_or_path}: revision: expected the name of a branch or a tag, or a commit, found {revision!r}"
         )
+    refuse_name(str(name_or_path))
     ids = _ids(name)
     hubs = [hub] if revision else [hub, *(h for h in HUBS if h != hub)]
     if folder := _cached_folder(hubs, ids, revision):
@@ -105,11 +108,13 @@ def resolve(
             f"{name_or_path}: not on this machine, and offline; looked for a complete copy in {huggingface.cache()} "
             f"and {modelscope.cache()}; give the path of a local folder, or go online once (HF_HUB_OFFLINE=0)"
         )
-    lock = _MODULES[hub].lock(ids[hub])
+    repo_id, _, subfolder = ids[hub].partition(":")
+    lock = _MODULES[hub].lock(repo_id)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # of several processes that start together one downloads
-            return _cached_folder(hubs, ids, revision) or _MODULES[hub].download(ids[hub], revision, token)
+            found = _cached_folder(hubs, ids, revision)
+            return found or _MODULES[hub].download(repo_id, revision, token, subfolder) / subfolder
     except OSError as error:
         variable = {"huggingface": "HF_HUB_CACHE", "modelscope": "MODELSCOPE_CACHE"}[hub]
         raise UserError(
@@ -118,11 +123,13 @@ def resolve(
         ) from error
 
 
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[\w./-]+")
 
 
 def _cached_folder(hubs: list[Hub], ids: dict[Hub, str], revision: str | None) -> Path | None:
-    folders = (folder for hub in hubs for folder in _MODULES[hub].cached(ids[hub], revision))
+    names = ((hub, *ids[hub].partition(":")) for hub in hubs)
+    folders = (folder / sub for hub, repo_id, _, sub in names for folder in _MODULES[hub].cached(repo_id, revision))
     return next((folder for folder in folders if not missing_files(folder)), None)
 
 
@@ -130,8 +137,7 @@ def _ids(name: str) -> dict[Hub, str]:
     row = find_model(name)
     if row is not None:
         return {hub: row.id_on(hub) for hub in HUBS}
-    parts = name.split("/")
-    if len(parts) != 2 or not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts) or ".." in name:
+    if not _ID.fullmatch(name) or ".." in name:
         close = difflib.get_close_matches(name.lower(), [row.name for row in MODELS], n=3, cutoff=0.5)
         raise UserError(
             f"{name}: neither a folder nor a known model{f' (did you mean {chr(32).join(close)}?)' if close else ''}; "

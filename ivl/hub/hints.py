@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.config import read_json
+from ivl.hub.unsupported import refuse_config
 from ivl.types import UserError, some
 
 ADAPTER, RUN = "adapter_config.json", "config.yaml"
@@ -18,6 +19,7 @@ def check_model_folder(folder: Path) -> None:
             raise UserError(f"{folder}: {remedy}")
         return
     raw = read_json(folder / "config.json")
+    refuse_config(raw, folder)
     for part in (raw, raw.get("llm_config"), raw.get("text_config")):
         if isinstance(part, dict) and (name := quantisation(part.get("quantization_config"))):
             raise UserError(

@@ -45,8 +45,11 @@ def cached(repo_id: str, revision: str | None) -> list[Path]:
         return []
 
 
-def download(repo_id: str, revision: str | None, token: str | None) -> Path:
-    """Bring a checkpoint into the cache, and compare its files with the hub's record. Raises UserError."""
+def download(repo_id: str, revision: str | None, token: str | None, subfolder: str = "") -> Path:
+    """Bring a checkpoint into the cache, and compare its files with the hub's record. Raises UserError.
+
+    `subfolder`: folder of the checkpoint in a repository of several. Returns the folder of the repository.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -61,6 +64,7 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
     storage = _storage(repo_id)
     storage.mkdir(parents=True, exist_ok=True)
     (storage / UNFINISHED).touch()
+    inside = f"{subfolder}/" if subfolder else ""
     try:
         folder = Path(
             snapshot_download(
@@ -68,8 +72,8 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
                 revision=revision,
                 token=token,
                 endpoint=endpoint,
-                allow_patterns=list(WANTED),
-                ignore_patterns="*/*",
+                allow_patterns=[f"{inside}{pattern}" for pattern in WANTED],
+                ignore_patterns=f"{inside}*/*",
             )
         )
         api = HfApi(endpoint=endpoint, token=token)
@@ -87,7 +91,7 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
     except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise unreachable(repo_id, "huggingface", error) from error
     (storage / UNFINISHED).unlink(missing_ok=True)
-    need_complete(folder, repo_id)
+    need_complete(folder / subfolder, repo_id)
     return folder
 
 

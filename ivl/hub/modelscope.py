@@ -55,23 +55,29 @@ def cached(repo_id: str, revision: str | None) -> list[Path]:
     return [f for f in folders if f.is_dir() and not (f / UNFINISHED).exists()]
 
 
-def download(repo_id: str, revision: str | None, token: str | None) -> Path:
-    """Bring a checkpoint into the cache, and compare its files with the hub's record. Raises UserError."""
+def download(repo_id: str, revision: str | None, token: str | None, subfolder: str = "") -> Path:
+    """Bring a checkpoint into the cache, and compare its files with the hub's record. Raises UserError.
+
+    `subfolder`: folder of the checkpoint in a repository of several. Returns the folder of the repository.
+    """
     token = token or os.environ.get("MODELSCOPE_API_TOKEN")
-    files = _files(repo_id, revision or "master", token)
+    files = _files(repo_id, revision or "master", token, subfolder)
     folder = cache() / "models" / _folder(repo_id, revision)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / UNFINISHED
-    unfinished.mkdir(exist_ok=True)
+    (folder / subfolder).mkdir(exist_ok=True)
+    (unfinished / subfolder).mkdir(parents=True, exist_ok=True)
     for file in files:
         _file(repo_id, revision or "master", token, file, folder)
+    if subfolder:
+        (unfinished / subfolder).rmdir()
     unfinished.rmdir()
-    need_complete(folder, repo_id)
+    need_complete(folder / subfolder, repo_id)
     return folder
 
 
-def _files(repo_id: str, revision: str, token: str | None) -> list[_Remote]:
-    query = urlencode({"Revision": revision, "Recursive": "False"})
+def _files(repo_id: str, revision: str, token: str | None, subfolder: str) -> list[_Remote]:
+    query = urlencode({"Revision": revision, "Recursive": "False"} | ({"Root": subfolder} if subfolder else {}))
     try:
         with _open(f"{endpoint()}/api/v1/models/{repo_id}/repo/files?{query}", token) as answer:
             body = json.loads(answer.read())
@@ -83,8 +89,10 @@ def _files(repo_id: str, revision: str, token: str | None) -> list[_Remote]:
         raise unreachable(repo_id, "modelscope", error) from error
     if body.get("Code") != 200:
         raise _refused(repo_id, body.get("Message"))
-    listing = {f["Path"]: f for f in body["Data"]["Files"] if f.get("Type") != "tree"}
-    return [_Remote(n, listing[n]["Size"], listing[n].get("Sha256") or "") for n in wanted(listing)]
+    inside = f"{subfolder}/" if subfolder else ""
+    files = (f for f in body["Data"]["Files"] if f.get("Type") != "tree" and f["Path"].startswith(inside))
+    listing = {f["Path"].removeprefix(inside): f for f in files}
+    return [_Remote(inside + n, listing[n]["Size"], listing[n].get("Sha256") or "") for n in wanted(listing)]
 
 
 def _file(repo_id: str, revision: str, token: str | None, file: _Remote, folder: Path) -> None:

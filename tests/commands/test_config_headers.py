@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from ivl.commands.config_headers import body, header, recipes, simulated
+from ivl.commands.config_headers import body, header, new_config, recipes, simulated
 from ivl.commands.models import config_of, memory
 from ivl.config import Config
 from ivl.estimate.training_step import ShallowModel, TrainSetup
@@ -12,13 +13,12 @@ from ivl.families import MODELS, config_for, find_model
 from ivl.finetune.tune import LoRA, Tune
 
 REPO = Path(__file__).resolve().parents[2]
-DOCUMENT = [row for row in MODELS if row.in_document]
 FAST = ("internvl2-2b", "internvl-chat-v1_5-int8")
 
 
 @pytest.mark.parametrize(
     "row",
-    [pytest.param(r, marks=() if r.name in FAST else pytest.mark.slow, id=r.name) for r in DOCUMENT],
+    [pytest.param(r, marks=() if r.name in FAST else pytest.mark.slow, id=r.name) for r in MODELS],
 )
 def test_a_header_is_up_to_date(row):
     """Else: python -m ivl plan --headers configs"""
@@ -27,7 +27,7 @@ def test_a_header_is_up_to_date(row):
     assert text == header(path) + body(text)
 
 
-@pytest.mark.parametrize("row", DOCUMENT, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)
 def test_the_document_s_ways_are_there(row):
     """LoRA on one device, layers over two, DDP with ZeRO-2 on two, and in full on four."""
     ways = [(recipe.strategy, recipe.devices) for recipe in recipes(row, REPO / "configs") if not recipe.quantize]
@@ -35,6 +35,15 @@ def test_the_document_s_ways_are_there(row):
     assert ways == [("single", 1), ("layer_split", 2), ("zero2", 2), *full]
     written = (REPO / config_of(row)).read_text(encoding="utf-8")
     assert written.count(" GB on each of 2 devices") == 2 and written.count(" GB on each of 4 devices") == len(full)
+
+
+@pytest.mark.parametrize("row", [row for row in MODELS if not row.in_document], ids=lambda row: row.name)
+def test_other_models_share_tiles_as_the_official_recipe_does(row):
+    """Each is the document's config with its own name: one that is missing is written so."""
+    text = (REPO / config_of(row)).read_text(encoding="utf-8")
+    assert body(text) == new_config(row, REPO / "configs")
+    settings = yaml.safe_load(text)
+    assert settings["data"]["share_tiles"] is True and settings["model"]["pretrained"] == row.huggingface
 
 
 def test_a_recipe_needs_its_files(tmp_path):
@@ -53,7 +62,7 @@ def test_the_table_of_models_is_up_to_date(row):
     assert memory(row).lora / 1e9 == simulated(row, REPO / "configs")
 
 
-@pytest.mark.parametrize("row", DOCUMENT, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)
 def test_models_says_what_the_header_says(row):
     text = (REPO / config_of(row)).read_text(encoding="utf-8")
     assert f"#     {memory(row).lora / 1e9:.0f} GB on one device" in text
