@@ -69,14 +69,13 @@ def resolve(
 ) -> Path:
     """Return the local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
 
-    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`), with
-    the folder of a repository that has several models (`OWNER/NAME:FOLDER`); a name may end with a revision,
-    `NAME@REVISION` (a branch, a tag or a commit).
+    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`, with the
+    folder of one model among several `OWNER/NAME:FOLDER`); a name may end with a revision (a branch, a tag or a
+    commit), `NAME@REVISION`.
     `hub` and `token`: None takes the values given to `choose`, else Hugging Face, and HF_TOKEN or the stored login, or
     MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
     A copy either hub left on this machine serves both, unless a `revision` is asked for. Downloads go to the hub's own
-    cache, go on where they broke off (Hugging Face: with the file that broke off) and overwrite nothing.
-    HF_ENDPOINT and MODELSCOPE_DOMAIN name other servers.
+    cache, go on where they broke off and overwrite nothing. HF_ENDPOINT and MODELSCOPE_DOMAIN name other servers.
 
     Raises UserError where there is no such folder or model, it may not be had, or a file does not match its checksum.
     """
@@ -109,12 +108,12 @@ def resolve(
             f"and {modelscope.cache()}; give the path of a local folder, or go online once (HF_HUB_OFFLINE=0)"
         )
     repo_id, _, subfolder = ids[hub].partition(":")
-    lock = _MODULES[hub].lock(repo_id)
+    module, lock = _MODULES[hub], _MODULES[hub].lock(repo_id)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # of several processes that start together one downloads
             found = _cached_folder(hubs, ids, revision)
-            return found or _MODULES[hub].download(repo_id, revision, token, subfolder) / subfolder
+            return found or module.download(repo_id, revision, token, subfolder) / subfolder
     except OSError as error:
         variable = {"huggingface": "HF_HUB_CACHE", "modelscope": "MODELSCOPE_CACHE"}[hub]
         raise UserError(
