@@ -69,8 +69,8 @@ def resolve(
 ) -> Path:
     """Return the local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
 
-    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`, with the
-    folder of one model among several `OWNER/NAME:FOLDER`); a name may end with a revision (a branch, a tag or a
+    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`, with
+    the folder of one model among several `OWNER/NAME:FOLDER`); a name may end with a revision (a branch, a tag or a
     commit), `NAME@REVISION`.
     `hub` and `token`: None takes the values given to `choose`, else Hugging Face, and HF_TOKEN or the stored login, or
     MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
