@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -106,3 +107,33 @@ def test_no_command_is_printed_that_the_folder_does_not_serve(tmp_path, capsys):
     (base / "modeling_internvl_chat.py").write_text("")
     export(str(tmp_path / "whole"), base=str(base))
     assert "vllm serve" in capsys.readouterr().out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["internvl3_8b", "internvl3_5_4b"])
+def test_transformers_gives_the_recorded_answers_of_3_and_3_5(golden, tmp_path, name):
+    """Prompts by the folder's chat template, thinking ones too, and the reference's greedy tokens one by one."""
+    out = export(str(tmp_path / "hf"), base=str(golden / "checkpoints" / name), layout="hf", dtype="float32")
+    processor = AutoProcessor.from_pretrained(out)
+    twin = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
+    recording = json.loads((golden / "refs" / name / "generation.json").read_text())
+    pixels, seen = np.load(golden / "refs" / name / "generation.npz"), 0
+    for case in recording["cases"]:
+        if "question" not in case or case.get("history") or not case["images"]:
+            continue
+        mask = torch.tensor(case["attention_mask"])
+        prompt, answer = torch.tensor(case["input_ids"])[mask == 1], torch.tensor(case["new_tokens"][0])
+        images = [{"type": "image", "image": Image.new("RGB", (56, 56))} for _ in case["images"]]
+        if len(images) == 1 and case["num_patches"] == [1]:
+            words = case["question"].removeprefix("<image>")
+            messages = [{"role": "user", "content": [*images, {"type": "text", "text": words}]}]
+            if case.get("system_message") is not None:
+                messages.insert(0, {"role": "system", "content": case["system_message"]})
+            made = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+            assert made["input_ids"][0] == prompt.tolist(), case["name"]
+        ids = torch.cat([prompt, answer])[None]
+        tiles = torch.from_numpy(pixels[f"{case['name']}.pixel_values"])
+        logits = twin(input_ids=ids, pixel_values=tiles).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == answer.tolist(), case["name"]
+        seen += 1
+    assert seen >= 2

@@ -38,6 +38,9 @@ clear: a new conversation   reset-system: another system message   multi-line, s
 /think on, /think off: thoughts shown or folded
 exit or quit: leave (also Ctrl-D)   Ctrl-C: stop an answer"""
 
+WORDS_ALONE = ("exit", "quit", "clear", "reset-system", "single-line", "/think on", "/think off")
+"""Words of command that need no end of a question of several lines."""
+
 LINE = "-" * 50
 CUT = {
     "length": "the answer is cut off at max_new_tokens {}; a larger --max_new_tokens lets it go on",
@@ -105,7 +108,7 @@ class Session:
     def _read(self, prompt: str) -> str:
         line = input(prompt)
         _remember(line)
-        if not self.several_lines or line.strip().lower() in ("exit", "quit", "clear", "reset-system", "single-line"):
+        if not self.several_lines or " ".join(line.lower().split()) in WORDS_ALONE:
             return line
         lines = [line]
         while not lines[-1].rstrip().endswith("#"):

@@ -314,7 +314,7 @@ def test_a_url_that_hangs_is_one_line(folder, capsys):
         (["/think on"], False, "Hm, 3 or 4.\n\nFour."),
         (["/think on"], True, "\x1b[2mHm,\x1b[0m\x1b[2m 3 or 4.\x1b[0m\n\nFour."),
         (["/think off"], True, "(thinking; /think on shows it)\nFour."),
-        (["/think off", "/think ON"], False, "Hm, 3 or 4.\n\nFour."),
+        (["multi-line", "/think off", "/think ON", "single-line"], False, "Hm, 3 or 4.\n\nFour."),
     ],
 )
 def test_thoughts_are_dimmed_or_folded(folder, monkeypatch, capsys, words, terminal, printed):

@@ -157,6 +157,20 @@ TALKS = [
 ]  # fmt: skip
 
 
+def test_a_thinking_prompt_has_the_ids_of_transformers(tmp_path):
+    from transformers import AutoProcessor
+
+    base, hf = as_hf(tmp_path, "Qwen3ForCausalLM")
+    messages = [{"role": "system", "content": R1}, {"role": "user", "content": "<tool_response>18</tool_response>"}]
+    theirs = AutoProcessor.from_pretrained(hf).apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=True
+    )
+    for folder in (base, hf):
+        processor = Processor.from_pretrained(folder)
+        assert processor({"messages": messages}).input_ids.tolist() == theirs["input_ids"][0]
+        assert processor.tokenizer.token_id("<think>") in theirs["input_ids"][0]
+
+
 def text_of(processor: Processor, messages: list) -> str:
     return processor.tokenizer.decode(processor({"messages": messages}).input_ids)
 
