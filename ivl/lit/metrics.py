@@ -16,7 +16,7 @@ from ivl.data.rows.grounding import parse_boxes
 from ivl.eval.metrics import anls, exact_match, iou, relaxed_accuracy, vqa_accuracy
 from ivl.inference.sampling import NotFinite
 from ivl.reasoning import without_reasoning
-from ivl.types import Conversation, UserError, printable
+from ivl.types import Conversation, UserError, printable, text_table
 
 Metric = Literal["exact", "vqa", "anls", "relaxed", "iou", "iou50", "cider", "bleu4", "rouge"]
 """By the rules of `ivl.eval.metrics` and `ivl.eval.captions`; the last three are of all rows together"""
@@ -149,24 +149,19 @@ def summary(tallies: list[dict[str, dict[str, float]]], metrics: Sequence[str]) 
     return means
 
 
+_TITLES = {
+    "iou": "mean IoU", "iou50": "IoU>=.5", "anls": "ANLS", "cider": "CIDEr", "bleu4": "BLEU-4", "rouge": "ROUGE-L",
+}  # fmt: skip
+
+
 def scores_table(scores: dict[str, dict[str, float]]) -> str:
     """Table of held-out scores per kind of row, as text; shares in percent, the others as they are."""
     names = [name for name in get_args(Metric) if any(name in values for values in scores.values())]
-    heads = {
-        "iou": "mean IoU",
-        "iou50": "IoU>=.5",
-        "anls": "ANLS",
-        "cider": "CIDEr",
-        "bleu4": "BLEU-4",
-        "rouge": "ROUGE-L",
-    }
-    lines = [f"{'held-out rows':<16}{'rows':>6}" + "".join(f"{heads.get(name, name):>10}" for name in names)]
+    rows = [["held-out rows", "rows", *(_TITLES.get(name, name) for name in names)]]
     for kind, values in sorted(scores.items(), key=lambda item: (item[0] == "", item[0])):
         cells = [_cell(name, values.get(name)) for name in names]
-        lines.append(
-            f"{printable(kind, ' ') or 'all':<16}{int(values['rows']):>6}" + "".join(f"{cell:>10}" for cell in cells)
-        )
-    return "\n".join(lines)
+        rows.append([printable(kind, " ") or "all", str(int(values["rows"])), *cells])
+    return text_table(rows)
 
 
 def _cell(name: str, value: float | None) -> str:
