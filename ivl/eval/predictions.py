@@ -96,10 +96,10 @@ def _check_complete(path: Path, rows: Sequence[Row]) -> None:
     wanted = {row["of"] for row in rows if row.get("of") is not None}
     if len(wanted) > 1:
         raise UserError(f"{path}: rows of runs of {some([str(n) for n in sorted(wanted)])} rows are mixed")
-    missing = sorted(set(range(*wanted)) - {row.get("index") for row in rows}) if wanted else []
+    missing = [str(n) for n in sorted(set(range(*wanted)) - {row.get("index") for row in rows})] if wanted else []
     if missing:
         raise UserError(
-            f"{path}: {len(rows)} rows of a run of {wanted.pop()}; missing are rows {some([str(n) for n in missing])} "
+            f"{path}: {len(rows)} rows of a run of {wanted.pop()}; missing are rows {some(missing)} "
             "(counted from 0); predict again"
         )
 
