@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ivl.data.cache import default_cache, optional, written
 from ivl.data.rows.row_file import FileLimits
-from ivl.files import whole_file
+from ivl.files import file_digest, whole_file, write_text
 from ivl.parquet import import_pyarrow
 from ivl.types import UserError, printable
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".csv", ".tsv")
 _BATCH = 64
 """Rows of a batch: those of one are decoded from the table together, once"""
-_CHUNK = 1 << 20
 _ALWAYS = 256 << 20
 """Bytes to which any table may expand"""
 
@@ -118,13 +117,10 @@ def _content_digest(path: Path, cache: Path) -> str:
         return note.read_text()
     except (OSError, ValueError):
         pass
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            digest.update(chunk)
-    with optional(note), whole_file(note) as out:
-        out.write(digest.hexdigest().encode())
-    return digest.hexdigest()
+    digest = file_digest(path, hashlib.blake2b(digest_size=16))
+    with optional(note):
+        write_text(note, digest)
+    return digest
 
 
 def _convert(path: Path, place: Path, most: int) -> Path:
