@@ -247,10 +247,10 @@ def conversations() -> list[list[dict[str, Any]]]:
                 messages.append({"role": "user", "content": f"{mark}What is {n}? \n" if n % 2 == 0 else "And now?"})
                 messages.append({"role": "assistant", "content": f'"A\\n" <ref>cat</ref> 四{n}. '})
             samples += [messages, messages[:-1]]
-    asked = {"role": "user", "content": "How many?"}
+    question = {"role": "user", "content": "How many?"}
     apart = {"role": "assistant", "content": "Four.", "reasoning_content": "Three\nand one."}
     inside = {"role": "assistant", "content": "<think>\nAs before.\n</think>\n\nFour."}
-    return [*samples, [asked, apart, asked, inside], [asked, inside, asked, apart, asked]]
+    return [*samples, [question, apart, question, inside], [question, inside, question, apart, question]]
 
 
 def _prompt(folder: Path, settings: Settings, layout: str) -> Check:

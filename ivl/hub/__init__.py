@@ -112,8 +112,8 @@ def resolve(
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # of several processes that start together one downloads
-            found = _cached_folder(hubs, ids, revision)
-            return found or module.download(repo_id, revision, token, subfolder) / subfolder
+            folder = _cached_folder(hubs, ids, revision)
+            return folder or module.download(repo_id, revision, token, subfolder) / subfolder
     except OSError as error:
         variable = {"huggingface": "HF_HUB_CACHE", "modelscope": "MODELSCOPE_CACHE"}[hub]
         raise UserError(

@@ -42,7 +42,7 @@ def dataset_files(name: str) -> list[Path]:
     listing = _listing(repo)
     card = _card(repo) if _CARD in listing else {}
     wanted = files_of(listing, card, subset, split, repo)
-    folder = _asked(repo, lambda: Path(snapshot_download(repo, allow_patterns=wanted, **_options())))
+    folder = _from_hub(repo, lambda: Path(snapshot_download(repo, allow_patterns=wanted, **_options())))
     return [folder / path for path in wanted]
 
 
@@ -56,8 +56,8 @@ def files_of(listing: Sequence[str], card: dict[str, Any], subset: str, split: s
     if configs:
         name = subset or ("default" if "default" in configs else next(iter(configs)) if len(configs) == 1 else "")
         if name not in configs:
-            said = f"no subset {subset}" if subset else "several subsets"
-            raise UserError(f"{repo}: {said}; name one as {repo}:SUBSET: {', '.join(configs)}")
+            problem = f"no subset {subset}" if subset else "several subsets"
+            raise UserError(f"{repo}: {problem}; name one as {repo}:SUBSET: {', '.join(configs)}")
         splits = _splits(configs[name])
         if split not in splits:
             raise UserError(f"{repo}:{subset}: no split {split}; name one as {repo}:{name}:SPLIT: {', '.join(splits)}")
@@ -69,8 +69,8 @@ def files_of(listing: Sequence[str], card: dict[str, Any], subset: str, split: s
         if not files and split == "train" and not any(_OTHER_SPLIT.fullmatch(path) for path in inside):
             files = inside  # a set without splits is one for training
     if not files:
-        found = ", ".join(listing[:20]) or "no files of rows (parquet, jsonl, json, csv)"
-        raise UserError(f"{repo}: no rows for subset {subset or '(none)'} and split {split}; it has {found}")
+        files_there = ", ".join(listing[:20]) or "no files of rows (parquet, jsonl, json, csv)"
+        raise UserError(f"{repo}: no rows for subset {subset or '(none)'} and split {split}; it has {files_there}")
     return files
 
 
@@ -101,12 +101,12 @@ def _listing(repo: str) -> list[str]:
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
     if constants.HF_HUB_OFFLINE:
-        return _asked(repo, cached)
+        return _from_hub(repo, cached)
     try:
-        return _asked(repo, lambda: HfApi(endpoint=custom_endpoint()).list_repo_files(repo, repo_type="dataset"))
+        return _from_hub(repo, lambda: HfApi(endpoint=custom_endpoint()).list_repo_files(repo, repo_type="dataset"))
     except Unreachable:
         try:
-            return _asked(repo, cached)
+            return _from_hub(repo, cached)
         except UserError:
             pass
         raise
@@ -115,7 +115,7 @@ def _listing(repo: str) -> list[str]:
 def _card(repo: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
-    text = Path(_asked(repo, lambda: hf_hub_download(repo, _CARD, **_options()))).read_text(encoding="utf-8")
+    text = Path(_from_hub(repo, lambda: hf_hub_download(repo, _CARD, **_options()))).read_text(encoding="utf-8")
     front = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
     try:
         card = yaml.safe_load(front[1]) if front else {}
@@ -124,12 +124,12 @@ def _card(repo: str) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def _asked(repo: str, ask: Any) -> Any:
+def _from_hub(repo: str, request: Any) -> Any:
     """Answer of the hub. Raises UserError where it refuses or cannot be reached."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return ask()
+        return request()
     except HfHubHTTPError as error:
         code = error.response.status_code
         if code in (401, 403, 404):

@@ -37,8 +37,8 @@ def _language_model(*names: str) -> Callable[[Settings], bool]:
     def test(raw: Settings) -> bool:
         for part in (raw.get("llm_config"), raw.get("text_config")):
             if isinstance(part, dict):
-                found = [part.get("model_type"), *(part.get("architectures") or ())]
-                return any(name in found for name in names)
+                declared = [part.get("model_type"), *(part.get("architectures") or ())]
+                return any(name in declared for name in names)
         return False
 
     return test
@@ -53,7 +53,7 @@ def _is_flash(raw: Settings) -> bool:
 
 
 _QUANTISED = "its weights are quantised, a form that is not read here"
-_WHOLE = "take {base}, and --quantize int8 or nf4 (model.quantize) for the same memory"
+_UNQUANTISED = "take {base}, and --quantize int8 or nf4 (model.quantize) for the same memory"
 UNSUPPORTED = (
     Unsupported(
         "Flash",
@@ -104,10 +104,10 @@ UNSUPPORTED = (
         "another architecture",
         "take internvl3_5-8b, which takes videos too",
     ),
-    Unsupported("AWQ", r"-awq$", _QUANTISED, _WHOLE, any_owner=True),
-    Unsupported("GPTQ", r"-gptq(-[a-z0-9-]+)?$", _QUANTISED, _WHOLE, any_owner=True),
-    Unsupported("GGUF", r"-gguf$", "its weights are for llama.cpp", _WHOLE, any_owner=True),
-    Unsupported("FP8", r"-fp8(-[a-z0-9-]+)?$", _QUANTISED, _WHOLE, any_owner=True),
+    Unsupported("AWQ", r"-awq$", _QUANTISED, _UNQUANTISED, any_owner=True),
+    Unsupported("GPTQ", r"-gptq(-[a-z0-9-]+)?$", _QUANTISED, _UNQUANTISED, any_owner=True),
+    Unsupported("GGUF", r"-gguf$", "its weights are for llama.cpp", _UNQUANTISED, any_owner=True),
+    Unsupported("FP8", r"-fp8(-[a-z0-9-]+)?$", _QUANTISED, _UNQUANTISED, any_owner=True),
 )
 
 

@@ -191,8 +191,8 @@ def _thoughts(render: _Rendered, before_answer: str) -> Thoughts:
     in_history = _THOUGHT in render([question, marked, question])
     apart = render([question, answer | {"reasoning_content": _THOUGHT}])
     plain = render([question, answer]).partition(_ANSWER)[0].rpartition(before_answer)[2]
-    head, found, tail = apart.partition(_THOUGHT)
-    if not found or _ANSWER not in tail:
+    head, thought, tail = apart.partition(_THOUGHT)
+    if not thought or _ANSWER not in tail:
         return replace(Thoughts(), in_history=in_history)
     opening, closing = head.rpartition(before_answer)[2], tail.partition(_ANSWER)[0]
     return Thoughts(opening, closing, in_history, plain == opening + closing)
