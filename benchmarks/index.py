@@ -1,10 +1,11 @@
 """Index build rate in rows per second, memory and second start, and how full packs are.
 
-    python benchmarks/index.py CHECKPOINT [--rows 100000] [--workers 2]
+    python benchmarks/index.py CHECKPOINT [--rows 100000] [--workers 2] [--parquet]
 
 Rows are made: a third text only, a half with one picture of up to 12 tiles and a thumbnail, a sixth with three; texts
 of 20 to 400 words. Pictures are 200 files of many shapes, so their headers come from the page cache. CHECKPOINT is any
-checkpoint folder: its tokenizer does most of the work. Tiles are of 448 pixels, whatever its config says.
+checkpoint folder: its tokenizer does most of the work. Tiles are of 448 pixels, whatever its config says. `--parquet`:
+the rows are a parquet file with their pictures' bytes in cells, of 48 different pictures so that it stays small.
 """
 
 import argparse
@@ -51,31 +52,60 @@ def write(folder: Path, count: int) -> Path:
     return folder / "rows.jsonl"
 
 
+def write_parquet(folder: Path, lines: Path) -> Path:
+    """Write the rows of a jsonl file as parquet, 1,000 a row group, pictures as {bytes, path}."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures = {f"{n}.jpg": (folder / f"{n % 48}.jpg").read_bytes() for n in range(200)}
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("query", pa.string()), ("response", pa.string()), ("images", pa.list_(picture))])
+    path = folder / "rows.parquet"
+    with open(lines) as opened, pq.ParquetWriter(path, schema) as writer:
+        rows = []
+        for line in opened:
+            row = json.loads(line)
+            row["images"] = [{"bytes": pictures[name], "path": name} for name in row.get("images", [])]
+            rows.append(row)
+            if len(rows) == 1000:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                rows = []
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=8192)
+    parser.add_argument("--parquet", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = write(folder, options.rows)
+        if options.parquet:
+            path = write_parquet(folder, path)
         config = replace(Config.load(options.checkpoint), force_image_size=448)
         processor = Processor(config, Tokenizer.load(options.checkpoint), max_length=options.max_length)
         print(f"{options.rows} rows, {path.stat().st_size / 1e6:.0f} MB; {options.workers} workers; ", end="")
         print(f"Python {platform.python_version()}, torch {torch.__version__}\n\n| what | result |\n| --- | --- |")
 
         began = time.perf_counter()
-        rows = RowDataset(path, processor)
+        rows = RowDataset(path, processor, cache_dir=folder / "cache")
         print(f"| find the rows of the file | {time.perf_counter() - began:.2f} s |")
         began = time.perf_counter()
         index = build_index(rows, options.workers, cache_dir=folder / "cache")
         taken = time.perf_counter() - began
+        if options.parquet:
+            disk = sum(file.stat().st_size for file in (folder / "cache/tables").iterdir())
+            print(f"| the table in the cache | {disk / 1e6:.0f} MB |")
         print(f"| build the index | {taken:.1f} s, {options.rows / taken:.0f} rows a second |")
         began = time.perf_counter()
-        rows = RowDataset(path, processor)
+        rows = RowDataset(path, processor, cache_dir=folder / "cache")
         rows, index = drop_unusable(rows, build_index(rows, cache_dir=folder / "cache"))
         print(f"| second start | {time.perf_counter() - began:.2f} s |")
         print(f"| peak memory of this process | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB |")
