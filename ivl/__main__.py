@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": ("ivl.commands.plan", "memory and time before a weight is read  --config FILE.yaml --device H100-80GB"),
     "export": ("ivl.commands.export", "merge and write a checkpoint          --run RUN --out DIR"),
     "score": ("ivl.eval.score", "score answers by a benchmark's rules  FILE... --task docvqa --html report.html"),
+    "pairs": ("ivl.commands.pairs", "right and wrong answers as pairs      ANSWERS.jsonl --rows ROWS.jsonl"),
     "models": ("ivl.commands.models", "the models this program knows"),
 }
 
