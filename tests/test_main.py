@@ -200,7 +200,7 @@ def test_hub_and_token_are_options_of_every_command(capsys, monkeypatch, tmp_pat
         monkeypatch.setattr(module, "lock", lambda _: tmp_path / "lock")
         monkeypatch.setattr(module, "download", lambda *a, place=place: asked.append((place, *a)) or tmp_path)
     assert main(["export", "--hub", "modelscope", "--token=secret", "--base", "internvl2-2b", "--out", "x"]) == 2
-    assert asked == [("modelscope", "OpenGVLab/InternVL2-2B", None, "secret")]
+    assert asked == [("modelscope", "OpenGVLab/InternVL2-2B", None, "secret", "")]
     argv = ["fit", "--model.pretrained", "internvl2-2b", "--data.train", "x.jsonl"]
     assert main([*argv, "--hub=huggingface", "--token", "other"]) == 2
     assert asked[1:] == [("huggingface", "OpenGVLab/InternVL2-2B", None, "other")]
