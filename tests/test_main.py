@@ -203,6 +203,6 @@ def test_hub_and_token_are_options_of_every_command(capsys, monkeypatch, tmp_pat
     assert asked == [("modelscope", "OpenGVLab/InternVL2-2B", None, "secret", "")]
     argv = ["fit", "--model.pretrained", "internvl2-2b", "--data.train", "x.jsonl"]
     assert main([*argv, "--hub=huggingface", "--token", "other"]) == 2
-    assert asked[1:] == [("huggingface", "OpenGVLab/InternVL2-2B", None, "other")]
+    assert asked[1:] == [("huggingface", "OpenGVLab/InternVL2-2B", None, "other", "")]
     assert main(["models", "--hub", "nowhere"]) == 2
     assert "hub: expected one of huggingface, modelscope, found 'nowhere'" in capsys.readouterr().err
