@@ -14,9 +14,9 @@ bandwidth). Then of each size:
   denominator, the norm of the gradients, AdamW. A window is all `--packs` once, which differ in rows and tiles, and the
   device is waited for at its two ends alone. With the tower, and with its features kept; as it is, and compiled.
 
-Model FLOP utilisation (MFU): the operations that the model asks for (`ivl.estimate.flops.NOTHING`: nothing twice, and
-attention over all pairs of a row), over the median window, over the ceiling. What does not fit says so, and the rest
-goes on.
+Model FLOP utilisation (MFU): the operations that the model asks for (`ivl.estimate.flops.model_costs`: nothing twice,
+and attention over all pairs of a row), over the median window, over the ceiling. What does not fit says so, and the
+rest goes on.
 """
 
 from __future__ import annotations
@@ -160,14 +160,13 @@ def with_features(batch: Batch, config: Config) -> Batch:
     return replace(batch, tiles=batch.tiles[:0], features=features)
 
 
-def asked(config: Config, batch: Batch) -> float:
+def asked(costs: flops.Costs, batch: Batch) -> float:
     """Operations that the model asks for in a training step."""
     lengths = batch.lengths.tolist()
     work = flops.Work(
         int(batch.tiles_per_row.sum()), sum(lengths), sum(n * n for n in lengths), len(batch.supervised_at)
     )
-    found = flops.training_flops(config, tuning.described(TUNE), work, flops.NOTHING)
-    return found.total if batch.features is None else found.language_model + found.head
+    return costs.total(work if batch.features is None else replace(work, tiles=0))
 
 
 # Training
@@ -210,7 +209,8 @@ def training(name: str, model: InternVL, batches: list[Batch], found: Card, args
     except torch.OutOfMemoryError:
         return f"| {name} | out of memory |" + " |" * 6
     seconds = statistics.median(windows)
-    operations = sum(asked(model.config, batch) for batch in batches) / len(batches)
+    costs = flops.model_costs(model.config, TUNE)
+    operations = sum(asked(costs, batch) for batch in batches) / len(batches)
     tokens, rows = (sum(counts) / len(batches) for counts in zip(*((b.num_tokens, len(b)) for b in batches)))
     cells = [f"{seconds:.4g}", f"{windows[0]:.4g} to {windows[-1]:.4g}", f"{tokens / seconds:.4g}"]
     cells += [f"{rows / seconds:.4g}", f"{operations / 1e12:.4g}", f"{100 * operations / seconds / found.flops:.4g} %"]

@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,15 @@ def counted(args: argparse.Namespace) -> tuple[float, float, float, float | None
     from ivl.config import Config
     from ivl.data.processor import Processor
     from ivl.data.sets.dataset import RowDataset
-    from ivl.estimate.flops import Adapter, Recomputed, Trained, Work, training_flops
+    from ivl.estimate.flops import Work, costs
+    from ivl.estimate.training_step import TrainSetup
+    from ivl.finetune.tune import LoRA, Tune
 
     read = RowDataset(args.rows, Processor.from_pretrained(args.model, max_tiles=args.max_tiles))
     examples = [read[n] for n in range(len(read))]
     config, lora = Config.load(args.model), args.recipe == "lora"
-    trained = Trained(language_model=Adapter(LORA["rank"])) if lora else Trained(*["full"] * 5)
+    setup = TrainSetup(Tune(language_model=LoRA(LORA["rank"])) if lora else Tune(*["full"] * 5))
+    our_costs, their_costs = costs(config, setup), costs(config, replace(setup, efficient=False), chunk=2**30)
     theirs = ours = kept = 0.0
     tokens = padded = supervised = 0
     for n in range(0, len(examples), BATCH):
@@ -95,9 +99,8 @@ def counted(args: argparse.Namespace) -> tuple[float, float, float, float | None
         # torch's attention with a mask computes all pairs, without one those that are not in the future
         all_of_it = Work(tiles, BATCH * longest, BATCH * longest**2, BATCH * longest)
         needed = Work(tiles, sum(lengths), sum(length**2 for length in lengths) // 2, learnt)
-        theirs += training_flops(config, trained, all_of_it, Recomputed(head=0.0, last_mlp=True)).total
-        own = training_flops(config, trained, needed)
-        ours, kept = ours + own.total, kept + own.language_model + own.head
+        theirs += their_costs.total(all_of_it)
+        ours, kept = ours + our_costs.total(needed), kept + our_costs.total(replace(needed, tiles=0))
     return tokens / padded, supervised / tokens, theirs / ours, theirs / kept if lora else None
 
 

@@ -80,7 +80,11 @@ class Config:
     @property
     def tokens_per_tile(self) -> int:
         """Image tokens of one tile after pixel shuffle, P."""
-        return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
+        return self.tokens_of_tile(self.image_size)
+
+    def tokens_of_tile(self, side: int) -> int:
+        """Image tokens of a tile of `side` pixels a side."""
+        return int((side // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
 
     @property
     def llm_architecture(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from safetensors import safe_open
@@ -19,10 +19,8 @@ from torch import Tensor, nn
 
 from ivl.checkpoint.layouts import groups, layout_of
 from ivl.checkpoint.weights import Files, Where, check, device_of, place, tie
+from ivl.model.parts import ModelParts
 from ivl.types import UserError
-
-if TYPE_CHECKING:
-    from ivl.model.internvl import InternVL
 
 T = TypeVar("T")
 Quantize = Literal["int8", "nf4"]
@@ -50,7 +48,7 @@ def compute_dtype(files: Files, dtype: torch.dtype, quantize: str | None) -> tor
     return torch.bfloat16
 
 
-def load_quantized(model: InternVL, files: Files, device: Where, quantize: Quantize | None) -> None:
+def load_quantized(model: ModelParts, files: Files, device: Where, quantize: Quantize | None) -> None:
     """Load weights as `load_weights` does, quantised, into a model on the meta device; None: as in the files."""
     bnb = _bitsandbytes()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -78,7 +76,7 @@ def load_quantized(model: InternVL, files: Files, device: Where, quantize: Quant
     tie(model)
 
 
-def bits(model: InternVL, files: Files, quantize: Quantize | None) -> dict[str, float]:
+def bits(model: ModelParts, files: Files, quantize: Quantize | None) -> dict[str, float]:
     """Return the linear layers to quantise, with the bits of a weight. `quantize` None: an empty dict."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if is_int8(files):
@@ -101,7 +99,7 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def _scaled(model: InternVL, files: Files, linears: list[str]) -> list[str]:
+def _scaled(model: ModelParts, files: Files, linears: list[str]) -> list[str]:
     """Return the linear layers whose weights have scales in the files. Raises UserError for an unknown format."""
     for path, names in _by_file(files, FORMAT).items():
         with safe_open(path, framework="pt") as file:

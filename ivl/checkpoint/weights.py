@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from ivl.checkpoint.layouts import Group, groups, layout_of, to_stored
 from ivl.config import Config
 from ivl.hub.files import INDEX, weight_files
+from ivl.model.parts import ModelParts
 from ivl.types import UserError, some
-
-if TYPE_CHECKING:
-    from ivl.model.internvl import InternVL
 
 Where = torch.device | str | Callable[[str], torch.device | str]
 """One device for all tensors, or a function from a tensor's name to its device"""
@@ -75,7 +73,7 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path}: not a readable safetensors file ({error}); is the download complete?") from error
 
 
-def load_weights(model: InternVL, files: Files, device: Where) -> None:
+def load_weights(model: ModelParts, files: Files, device: Where) -> None:
     """Put a checkpoint's weights into a model (on the meta device, or not), in the dtypes of the model's parameters.
 
     One tensor at a time, so memory peaks at the model and one file. Raises UserError, before any work, that lists
@@ -86,7 +84,7 @@ def load_weights(model: InternVL, files: Files, device: Where) -> None:
     tie(model)
 
 
-def check(model: InternVL, files: Files, also: Mapping[str, Tensor] | None = None) -> list[Group]:
+def check(model: ModelParts, files: Files, also: Mapping[str, Tensor] | None = None) -> list[Group]:
     """Return the groups to read for the model's tensors, and for those of `also`, named like the module's.
 
     Raises UserError listing every tensor that does not fit.
@@ -121,7 +119,7 @@ def untied(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not (tied and name == "language_model.lm_head.weight")}
 
 
-def tie(model: InternVL) -> None:
+def tie(model: ModelParts) -> None:
     """Make the output layer the input embedding again, where the checkpoint has one tensor for both."""
     language_model = model.language_model
     if model.config.llm.get("tie_word_embeddings"):

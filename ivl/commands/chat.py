@@ -28,7 +28,7 @@ from ivl.families import find_model
 from ivl.finetune import peft_adapter as adapting
 from ivl.hub import resolve
 from ivl.model.internvl import InternVL
-from ivl.parallel.device_map import device_of
+from ivl.parallel.devices import device_of
 from ivl.reasoning import ReasoningStream
 from ivl.system_text import system_text
 from ivl.types import UserError, printable

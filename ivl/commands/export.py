@@ -36,7 +36,7 @@ from ivl.finetune.adapter_writer import Layout
 from ivl.finetune.tune import PARTS, How, LoRA, Tune
 from ivl.hub import resolve
 from ivl.model.internvl import InternVL
-from ivl.parallel.device_map import check_at_hand, device_of, parse_size
+from ivl.parallel.devices import check_at_hand, device_of, parse_size
 from ivl.types import WEIGHTS, UserError, printable
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from ivl.estimate.hardware import CONTEXT, TILES, TOKENS
+from ivl.estimate.inference import cache_bytes, tower_bytes
 from ivl.families import MODELS, VARIANTS, ReleasedModel
 from ivl.hub.unsupported import UNSUPPORTED
 
@@ -32,16 +33,14 @@ class Memory:
 
 def memory(row: ReleasedModel) -> Memory:
     """Estimate a model's memory in bfloat16 (linear layers in 8 bits where it is released so)."""
-    llm, vision = row.backbone, row.vision
+    llm, weights = row.backbone, row.parameters * BF16
     head = llm.head_dim or llm.hidden_size // llm.num_attention_heads
-    weights = row.parameters * BF16
     if row.int8:
         # Of the large tensors, only the input embedding has 16 bits.
         weights = row.parameters + llm.vocab_size * llm.hidden_size
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    tower = TILES * patches * (6 * vision.hidden_size + 2 * vision.intermediate_size) * BF16
-    kv_cache = TOKENS * llm.num_hidden_layers * 2 * llm.num_key_value_heads * head * BF16
-    return Memory(weights, weights + tower + kv_cache + CONTEXT, _simulated()[row.name] * 1e9)
+    cache = llm.num_hidden_layers * cache_bytes(llm.num_key_value_heads, head, BF16)
+    tower = tower_bytes(row.vision, row.vision.image_size, BF16)
+    return Memory(weights, weights + tower + cache + CONTEXT, _simulated()[row.name] * 1e9)
 
 
 @cache

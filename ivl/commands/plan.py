@@ -16,12 +16,11 @@ from ivl.estimate.hardware import DEVICES, Device, find_device
 from ivl.estimate.memory import MemoryEstimate, need
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
 from ivl.families import config_for, find_model
-from ivl.finetune import tune as tuning
 from ivl.finetune.tune import LoRA, Tune
 from ivl.hf_config import read_config
 from ivl.hub.hints import check_model_folder
 from ivl.hub.unsupported import refuse_name
-from ivl.parallel.device_map import parse_size
+from ivl.parallel.devices import parse_size
 from ivl.types import UserError
 
 SUPERVISED = 0.25
@@ -78,7 +77,7 @@ def main(argv: list[str]) -> int:
     limit = _size(args.memory) if args.memory else device.memory if device else None
     plan = summary(fit, config, sketch, rows, memory, device, args.efficiency)
     if limit is not None and memory.total <= limit:
-        plan["faster"] = spare(config, setup, rows.largest, limit)
+        plan["faster"] = spare(config, setup, rows.largest, limit, plan["flops_per_step"]["micro_batch"])
     print(json.dumps(plan, indent=2) if args.json else report(plan))
     if limit is not None and memory.total > limit:
         change = first_fit(config, setup, rows.largest, limit)
@@ -257,9 +256,8 @@ def summary(
     """Return the plan, as JSON takes it. Bytes, operations, seconds."""
     setup, micro = sketch.setup, rows.largest
     parts = {part: {"parameters": p.total, "trainable": p.trainable} for part, p in sketch.parameters().items()}
-    length = micro.rows * micro.length
-    trained, twice = tuning.described(setup.tune), recomputed(setup, micro)
-    done, required = (operations(config, setup, micro, regions) for regions in (twice, flops.NOTHING))
+    computed, work = flops.costs(config, setup, micro.supervised), work_of(micro)
+    done, required = computed.total(work), flops.model_costs(config, setup.tune).total(work)
     times = setup.accumulate * (1 if setup.strategy == "layer_split" else setup.devices)
     plan: dict[str, Any] = {
         "pretrained": str(fit.model.pretrained),
@@ -270,15 +268,15 @@ def summary(
         "batch": asdict(micro) | {"accumulate": setup.accumulate},
         "rows": rows.known,
         "memory": asdict(memory) | {"total": memory.total},
-        "flops_per_step": {"model": required * times, "computed": done * times},
-        "tokens_per_step": length * times,
+        "flops_per_step": {"model": required * times, "computed": done * times, "micro_batch": done},
+        "tokens_per_step": work.tokens * times,
         "estimated": True,
     }
     if rows.work is not None and rows.batches is not None:
         plan["epoch"] = {
             "steps": math.ceil(rows.batches / times),
             "tokens": rows.work.tokens,
-            "flops": flops.training_flops(config, trained, rows.work, twice).total,
+            "flops": computed.total(rows.work),
         }
     if device is not None:
         working = 1 if setup.strategy == "layer_split" else setup.devices
@@ -293,21 +291,14 @@ def summary(
     return plan
 
 
-def recomputed(setup: TrainSetup, micro: BatchShape) -> flops.Recomputed:
-    """Regions that a step recomputes in backward."""
-    return flops.Recomputed(
-        head=flops.unkept(micro.supervised),
-        vision_model=setup.vision_checkpointing,
-        language_model=setup.language_checkpointing,
-        scores=setup.attention != "eager",
-        last_mlp=setup.attention == "eager" or not setup.efficient,
-    )
+def work_of(micro: BatchShape) -> flops.Work:
+    """Return the work of a batch, padding included."""
+    return flops.Work(micro.tiles, micro.rows * micro.length, micro.rows * micro.length**2, micro.supervised)
 
 
-def operations(config: Config, setup: TrainSetup, micro: BatchShape, twice: flops.Recomputed) -> float:
+def operations(config: Config, setup: TrainSetup, micro: BatchShape) -> float:
     """Floating-point operations of one micro-batch, forward and backward."""
-    work = flops.Work(micro.tiles, micro.rows * micro.length, micro.rows * micro.length**2, micro.supervised)
-    return flops.training_flops(config, tuning.described(setup.tune), work, twice).total
+    return flops.costs(config, setup, micro.supervised).total(work_of(micro))
 
 
 def report(plan: dict[str, Any]) -> str:
@@ -344,18 +335,17 @@ def report(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def spare(config: Config, setup: TrainSetup, micro: BatchShape, limit: float) -> str | None:
+def spare(config: Config, setup: TrainSetup, micro: BatchShape, limit: float, now: float) -> str | None:
     """Options that switch recomputation off and still fit, for as many blocks as possible; None: none fits."""
     names = {"language_model": "language_checkpointing", "vision_model": "vision_checkpointing"}
     on = tuple(part for part, name in names.items() if getattr(setup, name))
-    now = operations(config, setup, micro, recomputed(setup, micro))
     for off in filter(None, dict.fromkeys((on, on[:1], on[1:]))):
         changed: dict[str, Any] = {names[part]: False for part in off}
         candidate = replace(setup, **changed)
         total = need(ShallowModel(config, candidate), micro).total
         if total <= limit:
             options = " ".join(f"--model.checkpointing.{part} false" for part in off)
-            saved = 1 - operations(config, candidate, micro, recomputed(candidate, micro)) / now
+            saved = 1 - operations(config, candidate, micro) / now
             return f"{options} fits as well: {total / 1e9:.2f} GB, {100 * saved:.0f} % fewer operations"
     return None
 

@@ -27,8 +27,10 @@ def _device(name: str, tflops: float, gib: float, bf16: bool = True) -> Device:
     return Device(name, tflops * 1e12, gib * 2**30, bf16)
 
 
-# Makers' data sheets, without sparsity. For the GeForce and workstation cards: the rate with float32 accumulation, from
-# the white papers of their architectures (GA102, AD102, GB202).
+# Makers' data sheets, without sparsity. Lightning's table (`lightning.fabric.utilities.throughput`) has no memory, and
+# mixes kinds of rates: H200 with sparsity, RTX 4090, 3090, A6000 and A40 without tensor cores, L40S taken for an L4.
+# For the GeForce and workstation cards: the rate with float32 accumulation, from the white papers of GA102, AD102 and
+# GB202.
 DEVICES: dict[str, Device] = {
     row.name: row
     for row in (

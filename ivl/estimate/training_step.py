@@ -29,6 +29,7 @@ from ivl.finetune import tune as tuning
 from ivl.finetune.tune import Tune
 from ivl.model.attention import AttentionKernel
 from ivl.model.internvl import InternVL
+from ivl.model.loss import CHUNK
 from ivl.types import SequenceLayout, UserError
 
 DEPTH = 3
@@ -98,7 +99,12 @@ class Activations:
 
 
 class MemTracker(TorchDispatchMode):
-    """Counter of the bytes of all live tensors created under it, except views of a model's weights."""
+    """Counter of the bytes of all live tensors created under it, except views of a model's weights.
+
+    torch's own (`torch.distributed._tools.mem_tracker`) does not serve: it refuses a model with frozen weights, which
+    it hooks, puts a method of its own in the place of torch's `resize_`, takes five times as long, and its peak
+    cannot begin anew in the middle of a step.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -134,34 +140,45 @@ class MemTracker(TorchDispatchMode):
         return peak
 
 
+def used_depth(config: Config) -> int:
+    """Blocks of the vision encoder that are computed: those after `select_layer` are not."""
+    return config.select_layer % (config.vision.num_hidden_layers + 1)
+
+
+def shallow_copy(config: Config, setup: TrainSetup, depths: tuple[int, int]) -> InternVL:
+    """A model of these numbers of computed blocks on the meta device, tuned as `setup` says.
+
+    Where the vision encoder stops early, the same number of blocks is left out.
+    """
+    shallow = replace(
+        config,
+        vision=replace(config.vision, num_hidden_layers=depths[0]),
+        llm=copy.deepcopy(config.llm) | {"num_hidden_layers": depths[1]},
+        select_layer=-1,
+    )
+    shallow.llm.pop("layer_types", None)
+    dtype = _dtype(setup.precision)
+    model = InternVL.from_config(shallow, dtype, "meta", setup.attention, efficient=setup.efficient)
+    with torch.device("meta"):
+        tuning.apply(model, _without_pissa(setup.tune))
+    model.set_checkpointing(setup.vision_checkpointing, setup.language_checkpointing)
+    return model
+
+
 class ShallowModel:
     """Shallow copy of a model, whose figures are multiplied out to the full depth."""
 
     def __init__(self, config: Config, setup: TrainSetup) -> None:
         self.config, self.setup = config, setup
         self.depths = (config.vision.num_hidden_layers, config.llm["num_hidden_layers"])
-        # Where the tower stops early, the same number of blocks is left out of the copy.
-        self.used = config.select_layer % (self.depths[0] + 1)
+        self.used = used_depth(config)
         shallow = min(DEPTH, self.used), min(DEPTH, self.depths[1])
-        shallow_config = replace(
-            config,
-            vision=replace(config.vision, num_hidden_layers=shallow[0], drop_path_rate=config.vision.drop_path_rate),
-            llm=copy.deepcopy(config.llm) | {"num_hidden_layers": shallow[1]},
-            select_layer=-1,
-        )
-        shallow_config.llm.pop("layer_types", None)
         tune = setup.tune
         if isinstance(last := tune.vision_model, tuning.Blocks):
             if not 0 < last.last <= self.used:
                 raise UserError(f"model.tune.vision_model.last: expected 1 to {self.used} blocks, found {last.last}")
             tune = replace(tune, vision_model=tuning.Blocks(min(last.last, shallow[0])))
-        self.tune = tune
-        self.model = InternVL.from_config(
-            shallow_config, _dtype(setup.precision), "meta", setup.attention, efficient=setup.efficient
-        )
-        with torch.device("meta"):
-            tuning.apply(self.model, _without_pissa(tune))
-        self.model.set_checkpointing(setup.vision_checkpointing, setup.language_checkpointing)
+        self.model = shallow_copy(config, replace(setup, tune=tune), shallow)
         self.blocks = (self.model.vision_model.encoder.layers, self.model.language_model.model.layers)
 
     @property
@@ -217,7 +234,7 @@ class ShallowModel:
         model = self.model
         block_marks: tuple[list[int], list[int]] = ([], [])
         tower: list[int] = []  # the peak up to the language model, in which its blocks keep nothing yet
-        with FakeTensorMode(), _faked(model):
+        with FakeTensorMode(), faked(model):
             tally = MemTracker(model)
             hooks = [
                 block.register_forward_hook(lambda *_, marks=marks: marks.append(tally.live))
@@ -227,7 +244,7 @@ class ShallowModel:
             hooks.append(model.language_model.model.register_forward_pre_hook(lambda *_: tower.append(tally.mark())))
             trained = [p for p in model.parameters() if p.requires_grad]
             hooks += [p.register_post_accumulate_grad_hook(lambda p: tally.ignore(p.grad)) for p in trained]
-            batch = _batch(model, micro)
+            batch = batch_of(model, micro)
             with tally, _autocast(self.setup.precision):
                 loss = model(**batch).loss_sum
                 forward, saved = tally.mark(), tally.live
@@ -242,7 +259,7 @@ class ShallowModel:
             marks[-end] - marks[-end - 1] if len(marks) > end else 0 for marks, end in zip(counted, (1, 2))
         ]
         vision, extra = (sum(b * times for b, times in zip(saved_by_block[:n], self.omitted_saving())) for n in (1, 2))
-        chunk = min(512, micro.supervised)
+        chunk = min(CHUNK, micro.supervised)
         logits = chunk * self.config.llm["vocab_size"] * (3 * FP32 if self.setup.precision.startswith("32") else 14)
         forward = max(tower[0] + vision, forward + extra)
         recomputed = max(0, backward - saved)
@@ -256,7 +273,7 @@ class ShallowModel:
         return vision, language
 
 
-def _batch(model: InternVL, micro: BatchShape) -> dict[str, Any]:
+def batch_of(model: InternVL, micro: BatchShape) -> dict[str, Any]:
     """Build a batch of zeros for the model's forward."""
     size, shape = model.config.image_size, (micro.rows, micro.length)
     total = micro.rows * micro.length
@@ -276,7 +293,7 @@ def _batch(model: InternVL, micro: BatchShape) -> dict[str, Any]:
 
 
 @contextmanager
-def _faked(model: InternVL) -> Iterator[None]:
+def faked(model: InternVL) -> Iterator[None]:
     """Context in which the parameters of a model on the meta device are fake tensors of a CPU."""
     replaced = []
     for module in model.modules():

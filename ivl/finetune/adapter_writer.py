@@ -27,7 +27,6 @@ from ivl.families import llm_family
 from ivl.files import whole_path
 from ivl.finetune.adapters import PREFIX, LowRank
 from ivl.finetune.tune import (
-    ADAPTER,
     EMBEDDINGS,
     FSDP_PREFIX,
     HEAD,
@@ -40,6 +39,7 @@ from ivl.finetune.tune import (
     part_of,
 )
 from ivl.finetune.tune import trainable_state as trained_tensors
+from ivl.model.parts import ADAPTER
 from ivl.types import UserError
 
 if TYPE_CHECKING:

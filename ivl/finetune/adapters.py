@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ivl.checkpoint.layouts import LAYOUTS, Group, groups
 from ivl.finetune.adapter_config import AdapterConfig
-from ivl.finetune.tune import ADAPTER, EMBEDDINGS, is_tied, part_of
+from ivl.finetune.tune import EMBEDDINGS, is_tied, part_of
+from ivl.model.parts import ADAPTER
 from ivl.types import UserError, some
 
 if TYPE_CHECKING:

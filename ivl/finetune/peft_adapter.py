@@ -19,8 +19,9 @@ from ivl.finetune.adapter_config import AdapterConfig
 from ivl.finetune.adapter_writer import DIGEST, WEIGHTS, digest
 from ivl.finetune.adapter_writer import save_adapter as save_adapter
 from ivl.finetune.adapters import Adapter
-from ivl.finetune.tune import ADAPTER, PARTS, adapted, inject
-from ivl.parallel.device_map import check_at_hand
+from ivl.finetune.tune import PARTS, adapted, inject
+from ivl.model.parts import ADAPTER
+from ivl.parallel.devices import check_at_hand
 from ivl.types import UserError, some
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ivl.estimate.flops import Adapter, Mode, Trained
 from ivl.families import llm_family
+from ivl.model.parts import ADAPTER
 from ivl.types import UserError, text_table
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ PARTS = ("vision_model", "mlp1", "language_model", "embeddings", "head")
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
 FSDP_PREFIX = "_fsdp_wrapped_module."
 """Infix of classic FSDP in the names of wrapped parameters"""
-ADAPTER = "default"
-"""peft's name for the one adapter a model carries"""
 
 
 @dataclass(frozen=True)
@@ -121,20 +119,6 @@ def part_of(name: str) -> str:
         if name == place or name.startswith(place + "."):
             return part
     return name.split(".")[0]
-
-
-def described(tune: Tune) -> Trained:
-    """Convert the modes for `ivl.estimate.flops`."""
-
-    def of(part: str) -> Mode:
-        mode = tune.mode(part)
-        if isinstance(mode, LoRA):
-            return Adapter(mode.rank, tuple(mode.targets) if mode.targets else None)
-        return "full" if isinstance(mode, Blocks) else mode
-
-    blocks = tune.vision_model.last if isinstance(tune.vision_model, Blocks) else None
-    modes: dict[str, Any] = {part: of(part) for part in PARTS}
-    return Trained(**modes, vision_blocks=blocks)
 
 
 def is_tied(model: InternVL) -> bool:

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens of this call, S keys, H heads, G heads of keys and valu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
@@ -20,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ivl.model.efficient.recompute import recompute
 from ivl.model.layers import autocast_dtype
 from ivl.types import SequenceLayout, UserError
 
 AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 KERNELS = get_args(AttentionKernel)
 Layout = SequenceLayout | Tensor | None
+Join = Callable[..., Tensor]
+"""Function of the results of rows, (1, H, T, K) each, that returns them as one sequence, (1, T, H, K)"""
 HALF, WIDTHS = (torch.float16, torch.bfloat16), range(8, 257, 8)
 """Dtypes and head widths of torch's kernel for all rows at once"""
 
@@ -55,6 +57,11 @@ def choose_kernel(kernel: AttentionKernel, device: torch.device | str, dtype: to
     return kernel
 
 
+def joined(*rows_1HTK: Tensor) -> Tensor:
+    """Join the results of rows into one sequence: (1, T, H, K)."""
+    return torch.cat([row.transpose(1, 2) for row in rows_1HTK], dim=1)
+
+
 def attend(
     q_BHTK: Tensor,
     k_BGSK: Tensor,
@@ -63,14 +70,16 @@ def attend(
     kernel: str = "sdpa",
     dropout: float = 0.0,
     window: int | None = None,
+    join: Join = joined,
 ) -> Tensor:
     """Causal attention with scores over the square root of K. Returns (B, T, H, K).
 
     `layout`: see the head of this file; a mask is (B, 1, T, S) bool, True where a token sees a key. `window`: how many
-    tokens back a token looks, itself included; a mask has it in it.
+    tokens back a token looks, itself included; a mask has it in it. `join`: how rows that were computed one by one
+    become one sequence.
     """
     if isinstance(layout, SequenceLayout):
-        return rows_in_sequence(q_BHTK, k_BGSK, v_BGSK, layout, kernel, dropout, window)
+        return rows_in_sequence(q_BHTK, k_BGSK, v_BGSK, layout, kernel, dropout, window, join)
     if layout is None and kernel == "flash_attention_2":
         from flash_attn import flash_attn_func
 
@@ -155,6 +164,7 @@ def rows_in_sequence(
     kernel: str = "sdpa",
     dropout: float = 0.0,
     window: int | None = None,
+    join: Join = joined,
 ) -> Tensor:
     """Causal attention of each row to itself: (1, T, H, K); at the cost of the rows, on a GPU by one kernel."""
     dtype = autocast_dtype(q_1HTK.device.type)  # as autocast would have it, which does not know all these kernels
@@ -170,7 +180,7 @@ def rows_in_sequence(
     half = q_1HTK.dtype in HALF and q_1HTK.shape[-1] in WIDTHS
     if half and dropout == 0 and has_varlen(q_1HTK.device, window):
         return by_varlen(q_1HTK, k_1GTK, v_1GTK, layout, window)
-    return by_row(q_1HTK, k_1GTK, v_1GTK, layout.lengths, dropout, window)
+    return by_row(q_1HTK, k_1GTK, v_1GTK, layout.lengths, dropout, window, join)
 
 
 def _flash_window(window: int | None) -> tuple[int, int]:
@@ -227,6 +237,7 @@ def by_row(
     lengths: tuple[int, ...],
     dropout: float = 0.0,
     window: int | None = None,
+    join: Join = joined,
 ) -> Tensor:
     """Causal attention of each row to itself, one after the other; `lengths` add up to T. Returns (1, T, H, K)."""
     grouped = q_1HTK.shape[1] != k_1GTK.shape[1]
@@ -239,8 +250,4 @@ def by_row(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
             )
         )
-    return recompute(_joined, *rows)  # plain outside of a region
-
-
-def _joined(*rows_1HTK: Tensor) -> Tensor:
-    return torch.cat([row.transpose(1, 2) for row in rows_1HTK], dim=1)
+    return join(*rows)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ivl.families import LLMFamily
-from ivl.model.attention import Layout, attend, visible
+from ivl.model.attention import Join, Layout, attend, joined, visible
 from ivl.model.layers import ACTIVATIONS, Gated, RMSNorm
 from ivl.model.rotary import Rope, RotaryEmbedding, rotate
 from ivl.types import SequenceLayout, UserError
@@ -107,6 +107,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.kernel, self.head_dim = layer, config.attention, config.head_dim
         self.window, self.dropout = config.sliding_window, config.attention_dropout
+        self.join: Join = joined
+        """How rows computed one by one become one sequence (`ivl.model.efficient.recompute`)"""
         self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
         q_width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         width, bias = config.hidden_size, config.qkv_bias
@@ -137,8 +139,8 @@ class Attention(nn.Module):
         q_BHTK, k_BGSK = rotate(q_BHTK, *rotary), rotate(k_BGSK, *rotary)
         if cache is not None:
             k_BGSK, v_BGSK = cache.update(self.layer, k_BGSK, v_BGSK)
-        dropout = self.dropout if self.training else 0.0
-        return self.o_proj(attend(q_BHTK, k_BGSK, v_BGSK, layout, self.kernel, dropout, self.window).flatten(2))
+        settings = self.kernel, self.dropout if self.training else 0.0, self.window, self.join
+        return self.o_proj(attend(q_BHTK, k_BGSK, v_BGSK, layout, *settings).flatten(2))
 
 
 class GatedMLP(nn.Module):
@@ -274,16 +276,18 @@ class LanguageModel(nn.Module):
         mask_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
         rows_BT: Tensor | None = None,
+        outputs_M: Tensor | None = None,
     ) -> Tensor:
-        """The last hidden states of a batch in any layout, by a square mask: (B, T, D).
+        """As `packed`, in any layout, by a square mask: for the eager kernel, and for padding inside rows.
 
-        For the eager kernel, and for padding inside rows. `rows_BT`: numbers of rows in packs.
+        `rows_BT`: numbers of rows in packs.
         """
         if positions_BT is None:
             positions_BT = torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device).expand(len(embeds_BTD), -1)
         keys_BT = positions_BT if mask_BT is None else positions_BT.masked_fill(~mask_BT, -1)
         seen_B1TT = visible(positions_BT, keys_BT, rows_BT, self.config.sliding_window)
-        return self.model(embeds_BTD, positions_BT, seen_B1TT)
+        hidden_BTD = self.model(embeds_BTD, positions_BT, seen_B1TT)
+        return hidden_BTD if outputs_M is None else hidden_BTD.flatten(0, 1).index_select(0, outputs_M)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -10,14 +10,12 @@ D width of the language model, V vocabulary, M supervised tokens.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ivl.checkpoint.quantization import Quantize
 from ivl.config import Config
 from ivl.families import llm_family
 from ivl.finetune.neftune import add_noise
@@ -25,26 +23,21 @@ from ivl.model.attention import AttentionKernel, choose_kernel
 from ivl.model.decoder import DecoderConfig, LanguageModel
 from ivl.model.efficient import install
 from ivl.model.image_tokens import check_image_tokens
-from ivl.model.loss import Losses, losses, supervised_places
+from ivl.model.loss import CHUNK, Output, losses, supervised_places
+from ivl.model.parts import ModelParts
 from ivl.model.projector import build_projector, pixel_shuffle
 from ivl.model.sequence_layout import layout_of
 from ivl.model.vision import InternViT, normalize
-from ivl.parallel import device_map as splitting
+from ivl.parallel.devices import as_dtype
 from ivl.types import Batch, SequenceLayout, UserError, places
 
 if TYPE_CHECKING:
+    from ivl.checkpoint.quantization import Quantize
     from ivl.inference.sampling import Answer, FinishReason
+    from ivl.parallel.device_map import Sizes
 
 
-@dataclass
-class Output(Losses):
-    """Result of a forward: the losses where there are labels, logits on request."""
-
-    logits: Tensor | None = None
-    """(B, T, V)"""
-
-
-class InternVL(nn.Module):
+class InternVL(ModelParts):
     """A chat model of the released layout; module names are those of the released checkpoints."""
 
     def __init__(
@@ -55,24 +48,7 @@ class InternVL(nn.Module):
         dtype: torch.dtype = torch.float32,
         efficient: bool = True,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.image_token_id = image_token_id
-        """Id of `<IMG_CONTEXT>`, from a checkpoint's tokenizer files; -1: there are no image tokens"""
-        self.eos_ids: list[int] = []
-        """Ids that end an answer, from the checkpoint's generation_config.json"""
-        self.always_run_vision = False
-        """Run a zero tile where a batch has none, so that every process of a sharded run calls the same modules"""
-        self.neftune_alpha = 0.0
-        """Noise on the embeddings of text in training, by `add_noise`; 0: none"""
-        self.lora_start: dict[str, tuple[Tensor, Tensor]] = {}
-        """PiSSA: initial (A, B) of each layer, needed to export the update (`ivl.finetune.tune`)"""
-        self.is_loaded_in_8bit = self.is_loaded_in_4bit = False
-        """True if layers are quantised (`ivl.checkpoint.quantization`); peft reads these names"""
-        self.features_projected = False
-        """True if the features in a batch are outputs of `mlp1`; False: of the tower"""
-        self.efficient = efficient
-        """Train in less memory and time, by `ivl.model.efficient`"""
+        super().__init__(config, image_token_id, efficient)
         self.vision_model = InternViT(config.vision, kernel)
         self.language_model = LanguageModel(
             DecoderConfig.from_llm(config.llm, llm_family(config.llm_architecture), kernel)
@@ -96,7 +72,7 @@ class InternVL(nn.Module):
 
         On `meta`, `auto` means sdpa: name the kernel, or ask `choose_kernel` about the device to come.
         """
-        dtype = splitting.as_dtype(dtype)
+        dtype = as_dtype(dtype)
         with torch.device(device):
             return cls(config, choose_kernel(attention, device, dtype), image_token_id, dtype, efficient).eval()
 
@@ -111,40 +87,15 @@ class InternVL(nn.Module):
         devices: int | Sequence[str] | None = None,
         device_max_memory: Sequence[str] | None = None,
         device_map: str | Path | Mapping[str, str | int] | None = None,
-        needs: splitting.Sizes | None = None,
+        needs: Sizes | None = None,
         offload: bool = True,
         efficient: bool = True,
     ) -> InternVL:
-        """Load a released checkpoint, in eval mode: a folder, or a name that `ivl.hub` finds.
-
-        `quantize`: 8 or 4 bits for the linear layers of the language model's blocks. A checkpoint that is stored in 8
-        bits stays so, and computes in bfloat16. float32 is taken, with a warning, where the device has no `dtype`.
-        `devices`, `device_max_memory`, `device_map`: the model is split over several devices, and `device` does not
-        count; see `ivl.parallel.device_map.choose`, also for `needs` and `offload`. `efficient`: `ivl.model.efficient`.
-        Raises UserError where files are missing or broken, or a tensor is missing, unexpected or of another shape.
-        """
+        """Load a released checkpoint, in eval mode, by its folder or name: `ivl.checkpoint.load.load_model`."""
         from ivl.checkpoint.load import load_model
 
-        places = devices, device_max_memory, device_map, needs, offload
-        return load_model(cls, name_or_path, dtype, device, attention, quantize, *places, efficient)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.mlp1.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.mlp1.parameters()).device
-
-    @property
-    def vocab_size(self) -> int:
-        """V: ids of a batch must be below."""
-        return self.language_model.config.vocab_size
-
-    def set_checkpointing(self, vision: bool, language: bool) -> None:
-        """Set activation checkpointing: save only layer inputs in training, and recompute the rest in backward."""
-        self.vision_model.encoder.checkpointing = vision
-        self.language_model.model.checkpointing = language
+        spread = devices, device_max_memory, device_map, needs, offload
+        return load_model(cls.from_config, name_or_path, dtype, device, attention, quantize, *spread, efficient)
 
     def forward(
         self,
@@ -162,7 +113,7 @@ class InternVL(nn.Module):
         features: Tensor | None = None,
         loss_weights: Tensor | None = None,
         return_logits: bool = False,
-        loss_chunk: int = 512,
+        loss_chunk: int = CHUNK,
         label_smoothing: float = 0.0,
     ) -> Output:
         """The fields of `ivl.types.Batch`, whose shapes apply; logits on request or where there are no labels.
@@ -172,35 +123,25 @@ class InternVL(nn.Module):
         target that is spread evenly over the vocabulary.
         Raises UserError where image tokens and tiles disagree.
         """
+        language = self.language_model
         embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids, attention_mask, features, image_at)
         if labels is not None and supervised_at is None:
             supervised_at = supervised_places(labels)
         read_M = None if labels is None or return_logits else supervised_at
         if layout is None:
             layout = layout_of(input_ids, attention_mask, position_ids, row_ids, lengths)
-        hidden = self._hidden(embeds_BTD, layout, (attention_mask, position_ids, row_ids), read_M)
-        output = Output()
+        if layout is not None and language.config.attention != "eager":
+            hidden = language.packed(embeds_BTD, layout.to(embeds_BTD.device, non_blocking=True), read_M)
+        else:
+            hidden = language.padded(embeds_BTD, attention_mask, position_ids, row_ids, read_M)
+        output = Output()  # hidden: (B, T, D), or of the positions that are read alone, (M, D)
         if labels is not None:
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
-            head = self.language_model.lm_head
             settings = (loss_weights, loss_chunk, label_smoothing, supervised_at)
-            output = Output(**vars(losses(head, hidden, labels, row_ids, rows, *settings)))
+            output = losses(language.lm_head, hidden, labels, row_ids, rows, *settings)
         if labels is None or return_logits:
-            output.logits = self.language_model.lm_head(hidden)
+            output.logits = language.lm_head(hidden)
         return output
-
-    def _hidden(
-        self,
-        embeds_BTD: Tensor,
-        layout: SequenceLayout | None,
-        masks: tuple[Tensor | None, Tensor | None, Tensor | None],
-        read_M: Tensor | None,
-    ) -> Tensor:
-        """Last hidden states, (B, T, D), or those at `read_M` alone, (M, D)."""
-        if layout is not None and self.language_model.config.attention != "eager":
-            return self.language_model.packed(embeds_BTD, layout.to(embeds_BTD.device, non_blocking=True), read_M)
-        hidden_BTD = self.language_model.padded(embeds_BTD, *masks)
-        return hidden_BTD if read_M is None else hidden_BTD.flatten(0, 1).index_select(0, read_M)
 
     def embed(
         self,
@@ -217,26 +158,23 @@ class InternVL(nn.Module):
         `features_NPC`: `tower_features` of all tiles, or `tile_features` (`features_projected`), from a feature cache.
         `image_at`: as in a Batch; None: computed here, which waits for the device.
         """
-        size = self.config.image_size
         image_BT = input_ids_BT == self.image_token_id
-        if tiles_N3SS is None:
-            tiles_N3SS = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
-        count = len(tiles_N3SS) if features_NPC is None else len(features_NPC)
+        images, size = tiles_N3SS if features_NPC is None else features_NPC, self.config.image_size
+        count = 0 if images is None else len(images)
         if image_at is None:
-            patches = (tiles_N3SS.shape[-1] // self.config.vision.patch_size) ** 2
-            per_tile = int(patches * self.config.downsample_ratio**2)
+            per_tile = self.config.tokens_of_tile(size if tiles_N3SS is None else tiles_N3SS.shape[-1])
             check_image_tokens(image_BT, count, per_tile, tiles_per_row, row_ids_BT)
         embeds_BTD = self.language_model.get_input_embeddings()(input_ids_BT)
         if self.neftune_alpha and self.training:
             # Image tokens' embeddings are written over below, so only text gets noise (as in transformers' trainer).
             embeds_BTD = add_noise(embeds_BTD, self.neftune_alpha, mask_BT, row_ids_BT)
-        if count == 0 and not self._must_run_vision():
+        if count == 0 and not self.must_run_vision():
             return embeds_BTD
         if count == 0:
-            features_NPC = None
             # Written to no place, so every parameter of the tower and the projector gets a gradient, and it is zero.
-            tiles_N3SS = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=input_ids_BT.device)
+            features_NPC, tiles_N3SS = None, input_ids_BT.new_zeros(1, 3, size, size, dtype=torch.uint8)
         if features_NPC is None:
+            assert tiles_N3SS is not None, "there are tiles or features"
             features_NPD = self.tile_features(tiles_N3SS)
         else:
             features_NPD = features_NPC if self.features_projected else self.mlp1(features_NPC.to(self.dtype))
@@ -270,9 +208,3 @@ class InternVL(nn.Module):
         from ivl.inference.generate import stream
 
         return stream(self, batch, max_new_tokens, **settings)
-
-    def _must_run_vision(self) -> bool:
-        if self.always_run_vision:
-            return True
-        parameters = (*self.vision_model.parameters(), *self.mlp1.parameters())
-        return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)

@@ -19,10 +19,16 @@ from ivl.types import IGNORE, supervised_places
 
 Reduction = Literal["token", "sample", "square"]
 
+CHUNK = 512
+"""Supervised tokens whose logits exist at the same time"""
+
 
 @dataclass
-class Losses:
-    """Losses of a batch; `loss` is `loss_sum` over `weight_sum` (0 where nothing is supervised)."""
+class Output:
+    """Result of a forward: losses where there are labels, logits on request.
+
+    `loss` is `loss_sum` over `weight_sum` (0 where nothing is supervised).
+    """
 
     loss: Tensor | None = None
     loss_sum: Tensor | None = None
@@ -34,6 +40,8 @@ class Losses:
     """(R,) negative log-likelihood of each row's supervised tokens, unweighted and without gradient"""
     row_tokens: Tensor | None = None
     """(R,) supervised tokens of each row"""
+    logits: Tensor | None = None
+    """(B, T, V)"""
 
 
 def losses(
@@ -43,10 +51,10 @@ def losses(
     row_ids_BT: Tensor | None,
     count: int,
     weights_BT: Tensor | None = None,
-    chunk: int = 512,
+    chunk: int = CHUNK,
     smoothing: float = 0.0,
     at_M: Tensor | None = None,
-) -> Losses:
+) -> Output:
     """The losses of a batch of `count` rows; a position is predicted from the one before it.
 
     `hidden`: (B, T, D), or (M, D) at `supervised_places` alone. `at_M`: those places, computed where None; labels
@@ -60,7 +68,7 @@ def losses(
     weights_M = ones_M if weights_BT is None else _select(weights_BT, at_M + 1).to(nll_M)
     rows_M = _select(rows_of(labels_BT, row_ids_BT), at_M + 1)
     loss_sum, weight_sum = (nll_M * weights_M).sum(), weights_M.sum()
-    return Losses(
+    return Output(
         loss=loss_sum / torch.where(weight_sum > 0, weight_sum, 1),
         loss_sum=loss_sum,
         weight_sum=weight_sum,

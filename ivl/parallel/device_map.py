@@ -1,4 +1,4 @@
-"""Device map: the layers of one model spread over several devices; dtypes of a device.
+"""Device map: the layers of one model spread over several devices.
 
 The decoder layers are spread so that all devices are equally full, counted in bytes: weights as they are stored
 (quantised ones too), the key-value cache and the activations of the tower. The tower, the projector, the embeddings,
@@ -10,25 +10,22 @@ The split model is run by accelerate's hooks (`accelerate.dispatch_model`), whic
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ivl.checkpoint.weights import untied
-from ivl.estimate.hardware import CONTEXT, TILES, TOKENS
+from ivl.estimate.hardware import CONTEXT
+from ivl.estimate.inference import cache_bytes, tower_bytes
+from ivl.model.parts import ModelParts
+from ivl.parallel.devices import parse_size
 from ivl.types import UserError, some
-
-if TYPE_CHECKING:
-    from ivl.model.internvl import InternVL
 
 MAIN = ("mlp1", "language_model.model.embed_tokens", "language_model.model.norm", "language_model.lm_head")
 """Modules that exchange tensors with the batch: all on one device"""
@@ -104,7 +101,7 @@ def _spans(numbers: Sequence[int]) -> str:
 
 
 def choose(
-    model: InternVL,
+    model: ModelParts,
     devices: int | Sequence[str] | None = None,
     device_max_memory: Sequence[str] | None = None,
     device_map: str | Path | Mapping[str, str | int] | None = None,
@@ -189,7 +186,7 @@ def balance(sizes: Sizes, limits: Sequence[float], offload: bool) -> list[int] |
     return None
 
 
-def sizes(model: InternVL, bits: Mapping[str, float] | None = None) -> Sizes:
+def sizes(model: ModelParts, bits: Mapping[str, float] | None = None) -> Sizes:
     """Bytes of a model's parts when it answers, the meta device's too; weights named in `bits` have that many each."""
     of_name: dict[str, float] = {}
     for name, parameter in untied(dict(model.named_parameters()), model.config).items():
@@ -200,12 +197,9 @@ def sizes(model: InternVL, bits: Mapping[str, float] | None = None) -> Sizes:
     for name, size in of_name.items():
         if name.startswith(LAYERS + "."):
             layers[int(name[len(LAYERS) + 1 :].partition(".")[0])] += size
-    config, llm = model.config.vision, model.language_model.config
-    element = next(model.mlp1.parameters()).element_size()
-    patches = (model.config.image_size // config.patch_size) ** 2 + 1
-    tower = TILES * patches * (6 * config.hidden_size + 2 * config.intermediate_size) * element
-    cache = 2 * TOKENS * llm.head_dim * llm.num_key_value_heads * element
-    return Sizes(sum(of_name.values()) - sum(layers) + tower, layers, cache)
+    llm, element = model.language_model.config, model.dtype.itemsize
+    main = sum(of_name.values()) - sum(layers) + tower_bytes(model.config.vision, model.config.image_size, element)
+    return Sizes(main, layers, cache_bytes(llm.num_key_value_heads, llm.head_dim, element))
 
 
 def _names(devices: int | Sequence[str]) -> list[str]:
@@ -221,39 +215,16 @@ def _names(devices: int | Sequence[str]) -> list[str]:
     return [f"cuda:{n}" for n in range(devices)]
 
 
-def device_of(name: str | torch.device) -> torch.device:
-    """Return a device by its name. Raises UserError where there is none of that name on this machine."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device: expected cpu, cuda, cuda:1 and so on, found {str(name)!r}") from None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"device: {name} is not on this machine ({reason}); leave it out, or give cpu") from error
-    return device
-
-
 def _free(name: str) -> float:
     if torch.device(name).type != "cuda":
         return float("inf")
     return max(0, torch.cuda.mem_get_info(name)[0] - CONTEXT)
 
 
-def parse_size(text: str, option: str) -> int:
-    """`15GB` → bytes. Raises UserError that names the option."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if size < 1:
-        raise UserError(f"--{option}: expected a size such as 5GB or 800MB, found {text!r}")
-    return size
-
-
 # -- a map of the user's -----------------------------------------------------------------------------------------
 
 
-def from_map(model: InternVL, device_map: str | Path | Mapping[str, str | int]) -> DeviceMap:
+def from_map(model: ModelParts, device_map: str | Path | Mapping[str, str | int]) -> DeviceMap:
     """Read a user's device map: names of modules → devices (`cuda:1`, its number, or `cpu`); the longest name wins.
 
     A file is JSON or YAML. The smallest parts are a decoder layer, a layer of the tower, and the parts of `MAIN`.
@@ -311,7 +282,7 @@ def _device(value: Any, name: str, where: str) -> str:
     return str(device)
 
 
-def _children(model: InternVL, name: str) -> list[str]:
+def _children(model: ModelParts, name: str) -> list[str]:
     return [f"{name}.{n}" for n, _ in model.get_submodule(name).named_children()]
 
 
@@ -322,7 +293,7 @@ def _inside(name: str, entry: str) -> bool:
 # -- hooks -------------------------------------------------------------------------------------------------------
 
 
-def dispatch(model: InternVL, placement: DeviceMap) -> None:
+def dispatch(model: ModelParts, placement: DeviceMap) -> None:
     """Give a model, loaded as `placement` says, the hooks that carry tensors between devices."""
     from accelerate import dispatch_model
 
@@ -341,15 +312,6 @@ def dispatch(model: InternVL, placement: DeviceMap) -> None:
                 _send_output(model.get_submodule(before), placement(after))
 
 
-def check_at_hand(model: InternVL) -> None:
-    """Raise UserError where a part stays in the host's memory: what would be added to it is not computed."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(
-            "a part of the model stays in the host's memory, and no LoRA can be put on that; merge it first "
-            "(python -m ivl export), or use more devices"
-        )
-
-
 def _send_output(module: nn.Module, device: str) -> None:
     """Send a layer's output to the next one's device at once.
 
@@ -358,36 +320,3 @@ def _send_output(module: nn.Module, device: str) -> None:
     from accelerate.utils import send_to_device
 
     module.register_forward_hook(lambda _, args, output: send_to_device(output, device))
-
-
-def as_dtype(name: str | torch.dtype) -> torch.dtype:
-    """`bfloat16` → torch.bfloat16. Raises UserError for a name that is not a floating type."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"dtype: expected float32, bfloat16 or float16, found {name!r}")
-    return dtype
-
-
-def supported_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """`dtype`, or float32 with a warning where the device does not compute in it."""
-    device = torch.device(device)
-    if dtype == torch.float32 or device.type == "meta" or _computes(dtype, device):
-        return dtype
-    name = str(dtype).removeprefix("torch.")
-    also = "; float16 is the other choice" if device.type == "cuda" and dtype == torch.bfloat16 else ""
-    warnings.warn(f"{device} does not compute in {name}: float32 is taken, in twice the memory{also}", stacklevel=3)
-    return torch.float32
-
-
-@lru_cache
-def _computes(dtype: torch.dtype, device: torch.device) -> bool:
-    """True if the model's operations run. Before compute capability 8, bfloat16 is emulated, many times slower."""
-    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        x = torch.zeros(1, 1, 16, 16, dtype=dtype, device=device)
-        F.conv2d(F.layer_norm(F.gelu(x @ x), (16,)), x)
-        F.scaled_dot_product_attention(x, x, x)
-    except (RuntimeError, TypeError):
-        return False
-    return True

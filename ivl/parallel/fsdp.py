@@ -26,7 +26,8 @@ from ivl.finetune import tune as tuning
 from ivl.finetune.tune import LoRA, Tune
 from ivl.model.attention import AttentionKernel, choose_kernel
 from ivl.model.internvl import InternVL
-from ivl.parallel.device_map import as_dtype
+from ivl.model.parts import ADAPTER
+from ivl.parallel.devices import as_dtype
 from ivl.types import UserError
 
 
@@ -121,7 +122,7 @@ def tensor_plan(model: InternVL, size: int) -> dict[str, ParallelStyle]:
         else:
             style, half = ColwiseParallel(output_layouts=Replicate()) if fused else ColwiseParallel(), "lora_B"
         if isinstance(module, LoraLayer):
-            plan |= {f"{name}.base_layer": style, f"{name}.{half}.{tuning.ADAPTER}": style}
+            plan |= {f"{name}.base_layer": style, f"{name}.{half}.{ADAPTER}": style}
         else:
             plan[name] = style
     return plan

@@ -7,7 +7,10 @@ import pytest
 import yaml
 
 from ivl.commands.models import config_of, main, memory
-from ivl.families import MODELS, VARIANTS, find_model
+from ivl.config import Config
+from ivl.estimate.training_step import ShallowModel, TrainSetup
+from ivl.families import MODELS, VARIANTS, config_for, find_model
+from ivl.finetune.tune import LoRA, Tune
 from ivl.hub.unsupported import UNSUPPORTED
 
 REPO = Path(__file__).resolve().parents[2]
@@ -51,6 +54,15 @@ def test_memory_is_weights_and_what_they_need(row):
     assert row.parameters < need.weights <= 2 * row.parameters
     assert need.weights < need.inference < need.weights + 6e9
     assert need.weights < need.lora < need.weights + 15e9
+
+
+@pytest.mark.parametrize("name", ["internvl2-1b", "internvl-chat-v1_5", "internvl-chat-v1_5-int8", "internvl3_5-8b"])
+def test_weights_are_those_of_a_plan(name):
+    row = find_model(name)
+    setup = TrainSetup(Tune(language_model=LoRA(1)), "bf16-mixed")
+    parts = ShallowModel(Config.from_dict(config_for(row)), setup).parameters().values()
+    planned = sum(part.weights - 4 * part.trainable for part in parts)
+    assert memory(row).weights == pytest.approx(planned, rel=0.01)
 
 
 def test_eight_bits_weigh_what_the_release_does():

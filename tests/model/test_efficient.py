@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ivl.estimate.training_step import MemTracker
 from ivl.families import LLMS
 from ivl.finetune.tune import LoRA, Tune, apply
+from ivl.model import attention
 from ivl.model.efficient import layer_scale
 from ivl.model.efficient import recompute as module
 from ivl.model.efficient.recompute import InputLayerNorm, recompute, recompute_region
@@ -111,6 +112,22 @@ def test_bit_for_bit_the_same(architecture, how, form):
     assert len(found) == len(expected) > 10
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
     assert less < 0.9 * more
+
+
+def test_rows_of_a_pack_are_joined_once_more_in_backward():
+    """Each row's result is kept by its own attention; the sequence that they make is not kept beside them."""
+    model = plain("Qwen2ForCausalLM", TUNES["full"])
+    batch = packed(rows(model))
+    assert len(batch["row_ids"].unique()) > 2
+    module.install(model)
+    joined, less = step(model, batch)
+    for layer in model.language_model.model.layers:
+        layer.self_attn.join = attention.joined
+    kept, more = step(model, batch)
+    assert all(torch.equal(a, b) for a, b in zip(joined, kept, strict=True))
+    config = model.language_model.config
+    one = batch["attention_mask"].sum() * config.num_attention_heads * config.head_dim * 4
+    assert more - less == one * config.num_hidden_layers
 
 
 @pytest.mark.parametrize("how", TUNES)

@@ -9,13 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ivl.checkpoint import quantization as quant
 from ivl.checkpoint.weights import Files
 from ivl.config import Config
+from ivl.estimate.hardware import TILES
 from ivl.families import MODELS, config_for
 from ivl.inference import decoding
 from ivl.inference.kv_cache import KVCache
 from ivl.model import decoder, vision
 from ivl.model.internvl import InternVL
 from ivl.parallel import device_map as devices
-from ivl.parallel.device_map import LAYERS, MAIN, DeviceMap, Sizes, choose, dispatch, from_map, parse_size, plan, sizes
+from ivl.parallel.device_map import LAYERS, MAIN, DeviceMap, Sizes, choose, dispatch, from_map, plan, sizes
+from ivl.parallel.devices import parse_size
 from ivl.types import UserError
 from tests import tiny
 from tests.model import rows
@@ -52,7 +54,7 @@ def test_every_model_on_one_to_eight_devices(row):
     weights = (
         found.main
         + sum(found.layers)
-        - devices.TILES * 1025 * (6 * row.vision.hidden_size + 2 * row.vision.intermediate_size) * 2
+        - TILES * 1025 * (6 * row.vision.hidden_size + 2 * row.vision.intermediate_size) * 2
     )
     expected = row.parameters + row.backbone.vocab_size * row.backbone.hidden_size if row.int8 else 2 * row.parameters
     assert weights == pytest.approx(expected, rel=0.01)

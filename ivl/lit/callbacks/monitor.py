@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
-from ivl.estimate.flops import NOTHING, Work, training_flops
-from ivl.estimate.hardware import find_device
+from ivl.estimate.flops import Work, model_costs
+from ivl.estimate.hardware import Device, find_device
 from ivl.files import write_text
 from ivl.finetune.param_groups import groups_table
-from ivl.finetune.tune import adapted, described, table
+from ivl.finetune.tune import adapted, table
 from ivl.lit.types import RunModule, as_lit
 from ivl.types import Batch, Conversation
 
@@ -72,10 +72,12 @@ class Watch(Callback):
         self._losses = SourceLosses()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._start = self._end = time.perf_counter()
         self._step = trainer.global_step
         devices = {module.device, *(p.device for p in as_lit(module).model.parameters())}
         self._devices = sorted((device for device in devices if device.type == "cuda"), key=str)
+        self._peak = device_row(module.device)
+        self._costs = model_costs(as_lit(module).model.config, as_lit(module).tune) if self._peak else None
+        self._start = self._end = time.perf_counter()
         self._reset()
         self._write_trained(trainer, as_lit(module))
 
@@ -114,9 +116,8 @@ class Watch(Callback):
             "speed/samples_per_s": self._rows * ranks / seconds,
             "speed/data_wait": self._waited / seconds,
         }
-        flops = training_flops(as_lit(module).model.config, described(as_lit(module).tune), self._work, NOTHING).total
-        if (share := utilisation(flops / seconds, module.device)) is not None:
-            values["speed/mfu"] = share
+        if self._peak and self._costs:
+            values["speed/mfu"] = self._costs.total(self._work) / seconds / self._peak.flops
         values |= {f"lr/{g.get('name', n)}": g["lr"] for n, g in enumerate(trainer.optimizers[0].param_groups)}
         values |= memory(self._devices)
         losses = self._losses.read(ranks)
@@ -156,10 +157,9 @@ def added(work: Work, batch: Batch) -> Work:
     )
 
 
-def utilisation(flops_per_s: float, device: torch.device) -> float | None:
-    """Return the share of a device's peak; None where its peak is unknown."""
-    row = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return flops_per_s / row.flops if row else None
+def device_row(device: torch.device) -> Device | None:
+    """Return the data sheet of a device; None where it is unknown."""
+    return find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def memory(devices: Sequence[torch.device]) -> dict[str, float]:

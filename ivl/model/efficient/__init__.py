@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ivl.model.internvl import InternVL
+    from ivl.model.parts import ModelParts
 
 
-def install(model: InternVL) -> None:
+def install(model: ModelParts) -> None:
     """Install the techniques without an option, into a model whose weights are not read yet."""
     from ivl.model.efficient import last_block, layer_scale, recompute
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from ivl.model.internvl import InternVL
+    from ivl.model.parts import ModelParts
 
 VARIANTS = 32
 """Limit of compiled versions of a layer: by kind, with and without gradients, static or dynamic, by trained parts"""
 
 
-def compile_layers(model: InternVL, backend: str = "inductor") -> None:
+def compile_layers(model: ModelParts, backend: str = "inductor") -> None:
     """Compile the layers in place, at their first call. `backend`: as in torch.compile."""
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for layer in (*model.vision_model.encoder.layers, *model.language_model.model.layers):

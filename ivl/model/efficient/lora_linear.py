@@ -4,7 +4,8 @@ peft's own forward keeps for backward, of each layer, the input after dropout an
 input; here layers share one input, and a mask is one byte a value. `tune.inject` puts it in peft's place.
 `ivl.finetune.tune` has a drawing of LoRA.
 
-Saves: what peft keeps of each layer beside its input; peak memory and time of a step in `benchmarks/README.md`.
+Saves: what peft keeps of each layer beside its input. `benchmarks/efficient.py` (60 M parameters, rank 16 with dropout)
+without it: 2.1 times as much kept for backward (335 MB for 156), 12 % more time.
 Proof: equal to peft's own layer, gradients included, up to rounding (`tests/model/test_lora.py`).
 Off: `model.efficient: false`.
 

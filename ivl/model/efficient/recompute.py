@@ -29,6 +29,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,10 +37,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ivl.model import layers
+from ivl.model.attention import joined
 from ivl.model.layers import adopted, autocast_dtype, is_sharded
 
 if TYPE_CHECKING:
-    from ivl.model.internvl import InternVL
+    from ivl.model.parts import ModelParts
 
 
 class Recompute:
@@ -180,7 +182,7 @@ _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def install(model: InternVL) -> None:
+def install(model: ModelParts) -> None:
     """Let the layers of a model compute this way; for a model whose weights are not read yet."""
     vision, decoder = model.vision_model.encoder, model.language_model.model
     layer: Any
@@ -191,6 +193,7 @@ def install(model: InternVL) -> None:
     for layer in decoder.layers:
         for name in ("input_layernorm", "post_attention_layernorm"):
             _replace(layer, name)
+        layer.self_attn.join = partial(recompute, joined)  # each row's result is kept by its own attention
         for name in ("q_norm", "k_norm"):
             if (norm := getattr(layer.self_attn, name)) is not None:
                 setattr(layer.self_attn, name, adopted(norm, RMSNorm))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ivl.estimate.flops import Work
-from ivl.lit.callbacks.monitor import SourceLosses, added, clock, utilisation
+from ivl.lit.callbacks.monitor import SourceLosses, added, clock, device_row
 from ivl.types import Batch, Conversation, Message
 
 
@@ -21,16 +21,16 @@ def test_losses_per_source_are_means_over_tokens_since_the_last_reading():
     assert losses.read() == {"b": 4.0}
 
 
-def test_work_and_utilisation(monkeypatch):
+def test_work_and_devices(monkeypatch):
     ids = torch.zeros(2, 5, dtype=torch.long)
     tiles, per_row = torch.zeros(3, 3, 2, 2), torch.tensor([1, 2])
     batch = Batch(ids, ids.bool(), ids, ids, tiles, per_row, lengths=torch.tensor([5, 4]), supervised=[2, 1])
     work = added(added(Work(), batch), batch)
     assert work == Work(tiles=6, tokens=18, pairs=82, supervised=6)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert utilisation(989.4e12 / 4, torch.device("cuda")) == pytest.approx(0.25)
+    assert device_row(torch.device("cuda")).flops == 989.4e12
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some new device")
-    assert utilisation(1e12, torch.device("cuda")) is None and utilisation(1e12, torch.device("cpu")) is None
+    assert device_row(torch.device("cuda")) is None and device_row(torch.device("cpu")) is None
 
 
 def test_clock():
