@@ -18,8 +18,8 @@ from ivl.__main__ import COMMANDS
 from ivl.data.rows.formats import loads, parse
 from ivl.lit import cli
 from ivl.lit.cli import IvlCLI
+from tests.diffs import REPO, applied
 
-REPO = Path(__file__).resolve().parents[1]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 WANTED = {
     "data",
@@ -240,19 +240,7 @@ DIFFS = [(page, text) for page in PAGES for text in blocks(page, "diff")]
 @pytest.mark.parametrize("text", named(DIFFS))
 def test_a_diff_fits_the_present_code(text):
     """Its unchanged and removed lines stand in the file it names, in that order, and what it makes is Python."""
-    files = re.split(r"^--- ", text, flags=re.MULTILINE)[1:]
-    assert files
-    for part in files:
-        path, *hunk = part.splitlines()
-        code = (REPO / path.strip()).read_text(encoding="utf-8").splitlines()
-        made, at, added = [], 0, []
-        for line in hunk:
-            kind, line = line[:1], line[1:]
-            if kind == "+":  # right after the line above it; at the start of a hunk, right before the line below
-                (made if at else added).append(line)
-                continue
-            assert line in code[at:], f"{path}: {line!r} is not there (any more)"
-            found = code.index(line, at)
-            made += code[at:found] + added + [line] * (kind == " ")
-            at, added = found + 1, []
-        compile("\n".join(made + code[at:]), path, "exec")
+    sources = applied(text)
+    assert sources
+    for path, source in sources.items():
+        compile(source, path, "exec")
