@@ -118,18 +118,21 @@ class Chat:
         self._opened = MediaCache()
         self.prefix_cache.forget()
 
-    def ask(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:
+    def ask(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), prefix: str = "") -> str:
         """Return the answer to a question about these media and the conversation so far, with its thought if any.
 
         `<image>` and `<video>` in the question are the places of media; without marks they come first. `images`:
         paths, URLs, `data:` URIs, bytes or PIL images; a path may also be written as `<img>path</img>`.
+        `prefix`: beginning of the answer, from which the model goes on.
         Raises UserError for media that cannot be opened or do not match the marks, and where there is no room left.
         """
-        return "".join(self.stream(query, images, videos))
+        return "".join(self.stream(query, images, videos, prefix))
 
-    def stream(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Generator[str, None, None]:
-        """Yield pieces of the answer; together they are the answer of `ask`."""
-        return self._answer(self._message(query, images, videos))
+    def stream(
+        self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), prefix: str = ""
+    ) -> Generator[str, None, None]:
+        """Yield pieces of the answer, a prefix first; together they are the answer of `ask`."""
+        return self._answer(self._message(query, images, videos), prefix)
 
     def _message(self, query: str, images: Sequence[Any], videos: Sequence[Any]) -> Message:
         for mark, media in (("<image>", images), ("<video>", videos)):
@@ -141,14 +144,17 @@ class Chat:
         self.notes = conversation.unread
         return conversation.messages[-1]
 
-    def _answer(self, message: Message) -> Generator[str, None, None]:
-        conversation = Conversation((*self._messages, message), self.system)
+    def _answer(self, message: Message, prefix: str = "") -> Generator[str, None, None]:
+        conversation = Conversation((*self._messages, message), self.system, prefix=prefix)
         example = self.processor(conversation, opened=self._opened)
         self._check_room(len(example))
         engine = self._engine()
         request = Request(0, example.input_ids, example.tiles, seed=self.settings.seed)
-        decoder, self.finish_reason = StreamDecoder(self.processor, self.processor.template.begun), None
+        begun = "" if prefix else self.processor.template.begun
+        decoder, self.finish_reason = StreamDecoder(self.processor, begun, prefix), None
         try:
+            if prefix:
+                yield prefix
             for token in stream_request(engine, request):
                 if token not in engine.criteria.eos_ids and (piece := decoder.add(token)):
                     yield piece
@@ -190,11 +196,11 @@ class Chat:
 class StreamDecoder:
     """Incremental decoder: token ids → complete characters, without blanks around the answer."""
 
-    def __init__(self, processor: Processor, begun: str = "") -> None:
-        """`begun`: text of the answer that the prompt ends with."""
+    def __init__(self, processor: Processor, begun: str = "", prefix: str = "") -> None:
+        """`begun`, `prefix`: text of the answer that the prompt ends with, of the template and of a caller."""
         self._begun = begun
         tokenizer = processor.tokenizer
-        self.text = ""
+        self.text = prefix
         """Text so far."""
         self._bytes_of = tokenizer.token_bytes
         self._skipped = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}

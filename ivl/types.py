@@ -140,6 +140,8 @@ class Conversation:
     """Fields of the row among TRUTH: for scoring like `reference`, and never shown to the model."""
     unread: tuple[str, ...] = ()
     """Names of the row's keys that are not read, and marks in its texts that have no effect."""
+    prefix: str = ""
+    """Beginning of the answer to a prompt, as the row has it: the answer goes on from there."""
     turned_boxes: int = 0
     """Number of boxes of `objects` that were turned with their pictures, as EXIF blocks say."""
 

@@ -151,6 +151,18 @@ def test_an_answer_comes_in_pieces_and_a_stopped_one_is_kept(parts):
     assert chat.ask("Go on.") == fresh(model, processor, {"query": "Go on.", "history": [*chat.history[:1]]})
 
 
+def test_an_answer_goes_on_from_a_prefix(parts):
+    model, processor = parts
+    row = {"query": "What is it?", "response": "Well, ", "prefix": True}
+    ids = model.generate(processor.collate([processor(row)]), 9, eos_ids=[*processor.stop_ids, *model.eos_ids])[0]
+    chat = Chat(model, processor, settings=SHORT)
+    pieces = list(chat.stream("What is it?", prefix="Well, "))
+    assert pieces[0] == "Well, " and "".join(pieces) == processor.decode(ids, prefix="Well, ") != "Well,"
+    assert chat.history == [["What is it?", "".join(pieces)]]
+    following = {"query": "And now?", "history": chat.history}
+    assert chat.ask("And now?") == fresh(model, processor, following)
+
+
 def test_a_turn_that_fails_leaves_no_trace(parts, tmp_path):
     model, processor = parts
     chat = Chat(model, processor, settings=SHORT)

@@ -265,18 +265,18 @@ class Processor:
         """Collate examples into a Batch, see `ivl.data.collate.collate`."""
         return collating.collate(examples, self.tokenizer.pad_id, packed, self.tokenizer.context_id)
 
-    def decode(self, ids: Sequence[int] | Tensor, stop: Sequence[str] = ()) -> str:
+    def decode(self, ids: Sequence[int] | Tensor, stop: Sequence[str] = (), prefix: str = "") -> str:
         """Text of an answer, up to the token that ends it, without blanks around.
 
         `<ref>` and `<box>` stay; bos, eos and padding are left out. `stop`: texts that end an answer; the first of them
-        is not part of it.
+        is not part of it. `prefix`: beginning of the answer that stood in the prompt (`Conversation.prefix`).
         """
         text = self._text(ids)
-        return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))].strip()
+        return (prefix + text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]).strip()
 
-    def answer(self, ids: Sequence[int] | Tensor, stop: Sequence[str] = ()) -> str:
-        """Text of the answer to a prompt: as `decode`, after the thought that the prompt begins."""
-        return self.template.begun + self.decode(ids, stop)
+    def answer(self, ids: Sequence[int] | Tensor, stop: Sequence[str] = (), prefix: str = "") -> str:
+        """Text of the answer to a prompt: as `decode`, after the row's prefix or the thought that the prompt begins."""
+        return self.decode(ids, stop, prefix) if prefix else self.template.begun + self.decode(ids, stop)
 
     def stopped_by(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
         """Stopping criterion: a function of an answer's token ids, True if their text contains one of `stop`.

@@ -141,7 +141,8 @@ class Answering:
         for request in requests:
             if request.error:
                 return self._failed(prompt, request.error)
-        texts = [self.processor.answer(request.answer, self.generation.stop) for request in requests]
+        prefix = example.conversation.prefix
+        texts = [self.processor.answer(request.answer, self.generation.stop, prefix) for request in requests]
         first = requests[0].answer
         row = answered(prompt.index, example.conversation, texts[0], self.processor, first.finish_reason, example.notes)
         if first.logprobs is not None:

@@ -22,7 +22,7 @@ def answered(
     finish_reason: str,
     notes: Sequence[str] = (),
 ) -> Row:
-    """Return the line of an answered row: prompt, response, and reference.
+    """Return the line of an answered row: prompt, response, and reference. `answer`: with the row's prefix.
 
     `notes`: parts of the prompt that were left out to make it fit.
     """
@@ -33,6 +33,7 @@ def answered(
         "where": row.where,
         "source": row.source or None,
         "prompt": processor.prompt_text(row),
+        "prefix": row.prefix or None,
         "response": response,
         "reasoning": reasoning,
         "finish_reason": finish_reason,

@@ -7,7 +7,8 @@ Each format is one function; the keys of a row tell its format.
 
 Media replace the marks `<image>` and `<video>` in users' texts, in order over the whole conversation. Without any mark
 they come first in the last user's turn (`conversations`: in the first, as OpenGVLab has it). `<img>path</img>` in a
-user's text is an image at that place. The keys that are read are in `ivl.data.rows.keys`.
+user's text is an image at that place. `prefix: true` beside the last answer makes the row a prompt, and that text the
+beginning of the answer (`Conversation.prefix`). The keys that are read are in `ivl.data.rows.keys`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl.data.rows import grounding
-from ivl.data.rows.keys import REFUSED, check_row_weight, is_trained, thought_of
+from ivl.data.rows.keys import REFUSED, check_row_weight, is_prefix, is_trained, thought_of
 from ivl.data.rows.row_reader import Kind, Row, RowReader, nothing, optional_name, optional_text, text_of
 from ivl.system_text import NONE, system_text
 from ivl.types import TRUTH, Conversation, Media, Message, UserError, many
@@ -40,6 +41,8 @@ class _Turn:
     role: Role
     content: list[str | Media]
     trained: bool = True
+    is_prefix: bool = False
+    """True for the beginning of the answer that is asked for"""
     thought: list[str | Media] = field(default_factory=list)
     """Text of the thought before an answer, if any"""
 
@@ -57,6 +60,11 @@ class _Draft:
     media_first: bool = False
     """Put media without marks into the first user's turn, not the last"""
     media: dict[str, list[Media]] = field(default_factory=dict)
+
+    @property
+    def is_prompt(self) -> bool:
+        """True if an answer, or the rest of one, is asked for."""
+        return self.turns[-1].role == "user" or self.turns[-1].is_prefix
 
 
 def loads(line: str | bytes) -> Any:
@@ -120,12 +128,12 @@ def _parse(
     _ground(draft, row.get("objects"), size, compact, reader, reorient)
     _check_turns(draft)
     messages = tuple(Message(turn.role, _joined(turn.content), turn.trained, turn.reasoning) for turn in draft.turns)
+    messages, prefix = (messages[:-1], messages[-1].text) if draft.turns[-1].is_prefix else (messages, "")
     truth = {key: row[key] for key in TRUTH if row.get(key) is not None}
     name, source = optional_name(row, "id"), optional_name(row, "source") or ""
     unread = tuple(sorted(reader.keys.unread))
-    return Conversation(
-        messages, system_text(draft.system), id=name, where=where, source=source, truth=truth, unread=unread
-    )
+    named: dict[str, Any] = {"id": name, "where": where, "source": source, "truth": truth, "unread": unread}
+    return Conversation(messages, system_text(draft.system), prefix=prefix, **named)
 
 
 def _all_media(draft: _Draft) -> Iterator[Media]:
@@ -160,8 +168,9 @@ def _from_query(row: Row, reader: RowReader) -> _Draft:
         turns.append(_Turn("user", reader.user_text(pair[0], f"history[{n}][0]")))
         turns.append(_Turn("assistant", [text_of(pair[1], f"history[{n}][1]")]))
     turns.append(_Turn("user", reader.user_text(row["query"], "query")))
+    begins = is_prefix(row, "", row.get("response"))
     if row.get("response") is not None:
-        turns.append(_Turn("assistant", [text_of(row["response"], "response")]))
+        turns.append(_Turn("assistant", [text_of(row["response"], "response")], is_prefix=begins))
     turns[-1].thought = _thought(row, "", turns[-1])
     return _Draft(turns, _system(row))
 
@@ -190,7 +199,8 @@ def _from_conversations(row: Row, reader: RowReader) -> _Draft:
             thought_of(entry, name, None)
             system = _one_system(system, text, name)
             continue
-        turns.append(_Turn(role, reader.content(text, role, f"{name}.value"), trained))
+        begins = is_prefix(entry, f"{name}.", text, _is_last_answer(role, n, entries))
+        turns.append(_Turn(role, reader.content(text, role, f"{name}.value"), trained, begins))
         turns[-1].thought = _thought(entry, name, turns[-1])
     return _Draft(turns, system, media_first=True)
 
@@ -204,6 +214,7 @@ def _from_messages(row: Row, reader: RowReader) -> _Draft:
             raise UserError(f"{name}.role: expected system, user or assistant, found {short(role)}")
         reader.keys.look("messages turn", entry, name)
         trained = is_trained(entry, name, role)
+        begins = is_prefix(entry, f"{name}.", content, _is_last_answer(role, n, entries))
         if role == "assistant" and content is None and n == len(entries) - 1:
             thought_of(entry, name, None)
             break
@@ -215,7 +226,7 @@ def _from_messages(row: Row, reader: RowReader) -> _Draft:
         elif len(texts := [part for part in parts if isinstance(part, str)]) < len(parts):
             raise UserError(f"{name}.content: only a user's message can hold images or videos")
         elif role == "assistant":
-            turns.append(_Turn(role, ["".join(texts)], trained))
+            turns.append(_Turn(role, ["".join(texts)], trained, begins))
             turns[-1].thought = _thought(entry, name, turns[-1])
         elif n:
             raise UserError(f"{name}: a system message can only come first")
@@ -224,10 +235,16 @@ def _from_messages(row: Row, reader: RowReader) -> _Draft:
     return _Draft(turns, system)
 
 
+def _is_last_answer(role: str, n: int, entries: list[Row]) -> bool:
+    return role == "assistant" and n == len(entries) - 1
+
+
 def _thought(entry: Row, name: str, turn: _Turn) -> list[str | Media]:
     """Content of a turn's thought: none, or one text."""
     answer = "".join(part for part in turn.content if isinstance(part, str)) if turn.role == "assistant" else None
     thought = thought_of(entry, name, answer)
+    if thought is not None and turn.is_prefix:
+        raise UserError(f"{name or 'row'}: a thought apart, and the beginning of an answer; write both in its text")
     return [] if thought is None else [text_of(thought, f"{name}: thought")]
 
 
@@ -295,7 +312,7 @@ def _place(draft: _Draft, reader: RowReader) -> None:
     if not users:
         raise UserError("no user's turn; expected a question before the first answer")
     named = any(isinstance(part, Media) for turn in users for part in turn.content)
-    if draft.turns[-1].role == "user" and not named and not any(draft.media.values()):
+    if draft.is_prompt and not named and not any(draft.media.values()):
         return
     for turn in users:
         turn.content = [p for part in turn.content for p in (_MARK.split(part) if isinstance(part, str) else [part])]
@@ -335,8 +352,7 @@ def _ground(
     contents = [content for turn in draft.turns for content in (turn.thought, turn.content)]
     places = [(content, i, p) for content in contents for i, p in enumerate(content) if isinstance(p, str)]
     texts = [text for *_, text in places]
-    prompt = draft.turns[-1].role == "user"
-    if nothing(objects) and (prompt or not any(grounding.MARK.search(text) for text in texts)):
+    if nothing(objects) and (draft.is_prompt or not any(grounding.MARK.search(text) for text in texts)):
         return
     images = [p for turn in draft.turns for p in turn.content if isinstance(p, Media) and p.kind == "image"]
     listed = draft.media["image"] or images
@@ -372,5 +388,7 @@ def _check_turns(draft: _Draft) -> None:
             raise UserError(f"turn {n + 1} is by the {turn.role} again; expected user and assistant in turn")
         if turn.role == "user" and not any(part for part in turn.content if part != ""):
             raise UserError(f"turn {n + 1}: the user's text is empty; write a question or drop the turn")
+    if turns[-1].role == "assistant" and not any(turns[-1].content) and turns[-1].is_prefix:
+        raise UserError("the beginning of the answer (prefix) is empty; write it, or leave it out for a prompt")
     if turns[-1].role == "assistant" and not any(turns[-1].content):
         raise UserError("the last answer is empty: nothing to learn from; write it, or leave it out for a prompt")

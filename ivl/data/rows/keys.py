@@ -23,15 +23,18 @@ LOSS = (
 THOUGHT = ("reasoning_content", "reasoning", "thinking", "thinking_content")
 """Keys of several programs for the thought before an answer"""
 
+PREFIX = "prefix"
+"""Key that marks an answer as a beginning, from which the model goes on, as in chat APIs"""
+
 _ROW = ("id", "source", "system", "image", "images", "video", "videos", "start", "end", "objects", *TRUTH)
 READ: dict[str, frozenset[str]] = {
     level: frozenset(keys)
     for level, keys in {
-        "query": (*_ROW, "query", "response", "history", *THOUGHT, *LOSS),
+        "query": (*_ROW, "query", "response", "history", PREFIX, *THOUGHT, *LOSS),
         "conversations": (*_ROW, "conversations", *LOSS),
         "messages": (*_ROW, "messages", *LOSS),
-        "conversations turn": ("from", "value", *THOUGHT, *LOSS),
-        "messages turn": ("role", "content", *THOUGHT, *LOSS),
+        "conversations turn": ("from", "value", PREFIX, *THOUGHT, *LOSS),
+        "messages turn": ("role", "content", PREFIX, *THOUGHT, *LOSS),
         "text part": ("type", "text"),
         "image part": ("type", "image", "image_url", "url", "path"),
         "video part": ("type", "video", "video_url", "url", "path", "start", "end"),
@@ -147,6 +150,23 @@ def thought_of(entry: Mapping[str, Any], name: str, answer: str | None) -> str |
     if CLOSING in answer or CLOSING in texts[0]:
         raise UserError(f"{where}: a thought apart, and {CLOSING} in the text; write it in one of the two places")
     return texts[0]
+
+
+def is_prefix(entry: Mapping[str, Any], name: str, text: Any, last_answer: bool = True) -> bool:
+    """True if an entry's text is the beginning of the answer that is asked for.
+
+    `last_answer`: True for the last turn, where the assistant speaks. Raises UserError elsewhere, and without a text.
+    """
+    value = entry.get(PREFIX)
+    if value is None or value is False:
+        return False
+    if value is not True:
+        raise UserError(f"{name}{PREFIX}: expected true or false, found {shortened(value)}")
+    if not last_answer:
+        raise UserError(f"{name}{PREFIX}: only the last turn, by the assistant, can begin the answer; remove the key")
+    if not text:
+        raise UserError(f"{name}{PREFIX}: the beginning of the answer is empty; write it, or leave it out for a prompt")
+    return True
 
 
 def check_row_weight(row: Mapping[str, Any]) -> None:

@@ -131,6 +131,11 @@ class RowDataset(Dataset[Example]):
         conversation = self.processor.parse(self.row(i), file.where(at), root)
         if self.source and not conversation.source:
             conversation = replace(conversation, source=self.source)
+        if conversation.prefix and not self.as_prompt:
+            raise UserError(
+                f"{conversation.where}: prefix: true marks the beginning of an answer that is asked for, no answer to "
+                "learn from; write the whole answer and remove the key, or move the row to data.predict"
+            )
         return conversation.as_prompt() if self.as_prompt else conversation
 
     def __getitem__(self, key: Key) -> Example:

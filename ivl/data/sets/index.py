@@ -39,7 +39,7 @@ from ivl.data.worker_loader import WorkerLoader
 from ivl.files import whole_file, write_text
 from ivl.types import UserError, printable
 
-_FORMAT = 5
+_FORMAT = 6
 _CHUNK = 256
 _SHOWN = 10
 RECORD = np.dtype(

@@ -67,7 +67,8 @@ class Template:
     every_turn: bool = False
     """Keep an answer before the first question, and in training the end of an empty answer; both are learnt from"""
     prefill: str = ""
-    """Text after `answer` at the end of a prompt, never before an answer of a row: `<think>` of thinking models"""
+    """Text after `answer` at the end of a prompt, never before an answer of a row, be it a beginning alone
+    (`Conversation.prefix`): `<think>` of thinking models"""
     thoughts: Thoughts = Thoughts()
 
     @property
@@ -178,7 +179,9 @@ def spans(
             yield "template", template.end, message.trained
             yield "template", template.gap, False
     if conversation.messages[-1].role == "user":
-        yield "template", template.answer + template.prefill, False
+        yield "template", template.answer + ("" if conversation.prefix else template.prefill), False
+        if conversation.prefix:
+            yield "answer", template.lead + conversation.prefix, False
 
 
 def _with_thought(text: str, thought: str | None, rules: Thoughts, earlier: bool) -> str:

@@ -161,6 +161,26 @@ def test_several_answers_and_log_probabilities_of_each_row(base, api, tmp_path):
         _ = Generation(num_answers=2).sampling_params
 
 
+def test_an_answer_goes_on_from_the_beginning_that_its_row_has(base, api, tmp_path):
+    turns = [{"role": "user", "content": "Which animal?"}, {"role": "assistant", "content": "It is", "prefix": True}]
+    made = [{"messages": turns}, {"query": "Which animal?"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    options = ["--model.generation.temperature", "1.0", "--model.generation.num_answers", "2"]
+    assert main(command(base, tmp_path / "answers.jsonl", "--data.predict", str(rows), *options)) == 0
+    begun, other = read(tmp_path / "answers.jsonl")
+    example = api.processor(made[0])
+    seed = row_seed(0, 0)
+    for answer, each in zip(begun["responses"], (seed, row_seed(seed, 1)), strict=True):
+        batch = api.processor.collate([example])
+        ids = list(api.model.stream(batch, **api.options, temperature=1.0, seed=each))
+        assert answer["response"] == api.processor.decode(ids, prefix="It is")
+        assert answer["response"].startswith("It is") and len(answer["response"]) > len("It is")
+    assert begun["response"] == begun["responses"][0]["response"]
+    assert (begun["prefix"], other["prefix"]) == ("It is", None)
+    assert begun["prompt"].endswith("It is") and begun["prompt"].startswith(other["prompt"])
+
+
 def test_answers_are_those_of_each_row_alone(base, alone, tmp_path):
     out = tmp_path / "answers.jsonl"
     assert main(command(base, out)) == 0
