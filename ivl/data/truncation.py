@@ -153,7 +153,10 @@ def _starts(row: EncodedRow) -> list[int]:
 
 def _turns_to_drop(row: EncodedRow, max_length: int, tokens_per_tile: int) -> int:
     """Estimate of the number of turns to drop, by the characters of each turn and its fewest tiles."""
-    sizes = [sum(len(p) if isinstance(p, str) else 0 for p in m.parts) for m in row.conversation.messages]
+    sizes = [
+        len(m.reasoning or "") + sum(len(p) if isinstance(p, str) else 0 for p in m.parts)
+        for m in row.conversation.messages
+    ]
     media = iter(row.shapes)
     fewest = [sum(next(media).frames for p in m.parts if not isinstance(p, str)) for m in row.conversation.messages]
     ratio = (len(row.ids) - row.num_tiles * tokens_per_tile) / max(1, sum(sizes))

@@ -51,6 +51,10 @@ def settings(benchmark: Task) -> dict[str, Any]:
         "data.max_prompt_length": None,
         "data.exif": False,
         "data.system_message": None,
+        "data.thinking": None,
+        "data.share_tiles": False,
+        "data.dynamic_image_size": None,
+        "data.pad2square": None,
     }
     if benchmark.frames:
         video = {"num_segments": benchmark.frames, "fps": None, "sample": "middle", "max_tiles": benchmark.max_tiles}

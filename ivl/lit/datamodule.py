@@ -77,7 +77,7 @@ class IvlData(LightningDataModule):
         max_prompt_length: Most tokens of a prompt in predict, where a typed --data.max_length means it too. Default:
             the model's context.
         max_tiles: Most tiles of an image, thumbnail not counted. Default: the checkpoint's.
-        share_tiles: Divide max_tiles by the number of images of a row, as the official trainer does.
+        share_tiles: Divide max_tiles by the number of images of a row, as the official trainer does; `chat` does not.
         dynamic_image_size: false makes one tile of each image. Default: as the checkpoint says.
         pad2square: Pad an image of one tile to a square, instead of stretching it. Default: as the checkpoint says.
         on_too_long: Treatment of a row above its limit: fit lowers tiles, largest image first, then drops the

@@ -77,10 +77,16 @@ def test_official_files_are_answered_scored_and_shown(base, tmp_path, capsys, na
 
 def test_what_is_typed_wins_and_a_config_file_does_not(base, tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("model: {generation: {max_new_tokens: 2, temperature: 0.7}}\ndata: {max_tiles: 1}\n")
+    config.write_text("""
+model: {generation: {max_new_tokens: 2, temperature: 0.7}}
+data: {max_tiles: 1, share_tiles: true, dynamic_image_size: false, system_message: none, thinking: true}
+""")
     (row,) = predict(base, tmp_path / "a.jsonl", "textvqa", "--config", str(config), "--data.max_tiles=2")
     assert row["max_tiles"] == 2
     assert row["decoding"]["max_new_tokens"] == 10 and row["decoding"]["temperature"] == 0
+    assert "system\n" in row["prompt"] and "<think>" not in row["prompt"]
+    published = settings(TASKS["textvqa"])
+    assert not published["data.share_tiles"] and published["data.dynamic_image_size"] is None
 
 
 def test_other_weights_have_another_name(base, tmp_path):
