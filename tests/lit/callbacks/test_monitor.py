@@ -3,9 +3,15 @@
 import pytest
 import torch
 
+from ivl.config import Config
 from ivl.estimate.flops import Work
+from ivl.estimate.hardware import Device
+from ivl.lit.callbacks import monitor
 from ivl.lit.callbacks.monitor import SourceLosses, added, clock, device_row
 from ivl.types import Batch, Conversation, Message
+from tests.lit.rows import write_rows
+from tests.lit.test_runs import fit, scalars
+from tests.tiny import write_checkpoint
 
 
 def rows(*sources: str) -> list[Conversation]:
@@ -31,6 +37,27 @@ def test_work_and_devices(monkeypatch):
     assert device_row(torch.device("cuda")).flops == 989.4e12
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some new device")
     assert device_row(torch.device("cuda")) is None and device_row(torch.device("cpu")) is None
+
+
+def test_a_run_on_a_known_device_logs_its_utilisation_and_is_the_same_run(tmp_path, monkeypatch):
+    """Counting the model's operations at its start draws no random number."""
+    base = tmp_path / "base"
+    write_checkpoint(base / "model")
+    for count, name in ((12, "train.jsonl"), (5, "val.jsonl")):
+        write_rows(base / "data", count, name)
+    modes = {"model__tune": {"language_model": {"rank": 4, "dropout": 0.1}}, "trainer__max_steps": 3}
+    plain = fit(base, tmp_path / "plain", **modes)
+    peak = Device("imagined", 1e9, 1e9)
+    monkeypatch.setattr(monitor, "device_row", lambda device: peak)
+    measured = fit(base, tmp_path / "measured", **modes)
+    assert plain.keys() == measured.keys() and all(torch.equal(plain[name], measured[name]) for name in plain)
+    shares, rates = (scalars(tmp_path / "measured", tag) for tag in ("speed/mfu", "speed/tokens_per_s"))
+    assert len(shares) == len(rates) == 3
+    per_token = [share * peak.flops / rate for share, rate in zip(shares, rates)]
+    # Operations of a token differ with the tiles of a batch, not with the time it took.
+    llm = Config.load(base / "model").llm
+    width, inner, layers = llm["hidden_size"], llm["intermediate_size"], llm["num_hidden_layers"]
+    assert all(2 * layers * 3 * width * inner < each < 10**8 for each in per_token)
 
 
 def test_clock():
