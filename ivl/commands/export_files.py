@@ -17,7 +17,7 @@ from ivl.checkpoint.hf_layout import hf_config
 from ivl.config import read_json
 from ivl.data.processor import Processor
 from ivl.data.text.jinja_template import chat_template
-from ivl.data.text.template import release_system_message
+from ivl.data.text.template import Thoughts, release_system_message
 from ivl.files import write_json
 from ivl.hf_config import is_hf, released_config
 from ivl.system_text import NONE
@@ -71,7 +71,7 @@ def write_released(settings: Settings, folder: Path) -> list[str]:
     text = chat_template(processor.template, processor.tokenizer, processor.system_message)
     path = base / "tokenizer_config.json"
     write_json(folder / "tokenizer_config.json", (read_json(path) if path.is_file() else {}) | {"chat_template": text})
-    if (base / "chat_template.jinja").is_file():  # where it is there, it wins over the key
+    if (base / "chat_template.jinja").is_file() or processor.template.thoughts != Thoughts():  # it wins over the key
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     if (base / "preprocessor_config.json").is_file() and not is_hf(read_json(base / "config.json")):
         shutil.copyfile(base / "preprocessor_config.json", folder / "preprocessor_config.json")

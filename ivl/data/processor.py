@@ -176,7 +176,7 @@ class Processor:
             thinking,
             dynamic_image_size,
             pad2square,
-            thoughts_of(folder, row),
+            thoughts_of(folder, config, row),
         )
         processor.line = line_of(config, release_message)
         return processor

@@ -170,12 +170,16 @@ def recognised(folder: Path, config: Config) -> Config:
     return replace(config, template=row.name, system_message=system, answer_prefill=prefill if opened else "")
 
 
-def thoughts_of(folder: Path, template: Template) -> Thoughts:
+def thoughts_of(folder: Path, config: Config, template: Template) -> Thoughts:
     """Rules for thoughts of a folder's own chat template; the usual ones where it has none, or knows no thoughts.
 
-    Raises UserError where its chat template cannot be rendered.
+    In the released layout chat_template.jinja alone counts: the key of tokenizer_config.json is often left over from
+    the language model (Qwen's own), and the releases' chat and trainers look at neither. Raises UserError where the
+    chat template cannot be rendered.
     """
     text, where = _read_chat_template(folder)
+    if config.layout == "released" and where.name != "chat_template.jinja":
+        return template.thoughts
     if text is None or ("think" not in text and "reasoning_content" not in text):
         return template.thoughts
     return _thoughts(_Rendered(text, where), template.answer)

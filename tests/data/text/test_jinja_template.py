@@ -183,8 +183,8 @@ def test_thoughts_as_the_folders_own_template_writes_them(tmp_path, layout):
     base = write_checkpoint(tmp_path / "base", "Qwen3ForCausalLM")
     folder = export(str(tmp_path / "hf"), base=str(base), layout="hf") if layout == "hf" else base
     (folder / "chat_template.jinja").write_text(QWEN3)
-    again = export(str(tmp_path / "again"), base=str(folder), layout=layout)
-    for place in (folder, again):
+    again = [export(str(tmp_path / f"to {form}"), base=str(folder), layout=form) for form in ("released", "hf")]
+    for place in (folder, *again):
         processor = Processor.from_pretrained(place, system_message="none")
         for messages in TALKS:
             prompt = messages[-1]["role"] == "user"
@@ -192,6 +192,17 @@ def test_thoughts_as_the_folders_own_template_writes_them(tmp_path, layout):
             assert text_of(processor, messages) == rendered[0]
     default = Processor.from_pretrained(folder)
     assert default.system_message == find_template("internvl2_5").system_message
+
+
+def test_a_template_left_over_from_the_language_model_changes_no_row(tmp_path):
+    """Qwen's own, in tokenizer_config.json of a release: the official trainer does not look at it."""
+    base = write_checkpoint(tmp_path, "Qwen3ForCausalLM")
+    rows = [Processor.from_pretrained(base)({"messages": messages}) for messages in TALKS]
+    (base / "chat_template.jinja").unlink()
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": QWEN3}))
+    again = Processor.from_pretrained(base)
+    assert [again({"messages": m}).labels.tolist() for m in TALKS] == [row.labels.tolist() for row in rows]
 
 
 def test_the_released_template_keeps_thoughts_in_the_history(tmp_path):
