@@ -108,7 +108,7 @@ class Attention(nn.Module):
         self.layer, self.kernel, self.head_dim = layer, config.attention, config.head_dim
         self.window, self.dropout = config.sliding_window, config.attention_dropout
         self.join: Join = joined
-        """How rows computed one by one become one sequence (`ivl.model.efficient.recompute`)"""
+        """Function that makes one sequence of rows computed one by one (`ivl.model.efficient.recompute`)"""
         self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
         q_width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         width, bias = config.hidden_size, config.qkv_bias

@@ -7,6 +7,7 @@ import pytest
 from ivl.data.processor import Processor
 from ivl.data.rows.formats import parse
 from ivl.data.sets.dataset import RowDataset
+from ivl.data.sets.index import build_index
 from ivl.data.text.template import TEMPLATES, written
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
@@ -66,6 +67,7 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
         ({"messages": [USER, ANSWER | {"content": ""}]}, r"messages\[1\].prefix: the beginning of the answer is empty"),
         ({"messages": [USER, ANSWER | {"content": None}]}, r"messages\[1\].prefix: the beginning of the answer is emp"),
         ({"messages": [USER, ANSWER | {"content": [{"type": "text", "text": ""}]}]}, "beginning of the answer .* is e"),
+        ({"messages": [USER, ANSWER | {"reasoning_content": "Hm."}]}, r"messages\[1\]: a thought apart, and the begin"),
         ({"messages": [ANSWER]}, "no user's turn"),
         ({"query": "Hi", "prefix": True}, "^prefix: the beginning of the answer is empty"),
         ({"query": "Hi", "prefix": "Hello"}, "^prefix: expected true or false, found 'Hello'"),
@@ -102,4 +104,8 @@ def test_nothing_is_learnt_from_it_and_rows_to_learn_from_are_refused(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"rows.jsonl:2: prefix: true marks the beginning of an answer that is asked "):
         RowDataset(path, processor)[1]
-    assert RowDataset(path, processor, as_prompt=True)[1].conversation.prefix == BEGINNING
+    prompts = RowDataset(path, processor, as_prompt=True)
+    assert prompts[1].conversation.prefix == BEGINNING
+    learnt, asked = (build_index(rows, 0, cache_dir=tmp_path) for rows in (RowDataset(path, processor), prompts))
+    assert list(learnt.problems) == [1] and f"{path}:2: prefix: true marks" in learnt.problems[1]
+    assert not asked.problems and not asked.unread_keys() and asked.tokens[1] == len(prompts[1])
