@@ -69,10 +69,6 @@ def load_image(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -
     Raises UserError naming the source.
     """
     where = describe(source)
-    if isinstance(source, Image.Image):
-        _check_size(source.size, where, policy)
-        with _decoding(where):
-            return _upright(source.copy(), None, exif, where, policy)
     with _opened_image(source, where, policy) as (image, opened):
         return _upright(image, opened, exif, where, policy)
 
@@ -83,9 +79,6 @@ def image_size(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -
     Raises UserError as `load_image` does, except for faults that only decoding shows.
     """
     where = describe(source)
-    if isinstance(source, Image.Image):
-        with _decoding(where):
-            return _size(source, exif, where, policy)
     with _opened_image(source, where, policy, decode=False) as (image, _):
         return _size(image, exif, where, policy)
 
@@ -93,9 +86,6 @@ def image_size(source: Any, exif: bool = True, policy: MediaPolicy = _DEFAULT) -
 def stored_picture(source: Any, policy: MediaPolicy = _DEFAULT) -> StoredImage:
     """Size of an image as it is stored, and its orientation, from the header alone. Raises as `image_size` does."""
     where = describe(source)
-    if isinstance(source, Image.Image):
-        with _decoding(where):
-            return stored_image(source)
     with _opened_image(source, where, policy, decode=False) as (image, _):
         _check_size(image.size, where, policy)
         return stored_image(image)
@@ -213,10 +203,15 @@ def _refuse(opened: BinaryIO | None, where: str, expected: str) -> None:
 @contextmanager
 def _opened_image(
     source: Any, where: str, policy: MediaPolicy, decode: bool = True
-) -> Iterator[tuple[Image.Image, BinaryIO]]:
-    """Image of a file, its pixels not yet decoded. `decode`: they will be, so look first for damage in a JPEG that
-    Pillow passes over.
+) -> Iterator[tuple[Image.Image, BinaryIO | None]]:
+    """Image of a file, its pixels not yet decoded, or a copy of a PIL image. `decode`: the pixels will be decoded, so
+    look first for damage in a JPEG that Pillow passes over.
     """
+    if isinstance(source, Image.Image):
+        _check_size(source.size, where, policy)
+        with _decoding(where):
+            yield source.copy() if decode else source, None
+        return
 
     def check(opened: BinaryIO) -> None:
         with _decoding(where, opened), open_picture(opened, policy.max_pixels) as image:
