@@ -19,9 +19,9 @@ from models import raw_config
 from ivl.config import Config
 from ivl.estimate.training_step import MemTracker
 from ivl.finetune import tune as tuning
-from ivl.finetune.tune import LoRA, Tune
 from ivl.model.efficient import last_block, layer_scale, lora_linear, recompute
 from ivl.model.internvl import InternVL
+from ivl.options import LoRA, Tune
 
 TOKENS, TILES, IMAGE = 768, 2, 9
 TECHNIQUES = {"recompute": recompute, "last_block": last_block, "layer_scale": layer_scale, "lora_linear": lora_linear}

@@ -41,10 +41,10 @@ from ivl.data.collate import collate
 from ivl.estimate import flops
 from ivl.families import config_for, find_model
 from ivl.finetune import tune as tuning
-from ivl.finetune.tune import LoRA, Tune
 from ivl.lit.loss_normalizer import LOSS_UNIT, scale, total_norm
 from ivl.model.efficient.compile import compile_layers
 from ivl.model.internvl import InternVL
+from ivl.options import LoRA, Tune
 from ivl.types import IGNORE, Batch, Conversation, Example
 
 TUNE = Tune("frozen", "frozen", LoRA(rank=16))

@@ -27,6 +27,7 @@ from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import build_index, drop_unusable
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.text.tokenizer import Tokenizer
+from ivl.options import ProcessorOptions
 
 TEXT = """the a picture shows four sheep on green grass under cloudy sky with small white house and an old red tractor
 what is how many are there describe in detail please answer with single word number left right of image chart table
@@ -90,7 +91,9 @@ def main() -> None:
         if options.parquet:
             path = write_parquet(folder, path)
         config = replace(Config.load(options.checkpoint), force_image_size=448)
-        processor = Processor(config, Tokenizer.load(options.checkpoint), max_length=options.max_length)
+        processor = Processor(
+            config, Tokenizer.load(options.checkpoint), ProcessorOptions(max_length=options.max_length)
+        )
         print(f"{options.rows} rows, {path.stat().st_size / 1e6:.0f} MB; {options.workers} workers; ", end="")
         print(f"Python {platform.python_version()}, torch {torch.__version__}\n\n| what | result |\n| --- | --- |")
 

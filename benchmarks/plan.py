@@ -25,8 +25,8 @@ from ivl.demo.model import config as demo_config
 from ivl.estimate.memory import need
 from ivl.estimate.training_step import BatchShape, ShallowModel, TrainSetup
 from ivl.finetune import tune as tuning
-from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import LoRA, Tune
 
 FULL, LOW = Tune("full", "full", "full"), Tune(language_model=LoRA(rank=16, dropout=0.05))
 STEPS = 3

@@ -33,10 +33,11 @@ from transformers import StoppingCriteria as TransformersCriteria
 
 from ivl.inference.engine import Engine
 from ivl.inference.graphs import StepRunner
-from ivl.inference.request import Batching, Request
+from ivl.inference.request import Request
 from ivl.inference.sampling import StoppingCriteria
 from ivl.model.internvl import InternVL
 from ivl.model.vision import normalize
+from ivl.options import Batching
 
 Answers = list[list[int]]
 

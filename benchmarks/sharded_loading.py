@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from ivl.finetune import tune as tuning
-from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import LoRA, Tune
 from ivl.parallel.fsdp import build_sharded, parallelize
 
 TUNES = {

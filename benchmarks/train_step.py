@@ -82,7 +82,7 @@ def counted(args: argparse.Namespace) -> tuple[float, float, float, float | None
     from ivl.data.sets.dataset import RowDataset
     from ivl.estimate.flops import Work, costs
     from ivl.estimate.training_step import TrainSetup
-    from ivl.finetune.tune import LoRA, Tune
+    from ivl.options import LoRA, Tune
 
     read = RowDataset(args.rows, Processor.from_pretrained(args.model, max_tiles=args.max_tiles))
     examples = [read[n] for n in range(len(read))]
@@ -122,10 +122,10 @@ def optimizer(parameters: Any) -> torch.optim.Optimizer:
 def ours(args: argparse.Namespace) -> dict[str, Any]:
     from lightning.pytorch import Callback, Trainer
 
-    from ivl.finetune.tune import LoRA, Tune
     from ivl.lit.datamodule import IvlData
     from ivl.lit.module import LitInternVL
     from ivl.lit.schedule import Warmup
+    from ivl.options import LoRA, Tune
 
     times, losses = [], []
     lora = LoRA(LORA["rank"], LORA["alpha"], 0.0 if args.no_dropout else LORA["dropout"])

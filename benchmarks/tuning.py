@@ -60,10 +60,9 @@ def train(args: argparse.Namespace) -> None:
     """One mode, in this process; prints JSON."""
     from lightning.pytorch import Callback, Trainer
 
-    from ivl.finetune.tune import Tune
     from ivl.lit.datamodule import IvlData
     from ivl.lit.module import LitInternVL
-    from ivl.lit.strategies.model_loading import Checkpointing
+    from ivl.options import Checkpointing, Tune
 
     class Timed(LitInternVL):
         inside = 0.0

@@ -67,10 +67,9 @@ def main(argv: list[str] | None = None) -> int:
             from ivl.hub import choose
 
             choose(hub_options.get("--hub"), hub_options.get("--token"), hub_options.get("--revision"))
-        module = importlib.import_module(COMMANDS[command][0])
-        if module.__name__ == "ivl.lit.cli":
-            return module.main(argv, prepare_demo=_prepare_demo)
-        return module.main(argv[1:])
+        if COMMANDS[command][0] == "ivl.lit.cli":
+            return _lightning(argv)
+        return importlib.import_module(COMMANDS[command][0]).main(argv[1:])
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001  (printed as a line, or with its traceback)
@@ -101,6 +100,23 @@ def _split_options(argv: list[str], options: tuple[str, ...]) -> tuple[list[str]
     return rest, values
 
 
+def _lightning(argv: list[str]) -> int:
+    """Run one of Lightning's commands. Help and most mistakes are answered before it is imported."""
+    from ivl.cli import help as pages
+    from ivl.cli import preflight
+
+    command, *words = argv
+    topic = pages.topic_of(words)
+    if topic not in (None, "full"):
+        print(pages.page(command, str(topic)), end="")
+        return 0
+    if topic is None:
+        preflight.check(command, words)
+    from ivl.lit import cli
+
+    return cli.main([command, "--help"] if topic else argv, prepare_demo=_prepare_demo)
+
+
 def _prepare_demo(folder: Path) -> None:
     from ivl.demo import prepare  # slow to import, and rarely needed
 
@@ -109,8 +125,8 @@ def _prepare_demo(folder: Path) -> None:
 
 def _explain(error: Exception) -> str | None:
     """Return the one line of a user's mistake; None for a fault of this program."""
+    from ivl.errors import UserError
     from ivl.files import disk_fault
-    from ivl.types import UserError
 
     text = str(error).strip()
     if isinstance(error, UserError):
@@ -132,7 +148,7 @@ def _raised_by(error: Exception) -> str:
 
 
 def _fail(message: str) -> int:
-    from ivl.types import printable
+    from ivl.errors import printable
 
     print(f"error: {printable(message)}", file=sys.stderr)
     return 2

@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 from collections.abc import Generator, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 from ivl.data.media.tiler import MediaCache
@@ -20,37 +19,15 @@ from ivl.inference.generate import stream_request
 from ivl.inference.graphs import StepRunner
 from ivl.inference.prefix_cache import PrefixCache
 from ivl.inference.request import Request
-from ivl.inference.sampling import FinishReason, SamplingParams, StoppingCriteria
+from ivl.inference.sampling import FinishReason, StoppingCriteria
 from ivl.model.internvl import InternVL
+from ivl.options import ChatOptions
 from ivl.reasoning import split_reasoning
 from ivl.system_text import system_text
 from ivl.types import Conversation, Message, UserError
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Generation options of answers: length and sampling."""
-
-    max_new_tokens: int = 1024
-    """Most tokens of an answer."""
-    temperature: float = 0.0
-    """Temperature of sampling; 0 is greedy."""
-    top_p: float = 1.0
-    """Sample among the most likely tokens that together have this probability."""
-    top_k: int = 0
-    """Sample among this many most likely tokens; 0: all."""
-    repetition_penalty: float = 1.0
-    """Penalty of tokens that already occurred in the answer; above 1 they become less likely."""
-    seed: int = 0
-    """Seed of the sampling, begun anew for each answer."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
-        self.sampling_params()
-
-    def sampling_params(self) -> SamplingParams:
-        return SamplingParams(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
+Settings = ChatOptions
+"""Options of the answers: length and sampling."""
 
 
 class Chat:
@@ -173,7 +150,7 @@ class Chat:
         return Engine(
             self.model,
             criteria,
-            settings.sampling_params(),
+            settings,
             settings.max_new_tokens,
             prefix_cache=self.prefix_cache,
             runner=self._runner,

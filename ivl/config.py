@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl import config_fields
-from ivl.types import UserError
+from ivl.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ivl.types import UserError
+from ivl.errors import UserError
 
 
 @dataclass(frozen=True)

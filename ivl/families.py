@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ivl.backbones import BACKBONES, Backbone
 from ivl.config import Config, VisionConfig
-from ivl.types import UserError
+from ivl.errors import UserError
 
 
 @dataclass(frozen=True)

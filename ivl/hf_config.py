@@ -13,8 +13,8 @@ from ivl.config import Config, read_json
 from ivl.config_fields import LLM as LLM_FIELDS
 from ivl.config_fields import VISION as VISION_FIELDS
 from ivl.config_fields import check_part, shown
+from ivl.errors import UserError
 from ivl.families import LLMS
-from ivl.types import UserError
 
 ARCHITECTURE = "InternVLForConditionalGeneration"
 

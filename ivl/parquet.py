@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ivl.types import UserError
+from ivl.errors import UserError
 
 
 def import_pyarrow(name: str) -> Any:

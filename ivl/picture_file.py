@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from ivl.types import UserError
+from ivl.errors import UserError
 
 Image.init()
 FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if f in Image.OPEN)

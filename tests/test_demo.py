@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ivl.data.media.tiler import VideoOptions
 from ivl.data.processor import Processor
 from ivl.demo import prepare
 from ivl.demo.rows import Boards, write_rows
 from ivl.demo.scenes import Scans
 from ivl.model.internvl import InternVL
+from ivl.options import VideoOptions
 from ivl.types import UserError
 
 REPO = Path(__file__).resolve().parents[1]

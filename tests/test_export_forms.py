@@ -10,8 +10,8 @@ import yaml
 from ivl.commands.export import export, read_run
 from ivl.commands.export_verify import difference
 from ivl.finetune import tune
-from ivl.finetune.tune import Blocks, LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import Blocks, LoRA, Tune
 from tests.commands.test_export import logits, stored, write_run
 from tests.tiny import write_checkpoint
 
@@ -59,7 +59,7 @@ def test_what_trained_computes_in_16_bits_too(run, dtype):
     """As `chat --ckpt_path` does it: nothing casts between layers there."""
     folder, model = run
     base = yaml.safe_load((folder / "config.yaml").read_text())["model"]["pretrained"]
-    half = read_run(folder).onto(InternVL.from_pretrained(base, dtype=dtype))
+    half = read_run(folder, "--run").onto(InternVL.from_pretrained(base, dtype=dtype))
     assert difference(logits(model), logits(half).float()) < 5e-2
 
 

@@ -13,6 +13,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "ivl"
 
 FLOOR_0 = {
+    "ivl.errors",
+    "ivl.options",
     "ivl.types",
     "ivl.config_fields",
     "ivl.config",
@@ -34,18 +36,20 @@ MODEL_SIDE = {"ivl.model", "ivl.checkpoint", "ivl.finetune", "ivl.parallel"}
 
 # What each place may import from the package; more specific places first.
 ALLOWED = {
-    "ivl.types": set(),
-    "ivl.config_fields": {"ivl.types"},
-    "ivl.config": {"ivl.types", "ivl.config_fields"},
+    "ivl.errors": set(),
+    "ivl.options": {"ivl.errors", "ivl.picture_file", "ivl.options"},
+    "ivl.types": {"ivl.errors"},
+    "ivl.config_fields": {"ivl.errors"},
+    "ivl.config": {"ivl.errors", "ivl.config_fields"},
     "ivl.backbones": set(),
-    "ivl.families": {"ivl.types", "ivl.config", "ivl.backbones"},
-    "ivl.hf_config": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families"},
-    "ivl.hub": {"ivl.types", "ivl.config_fields", "ivl.config", "ivl.families", "ivl.files", "ivl.hub"},
+    "ivl.families": {"ivl.errors", "ivl.config", "ivl.backbones"},
+    "ivl.hf_config": {"ivl.errors", "ivl.config_fields", "ivl.config", "ivl.families"},
+    "ivl.hub": {"ivl.errors", "ivl.config_fields", "ivl.config", "ivl.families", "ivl.files", "ivl.hub"},
     "ivl.files": set(),
-    "ivl.picture_file": {"ivl.types"},
+    "ivl.picture_file": {"ivl.errors"},
     "ivl.estimate.hardware": set(),
     "ivl.estimate.inference": {"ivl.config", "ivl.estimate.hardware"},
-    "ivl.parquet": {"ivl.types"},
+    "ivl.parquet": {"ivl.errors"},
     "ivl.reasoning": set(),
     "ivl.system_text": set(),
     # `InternVL.generate` and `InternVL.from_pretrained` call what stands on top of the model.
@@ -60,7 +64,10 @@ ALLOWED = {
     "ivl.data.rows": {*FLOOR_0, "ivl.data.rows", "ivl.data.media", "ivl.data.cache"},
     "ivl.data.media": {*FLOOR_0, "ivl.data.media", "ivl.data.rows", "ivl.data.cache", "ivl.data.workers", "ivl.data"},
     "ivl.data": {*FLOOR_0, "ivl.data"},
+    "ivl.cli": {"ivl.errors", "ivl.options", "ivl.cli"},
+    "ivl.run": {"ivl.errors", "ivl.options", "ivl.checkpoint", "ivl.data"},
     "ivl.eval": {
+        "ivl.errors",
         "ivl.types",
         "ivl.config",
         "ivl.files",
@@ -69,7 +76,17 @@ ALLOWED = {
         "ivl.reasoning",
         "ivl.eval",
     },
-    "ivl.lit": {*FLOOR_0, *MODEL_SIDE, "ivl.inference", "ivl.estimate", "ivl.data", "ivl.eval", "ivl.lit"},
+    "ivl.lit": {
+        *FLOOR_0,
+        *MODEL_SIDE,
+        "ivl.inference",
+        "ivl.estimate",
+        "ivl.data",
+        "ivl.eval",
+        "ivl.run",
+        "ivl.cli",
+        "ivl.lit",
+    },
     "ivl": {"ivl"},  # commands, and the package's own front door
 }
 LIGHTNING = "ivl.lit"

@@ -93,10 +93,16 @@ def test_what_is_no_adapter_is_named(tmp_path, capsys):
 def test_what_is_no_checkpoint_is_named(tmp_path, capsys):
     folder, other = run(tmp_path / "run"), adapter(tmp_path / "adapter")
     for argv, message in (
-        (["export", "--out", str(tmp_path / "o"), "--run", str(other)], f"{other}: is an adapter, not a run; give it"),
-        (["chat", "--ckpt_path", str(other)], f"{other}: is an adapter, not a run; give it with --adapter"),
-        (["predict", "--ckpt_path", str(other)], f"--ckpt_path {other}: is an adapter; give it with --model.adapter"),
-        (["predict", "--ckpt_path", str(folder)], f"--ckpt_path {folder}: is a run's folder; give a checkpoint in it"),
+        (
+            ["export", "--out", str(tmp_path / "o"), "--run", str(other)],
+            f"--run {other}: is an adapter, not a run; give it",
+        ),
+        (["chat", "--ckpt_path", str(other)], f"--ckpt_path {other}: is an adapter, not a run; give it with --adapter"),
+        (
+            ["predict", "--ckpt_path", str(other)],
+            f"--ckpt_path {other}: is an adapter, not a run; give it with --model.adapter",
+        ),
+        (["predict", "--ckpt_path", str(folder)], f"{folder}: no whole checkpoint in checkpoints/"),
     ):
         assert main(argv) == 2
         assert f"error: {message}" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_help_of_the_top_command_is_instant():
 
 def options(capsys, command: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([command, "--help", "full"])
     assert stop.value.code == 0
     return capsys.readouterr().out
 

@@ -21,13 +21,12 @@ import torch
 
 from ivl.chat import Chat, Settings
 from ivl.commands.export import Trained, read_run
-from ivl.data.media.download import FetchPolicy
-from ivl.data.media.load import MediaPolicy
 from ivl.data.processor import Processor
 from ivl.families import find_model
 from ivl.finetune import peft_adapter as adapting
 from ivl.hub import resolve
 from ivl.model.internvl import InternVL
+from ivl.options import FetchPolicy, MediaPolicy
 from ivl.parallel.devices import device_of
 from ivl.reasoning import ReasoningStream
 from ivl.system_text import system_text
@@ -315,7 +314,7 @@ def _trained(model: str | None, adapter: str | None, ckpt_path: str | None) -> T
     if ckpt_path is not None and adapter is not None:
         raise UserError("--ckpt_path and --adapter: expected one of them, found both")
     if ckpt_path is not None:
-        return read_run(Path(ckpt_path), model)
+        return read_run(ckpt_path, "--ckpt_path", model)
     if adapter is not None:
         base = adapting.base_of(adapter, model, "--model")
         if note := adapting.other_base(adapter, base):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -13,65 +12,16 @@ import numpy as np
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ivl.commands.rendered import rendered
-from ivl.data.media.download import FetchPolicy
-from ivl.data.media.load import MediaPolicy
-from ivl.data.media.tiler import VideoOptions
 from ivl.data.processor import Processor
-from ivl.data.rows.row_file import FileLimits
 from ivl.data.sets.dataset import Mixture, MixtureSource
 from ivl.data.sets.index import Index, answers_needed, build_index, concat, progress_bar, reasons
-from ivl.data.sets.sources import Source, open_sources
+from ivl.data.sets.sources import open_sources
 from ivl.files import whole_path
+from ivl.options import DataOptions
 from ivl.types import UserError, many, printable
 
 SPLITS = ("train", "val", "test", "predict")
 _SHOWN, _DRAWN = 10, 12
-
-
-@dataclass
-class Data:
-    """Rows and their processing, as in `fit`."""
-
-    train: str | list[str | Source] | None = None
-    """Training rows: a file (jsonl, json, a meta file of several), a data set's name, or several."""
-    mixture: list[Source] | None = None
-    """Several sources of training rows, each with its share of an epoch, instead of train."""
-    val: str | list[str] | None = None
-    """Held-out rows."""
-    test: str | list[str] | None = None
-    """Rows for `test`."""
-    predict: str | list[str] | None = None
-    """Rows for `predict`; they need no response."""
-    media_root: str | None = None
-    """Folder that relative media paths start from. Default: the folder of the file they stand in."""
-    max_length: int = 4096
-    """Most tokens of a row, image tokens included."""
-    max_tiles: int | None = None
-    """Most tiles of an image, thumbnail not counted. Default: the checkpoint's."""
-    share_tiles: bool = False
-    """Divide max_tiles by the number of images of a row."""
-    dynamic_image_size: bool | None = None
-    """False: one tile of each image. Default: as the checkpoint says."""
-    pad2square: bool | None = None
-    """Pad an image of one tile to a square. Default: as the checkpoint says."""
-    on_too_long: Literal["fit", "truncate_text", "drop", "error"] = "fit"
-    """Treatment of a row above max_length."""
-    video: VideoOptions = field(default_factory=VideoOptions)
-    """Sampling of frames from videos."""
-    exif: bool = True
-    """Turn pictures upright as their EXIF block says."""
-    media: MediaPolicy = field(default_factory=MediaPolicy)
-    """Limits of media that are opened and fetched."""
-    file_limits: FileLimits = field(default_factory=FileLimits)
-    """Limits of files of rows: bytes of a row, and of a compressed file once it is unpacked."""
-    resize: Literal["exact", "fast"] = "exact"
-    """Resizing of pictures to tiles: exact as the reference, or fast."""
-    compact_boxes: bool = False
-    """Write boxes as `<box>[[...]]</box>`."""
-    system_message: str | None = None
-    """System message of rows without one, instead of the checkpoint's; `none`: no system turn."""
-    seed: int = 0
-    """Seed of the draw of rows that are shown."""
 
 
 @dataclass
@@ -142,7 +92,7 @@ def _arguments(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--model.pretrained", type=str, default="", help="Checkpoint whose tokenizer, template and tiling are used."
     )
-    parser.add_class_arguments(Data, "data")
+    parser.add_class_arguments(DataOptions, "data")
     parser.add_argument("--media", action="store_true", help="Decode all media, not only read their headers.")
     parser.add_argument("--probe_urls", action="store_true", help="Fetch media behind URLs.")
     parser.add_argument("--out", type=str, default="check", help="Folder of the report and the contact sheet.")
@@ -152,7 +102,7 @@ def _arguments(argv: list[str]) -> Namespace:
     start = parser.get_defaults()
     for path in known.config:
         start = parser.merge_config(parser.parse_object(_config(path), defaults=False), start)
-    return parser.parse_args(rest, namespace=start)
+    return parser.instantiate(parser.parse_args(rest, namespace=start))
 
 
 def _config(path: str) -> dict[str, Any]:
@@ -166,12 +116,9 @@ def _config(path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"--config {path}: expected a fit's config, found {type(config).__name__}")
     model, data = config.get("model") or {}, config.get("data") or {}
-    options = {one.name for one in fields(Data)}
-    if others := set(data) - options - {"pretrained"}:
-        from ivl.lit.datamodule import IvlData  # takes seconds to import
-
-        if unknown := sorted(others - set(inspect.signature(IvlData).parameters)):
-            raise UserError(f"--config {path}: data.{unknown[0]}: no such option; expected one of {', '.join(options)}")
+    options = [one.name for one in fields(DataOptions)]
+    if unknown := sorted(set(data) - {*options, "pretrained"}):
+        raise UserError(f"--config {path}: data.{unknown[0]}: no such option; expected one of {', '.join(options)}")
     if config.get("demo"):
         from ivl.demo import prepare
 
@@ -186,22 +133,7 @@ def _config(path: str) -> dict[str, Any]:
 def _processor(args: Namespace) -> Processor:
     if not args.model.pretrained:
         raise UserError("--model.pretrained: not given; expected a checkpoint's folder or name, such as internvl2-2b")
-    data = args.data
-    return Processor.from_pretrained(
-        args.model.pretrained,
-        max_tiles=data.max_tiles,
-        share_tiles=data.share_tiles,
-        dynamic_image_size=data.dynamic_image_size,
-        pad2square=data.pad2square,
-        max_length=data.max_length,
-        on_too_long=data.on_too_long,
-        video=VideoOptions(**vars(data.video)),
-        exif=data.exif,
-        resize=data.resize,
-        policy=MediaPolicy(**vars(data.media) | {"fetch": FetchPolicy(**vars(data.media.fetch))}),
-        compact_boxes=data.compact_boxes,
-        system_message=data.system_message,
-    )
+    return Processor.load(args.model.pretrained, args.data)
 
 
 # Reading
@@ -210,8 +142,7 @@ def _processor(args: Namespace) -> Processor:
 def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tuple[list[MixtureSource], list[str]]:
     """Sources of an option, and the errors of those that cannot be read at all."""
     parts, errors = [], []
-    for entry in [files] if isinstance(files, str) else files:
-        source = Source(**vars(entry)) if isinstance(entry, Namespace) else entry
+    for source in [files] if isinstance(files, str) else files:
         try:
             parts += open_sources(
                 source,
@@ -220,7 +151,7 @@ def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tupl
                 as_prompt=name == "predict",
                 seed=args.data.seed,
                 cache_dir=args.cache_dir,
-                limits=FileLimits(**vars(args.data.file_limits)),
+                limits=args.data.file_limits,
             )
         except UserError as error:
             errors.append(f"data.{name}: {error}")

@@ -24,7 +24,7 @@ from ivl.estimate.hardware import TILES, TOKENS
 from ivl.estimate.memory import need
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
 from ivl.families import MODELS, ReleasedModel, config_for, find_model
-from ivl.finetune.tune import LoRA, Tune
+from ivl.options import LoRA, Tune
 
 SUPERVISED = 1024
 """Supervised tokens, of the TOKENS of a row."""

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 from ivl.data.media import load as media
 from ivl.data.processor import Processor
 from ivl.lit.callbacks.images import ANSWERED, EXPECTED, lettering, scaled, with_boxes, wrapped
+from ivl.options import Sampling
 from ivl.types import Conversation, Media, Message
 
 WIDTH, HEIGHT, LINE, LINES = 320, 240, 13, 7
@@ -50,4 +51,4 @@ def _pictures(medium: Media, processor: Processor) -> list[Image.Image]:
     exif, policy = processor.tiler.exif, processor.tiler.policy
     if medium.kind == "image":
         return [media.load_image(medium.source, exif, policy)]
-    return media.load_video(medium.source, MOST, None, MOST, medium.start, medium.end, policy=policy)
+    return media.load_video(medium.source, Sampling(MOST), medium.start, medium.end, policy=policy)

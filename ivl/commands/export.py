@@ -33,11 +33,13 @@ from ivl.files import write_json
 from ivl.finetune import peft_adapter as adapting
 from ivl.finetune import tune as tuning
 from ivl.finetune.adapter_writer import Layout
-from ivl.finetune.tune import PARTS, How, LoRA, Tune
+from ivl.finetune.tune import PARTS, How
 from ivl.hub import resolve
 from ivl.model.internvl import InternVL
+from ivl.options import LoRA, Tune
 from ivl.parallel.devices import check_at_hand, device_of, parse_size
-from ivl.types import WEIGHTS, UserError, printable
+from ivl.run import run_and_checkpoint, weights_of
+from ivl.types import UserError, printable
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 REPORT = "export_report.json"
@@ -277,7 +279,7 @@ def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
     if run is not None and adapter is not None:
         raise UserError("--run and --adapter: expected one of them, found both")
     if run is not None:
-        return read_run(Path(run), base)
+        return read_run(run, "--run", base)
     if adapter is not None:
         return Trained(adapting.base_of(adapter, base, "--base"), adapter=Path(adapter), where=adapter)
     if base is not None:
@@ -285,52 +287,24 @@ def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
     raise UserError("nothing to export: expected --run RUN, --adapter DIR, or --base NAME")
 
 
-def read_run(path: Path, base: str | None = None) -> Trained:
+def read_run(path: str | Path, option: str, base: str | None = None) -> Trained:
     """Read the trained weights of a run's folder, or of a checkpoint in it, with the settings in its config.yaml."""
-    import yaml
-
-    file = path if path.suffix == ".ckpt" or path.name == WEIGHTS else _last(path)
-    if file.is_dir() and file.with_name(WEIGHTS).is_file():
-        file = file.with_name(WEIGHTS)
-    if not file.exists():
-        raise UserError(f"{file}: no such file; expected a checkpoint of a run, such as RUN/checkpoints/last.ckpt")
+    run, checkpoint = run_and_checkpoint(path, option, "--adapter")
+    file = weights_of(checkpoint)
     if file.is_dir():
         raise UserError(
             f"{file}: a checkpoint in pieces, one per process; expected one file. Under DeepSpeed a run leaves it at "
             f"its end: go on with `fit --ckpt_path {file}`"
         )
-    folder = next((f for f in file.parents[:3] if (f / "config.yaml").is_file()), None)
-    if folder is None:
-        raise UserError(f"{file}: no config.yaml of its run beside it; expected the folder as the run left it")
-    try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        model, data = settings["model"], settings.get("data") or {}
-        tune, pretrained = Tune.from_dict(model.get("tune") or {}), model["pretrained"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder}/config.yaml: not the config of a run ({error!r}); expected it as `fit` left it"
-        ) from error
     return Trained(
-        base or pretrained,
-        tune,
+        base or run.base,
+        run.tune,
         trained_state(file),
-        max_tiles=data.get("max_tiles"),
-        processing={name: data[name] for name in PROCESSING if data.get(name) is not None},
-        quantize=model.get("quantize"),
+        max_tiles=run.data.get("max_tiles"),
+        processing={name: run.data[name] for name in PROCESSING if run.data.get(name) is not None},
+        quantize=run.model.get("quantize"),
         where=str(file),
     )
-
-
-def _last(run: Path) -> Path:
-    if not run.is_dir():
-        raise UserError(f"{run}: no such folder; expected a run, such as runs/version_0, or one of its .ckpt files")
-    folder = run / "checkpoints"
-    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not checkpoints and (run / "adapter_config.json").is_file():
-        raise UserError(f"{run}: is an adapter, not a run; give it with --adapter")
-    if not checkpoints:
-        raise UserError(f"{run}: no checkpoints/*.ckpt in it; expected the folder of a run that saved one")
-    return folder / "last.ckpt" if folder / "last.ckpt" in checkpoints else checkpoints[-1]
 
 
 def _copy_into(model: InternVL, state: dict[str, Tensor], where: str) -> None:

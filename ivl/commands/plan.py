@@ -16,10 +16,10 @@ from ivl.estimate.hardware import DEVICES, Device, find_device
 from ivl.estimate.memory import MemoryEstimate, need
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
 from ivl.families import config_for, find_model
-from ivl.finetune.tune import LoRA, Tune
 from ivl.hf_config import read_config
 from ivl.hub.hints import check_model_folder
 from ivl.hub.unsupported import refuse_name
+from ivl.options import DataOptions, LoRA, Tune
 from ivl.parallel.devices import parse_size
 from ivl.types import UserError
 
@@ -193,17 +193,17 @@ def _layer_split_devices(strategy: Any) -> int | None:
 
 def rows_of(fit: Any, config: Config) -> Rows:
     """Rows to train on: the named ones where they are at hand, else rows of the greatest length."""
-    from ivl.lit.datamodule import is_packed
+    from ivl.lit.cli import data_options
 
-    data = fit.data
-    packed = is_packed(data.packing, data.batch_size, data.group_by_length)
-    length = data.pack_tokens or data.max_length if packed else data.max_length
+    data = data_options(fit)
+    packed = data.is_packed
+    length = data.tokens_per_pack if packed else data.max_length or config.llm["max_position_embeddings"]
     if (why := _why_not_read(fit)) is None:
-        return _read_rows(fit)
+        return _read_rows(str(fit.model.pretrained), replace(data, report=None))  # the report is the run's to write
     tiled = config.dynamic_image_size if data.dynamic_image_size is None else data.dynamic_image_size
     tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail if tiled else 1
     most = max(0, length - 64) // config.tokens_per_tile
-    rows = 1 if packed else data.batch_size or 8
+    rows = 1 if packed else data.rows_per_batch
     tiles = min(data.pack_tiles or most, most) if packed else rows * min(tiles, most)
     supervised = max(1, int(SUPERVISED * rows * max(length - tiles // rows * config.tokens_per_tile, length // 4)))
     micro = BatchShape(rows, length, tiles, supervised, packed)
@@ -226,12 +226,11 @@ def _why_not_read(fit: Any) -> str | None:
     return None
 
 
-def _read_rows(fit: Any) -> Rows:
-    from ivl.lit.cli import data_of
+def _read_rows(pretrained: str, options: DataOptions) -> Rows:
+    from ivl.lit.datamodule import IvlData
     from ivl.lit.largest import largest_batch
 
-    data = data_of(fit)
-    data.report = None  # which rows are left out is the run's to write
+    data = IvlData(pretrained, **vars(options))
     index, micro = data.training_index(), largest_batch(data)
     count, lengths = len(index), index.tokens.astype(int)
     tokens, tiles = int(lengths.sum()), int(index.tiles.sum())

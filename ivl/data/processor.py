@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from torch import Tensor
 from ivl.config import Config
 from ivl.data import collate as collating
 from ivl.data import truncation
-from ivl.data.media import load as media
 from ivl.data.media.feature_store import FeatureStore
-from ivl.data.media.tiler import ImageTiler, MediaCache, Resize, VideoOptions
+from ivl.data.media.tiler import ImageTiler, MediaCache
 from ivl.data.rows import formats
 from ivl.data.rows.box_frames import BoxFrames
 from ivl.data.text import template
@@ -29,11 +28,10 @@ from ivl.data.text.tokenizer import Tokenizer
 from ivl.data.truncation import EncodedRow, Shape
 from ivl.families import ReleasedModel, find_model, line_of
 from ivl.hf_config import read_config
+from ivl.options import MediaPolicy, ProcessorOptions
 from ivl.reasoning import BEGUN, CLOSED
 from ivl.system_text import NONE, system_text
 from ivl.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Batch, Conversation, Example, Stored, UserError
-
-OnTooLong = Literal["fit", "truncate_text", "drop", "error"]
 
 
 class TooLong(UserError):
@@ -59,47 +57,28 @@ class Processor:
         self,
         config: Config,
         tokenizer: Tokenizer,
-        max_tiles: int | None = None,
-        share_tiles: bool = False,
-        max_length: int | None = 4096,
-        on_too_long: OnTooLong = "fit",
-        video: VideoOptions | None = None,
-        exif: bool = True,
-        compact_boxes: bool = False,
-        system_message: str | None = None,
-        policy: media.MediaPolicy | None = None,
-        resize: Resize = "exact",
+        options: ProcessorOptions = ProcessorOptions(),
         released: ReleasedModel | None = None,
-        thinking: bool | None = None,
-        dynamic_image_size: bool | None = None,
-        pad2square: bool | None = None,
         thoughts: template.Thoughts | None = None,
     ) -> None:
-        """Options as in `from_pretrained`; `released`: abilities of this checkpoint, where they are known; `thoughts`:
-        rules of its own chat template, else the template's."""
-        for name, value in (("max_tiles", max_tiles), ("max_length", max_length)):
-            if value is not None and value < 1:
-                raise UserError(f"{name}: expected at least 1, found {value}")
-        if on_too_long not in get_args(OnTooLong):
-            raise UserError(f"on_too_long: expected one of {', '.join(get_args(OnTooLong))}, found {on_too_long!r}")
-        tiled = config.dynamic_image_size if dynamic_image_size is None else dynamic_image_size
-        padded = config.pad2square if pad2square is None else pad2square
-        config = replace(config, dynamic_image_size=tiled, pad2square=padded)
+        """Make a processor. `released`: abilities of this checkpoint, where they are known; `thoughts`: rules of its
+        own chat template, else the template's."""
+        tiled, padded = options.dynamic_image_size, options.pad2square
+        config = config if tiled is None else replace(config, dynamic_image_size=tiled)
+        config = config if padded is None else replace(config, pad2square=padded)
         self.config = config
         self.tokenizer = tokenizer
         row = template.find_template(config.template)
-        prefill = config.answer_prefill if thinking is None else BEGUN if thinking else CLOSED
+        prefill = config.answer_prefill if options.thinking is None else BEGUN if options.thinking else CLOSED
         self.template = replace(row, prefill=prefill, thoughts=thoughts or row.thoughts)
-        self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
-        self.share_tiles = share_tiles
-        self.max_length = max_length
-        self.on_too_long = on_too_long
-        self.tiler = ImageTiler(config, video, exif, policy, resize)
-        self.compact_boxes = compact_boxes
+        self.max_tiles = config.max_dynamic_patch if options.max_tiles is None else options.max_tiles
+        self.share_tiles, self.compact_boxes = options.share_tiles, options.compact_boxes
+        self.max_length, self.on_too_long = options.max_length, options.on_too_long
+        self.tiler = ImageTiler(config, options)
         self.released = released
         self.line = line_of(config)
         of_config = config.system_message if config.system_turn else NONE
-        known = (system_text(system_message), of_config, released.system_message if released else None)
+        known = (system_text(options.system_message), of_config, released.system_message if released else None)
         self.system_message = next((text for text in known if text is not None), self.template.system_message)
         self.answer_room = 0
         """Tokens left free below max_length in a row that has to be shortened"""
@@ -111,44 +90,21 @@ class Processor:
     def from_pretrained(
         cls,
         name_or_path: str | Path,
-        max_tiles: int | None = None,
-        share_tiles: bool = False,
-        max_length: int | None = 4096,
-        on_too_long: OnTooLong = "fit",
-        video: VideoOptions | None = None,
-        exif: bool = True,
-        compact_boxes: bool = False,
-        system_message: str | None = None,
-        policy: media.MediaPolicy | None = None,
-        resize: Resize = "exact",
-        thinking: bool | None = None,
-        dynamic_image_size: bool | None = None,
-        pad2square: bool | None = None,
+        *,
+        policy: MediaPolicy | None = None,
+        **options: Any,
     ) -> Processor:
         """Load the processor of a checkpoint: a folder, or a name that `ivl.hub` resolves to one.
 
-        Args:
-            max_tiles: most tiles of one image, the thumbnail not counted; None: the checkpoint's limit.
-            share_tiles: divide that limit by the number of images of a row, as the reference's trainer does and its
-                chat does not.
-            max_length: most tokens of one row, text and image tokens together; None: no limit.
-            on_too_long: fit lowers the row's tiles, largest image first, then drops the oldest turns;
-                truncate_text cuts the end (of a prompt, which needs its end: as fit); drop leaves the row out;
-                error stops.
-            video: sampling of videos' frames.
-            exif: turn pictures upright as their EXIF block says; False: as stored, like the reference.
-            compact_boxes: write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`.
-            system_message: default for rows without one, instead of the checkpoint's: a text, `none` for no system
-                turn, or `r1` for the thinking prompt of InternVL3.5.
-            policy: limits of media that are opened and fetched.
-            resize: exact makes the reference's pixels, bit for bit; fast resizes with torch: about half the time, and
-                a pixel in some hundreds is a level off.
-            thinking: True begins each answer to a prompt with `<think>`, False with an empty thought; None: as the
-                checkpoint says.
-            dynamic_image_size: False makes one tile of each image; None: as the checkpoint says.
-            pad2square: True pads an image of one tile to a square, instead of stretching it; None: as the checkpoint
-                says.
+        `options`: those of `ivl.options.ProcessorOptions`, such as max_tiles and max_length. `policy`: another name of
+        the option `media`.
         """
+        options |= {} if policy is None else {"media": policy}
+        return cls.load(name_or_path, ProcessorOptions(**options))
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, options: ProcessorOptions) -> Processor:
+        """Load the processor of a checkpoint, with its options in one."""
         from ivl.hub import resolve
 
         folder = resolve(name_or_path)
@@ -157,27 +113,10 @@ class Processor:
             config = recognised(folder, config)
         row = template.find_template(config.template)
         release_message = template.release_system_message(folder, row)
-        if system_message is None and config.system_message is None and config.system_turn:
-            system_message = release_message
-        processor = cls(
-            config,
-            Tokenizer.load(folder),
-            max_tiles,
-            share_tiles,
-            max_length,
-            on_too_long,
-            video,
-            exif,
-            compact_boxes,
-            system_message,
-            policy,
-            resize,
-            find_model(str(name_or_path)),
-            thinking,
-            dynamic_image_size,
-            pad2square,
-            thoughts_of(folder, config, row),
-        )
+        if options.system_message is None and config.system_message is None and config.system_turn:
+            options = replace(options, system_message=release_message)
+        released = find_model(str(name_or_path))
+        processor = cls(config, Tokenizer.load(folder), options, released, thoughts_of(folder, config, row))
         processor.line = line_of(config, release_message)
         return processor
 

@@ -27,9 +27,9 @@ from torch.utils.flop_counter import (
 
 from ivl.config import Config
 from ivl.estimate.training_step import BatchShape, TrainSetup, batch_of, faked, shallow_copy, used_depth
-from ivl.finetune.tune import Blocks, Tune
 from ivl.model.internvl import InternVL
 from ivl.model.loss import CHUNK
+from ivl.options import Blocks, Tune
 
 
 @dataclass(frozen=True)

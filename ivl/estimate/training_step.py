@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 from ivl.checkpoint.quantization import Quantize
 from ivl.config import Config
 from ivl.finetune import tune as tuning
-from ivl.finetune.tune import Tune
 from ivl.model.attention import AttentionKernel
 from ivl.model.internvl import InternVL
 from ivl.model.loss import CHUNK
+from ivl.options import Tune
 from ivl.types import SequenceLayout, UserError
 
 DEPTH = 3

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ivl.types import UserError
+from ivl.errors import UserError
 
 _DROPPED = {'"', "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 """Tokens that coco-caption drops. It means to drop brackets as well, but spells them in capitals."""

@@ -20,8 +20,8 @@ from typing import Any
 
 from PIL import Image
 
+from ivl.errors import UserError
 from ivl.parquet import parquet_rows
-from ivl.types import UserError
 
 Record = dict[str, Any]
 LETTERS = "ABCDEFGHIJKLM"

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from ivl.types import UserError
+from ivl.errors import UserError
 
 Mode = Literal["compat", "strict"]
 Box = Sequence[float] | Sequence[np.floating]

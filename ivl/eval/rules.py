@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ivl.errors import UserError
 from ivl.eval import metrics
 from ivl.eval.captions import caption_scores
 from ivl.eval.choices import choice, infer_choice, mvbench_match, videomme_letter, yes_or_no
 from ivl.eval.metrics import Mode
-from ivl.types import UserError
 
 Row = dict[str, Any]
 Combine = Callable[[np.ndarray], np.ndarray]

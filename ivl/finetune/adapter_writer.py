@@ -31,8 +31,6 @@ from ivl.finetune.tune import (
     FSDP_PREFIX,
     HEAD,
     PARTS,
-    LoRA,
-    Tune,
     adapted,
     is_tied,
     lora_config,
@@ -40,6 +38,7 @@ from ivl.finetune.tune import (
 )
 from ivl.finetune.tune import trainable_state as trained_tensors
 from ivl.model.parts import ADAPTER
+from ivl.options import LoRA, Tune
 from ivl.types import UserError
 
 if TYPE_CHECKING:

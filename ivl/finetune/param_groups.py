@@ -3,52 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ivl.finetune.tune import FSDP_PREFIX, PARTS, part_of, used_blocks
+from ivl.finetune.tune import FSDP_PREFIX, part_of, used_blocks
+from ivl.options.tuning import PARTS, Rate, Rates
 from ivl.types import text_table
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Learning rate and weight decay of a part's optimizer groups."""
-
-    lr: float | None = None
-    """Peak learning rate. Unset: the optimizer's."""
-    weight_decay: float | None = None
-    """Weight decay of its matrices; vectors (biases, norms, scales) have none. Unset: the optimizer's."""
-
-
-@dataclass(frozen=True)
-class VisionRate(Rate):
-    """Rate of the vision encoder, with layer-wise decay towards the pixels."""
-
-    layer_decay: float = 1.0
-    """Each block's rate is this times that of the block after it, and the patch embedding's this times the first
-    block's (Bao et al. 2021, https://arxiv.org/abs/2106.08254). 1: all alike."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Learning rate and weight decay per part; what is unset follows the optimizer."""
-
-    vision_model: VisionRate = field(default_factory=VisionRate)
-    """The vision encoder."""
-    mlp1: Rate = field(default_factory=Rate)
-    """The projector."""
-    language_model: Rate = field(default_factory=Rate)
-    """The blocks of the language model."""
-    embeddings: Rate = field(default_factory=Rate)
-    """Its input embeddings."""
-    head: Rate = field(default_factory=Rate)
-    """Its output layer."""
 
 
 def vectors(model: nn.Module) -> set[str]:

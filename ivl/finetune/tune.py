@@ -23,14 +23,14 @@ are the two ends of the language model. Learning rates per part are in `ivl.fine
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ivl.families import llm_family
 from ivl.model.parts import ADAPTER
+from ivl.options.tuning import PARTS, Blocks, How, LoRA, Tune, scale_alpha
 from ivl.types import UserError, text_table
 
 if TYPE_CHECKING:
@@ -39,76 +39,9 @@ if TYPE_CHECKING:
 
     from ivl.model.internvl import InternVL
 
-PARTS = ("vision_model", "mlp1", "language_model", "embeddings", "head")
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
 FSDP_PREFIX = "_fsdp_wrapped_module."
 """Infix of classic FSDP in the names of wrapped parameters"""
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters on the linear layers of a part."""
-
-    rank: int = 16
-    """Width of the low-rank matrices."""
-    alpha: float | None = None
-    """Scale: the update is multiplied by alpha / rank. Default: twice the rank."""
-    dropout: float = 0.0
-    """Dropout in front of the low-rank matrices, in training."""
-    targets: list[str] | None = None
-    """Names (last component) of the linear layers to adapt. Default: every linear layer of a block."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
-    dora: bool = False
-    """Learn magnitude and direction apart (https://arxiv.org/abs/2402.09353)."""
-    init: Literal["default", "gaussian", "pissa"] = "default"
-    """Initial values of the two matrices: the first random and the second zero, or, for pissa, from the largest
-    singular values of the weight, which keeps the rest (https://arxiv.org/abs/2404.02948; one SVD per layer)."""
-
-    @property
-    def scale(self) -> float:
-        """Factor of the update."""
-        return scale_alpha(self) / (self.rank**0.5 if self.rslora else self.rank)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The last blocks of the vision encoder in full, the others frozen."""
-
-    last: int
-    """Number of blocks that train."""
-
-
-How = Literal["frozen", "full"] | Blocks | LoRA
-"""Mode of a part in training"""
-
-
-@dataclass(frozen=True)
-class Tune:
-    """Mode of each part: `frozen`, `full`, or the settings of a LoRA such as `{rank: 16}`."""
-
-    vision_model: Literal["frozen", "full"] | Blocks | LoRA = "frozen"
-    """The vision encoder (InternViT); `{last: 4}` trains its last four blocks."""
-    mlp1: Literal["frozen", "full"] | LoRA = "frozen"
-    """The projector between the two."""
-    language_model: Literal["frozen", "full"] | LoRA = field(default_factory=LoRA)
-    """The blocks of the language model."""
-    embeddings: Literal["frozen", "full"] | None = None
-    """Its input embeddings. Unset: full where the blocks are, else frozen."""
-    head: Literal["frozen", "full"] | LoRA | None = None
-    """Its output layer. Unset: full where the blocks are, else frozen."""
-
-    def mode(self, part: str) -> How:
-        """Return a part's mode, for a model that does not share one tensor between embeddings and head."""
-        value = getattr(self, part)
-        return value if value is not None else "full" if self.language_model == "full" else "frozen"
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Tune:
-        """Read the section of a run's config.yaml."""
-        kinds = {True: Blocks, False: LoRA}
-        return cls(**{part: kinds["last" in v](**v) if isinstance(v, dict) else v for part, v in raw.items()})
-
 
 _TARGETS = {"vision_model": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), "mlp1": ("1", "3"), "head": ("lm_head",)}
 
@@ -255,11 +188,6 @@ def count(parameter: nn.Parameter) -> int:
 def trainable_state(model: InternVL) -> dict[str, Tensor]:
     """The tensors that train, by name: what a checkpoint of a run holds."""
     return {n.replace(FSDP_PREFIX, ""): p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def scale_alpha(lora: LoRA) -> float:
-    """alpha, its default filled in."""
-    return 2 * lora.rank if lora.alpha is None else lora.alpha
 
 
 def lora_config(lora: LoRA, targets: Iterable[str]) -> LoraConfig:

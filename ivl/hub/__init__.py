@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ivl.errors import UserError
 from ivl.families import MODELS, find_model
 from ivl.hub import huggingface, modelscope
 from ivl.hub.files import Hub, missing_files
 from ivl.hub.hints import check_model_folder
 from ivl.hub.unsupported import refuse_name
-from ivl.types import UserError
 
 HUBS: tuple[Hub, ...] = ("huggingface", "modelscope")
 

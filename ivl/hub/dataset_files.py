@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from ivl.errors import UserError
 from ivl.hub.huggingface import custom_endpoint
-from ivl.types import UserError
 
 NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<subset>[^:#]*))?(?::(?P<split>[^:#]*))?")
 _ROWS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ivl.config import read_json
 from ivl.config_fields import shown
-from ivl.types import UserError, some
+from ivl.errors import UserError, some
 
 Hub = Literal["huggingface", "modelscope"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ivl.config import read_json
+from ivl.errors import UserError, some
 from ivl.hub.unsupported import refuse_config
-from ivl.types import UserError, some
 
 ADAPTER, RUN = "adapter_config.json", "config.yaml"
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ivl.errors import UserError
 from ivl.hub.files import UNFINISHED, WANTED, corrupt, need_complete, refused, unreachable
-from ivl.types import UserError
 
 
 def cache() -> Path:

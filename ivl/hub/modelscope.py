@@ -17,9 +17,9 @@ from typing import Any
 from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
+from ivl.errors import UserError
 from ivl.files import file_digest
 from ivl.hub.files import CHUNK, UNFINISHED, corrupt, need_complete, refused, unreachable, wanted
-from ivl.types import UserError
 
 
 @dataclass(frozen=True)

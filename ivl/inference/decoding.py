@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ivl.inference.kv_cache import Append, Decode, KVCache, Prefill
-from ivl.inference.sampling import SamplingParams, forbid, penalise_repetition, sample, uniform
+from ivl.inference.sampling import forbid, penalise_repetition, sample, uniform
 from ivl.model.decoder import LanguageModel
+from ivl.options.generation import SamplingParams
 from ivl.types import SequenceLayout
 
 

@@ -28,8 +28,9 @@ from ivl.inference.beam_search import beam_search
 from ivl.inference.graphs import StepRunner
 from ivl.inference.kv_cache import COLUMNS, KVCache
 from ivl.inference.prefix_cache import PrefixCache, TileModel
-from ivl.inference.request import Batching, Request, answer_room, check_max_new_tokens
-from ivl.inference.sampling import Answer, SamplingParams, StoppingCriteria, not_finite
+from ivl.inference.request import Request, answer_room
+from ivl.inference.sampling import Answer, StoppingCriteria, not_finite
+from ivl.options.generation import Batching, SamplingParams, check_max_new_tokens
 from ivl.types import UserError
 
 

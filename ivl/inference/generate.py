@@ -3,48 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 from ivl.inference.engine import Engine, VisionLanguageModel
 from ivl.inference.request import Request
-from ivl.inference.sampling import Answer, FinishReason, NotFinite, SamplingParams, StoppingCriteria
+from ivl.inference.sampling import Answer, FinishReason, NotFinite, StoppingCriteria
+from ivl.options.generation import GenerationOptions
 from ivl.types import Batch, UserError
 
 
 def generate(
     model: VisionLanguageModel,
     batch: Batch,
-    max_new_tokens: int = 128,
-    min_new_tokens: int = 0,
+    max_new_tokens: int = GenerationOptions.max_new_tokens,
+    *,
     eos_ids: Sequence[int] | None = None,
     stop: Sequence[Sequence[int]] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    all_done: Callable[[bool], bool] | None = None,
     stopped: Callable[[list[int]], bool] | None = None,
-    num_beams: int = 1,
-    logprobs: bool = False,
+    all_done: Callable[[bool], bool] | None = None,
+    **options: Any,
 ) -> list[Answer]:
     """Return the new token ids of each row of a padded batch, with the token that ended it.
 
     Each is a list of ids with a `finish_reason`: stop, length (`max_new_tokens`) or context (the model's is full), and
     with `logprobs` where they are asked for.
-    `eos_ids` end a row, by default the checkpoint's own, as does a sequence of `stop`, or `stopped`, which is asked
-    about the tokens so far; but not within `min_new_tokens`.
-    `seed`: a sampled answer depends on it and not on its neighbours. `repetition_penalty` is over the answer alone.
+    `options`: others of `ivl.options.GenerationOptions`, but num_answers. `eos_ids` end a row, by default the
+    checkpoint's own, as does a sequence of `stop`, or `stopped`, which is asked about the tokens so far; but not within
+    `min_new_tokens`.
     `all_done` makes this process go on until all others are done: it is given whether this one is, and returns whether
-    all are. `num_beams` above 1: beam search, one row after another.
+    all are.
     Raises UserError where a prompt fills the context, logits are not finite, or an option is out of range.
     """
-    params = SamplingParams(temperature, top_p, top_k, repetition_penalty)
-    criteria = StoppingCriteria(model.eos_ids if eos_ids is None else eos_ids, stop, stopped, min_new_tokens)
-    engine = Engine(model, criteria, params, max_new_tokens, num_beams, logprobs=logprobs)
-    requests = requests_of(batch, seed)
+    settings = GenerationOptions(max_new_tokens, **options)
+    engine, requests = _engine(model, batch, settings, eos_ids, stop, stopped)
     for request in requests:
         engine.submit(request)
-    if all_done is not None and num_beams == 1:
+    if all_done is not None and settings.num_beams == 1:
         engine.run_in_step_with(all_done)
     else:
         for _ in engine.run():
@@ -56,25 +50,44 @@ def generate(
 def stream(
     model: VisionLanguageModel,
     batch: Batch,
-    max_new_tokens: int = 128,
-    min_new_tokens: int = 0,
+    max_new_tokens: int = GenerationOptions.max_new_tokens,
+    *,
     eos_ids: Sequence[int] | None = None,
     stop: Sequence[Sequence[int]] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
     stopped: Callable[[list[int]], bool] | None = None,
+    **options: Any,
 ) -> Generator[int, None, FinishReason]:
-    """Yield the new token ids of one row as they are made; the settings of `generate`. Returns why the answer ended."""
+    """Yield the new token ids of one row as they are made. Returns why the answer ended.
+
+    Arguments as in `generate`; there are no beams.
+    """
     if len(batch.input_ids) != 1:
         raise UserError(f"stream: expected a batch of one row, found {len(batch.input_ids)}")
-    params = SamplingParams(temperature, top_p, top_k, repetition_penalty)
-    criteria = StoppingCriteria(model.eos_ids if eos_ids is None else eos_ids, stop, stopped, min_new_tokens)
-    engine = Engine(model, criteria, params, max_new_tokens)
-    answer = yield from stream_request(engine, requests_of(batch, seed)[0])
+    settings = GenerationOptions(max_new_tokens, **options)
+    if settings.num_beams > 1:
+        raise UserError(
+            f"stream: num_beams: expected 1, as beams are known at their end only, found {settings.num_beams}"
+        )
+    engine, requests = _engine(model, batch, settings, eos_ids, stop, stopped)
+    answer = yield from stream_request(engine, requests[0])
     return answer.finish_reason
+
+
+def _engine(
+    model: VisionLanguageModel,
+    batch: Batch,
+    settings: GenerationOptions,
+    eos_ids: Sequence[int] | None,
+    stop: Sequence[Sequence[int]],
+    stopped: Callable[[list[int]], bool] | None,
+) -> tuple[Engine, list[Request]]:
+    """Return an engine for a batch of prompts, and a request for each."""
+    if settings.num_answers > 1:
+        raise UserError(f"generate: num_answers: expected 1, found {settings.num_answers}; give the row several times")
+    eos_ids = model.eos_ids if eos_ids is None else eos_ids
+    criteria = StoppingCriteria(eos_ids, stop, stopped, settings.min_new_tokens)
+    engine = Engine(model, criteria, settings, settings.max_new_tokens, settings.num_beams, logprobs=settings.logprobs)
+    return engine, requests_of(batch, settings.seed)
 
 
 def stream_request(engine: Engine, request: Request) -> Generator[int, None, Answer]:

@@ -1,4 +1,4 @@
-"""Requests to the inference engine, and limits of a batch.
+"""Requests to the inference engine.
 
 Shapes: T tokens of a prompt, N tiles, S pixels a side of a tile.
 """
@@ -7,34 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from ivl.inference.sampling import Answer
 from ivl.model.decoder import LanguageModel
+from ivl.options.generation import check_max_new_tokens
 from ivl.types import UserError
-
-
-@dataclass(frozen=True)
-class Batching:
-    """Limits of the rows that are decoded at the same time. Answers are the same for any values."""
-
-    rows: int = 32
-    """Most rows that are decoded together."""
-    tokens: int = 32768
-    """Most tokens in the key-value cache, room for the answers included; one row is always taken."""
-    prefill_tokens: int = 8192
-    """Most tokens of prompts that are read together; the vision encoder runs once over their tiles."""
-    graphs: Literal["auto", "off"] = "auto"
-    """auto: the decoding step as CUDA graphs where the model is on one GPU; off: never."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "tokens", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"batching: {name}: expected at least 1, found {getattr(self, name)}")
-        if self.graphs not in ("auto", "off"):
-            raise UserError(f"batching: graphs: expected auto or off, found {self.graphs!r}")
 
 
 @dataclass
@@ -66,12 +46,6 @@ class Request:
 def row_seed(seed: int, row: int) -> int:
     """Return the seed of a row, the same however rows are batched and shared out."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {row}".encode(), digest_size=7).digest(), "big")
-
-
-def check_max_new_tokens(max_new_tokens: int) -> None:
-    """Raise UserError for an answer of no tokens."""
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
 
 
 def answer_room(model: LanguageModel, prompt: int, max_new_tokens: int) -> int:

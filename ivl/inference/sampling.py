@@ -31,41 +31,6 @@ class Answer(list[int]):
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """Settings of one answer's sampling. Temperature 0 is greedy.
-
-    `top_k` 0: all tokens. `repetition_penalty` acts on the answer alone: the reference feeds embeddings, so its
-    penalty cannot see the prompt.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        )
-        problems = [f"{name}: expected {text}, found {getattr(self, name)}" for name, fits, text in checks if not fits]
-        if problems:
-            raise UserError("; ".join(problems))
-
-    def check_beams(self, num_beams: int, logprobs: bool = False) -> None:
-        """Raise UserError where `num_beams` does not go with these settings."""
-        if num_beams < 1 or (num_beams > 1 and self.temperature > 0):
-            raise UserError(
-                f"num_beams: expected at least 1, and no more than 1 where tokens are sampled; found {num_beams} with "
-                f"temperature {self.temperature}"
-            )
-        if logprobs and num_beams > 1:
-            raise UserError("logprobs: expected false with num_beams above 1, found true")
-
-
-@dataclass(frozen=True)
 class StoppingCriteria:
     """Conditions that end an answer."""
 

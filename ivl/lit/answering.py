@@ -4,61 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from ivl.checkpoint.fingerprint import fingerprint
 from ivl.data.processor import Processor
 from ivl.inference.engine import Engine
 from ivl.inference.graphs import StepRunner
-from ivl.inference.request import Batching, Request, row_seed
-from ivl.inference.sampling import Answer, NotFinite, SamplingParams, StoppingCriteria
+from ivl.inference.request import Request, row_seed
+from ivl.inference.sampling import Answer, NotFinite, StoppingCriteria
 from ivl.lit.prediction_rows import Row, answered, failed
 from ivl.lit.prompts import Prompt
 from ivl.model.efficient.compile import uncompiled
 from ivl.model.internvl import InternVL
+from ivl.options import Batching, GenerationOptions
 from ivl.reasoning import split_reasoning
 from ivl.types import Batch, Conversation, UserError
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Options of sampling and length of answers, in validation and prediction."""
-
-    max_new_tokens: int = 128
-    """The longest answer, in tokens."""
-    min_new_tokens: int = 0
-    """No end of the answer before this many tokens."""
-    temperature: float = 0.0
-    """0 is greedy; above, tokens are sampled."""
-    top_p: float = 1.0
-    """Sample among the most likely tokens that together have this probability."""
-    top_k: int = 0
-    """Sample among this many most likely tokens; 0: all."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that already occurred become less likely."""
-    num_beams: int = 1
-    """Above 1, answers are searched for with this many beams, one row after another."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer, beside the checkpoint's own end tokens; they are not part of it."""
-    seed: int = 0
-    """Seed of the sampling; each row has random numbers of its own, so answers do not depend on batching."""
-    num_answers: int = 1
-    """Answers of each row in prediction, all in its `responses`; above 1 needs a temperature above 0."""
-    logprobs: bool = False
-    """Write the log-probability of each token of an answer into prediction's rows."""
-
-    @property
-    def sampling_params(self) -> SamplingParams:
-        """Settings of the engine. Raises UserError for values out of range."""
-        params = SamplingParams(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
-        params.check_beams(self.num_beams, self.logprobs)
-        if self.num_answers < 1 or (self.num_answers > 1 and self.temperature == 0):
-            raise UserError(
-                f"num_answers: expected 1, or more with a temperature above 0, found {self.num_answers} with "
-                f"temperature {self.temperature}: greedy answers would all be the same"
-            )
-        return params
 
 
 class Answering:
@@ -68,7 +29,7 @@ class Answering:
         self,
         model: InternVL,
         processor: Processor,
-        generation: Generation,
+        generation: GenerationOptions,
         batching: Batching,
         name: str,
         keep_errors: bool = False,
@@ -78,9 +39,9 @@ class Answering:
         answered with its error; else the error is raised. `compiled`: the decoding step by torch.compile."""
         criteria = stopping_criteria(model, processor, generation)
         self.model, self.name = model, name
-        params, limit = generation.sampling_params, generation.max_new_tokens
+        generation.check()
         runner = StepRunner(model.language_model, model.device, batching.graphs, compiled)
-        settings = params, limit, generation.num_beams, batching, generation.logprobs
+        settings = generation, generation.max_new_tokens, generation.num_beams, batching, generation.logprobs
         self.engine = Engine(model, criteria, *settings, runner=runner)
         self._siblings: dict[int, list[Request]] = {}
         """Index of a row that is being answered → its requests"""
@@ -175,7 +136,7 @@ def name_rows(rows: Sequence[Conversation]) -> Iterator[None]:
         raise UserError(f"{rows[error.row].where}: {error}") from error
 
 
-def stopping_criteria(model: InternVL, processor: Processor, generation: Generation) -> StoppingCriteria:
+def stopping_criteria(model: InternVL, processor: Processor, generation: GenerationOptions) -> StoppingCriteria:
     """Return the stopping criteria: end tokens of checkpoint and template, and the texts of `generation.stop`."""
     eos_ids = [*processor.stop_ids, *model.eos_ids]
     stopped = processor.stopped_by(generation.stop)
@@ -183,7 +144,11 @@ def stopping_criteria(model: InternVL, processor: Processor, generation: Generat
 
 
 def answers(
-    model: InternVL, processor: Processor, generation: Generation, prompts: Batch, all_done: Callable[[bool], bool]
+    model: InternVL,
+    processor: Processor,
+    generation: GenerationOptions,
+    prompts: Batch,
+    all_done: Callable[[bool], bool],
 ) -> list[str]:
     """Answer a batch of prompts. `all_done`: as in `ivl.inference.generate.generate`, called where the model is
     sharded, as every process must then compute every token."""

@@ -7,41 +7,42 @@ from pathlib import Path
 
 import yaml
 
-from ivl.hub.hints import is_run
-from ivl.lit.run.resume import newest_checkpoint
-from ivl.types import UserError
+from ivl.checkpoint.newest import newest_checkpoint
+from ivl.errors import UserError, note
+from ivl.run import CONFIG, Run, run_and_checkpoint, todays_classes
 
 
 def run_config(argv: list[str]) -> list[str]:
-    """Prepend the config of the run where `--ckpt_path` is typed without `--config`."""
+    """Name a checkpoint where `--ckpt_path` is a run's folder, and prepend the run's config where no other is typed."""
     command, *rest = argv = with_nulls(argv)
     path = value_of(rest, "--ckpt_path")
-    if command == "fit" or path is None or value_of(rest, "--config") or value_of(rest, "-c"):
+    has_config = command == "fit" or value_of(rest, "--config") or value_of(rest, "-c")
+    if path is None or (has_config and (path == "last" or Run.of(path) != Run(Path(path)))):
         return argv
     if path == "last":
         checkpoint = newest_checkpoint(sorted(Path("runs").glob("*/checkpoints")))
         if checkpoint is None:
             raise UserError("--ckpt_path last: no whole checkpoint in runs/; give the file of one, or a --config")
-        rest += ["--ckpt_path", str(checkpoint)]
-    else:
-        checkpoint = Path(path)
-    if is_run(checkpoint):
-        raise UserError(
-            f"--ckpt_path {checkpoint}: is a run's folder; give a checkpoint in it, such as "
-            f"{checkpoint / 'checkpoints' / 'last.ckpt'}"
-        )
-    if (checkpoint / "adapter_config.json").is_file():
-        raise UserError(
-            f"--ckpt_path {checkpoint}: is an adapter; give it with --model.adapter, and its model's --config"
-        )
-    if not checkpoint.exists():
-        raise UserError(
-            f"--ckpt_path {checkpoint}: no such file; expected a checkpoint of a run, such as RUN/checkpoints/last.ckpt"
-        )
-    for folder in checkpoint.parents[:3]:
-        if (folder / "config.yaml").is_file():
-            return [command, "--config", str(folder / "config.yaml"), *rest]
-    raise UserError(f"{checkpoint}: no config.yaml of its run beside it; give the run's config with --config")
+        path = str(checkpoint)
+    run, checkpoint = run_and_checkpoint(path, "--ckpt_path", "--model.adapter, and its model's --config")
+    config = [] if has_config else ["--config", str(run.folder / CONFIG)]
+    return [command, *config, *rest, "--ckpt_path", str(checkpoint)]
+
+
+def with_todays_classes(argv: list[str]) -> list[str]:
+    """Replace class paths of earlier versions, typed or in configs, with a notice; such a config is given as text."""
+    out: list[str] = []
+    notices: dict[str, None] = {}
+    for before, word in zip(["", *argv], argv):
+        option, equals, value = word.rpartition("=") if word.startswith(("--config=", "-c=")) else ("", "", word)
+        is_file = (equals or before in ("--config", "-c")) and Path(value).is_file()
+        text = Path(value).read_text(encoding="utf-8", errors="replace") if is_file else value
+        todays, lines = todays_classes(text)
+        notices |= dict.fromkeys(f"{value}: {line}" if is_file else line for line in lines)
+        out.append(option + equals + todays if lines else word)
+    for notice in notices:
+        note(notice)
+    return out
 
 
 def value_of(argv: list[str], option: str) -> str | None:

@@ -16,18 +16,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, dict_to_namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, dict_to_namespace, set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from ivl.cli.help import PURPOSES
 from ivl.files import whole_path, write_text
-from ivl.finetune.tune import Tune
 from ivl.hub import with_revision
 from ivl.lit import benchmark
-from ivl.lit.arguments import run_config, value_of, with_lists
+from ivl.lit.arguments import run_config, value_of, with_lists, with_todays_classes
 from ivl.lit.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
 from ivl.lit.callbacks.monitor import Progress, Watch
 from ivl.lit.callbacks.prediction_writer import PredictionWriter
@@ -44,6 +44,8 @@ from ivl.lit.strategies.deepspeed import check_installed, weights_beside
 from ivl.lit.strategies.peers import Peers
 from ivl.lit.strategies.precision import choose_precision, device_has_bf16
 from ivl.lit.types import IvlTrainer, as_data, as_lit
+from ivl.options import DataOptions, Tune
+from ivl.run import Run
 from ivl.types import UserError
 
 
@@ -143,7 +145,11 @@ class IvlCLI(LightningCLI):
         elif config.get("ckpt_path") == "last":
             resolve_last(config, resume=False)
         if config.data.split == "run-validation":
-            config.data.split = str(run_folder(config.get("ckpt_path")))
+            if (run := Run.of(config.get("ckpt_path"))) is None:
+                raise UserError(
+                    "--data.split run-validation: expected --ckpt_path with a checkpoint in the folder of its run"
+                )
+            config.data.split = str(run.folder)
         if self.subcommand == "predict" and config.data.task:
             for line in benchmark.apply(config, sys.argv):
                 self._say(f"{config.data.task}: {line}")
@@ -250,7 +256,7 @@ class IvlCLI(LightningCLI):
     after_test = after_validate
 
     def after_predict(self) -> None:
-        if name := self.datamodule.task:
+        if name := self.datamodule.options.task:
             self._say(f"\nNext:\n  python -m ivl score {self._writer().path} --task {name} --html report.html")
 
     @rank_zero_only
@@ -259,7 +265,7 @@ class IvlCLI(LightningCLI):
         if self.model.scores:
             when = f" (after step {step} of {last})" if self.subcommand == "fit" and step != last else ""
             print(f"\n{scores_table(self.model.scores)}{when}")
-        elif self.subcommand == "fit" and (data.files["val"] or data.val_fraction):
+        elif self.subcommand == "fit" and data.options.holds_out:
             print(
                 f"\nheld-out rows: no validation fell into the run's {last} steps; `python -m ivl validate` scores them"
             )
@@ -281,28 +287,11 @@ class OptionReader(IvlCLI):
         pass
 
 
-def run_folder(checkpoint: str | None) -> Path:
-    """Return the run folder of a checkpoint. Raises UserError where there is none."""
-    parents = Path(checkpoint).parents[:3] if checkpoint else []
-    for folder in parents:
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError("--data.split run-validation: expected --ckpt_path with a checkpoint in the folder of its run")
-
-
 def _cause(error: BaseException) -> str:
     """Return the innermost error of a chain, in one line."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     return " ".join(str(error).split())[:300]
-
-
-PURPOSES = {
-    "fit": "Fine-tune a model.",
-    "validate": "Loss and scores on held-out rows (data.val).",
-    "test": "Loss and scores on test rows (data.test).",
-    "predict": "Answer rows (data.predict), one JSON line each.",
-}
 
 
 def read(argv: list[str]) -> Namespace:
@@ -314,13 +303,13 @@ def read(argv: list[str]) -> Namespace:
         sys.argv = argv_before
 
 
-def data_of(fit: Namespace) -> IvlData:
-    """Build the data module from options of `fit`, without a run."""
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(IvlData, "data")
+def data_options(fit: Namespace) -> DataOptions:
+    """Return the options of data among those of `fit`."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DataOptions, "data")
     data = fit.data.clone()
-    data.pretrained = str(fit.model.pretrained)
-    return parser.instantiate_classes(Namespace(data=data)).data
+    data.pop("pretrained")
+    return parser.instantiate(Namespace(data=data)).data
 
 
 def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
@@ -342,7 +331,10 @@ def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
 
 def _cli(kind: type[IvlCLI], argv: list[str]) -> IvlCLI:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    sys.argv = ["ivl", *run_config(with_lists(argv))]  # Lightning reads it again when it starts further processes
+    sys.argv = [
+        "ivl",
+        *with_todays_classes(run_config(with_lists(argv))),
+    ]  # Lightning reads it again when it starts further processes
     kind.only = name = argv[0]
     usage = f"python -m ivl {name} --config FILE [--config FILE ...] [--OPTION VALUE ...]"
     common = {"exit_on_error": False}

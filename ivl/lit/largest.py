@@ -14,11 +14,12 @@ def largest_batch(data: RunData) -> BatchShape:
     """Largest batch of the training rows: the longest row, the most tiles, the mean number of supervised tokens."""
     index = data.training_index()
     tokens, tiles, supervised = (int(counts.sum()) for counts in (index.tokens, index.tiles, index.supervised))
-    if data.packing:
-        length = data.pack_tokens
-        most = data.pack_tiles or math.ceil(length * tiles / tokens)
+    options = data.options
+    if options.is_packed:
+        length = options.tokens_per_pack
+        most = options.pack_tiles or math.ceil(length * tiles / tokens)
         most, targets = max(most, int(index.tiles.max())), math.ceil(length * supervised / tokens)
         return BatchShape(1, length, most, max(1, targets), packed=True)
-    rows = min(data.batch_size, len(index))
+    rows = min(options.rows_per_batch, len(index))
     most = int(np.sort(index.tiles)[-rows:].sum())
     return BatchShape(rows, int(index.tokens.max()), most, max(1, math.ceil(rows * supervised / len(index))))

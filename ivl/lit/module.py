@@ -19,10 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.processor import Processor
 from ivl.finetune import tune as tuning
-from ivl.finetune.param_groups import Rates, param_groups, scale_rates, vectors
-from ivl.finetune.tune import Tune
-from ivl.inference.request import Batching
-from ivl.lit.answering import Answering, Generation, answers, name_rows
+from ivl.finetune.param_groups import param_groups, scale_rates, vectors
+from ivl.lit.answering import Answering, answers, name_rows
 from ivl.lit.callbacks.nonfinite import NonFiniteGuard
 from ivl.lit.feature_cache import with_features
 from ivl.lit.loaders import data_rank
@@ -35,11 +33,12 @@ from ivl.lit.run.experiment import Experiment
 from ivl.lit.run.optimizer_settings import apply_settings, build, check_schedule, rate_settings
 from ivl.lit.run.resume import check_tensors
 from ivl.lit.schedule import Warmup, estimated_steps
-from ivl.lit.strategies.model_loading import Checkpointing, load_model
+from ivl.lit.strategies.model_loading import load_model
 from ivl.lit.strategies.precision import PrecisionGuard
 from ivl.lit.types import IvlTrainer, data_of
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
+from ivl.options import Batching, Checkpointing, GenerationOptions, Rates, Tune
 from ivl.reasoning import split_reasoning
 from ivl.types import Batch, UserError, some
 
@@ -95,7 +94,7 @@ class LitInternVL(MemoryGuard):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
         rates: Rates = Rates(),
         schedule: ScheduleCallable = lambda o, total_steps: Warmup(o, total_steps),
-        generation: Generation = Generation(),
+        generation: GenerationOptions = GenerationOptions(),
         batching: Batching = Batching(),
         metrics: list[Metric] = ["exact", "iou"],  # noqa: B006  (never changed)
         answer_rows: int | None = None,
@@ -113,7 +112,7 @@ class LitInternVL(MemoryGuard):
         # A checkpoint holds only what trains; on_load_checkpoint is strict about that part.
         self.strict_loading = False
         self._vectors: set[str] | None = None
-        _ = generation.sampling_params  # raises before the model is read
+        generation.check()  # before the model is read
         self.normalizer = LossNormalizer()
         self.feature_store: FeatureStore | None = None
         self.on_rows: Callable[[list[Row]], None] | None = None
@@ -262,7 +261,7 @@ class LitInternVL(MemoryGuard):
                 self.generation,
                 self.batching,
                 name,
-                data is not None and data.on_error != "error",
+                data is not None and data.options.on_error != "error",
                 self.compiled,
             )
             self._answering, self._rows_done = Answering(self.model, self.processor, *settings), 0

@@ -38,7 +38,8 @@ def memory_advice(trainer: Trainer) -> str:
     data, checkpointing = data_of(trainer), as_lit(trainer.lightning_module).checkpointing
     advice = "lower the batch size and raise accumulate_grad_batches, or lower the processor's max_length or max_tiles"
     if data is not None:
-        size = f"data.pack_tokens ({data.pack_tokens})" if data.packing else f"data.batch_size ({data.batch_size})"
+        options, size = data.options, f"data.batch_size ({data.options.rows_per_batch})"
+        size = f"data.pack_tokens ({options.tokens_per_pack})" if options.is_packed else size
         limits = f"data.max_length ({data.processor.max_length}) or data.max_tiles ({data.processor.max_tiles})"
         advice = f"lower {size} and raise trainer.accumulate_grad_batches, or lower {limits}"
     off = [part for part in ("vision_model", "language_model") if not getattr(checkpointing, part)]

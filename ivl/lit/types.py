@@ -11,11 +11,9 @@ from ivl.data.media.feature_store import FeatureStore
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import Index
-from ivl.finetune.tune import Tune
-from ivl.inference.request import Batching
-from ivl.lit.answering import Generation
 from ivl.lit.prediction_rows import Row
 from ivl.model.internvl import InternVL
+from ivl.options import Batching, DataOptions, GenerationOptions, Tune
 
 
 class IvlTrainer(Trainer):
@@ -40,7 +38,7 @@ class RunModule(Protocol):
     efficient: bool
     compiled: bool
     make_optimizer: Callable
-    generation: Generation
+    generation: GenerationOptions
     batching: Batching
     metrics: list[Any]
     total_steps: int
@@ -56,13 +54,7 @@ class RunData(Protocol):
     """`ivl.lit.datamodule.IvlData`."""
 
     processor: Processor
-    files: dict[str, Any]
-    val_fraction: float | None
-    on_error: Any
-    packing: bool
-    batch_size: int
-    pack_tokens: int
-    pack_tiles: int | None
+    options: DataOptions
     answered: set[int]
     """Indices of rows to predict whose answers are on disk already"""
 

@@ -16,8 +16,8 @@ from ivl.commands.export import export
 from ivl.config import Config
 from ivl.finetune import peft_adapter as adapter
 from ivl.finetune import tune
-from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import LoRA, Tune
 from ivl.types import UserError
 from tests.model.rows import padded, rows
 from tests.tiny import FAMILIES, stored_state, write_checkpoint

@@ -20,10 +20,9 @@ from ivl import Chat, InternVL, Processor
 from ivl.__main__ import main
 from ivl.chat import Settings
 from ivl.commands.chat import LINE, Session, chat, printable
-from ivl.data.media.download import FetchPolicy
-from ivl.data.media.load import MediaPolicy
 from ivl.finetune.peft_adapter import save_adapter
-from ivl.finetune.tune import LoRA, Tune, apply
+from ivl.finetune.tune import apply
+from ivl.options import FetchPolicy, LoRA, MediaPolicy, Tune
 from ivl.types import Conversation, Message
 from tests import tiny
 from tests.test_chat import fresh, picture

@@ -1,9 +1,8 @@
 """`python -m ivl check` on rows with mistakes: each is found, named by file and line, and nothing else is."""
 
-import inspect
 import json
 import re
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from ivl.commands.check import _lengths
 from ivl.commands.rendered import rendered
 from ivl.data.processor import Processor
 from ivl.data.sets.index import RECORD, Index
+from ivl.options import DataOptions
 from tests.tiny import write_checkpoint
 
 
@@ -179,13 +179,7 @@ def test_a_config_of_fit(base, tmp_path, capsys):
 
 def test_the_config_that_a_run_left(base, tmp_path, capsys):
     """Every option of the data module is in it, most of them none of check's; a mixture instead of files."""
-    from ivl.lit.datamodule import IvlData
-
-    train = write(tmp_path / "train.jsonl", GOOD)
-    given = {
-        name: asdict(one.default) if is_dataclass(one.default) else one.default
-        for name, one in inspect.signature(IvlData).parameters.items()
-    }
+    train, given = write(tmp_path / "train.jsonl", GOOD), asdict(DataOptions())
     sources = [{"path": train, "name": "a", "ratio": 1.0, "repeat": None}, {"path": train, "name": "b", "ratio": 3.0}]
     given |= {"pretrained": str(base / "model"), "mixture": sources, "media_root": str(base), "max_length": 205}
     run = {"seed_everything": 3, "trainer": {"devices": 1}, "ckpt_path": None, "data": given}

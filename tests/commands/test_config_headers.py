@@ -10,7 +10,7 @@ from ivl.commands.models import config_of, memory
 from ivl.config import Config
 from ivl.estimate.training_step import ShallowModel, TrainSetup
 from ivl.families import MODELS, config_for, find_model
-from ivl.finetune.tune import LoRA, Tune
+from ivl.options import LoRA, Tune
 
 REPO = Path(__file__).resolve().parents[2]
 FAST = ("internvl2-2b", "internvl-chat-v1_5-int8")

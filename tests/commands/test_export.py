@@ -16,8 +16,8 @@ from ivl.commands.export_verify import Probe, difference
 from ivl.data.processor import Processor
 from ivl.finetune import peft_adapter as adapter
 from ivl.finetune import tune
-from ivl.finetune.tune import Blocks, LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import Blocks, LoRA, Tune
 from ivl.types import UserError
 from tests.model.rows import padded, rows
 from tests.tiny import FAMILIES, write_checkpoint
@@ -56,7 +56,8 @@ def write_run(folder: Path, base: Path, how: Tune = BOTH, data: dict | None = No
     model = trained(base, how)
     (folder / "checkpoints").mkdir(parents=True)
     state = {f"model.{name}": tensor for name, tensor in tune.trainable_state(model).items()}
-    torch.save({"state_dict": state, "pretrained": str(base)}, folder / "checkpoints" / "last.ckpt")
+    checkpoint = {"state_dict": state, "pretrained": str(base), "global_step": 3}
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     modes = {p: vars(mode) if isinstance(mode, (Blocks, LoRA)) else mode for p, mode in vars(how).items()}
     settings = {"model": {"pretrained": str(base), "tune": modes}, "data": {"max_tiles": None} | (data or {})}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -10,8 +10,8 @@ from ivl.commands.models import config_of, main, memory
 from ivl.config import Config
 from ivl.estimate.training_step import ShallowModel, TrainSetup
 from ivl.families import MODELS, VARIANTS, config_for, find_model
-from ivl.finetune.tune import LoRA, Tune
 from ivl.hub.unsupported import UNSUPPORTED
+from ivl.options import LoRA, Tune
 
 REPO = Path(__file__).resolve().parents[2]
 

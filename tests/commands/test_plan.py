@@ -83,7 +83,9 @@ def test_rows_at_hand_are_read(base, tmp_path, packed, capsys):
     settings = settings if packed else {"data__batch_size": 4, "data__report": str(tmp_path / "left_out.txt")}
     path = config(base, tmp_path, data__val=None, data__on_error="skip", trainer__max_epochs=1, **settings)
     plan = planned(["--config", str(path)], capsys)
-    rows = list(IvlData(str(base / "model"), str(base / "data/train.jsonl"), num_workers=0).training_index().records)
+    rows = list(
+        IvlData(str(base / "model"), train=str(base / "data/train.jsonl"), num_workers=0).training_index().records
+    )
     tokens, tiles, supervised = ([int(row[name]) for row in rows] for name in ("tokens", "tiles", "supervised"))
     assert plan["rows"] == f"read: 18 rows, {sum(tokens)} tokens, {sum(tiles)} tiles"
     assert not (tmp_path / "left_out.txt").exists()

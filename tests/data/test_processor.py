@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ivl.config import Config
-from ivl.data.media.tiler import VideoOptions
 from ivl.data.processor import Processor, TooLong
 from ivl.data.text.template import SYSTEM_2_5
 from ivl.data.text.tokenizer import Tokenizer
 from ivl.data.truncation import changes
 from ivl.families import find_model
+from ivl.options import ProcessorOptions, VideoOptions
 from ivl.types import IGNORE, UserError
 from tests.tiny import write_checkpoint
 
@@ -35,8 +35,8 @@ def make(golden):
     folder = golden / "checkpoints" / "internvl2_2b"
     config, tokenizer = Config.load(folder), Tokenizer.load(folder)
 
-    def build(**options) -> Processor:
-        return Processor(config, tokenizer, **options)
+    def build(released=None, **options) -> Processor:
+        return Processor(config, tokenizer, ProcessorOptions(**options), released)
 
     return build
 
@@ -79,7 +79,7 @@ def test_recorded_generation(golden, name):
     folder, root = golden / "checkpoints" / name, (golden / recording["media_root"]).resolve()
     config, tokenizer = Config.load(folder), Tokenizer.load(folder)
     for case in recording["cases"]:
-        processor = Processor(config, tokenizer, max_tiles=case["max_num"], exif=False)
+        processor = Processor(config, tokenizer, ProcessorOptions(max_tiles=case["max_num"], exif=False))
         assert processor.stop_ids == [case["eos_token_id"]]
         history = case.get("history") or []
         if history and history[-1][0] == case["question"]:  # chat added its own answer to the list it was given

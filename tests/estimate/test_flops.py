@@ -12,8 +12,8 @@ from ivl.estimate import flops
 from ivl.estimate.flops import Costs, Work, costs, model_costs
 from ivl.estimate.training_step import TrainSetup
 from ivl.finetune import tune
-from ivl.finetune.tune import Blocks, LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import Blocks, LoRA, Tune
 from tests.tiny import FAMILIES, TOWERS, config
 
 IMAGE, VOCABULARY = 9, 300

@@ -10,8 +10,8 @@ from ivl.estimate.memory import need, split_sizes, state_bytes
 from ivl.estimate.training_step import BatchShape, MemTracker, ShallowModel, TrainSetup
 from ivl.families import config_for, find_model
 from ivl.finetune import tune
-from ivl.finetune.tune import Blocks, LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import Blocks, LoRA, Tune
 from tests.estimate.test_flops import IMAGE, MODES, tiny
 
 DEEP = 6

@@ -12,8 +12,8 @@ from ivl.commands.export import export
 from ivl.families import llm_family
 from ivl.finetune import peft_adapter, tune
 from ivl.finetune.adapter_writer import save_adapter
-from ivl.finetune.tune import Blocks, LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import Blocks, LoRA, Tune
 from ivl.types import UserError
 from tests.model.rows import padded, rows
 from tests.model.trained import stirred

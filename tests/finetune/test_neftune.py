@@ -5,8 +5,8 @@ import torch
 
 from ivl.finetune import tune
 from ivl.finetune.neftune import add_noise
-from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import LoRA, Tune
 from tests.model.trained import inputs
 from tests.tiny import write_checkpoint
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ivl.finetune import tune
-from ivl.finetune.param_groups import Rate, Rates, VisionRate, groups_table, param_groups, scale_rates, vectors
-from ivl.finetune.tune import Blocks, LoRA, Tune
+from ivl.finetune.param_groups import groups_table, param_groups, scale_rates, vectors
 from ivl.model.internvl import InternVL
+from ivl.options import Blocks, LoRA, Rate, Rates, Tune, VisionRate
 from tests.tiny import write_checkpoint
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from ivl.families import llm_family
 from ivl.finetune import peft_adapter as adapter
 from ivl.finetune import tune
-from ivl.finetune.tune import Blocks, LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import Blocks, LoRA, Tune
 from ivl.types import UserError
 from tests.model.trained import inputs, stirred
 from tests.tiny import write_checkpoint

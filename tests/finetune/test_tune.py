@@ -5,8 +5,8 @@ import torch
 
 from ivl.finetune import tune
 from ivl.finetune.param_groups import param_groups
-from ivl.finetune.tune import Blocks, LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import Blocks, LoRA, Tune
 from ivl.types import UserError
 from tests.model.trained import inputs
 from tests.tiny import write_checkpoint

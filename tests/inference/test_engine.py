@@ -9,9 +9,10 @@ import torch
 from ivl.inference.engine import Engine
 from ivl.inference.graphs import StepRunner
 from ivl.inference.prefix_cache import PrefixCache
-from ivl.inference.request import Batching, Request, row_seed
-from ivl.inference.sampling import SamplingParams, StoppingCriteria
+from ivl.inference.request import Request, row_seed
+from ivl.inference.sampling import StoppingCriteria
 from ivl.model.internvl import InternVL
+from ivl.options import Batching, SamplingParams
 from ivl.types import UserError
 from tests.model.rows import padded, rows
 from tests.second import SecondDevice

@@ -6,9 +6,10 @@ import torch
 from ivl.inference import decoding
 from ivl.inference.engine import Engine
 from ivl.inference.kv_cache import KVCache
-from ivl.inference.request import Batching, Request
-from ivl.inference.sampling import SamplingParams, StoppingCriteria, penalise_repetition, sample, uniform
+from ivl.inference.request import Request
+from ivl.inference.sampling import StoppingCriteria, penalise_repetition, sample, uniform
 from ivl.model.internvl import InternVL
+from ivl.options import Batching, SamplingParams
 from ivl.types import UserError
 from tests.model.rows import packed, padded, rows
 from tests.tiny import FAMILIES, write_checkpoint

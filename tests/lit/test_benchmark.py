@@ -119,14 +119,11 @@ def test_a_missing_download_is_one_line(base, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_setting_of_a_task_is_an_option(name):
-    from ivl.data.media.tiler import VideoOptions
-    from ivl.lit.answering import Generation
-    from ivl.lit.datamodule import IvlData
+    from ivl.options import DataOptions, GenerationOptions, VideoOptions
 
-    data = IvlData.__init__.__annotations__
-    known = {f"data.{key}" for key in data}
+    known = {f"data.{key}" for key in DataOptions.__dataclass_fields__}
     known |= {f"data.video.{key}" for key in VideoOptions.__dataclass_fields__}
-    known |= {f"model.generation.{key}" for key in Generation.__dataclass_fields__}
+    known |= {f"model.generation.{key}" for key in GenerationOptions.__dataclass_fields__}
     assert settings(TASKS[name]).keys() <= known
 
 

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ivl.data.media.tiler import VideoOptions
-from ivl.data.rows.row_file import FileLimits
 from ivl.lit.datamodule import IvlData
+from ivl.options import FileLimits, VideoOptions
 from ivl.types import UserError
 from tests.lit.rows import write_rows
 from tests.tiny import write_checkpoint
@@ -125,7 +124,7 @@ def test_rows_are_packed_unless_it_is_said_how_to_pad(base, options, packed, bat
     assert (first.row_ids is not None) == packed
     assert packed or len(first) == options.get("batch_size", 8)
     data = IvlData(str(base / "model"), **options)
-    assert data.eval_batch_size == batch
+    assert data.options.eval_rows_per_batch == batch
 
 
 def test_limits_of_files_reach_all_rows(base, tmp_path):

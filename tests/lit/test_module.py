@@ -13,12 +13,11 @@ from torch.utils.data import DataLoader
 from ivl.__main__ import main
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
-from ivl.finetune.tune import Tune
-from ivl.lit.answering import Generation
 from ivl.lit.callbacks.checkpoint import Checkpoints
 from ivl.lit.callbacks.monitor import Watch
 from ivl.lit.module import LitInternVL
 from ivl.lit.schedule import Warmup
+from ivl.options import GenerationOptions, Tune
 from ivl.types import UserError
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import REPO, config
@@ -90,7 +89,7 @@ def test_a_run_is_resumed_from_a_plain_checkpoint(base, tmp_path, processor, row
 
 
 def test_rows_are_validated_and_each_batch_predicts_its_own(base, tmp_path, processor, rows):
-    module = LitInternVL(str(base / "model"), FULL, generation=Generation(max_new_tokens=4))
+    module = LitInternVL(str(base / "model"), FULL, generation=GenerationOptions(max_new_tokens=4))
     trainer = quiet(tmp_path)
     (scores,) = trainer.validate(module, loader(processor, rows), verbose=False)
     assert scores["val/loss"] > 0 and scores["val/exact"] == 0 and scores["val/grounding/iou"] == 0

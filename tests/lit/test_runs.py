@@ -15,8 +15,8 @@ from ivl.__main__ import main
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
 from ivl.finetune import tune as tuning
-from ivl.finetune.tune import Tune
 from ivl.model.internvl import InternVL
+from ivl.options import Tune
 from tests.lit.rows import write_rows
 from tests.tiny import write_checkpoint
 
@@ -271,7 +271,7 @@ def test_a_run_s_held_out_rows_are_found_again(base, tmp_path, capsys, how):
     assert main(["predict", "--config", str(tmp_path / "config.yaml"), "--data.split", "run-validation"]) == 2
     assert "--data.split run-validation: expected --ckpt_path with a checkpoint" in capsys.readouterr().err
     assert main(["predict", "--config", str(tmp_path / "config.yaml"), "--data.split", str(tmp_path / "data")]) == 2
-    assert "no config.yaml in it; expected run-validation, or the folder of a run" in capsys.readouterr().err
+    assert "no config.yaml in it; expected the folder of a run" in capsys.readouterr().err
 
 
 def test_rows_changed_by_the_limit_are_counted(base, tmp_path, caplog):

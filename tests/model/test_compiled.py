@@ -9,9 +9,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from ivl.data.collate import collate
-from ivl.finetune.tune import LoRA, Tune, apply
+from ivl.finetune.tune import apply
 from ivl.model.efficient.compile import compile_layers, uncompiled
 from ivl.model.internvl import InternVL
+from ivl.options import LoRA, Tune
 from ivl.types import Batch, Conversation, Example, Message
 from tests.model.rows import padded, rows
 from tests.tiny import write_checkpoint

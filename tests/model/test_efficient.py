@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from ivl.estimate.training_step import MemTracker
 from ivl.families import LLMS
-from ivl.finetune.tune import LoRA, Tune, apply
+from ivl.finetune.tune import apply
 from ivl.model import attention
 from ivl.model.efficient import layer_scale
 from ivl.model.efficient import recompute as module
 from ivl.model.efficient.recompute import InputLayerNorm, recompute, recompute_region
 from ivl.model.internvl import InternVL
 from ivl.model.layers import adopted
+from ivl.options import LoRA, Tune
 from tests.model.rows import packed, padded, rows
 from tests.model.test_llm import tiny
 

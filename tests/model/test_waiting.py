@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ivl.checkpoint.folder import Checkpoint
 from ivl.data.collate import collate
-from ivl.finetune.tune import LoRA, Tune, apply
+from ivl.finetune.tune import apply
 from ivl.lit.callbacks.monitor import SourceLosses
 from ivl.model.internvl import InternVL
 from ivl.model.loss import loss_weights
+from ivl.options import LoRA, Tune
 from ivl.types import Batch, Conversation, Example, Message, places
 from tests.model.rows import rows
 from tests.tiny import write_checkpoint

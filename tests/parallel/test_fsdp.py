@@ -8,8 +8,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Cut
 
 from ivl.finetune import tune as tuning
-from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
+from ivl.options import LoRA, Tune
 from ivl.parallel.fsdp import build_sharded, gather, shard, tensor_plan
 from ivl.types import UserError
 from tests.tiny import write_checkpoint

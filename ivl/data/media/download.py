@@ -17,7 +17,6 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,31 +27,10 @@ except ImportError:
 
 from ivl.data.cache import default_cache, written
 from ivl.files import whole_file
+from ivl.options.media import FetchPolicy
 from ivl.types import UserError
 
 _HEADERS = {"User-Agent": "ivl", "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
-
-
-@dataclass(frozen=True)
-class FetchPolicy:
-    """Limits of a download. Times in seconds, sizes in bytes."""
-
-    timeout: float = 20.0
-    """Longest silence of the server"""
-    total_timeout: float = 300.0
-    """Longest time of one attempt"""
-    max_bytes: int = 512 * 1024 * 1024
-    """Largest file that is fetched"""
-    max_redirects: int = 5
-    """Most redirections that are followed, each checked like a new address"""
-    retries: int = 3
-    """Further attempts after a time-out, a broken connection, or the answers 429 and 5xx"""
-    backoff: float = 0.5
-    """Pause before the first further attempt; it doubles each time"""
-    allow_private: bool = False
-    """Allow addresses that are not public (loopback, private, link-local)"""
-    cache_dir: str | None = None
-    """Folder of fetched files; None: ~/.cache/ivl/media. A file is fetched once: delete it to fetch it again"""
 
 
 class _TemporaryFault(Exception):

@@ -10,50 +10,25 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ivl.data.media.download import FetchPolicy, cached_path
+from ivl.data.media.download import cached_path
 from ivl.data.media.orientation import StoredImage, orientation_of, stored_image, upright, upright_size
-from ivl.data.media.pixels import Transparency, deep_png, to_rgb
+from ivl.data.media.pixels import deep_png, to_rgb
 from ivl.data.media.source import HEAD, content, describe, is_url, kind_of, open_source
-from ivl.data.media.video import Backend, Sample, Sampling, VideoFile, VideoInfo, sample_indices
-from ivl.picture_file import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE, check_jpeg, check_size, open_picture
+from ivl.data.media.video import VideoFile, VideoInfo, sample_indices
+from ivl.options.media import MediaPolicy, Sampling
+from ivl.picture_file import FORMATS, MAX_BYTES, check_jpeg, check_size, open_picture
 from ivl.types import UserError
 
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
-
-
-@dataclass(frozen=True)
-class MediaPolicy:
-    """Limits and settings of media that are opened."""
-
-    max_pixels: int = MAX_PIXELS
-    """Width times height of an image or a frame; a larger one is refused before anything is decoded"""
-    max_side: int = MAX_SIDE
-    """Longest side of an image in pixels; resizing one of 1 x 80,000,000 would need 100 times its own memory"""
-    max_video_pixels: int = 1_000_000_000
-    """Pixels of all frames taken from one video; each needs 4 bytes of memory"""
-    video_timeout: float = 120.0
-    """Seconds that decoding one video may take"""
-    video_backend: Backend = "pyav"
-    """Decoder of video files: pyav, or decord where it is installed (Linux on x86-64); decord counts frames as the
-    container's header does, and does not read AV1"""
-    folder_fps: float = 3.0
-    """Frames per second that a folder of frames stands for, where a start, an end or a rate is given"""
-    transparency: Transparency = "drop"
-    """Transparent ground: drop leaves the colour below it, as the reference does (print on transparent ground may be
-    black on black); white puts the picture on white"""
-    boxes: Literal["stored", "upright"] = "stored"
-    """Picture that the boxes of `objects` belong to, where its EXIF block turns it: as it is stored, or upright"""
-    fetch: FetchPolicy = field(default_factory=FetchPolicy)
-    """Limits of downloads"""
 
 
 _DEFAULT = MediaPolicy()
@@ -109,24 +84,20 @@ def local_file(source: Any, policy: MediaPolicy = _DEFAULT) -> Path | None:
 
 def load_video(
     source: Any,
-    num_segments: int = 8,
-    fps: float | None = None,
-    max_frames: int = 256,
+    sampling: Sampling = Sampling(),
     start: float | None = None,
     end: float | None = None,
-    sample: Sample = "middle",
     generator: torch.Generator | None = None,
     policy: MediaPolicy = _DEFAULT,
 ) -> list[Image.Image]:
     """RGB frames of a video, in order.
 
     `source`: as for `load_image`, a folder of frames (in natural order of their names), or a list of images. Animated
-    GIF, WebP, PNG and AVIF are read by Pillow, other files by `policy.video_backend`. `num_segments`, `fps`,
-    `max_frames`, `sample`: see `ivl.data.media.video.Sampling`. `start` and `end` cut the video, in seconds.
+    GIF, WebP, PNG and AVIF are read by Pillow, other files by `policy.video_backend`. `start` and `end` cut the video,
+    in seconds. `generator` draws the frames where `sampling.sample` is random.
     Raises UserError naming the source.
     """
     where = describe(source)
-    sampling = Sampling(num_segments, fps, max_frames, sample)
     with _video(source, where, policy) as video:
         info = _info(video, sampling, start, end)
         indices = sample_indices(info, sampling, start, end, generator, where)
@@ -147,9 +118,7 @@ def video_info(source: Any, policy: MediaPolicy = _DEFAULT) -> VideoInfo:
 
 def video_frame_count(
     source: Any,
-    num_segments: int = 8,
-    fps: float | None = None,
-    max_frames: int = 256,
+    sampling: Sampling = Sampling(),
     start: float | None = None,
     end: float | None = None,
     policy: MediaPolicy = _DEFAULT,
@@ -158,11 +127,10 @@ def video_frame_count(
 
     Where it does not, the first bytes of a local source are read: one that is missing or no video is refused.
     """
-    sampling = Sampling(num_segments, fps, max_frames)
-    if fps is None:
-        _look_at_video(source, describe(source), policy)
-        return num_segments
     where = describe(source)
+    if sampling.fps is None:
+        _look_at_video(source, where, policy)
+        return sampling.num_segments
     with _video(source, where, policy) as video:
         return len(sample_indices(_info(video, sampling, start, end), sampling, start, end, where=where))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ivl.options.media import Transparency
 from ivl.types import UserError
-
-Transparency = Literal["drop", "white"]
 
 
 def to_rgb(image: Image.Image, where: str, transparency: Transparency = "drop") -> Image.Image:

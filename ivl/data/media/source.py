@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from ivl.data.media.download import FetchPolicy, fetch
+from ivl.data.media.download import fetch
+from ivl.options import FetchPolicy
 from ivl.picture_file import open_regular
 from ivl.types import UserError
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,29 +14,11 @@ from ivl.data.media import tiling as tiles
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.media.source import is_url
 from ivl.data.truncation import Shape
+from ivl.options import ProcessorOptions
 from ivl.types import Media, UserError
 
-Resize = Literal["exact", "fast"]
 _PIXELS = 2
 """Version of the pixels: raise it where the same file gives other pixels, so that cached features are not used"""
-
-
-@dataclass(frozen=True)
-class VideoOptions:
-    """Sampling of a video's frames, and their tiles."""
-
-    num_segments: int = 8
-    """Number of frames, spread evenly over the video"""
-    fps: float | None = None
-    """Frames per second of the video instead of `num_segments`"""
-    max_frames: int = 256
-    """Most frames of one video"""
-    sample: Literal["middle", "random"] = "middle"
-    """Frame of each segment: its middle one, or any one (in training)"""
-    max_tiles: int = 1
-    """Most tiles of one frame"""
-    frame_prefix: str = "Frame{i}: "
-    """Text before each frame; `Frame-{i}: ` is the other spelling of the releases"""
 
 
 class MediaCache:
@@ -62,20 +42,10 @@ class MediaCache:
 class ImageTiler:
     """Cut media into tiles, by a checkpoint's config and the options of `ivl.data.processor`."""
 
-    def __init__(
-        self,
-        config: Config,
-        video: VideoOptions | None = None,
-        exif: bool = True,
-        policy: media.MediaPolicy | None = None,
-        resize: Resize = "exact",
-    ) -> None:
-        if resize not in get_args(Resize):
-            raise UserError(f"resize: expected one of {', '.join(get_args(Resize))}, found {resize!r}")
+    def __init__(self, config: Config, options: ProcessorOptions) -> None:
         self.config = config
-        self.video = video or VideoOptions()
-        self.exif, self.resize = exif, resize
-        self.policy = policy or media.MediaPolicy()
+        self.video, self.policy = options.video, options.media
+        self.exif, self.resize = options.exif, options.resize
 
     def shape(self, medium: Media, probe_urls: bool = True) -> Shape:
         """Frames and size of an image or a video; behind a URL that is not probed, the most frames there can be."""
@@ -83,11 +53,8 @@ class ImageTiler:
             return Shape(1 if medium.kind == "image" else self._video_frames(), 0, 0)
         if medium.kind == "image":
             return Shape(1, *media.image_size(medium.source, self.exif, self.policy))
-        v = self.video
-        frames = media.video_frame_count(
-            medium.source, v.num_segments, v.fps, v.max_frames, medium.start, medium.end, self.policy
-        )
-        if v.max_tiles == 1:
+        frames = media.video_frame_count(medium.source, self.video, medium.start, medium.end, self.policy)
+        if self.video.max_tiles == 1:
             return Shape(frames, 1, 1)
         info = media.video_info(medium.source, self.policy)
         return Shape(frames, info.width, info.height)
@@ -117,12 +84,11 @@ class ImageTiler:
 
     def pixels(self, medium: Media, limit: int, counts: list[int], generator: torch.Generator | None) -> Tensor:
         """Tiles (N, 3, S, S) uint8 of an image, or of the frames of a video."""
-        v, config, S = self.video, self.config, self.config.image_size
+        config, S = self.config, self.config.image_size
         if medium.kind == "image":
             images = [media.load_image(medium.source, self.exif, self.policy)]
         else:
-            clip = (medium.start, medium.end, v.sample, generator, self.policy)
-            images = media.load_video(medium.source, v.num_segments, v.fps, v.max_frames, *clip)
+            images = media.load_video(medium.source, self.video, medium.start, medium.end, generator, self.policy)
         low = min(config.min_dynamic_patch, limit)
         parts = [
             tiles.cut(image, S, low, limit, config.use_thumbnail, exact=self.resize == "exact")

@@ -12,17 +12,15 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ivl.data.media.video_process import DecodeError, Decoder, DecodeTimeout
+from ivl.options.media import Backend, Sample, Sampling
 from ivl.types import UserError
 
-Sample = Literal["middle", "random"]
-Backend = Literal["pyav", "decord"]
 _ROUNDING = 1e-4
 """Seconds by which time stamps are rounded in a file"""
 
@@ -53,30 +51,6 @@ class VideoInfo:
         if not 0 <= seconds < self.seconds:
             return -1 if seconds < 0 else self.frames
         return max(0, bisect_right(self.times, seconds + _ROUNDING) - 1)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Frame sampling: `num_segments` frames spread evenly, or `fps` frames per second where that is set.
-
-    At most `max_frames` are taken; where `fps` would take more, they are spread evenly instead. `sample` "middle" takes
-    the middle of each segment as the released models do, "random" any frame of it (for training).
-    """
-
-    num_segments: int = 8
-    fps: float | None = None
-    max_frames: int = 256
-    sample: Sample = "middle"
-
-    def __post_init__(self) -> None:
-        if self.num_segments < 1 or self.max_frames < 1:
-            raise UserError(
-                f"video sampling: num_segments {self.num_segments} and max_frames {self.max_frames} must be at least 1"
-            )
-        if self.num_segments > self.max_frames:
-            raise UserError(f"video sampling: num_segments {self.num_segments} is above max_frames {self.max_frames}")
-        if self.fps is not None and not self.fps > 0:
-            raise UserError(f"video sampling: fps must be above 0, found {self.fps}")
 
 
 def release_indices(

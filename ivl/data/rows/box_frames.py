@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ivl.data.media.load import MediaPolicy, stored_picture
+from ivl.data.media.load import stored_picture
 from ivl.data.media.orientation import StoredImage, stored_box, upright_box, upright_size
 from ivl.data.media.source import is_url
 from ivl.data.rows.grounding import Box
+from ivl.options import MediaPolicy
 
 
 class BoxFrames:

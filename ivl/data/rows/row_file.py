@@ -15,7 +15,6 @@ import re
 import zlib
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +23,7 @@ import numpy as np
 from ivl.data.cache import default_cache, written
 from ivl.data.rows.formats import loads
 from ivl.files import file_digest, whole_file
+from ivl.options.data import FileLimits
 from ivl.types import UserError, printable
 
 _CHUNK = 1 << 20
@@ -34,23 +34,6 @@ _SOLID = ~np.isin(np.arange(256), np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8))
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
 _ALWAYS = 256 << 20
 """Bytes to which any compressed file may expand"""
-
-
-@dataclass(frozen=True)
-class FileLimits:
-    """Limits of files of rows, in memory and on disk."""
-
-    max_row_bytes: int = 64 << 20
-    """Bytes of the longest row; a longer one is a problem."""
-    max_expansion: float = 200.0
-    """Most times its size to which a compressed file may expand; 256 MiB are always allowed."""
-
-    def __post_init__(self) -> None:
-        if self.max_row_bytes < 1 or not self.max_expansion >= 1:
-            raise UserError(
-                f"data.file_limits: expected numbers of at least 1, found max_row_bytes {self.max_row_bytes} and "
-                f"max_expansion {self.max_expansion}"
-            )
 
 
 class RowFile:

@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ivl.data.cache import default_cache, optional, written
-from ivl.data.rows.row_file import FileLimits
 from ivl.files import file_digest, whole_file, write_text
+from ivl.options import FileLimits
 from ivl.parquet import import_pyarrow
 from ivl.types import UserError, printable
 

@@ -17,8 +17,9 @@ import torch
 from torch.utils.data import Dataset
 
 from ivl.data.processor import Processor
-from ivl.data.rows.row_file import FileLimits, RowFile
+from ivl.data.rows.row_file import RowFile
 from ivl.data.rows.table_file import SUFFIXES, TableFile
+from ivl.options import FileLimits
 from ivl.types import Conversation, Example, UserError
 
 Key = int | tuple[int, int]

@@ -8,12 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from ivl.data.processor import Processor
-from ivl.data.rows.row_file import FileLimits
 from ivl.data.sets.dataset import RowDataset, digests
 from ivl.files import whole_file
+from ivl.options import FileLimits
 from ivl.types import UserError
 
 NAME = "validation-split"
@@ -63,21 +62,6 @@ def open_split(
     root, source, max_tiles = record.get("root") or root, record.get("source") or "", record.get("max_tiles")
     rows = RowDataset(record["files"], processor, root=root, source=source, max_tiles=max_tiles, limits=limits)
     return load_split(path, rows)[1]
-
-
-def held_out(
-    run: str | Path, processor: Processor, root: str | Path | None = None, limits: FileLimits | None = None
-) -> RowDataset:
-    """Rows that a run held out: those of its split file, or its files of `data.val`. Raises UserError where none."""
-    if (path := remembered(run)) is not None:
-        return open_split(path, processor, root, limits)
-    settings = Path(run) / "config.yaml"
-    if not settings.is_file():
-        raise UserError(f"--data.split {run}: no config.yaml in it; expected run-validation, or the folder of a run")
-    files = (yaml.safe_load(settings.read_text(encoding="utf-8")).get("data") or {}).get("val")
-    if not files:
-        raise UserError(f"--data.split: {run} held out no rows by data.val or data.val_fraction; give --data.predict")
-    return RowDataset(files, processor, root=root, limits=limits)
 
 
 def load_split(path: str | Path, rows: RowDataset) -> tuple[RowDataset, RowDataset]:

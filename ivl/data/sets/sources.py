@@ -6,7 +6,7 @@ import glob
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +17,13 @@ from ivl.data.sets import hub_datasets as named
 from ivl.data.sets.dataset import MixtureSource, RowDataset, permutation
 from ivl.data.sets.meta_file import read_meta
 from ivl.hub.dataset_files import NAME, dataset_files
+from ivl.options.data import Source
 from ivl.types import UserError
 
 _META_BYTES = 16 << 20
 _COUNT = re.compile(r"(.+)#(\d+)")
 _ROWS = re.compile(r"\.(?:jsonl(?:\.gz|\.zst)?|parquet|csv|tsv)$")
 """Files of a folder that hold rows; a `.json` may be anything"""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Source of rows. Give repeat or ratio to all sources, or to none."""
-
-    path: str
-    """A file of rows (jsonl, json, parquet, csv, tsv), a folder or a pattern (*) of them, a meta file of several, or a
-    data set's name, as OWNER/NAME:SUBSET:SPLIT on Hugging Face; #N after it takes N rows."""
-    name: str = ""
-    """Its name in losses and scores per source; a row's own `source` wins."""
-    repeat: float | None = None
-    """Times that each row is seen in an epoch; 0.1 is a tenth of the rows, another tenth each epoch."""
-    ratio: float | None = None
-    """Share of the epoch's rows, relative to the other sources."""
-    media_root: str | None = None
-    """Folder that this source's relative media paths start from."""
-    max_tiles: int | None = None
-    """Most tiles of an image of this source."""
-    columns: dict[str, str] | None = None
-    """Our key → the files' own, such as {query: question, response: answer, images: image}."""
 
 
 SourceLike = str | Path | Source

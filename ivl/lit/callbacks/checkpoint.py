@@ -35,7 +35,8 @@ from ivl.lit.run.random_state import random_state, set_random_state, state_of_ra
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.strategies import deepspeed as zero
 from ivl.lit.types import as_lit, data_of
-from ivl.types import WEIGHTS, UserError
+from ivl.run import WEIGHTS
+from ivl.types import UserError
 
 PARTIAL = ".part"
 """Suffix of a checkpoint that is being written"""
@@ -291,9 +292,8 @@ class Checkpoints(ModelCheckpoint):
         # Both ask all processes where each has a shard.
         state = zero.trained(model) if split else trainer.strategy.lightning_module_state_dict()
         if split and trainer.is_global_zero:
-            path = Path(self.dirpath) / WEIGHTS
-            AtomicCheckpointIO().save_checkpoint(zero.weights(trainer, state, base), path)
-            rank_zero_info(f"weights in {path}")
+            AtomicCheckpointIO().save_checkpoint(zero.weights(trainer, state, base), Path(self.dirpath) / WEIGHTS)
+            rank_zero_info(f"weights in {Path(self.dirpath) / WEIGHTS}")
         if adapted and trainer.is_global_zero:
             state = {name: state[f"model.{name}"] for name in tuning.trainable_state(model)}
             folder = Path(self.dirpath).parent / "adapter"

@@ -19,7 +19,8 @@ from jsonargparse import Namespace
 from ivl.data.sets.sources import is_meta
 from ivl.families import find_model
 from ivl.files import file_digest
-from ivl.finetune.tune import PARTS, LoRA, Tune, scale_alpha
+from ivl.finetune.tune import PARTS, scale_alpha
+from ivl.options import LoRA, Tune
 from ivl.types import UserError, shortened, some
 
 Experiment = dict[str, Any]

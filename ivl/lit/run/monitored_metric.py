@@ -80,7 +80,7 @@ def logged_names(trainer: Trainer, module: LightningModule) -> list[str]:
 
 def _held_out(trainer: Trainer, module: LightningModule) -> list[str]:
     data, metrics = data_of(trainer), as_lit(module).metrics
-    if data is None or not (data.files["val"] or data.val_fraction) or not trainer.limit_val_batches:
+    if data is None or not data.options.holds_out or not trainer.limit_val_batches:
         return []
     keys: dict[str, None] = {"val/loss": None}
     rows = data.rows("val")

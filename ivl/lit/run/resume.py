@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ivl.checkpoint.ckpt_file import damage
+from ivl.checkpoint.newest import furthest, newest_checkpoint, read_head, read_heads
 from ivl.finetune.tune import trainable_state
 from ivl.lit.run.experiment import BATCHES, COUNTED, LENGTHS, ROWS, WEIGHTS, Experiment, check_same, differences
 from ivl.types import UserError, some
@@ -22,80 +20,6 @@ if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
 
 ALL = (*WEIGHTS, *ROWS, *LENGTHS, *BATCHES, *COUNTED)
-
-
-@dataclass(frozen=True)
-class CheckpointHead:
-    """Step and experiment of a checkpoint file."""
-
-    path: Path
-    step: int
-    experiment: Experiment | None = None
-    """None in older checkpoints and in folders of DeepSpeed"""
-    epoch_ended: bool = True
-    """True if the next row is the first of an epoch"""
-
-
-def read_head(path: Path) -> CheckpointHead | None:
-    """Read step and experiment of a checkpoint, without its tensors; None where it cannot be read."""
-    file = next(iter(sorted(path.rglob("*model_states.pt"))), path) if path.is_dir() else path
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                return None
-        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        step, experiment = int(content["global_step"]), content.get("experiment")
-    except Exception:  # noqa: BLE001  (torch and zipfile raise many kinds for bytes that are no checkpoint)
-        return None
-    try:
-        loader = content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
-        ended = not loader or not loader[0]["done"]
-    except (KeyError, TypeError, IndexError):
-        ended = True
-    return CheckpointHead(path, step, experiment, ended)
-
-
-def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """Return the undamaged checkpoint of the highest step in `checkpoints` folders; warns of damaged ones.
-
-    Of several folders, the one that was written to last counts.
-    """
-    for folder in sorted(folders, key=_last_written, reverse=True):
-        if (head := _furthest(_read_heads(folder.glob("*.ckpt")))) is not None:
-            return head.path
-    return None
-
-
-def _last_written(folder: Path) -> int:
-    return max((path.stat().st_mtime_ns for path in folder.glob("*.ckpt")), default=0)
-
-
-def _read_heads(paths: Iterable[Path]) -> list[CheckpointHead]:
-    """Read the heads of checkpoints; folders of DeepSpeed get the step of their names, or -1."""
-    heads = []
-    for path in paths:
-        head = read_head(path)
-        if head is None and path.is_dir() and damage(path) is None:
-            head = CheckpointHead(path, _step_of_name(path))
-        if head is None:
-            rank_zero_warn(f"{path}: {damage(path) or 'not a checkpoint of a run'}; passed over")
-        else:
-            heads.append(head)
-    return heads
-
-
-def _step_of_name(path: Path) -> int:
-    digits = path.stem.partition("step=")[2].partition("-")[0]
-    return int(digits) if digits.isdigit() else -1
-
-
-def _furthest(heads: list[CheckpointHead]) -> CheckpointHead | None:
-    """Return the undamaged checkpoint of the highest step; of the same step, the one that was written last."""
-    for head in sorted(heads, key=lambda h: (h.step, h.path.stat().st_mtime_ns), reverse=True):
-        if (problem := damage(head.path)) is None:
-            return head
-        rank_zero_warn(f"{head.path}: {problem}; passed over")
-    return None
 
 
 # -- --ckpt_path last ----------------------------------------------------------------------------------------------
@@ -142,16 +66,16 @@ def resolve_last(config: Namespace, resume: bool, experiment: Experiment | None 
     """
     folders = Folders.of(config)
     if not resume or experiment is None:
-        newest = newest_checkpoint(folders.all())
+        newest = newest_checkpoint(folders.all(), rank_zero_warn)
         if newest is None:
             raise UserError(f"--ckpt_path last: no whole checkpoint in {folders.pattern}; give the file of one")
         rank_zero_info(f"--ckpt_path last: {newest}")
         config.ckpt_path = str(newest)
         return
     paths = [path for folder in folders.all() for path in sorted(folder.glob("*.ckpt"))]
-    heads = _read_heads(paths)
+    heads = read_heads(paths, rank_zero_warn)
     same = [head for head in heads if head.experiment is None or not differences(head.experiment, experiment, ALL)]
-    head = _furthest(same)
+    head = furthest(same, rank_zero_warn)
     if head is None and paths and len(same) == len(heads):
         raise UserError(f"--ckpt_path last: no whole checkpoint in {folders.pattern}; give the file of one")
     if head is not None:

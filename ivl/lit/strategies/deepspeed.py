@@ -17,7 +17,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
-from ivl.types import WEIGHTS, UserError
+from ivl.run import WEIGHTS
+from ivl.types import UserError
 
 
 def is_zero(strategy: Strategy, stage: int | None = None) -> bool:

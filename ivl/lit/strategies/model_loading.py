@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
@@ -19,16 +18,6 @@ from ivl.model.efficient.compile import compile_layers
 from ivl.model.internvl import InternVL
 from ivl.parallel.device_map import DeviceMap
 from ivl.types import UserError
-
-
-@dataclass(frozen=True)
-class Checkpointing:
-    """Activation checkpointing: less memory, about a third more time in the part it is on for."""
-
-    vision_model: bool = False
-    """In the vision encoder."""
-    language_model: bool = False
-    """In the language model."""
 
 
 def load_model(lit: RunModule) -> InternVL:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ivl.data.media.download import FetchPolicy, cached_path, fetch
-from ivl.data.media.load import MediaPolicy, image_size, load_image, load_video
-from ivl.data.media.tiler import VideoOptions
+from ivl.data.media.download import cached_path, fetch
+from ivl.data.media.load import image_size, load_image, load_video
 from ivl.data.processor import Processor
+from ivl.options import FetchPolicy, MediaPolicy, Sampling, VideoOptions
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
 
@@ -296,7 +296,7 @@ def test_images_and_videos_by_url(server, policy, tmp_path):
     assert Handler.hits == {"good": 1, "html": 2}, "what is no image is not kept"
     with pytest.raises(UserError, match=r"expected a video .*, found text"):
         load_video(f"{server}/html", policy=media)
-    assert len(load_video(f"{server}/good", 1, policy=media)) == 1
+    assert len(load_video(f"{server}/good", Sampling(1), policy=media)) == 1
 
 
 def test_rows_name_their_media_in_every_way(server, policy, tmp_path):

@@ -14,15 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ivl.data.media.load import (
-    MediaPolicy,
-    image_size,
-    load_image,
-    load_video,
-    video_frame_count,
-    video_info,
-)
+from ivl.data.media.load import image_size, load_image, load_video, video_frame_count, video_info
 from ivl.data.media.video import _DECODER
+from ivl.options import MediaPolicy, Sampling
 from ivl.types import UserError
 from tests.data.bounds import peak_bytes
 from tests.data.videos import write_long_video, write_video
@@ -274,24 +268,26 @@ def test_video_file(tmp_path):
     write_video(path)
     info = video_info(path)
     assert (info.frames, info.width, info.height) == (30, 64, 48) and abs(info.fps - 10) < 0.1
-    frames = load_video(path, num_segments=5)
+    frames = load_video(path, Sampling(5))
     assert [round(level(f) / 8) for f in frames] == [2, 8, 14, 19, 25]
     assert all(f.mode == "RGB" and f.size == (64, 48) for f in frames)
-    part = load_video(path, num_segments=2, start=1.0, end=2.0)
+    part = load_video(path, Sampling(2), start=1.0, end=2.0)
     assert [round(level(f) / 8) for f in part] == [12, 17]
-    assert len(load_video(path, fps=2.0)) == video_frame_count(path, fps=2.0) == 6
-    assert video_frame_count(path, num_segments=7) == 7 == video_frame_count("http://not.fetched/x.mp4", num_segments=7)
+    assert len(load_video(path, Sampling(fps=2.0))) == video_frame_count(path, Sampling(fps=2.0)) == 6
+    assert video_frame_count(path, Sampling(7)) == 7 == video_frame_count("http://not.fetched/x.mp4", Sampling(7))
     (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:600])
-    assert video_frame_count(tmp_path / "cut.mp4", num_segments=7) == 7, "nothing is decoded"
+    assert video_frame_count(tmp_path / "cut.mp4", Sampling(7)) == 7, "nothing is decoded"
     (tmp_path / "empty").mkdir()
     for name, words in (("gone.mp4", "no such file"), ("empty", "no frames")):
         with pytest.raises(UserError, match=words):
-            video_frame_count(tmp_path / name, num_segments=7)
+            video_frame_count(tmp_path / name, Sampling(7))
     (tmp_path / "page.mp4").write_text("<html>404</html>")
     with pytest.raises(UserError, match=r"expected a video .*, found text"):
-        video_frame_count(tmp_path / "page.mp4", num_segments=7)
-    assert [level(f) for f in load_video(path.read_bytes(), 5)] == [level(f) for f in frames]
-    draws = [load_video(path, 4, sample="random", generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+        video_frame_count(tmp_path / "page.mp4", Sampling(7))
+    assert [level(f) for f in load_video(path.read_bytes(), Sampling(5))] == [level(f) for f in frames]
+    draws = [
+        load_video(path, Sampling(4, sample="random"), generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    ]
     levels = [[level(f) for f in d] for d in draws]
     assert levels[0] == levels[1] != levels[2]
 
@@ -302,13 +298,13 @@ def test_three_hours_are_not_decoded_whole(tmp_path):
     assert video_info(path).frames == 3 * 3600
     _DECODER.close()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert [round(level(f) / 80) for f in load_video(path, num_segments=8)] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [round(level(f) / 80) for f in load_video(path, Sampling(8))] == [0, 0, 0, 1, 1, 2, 2, 2]
     _DECODER.close()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime < 5
-    assert len(load_video(path, fps=0.01)) == video_frame_count(path, fps=0.01) == 108
+    assert len(load_video(path, Sampling(fps=0.01))) == video_frame_count(path, Sampling(fps=0.01)) == 108
     with pytest.raises(UserError, match=r"256 frames of 640 x 480 pixels .*max_video_pixels"):
-        load_video(path, fps=1, policy=MediaPolicy(max_video_pixels=10_000_000))
+        load_video(path, Sampling(fps=1), policy=MediaPolicy(max_video_pixels=10_000_000))
 
 
 def test_animations_and_folders(tmp_path):
@@ -317,15 +313,15 @@ def test_animations_and_folders(tmp_path):
         stills[0].save(tmp_path / name, save_all=True, append_images=stills[1:], duration=200, **options)
         assert video_info(tmp_path / name) == video_info((tmp_path / name).read_bytes())
         assert video_info(tmp_path / name).frames == 12 and video_info(tmp_path / name).fps == 5.0
-        assert [level(f) for f in load_video(tmp_path / name, 4)] == [20, 80, 140, 180]
+        assert [level(f) for f in load_video(tmp_path / name, Sampling(4))] == [20, 80, 140, 180]
     folder = tmp_path / "frames"
     folder.mkdir()
     for i, still in enumerate(stills):
         still.save(folder / f"f{i}.png")
     (folder / "notes.txt").write_text("not a frame")
     for source in (folder, str(folder), stills, [folder / f"f{i}.png" for i in range(12)]):
-        assert [level(f) for f in load_video(source, 4)] == [20, 80, 140, 180]
-    cut = load_video(folder, 3, start=1, end=2)
+        assert [level(f) for f in load_video(source, Sampling(4))] == [20, 80, 140, 180]
+    cut = load_video(folder, Sampling(3), start=1, end=2)
     assert [level(f) for f in cut] == [60, 80, 100]
 
 
@@ -441,7 +437,7 @@ def test_mutated_videos(tmp_path, count):
     for i in range(count):
         data = mutate(seeds[i % len(seeds)], random.Random(i))
         try:
-            frames = load_video(data, 4, policy=policy)
+            frames = load_video(data, Sampling(4), policy=policy)
         except UserError as error:
             assert len(str(error)) > 20
             continue

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from ivl.data.media.load import MediaPolicy, load_image
+from ivl.data.media.load import load_image
 from ivl.data.media.orientation import stored_box, upright_box
 from ivl.data.processor import Processor
 from ivl.data.rows.grounding import parse_boxes, to_pixels
+from ivl.options import MediaPolicy
 from tests.tiny import write_checkpoint
 
 BOX = (10, 5, 30, 45)

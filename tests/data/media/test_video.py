@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from ivl.data.media.video import Sampling, VideoInfo, fps_indices, release_indices, sample_indices, training_indices
+from ivl.data.media.video import VideoInfo, fps_indices, release_indices, sample_indices, training_indices
+from ivl.options import Sampling
 from ivl.types import UserError
 
 

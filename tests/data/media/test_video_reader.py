@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from ivl.data.media import video as framing
-from ivl.data.media.load import MediaPolicy, load_video, video_info
-from ivl.data.media.video import Sampling, VideoInfo, sample_indices
+from ivl.data.media.load import load_video, video_info
+from ivl.data.media.video import VideoInfo, sample_indices
+from ivl.options import MediaPolicy, Sampling
 from ivl.types import UserError
 
 STEP = 4
@@ -82,7 +83,7 @@ def test_a_clip_that_was_cut_without_encoding(tmp_path):
         assert opened.streams.video[0].frames == 40, "as the header says"
     assert video_info(path).frames == 30
     assert every_frame(path) == list(range(30, 60))
-    assert numbers(load_video(path, 3, start=1.0, end=2.0)) == [41, 44, 48]
+    assert numbers(load_video(path, Sampling(3), start=1.0, end=2.0)) == [41, 44, 48]
 
 
 SECONDS = [0.1 * i for i in range(20)] + [2.0, 3.0, 4.0, 5.0]
@@ -93,13 +94,17 @@ def test_seconds_are_those_of_the_clock(tmp_path):
     path = write(tmp_path / "a.mkv", seconds=SECONDS)
     info = video_info(path)
     assert info.frames == 24 and info.times == pytest.approx(SECONDS)
-    assert set(numbers(load_video(path, 4, start=3, end=4))) == {21, 22}
-    assert set(numbers(load_video(path, 2, start=3.2, end=3.8))) == {21}, "frame 21 is on the screen until second 4"
-    assert numbers(load_video(path, 3, end=0.35)) == [0, 1, 2]
-    assert numbers(load_video(path, fps=1)) == [5, 15, 20, 21, 22], "the middle of each second"
-    assert numbers(load_video(path, fps=1, start=2, end=4)) == [20, 21]
+    assert set(numbers(load_video(path, Sampling(4), start=3, end=4))) == {21, 22}
+    assert set(numbers(load_video(path, Sampling(2), start=3.2, end=3.8))) == {21}, (
+        "frame 21 is on the screen until second 4"
+    )
+    assert numbers(load_video(path, Sampling(3), end=0.35)) == [0, 1, 2]
+    assert numbers(load_video(path, Sampling(fps=1))) == [5, 15, 20, 21, 22], "the middle of each second"
+    assert numbers(load_video(path, Sampling(fps=1), start=2, end=4)) == [20, 21]
     assert every_frame(path) == list(range(24))
-    assert numbers(load_video(path, 4)) == [2, 8, 14, 19], "without seconds, frames are spread as in the reference"
+    assert numbers(load_video(path, Sampling(4))) == [2, 8, 14, 19], (
+        "without seconds, frames are spread as in the reference"
+    )
     with pytest.raises(UserError, match="nothing between 9 and"):
         load_video(path, start=9)
 
@@ -109,7 +114,7 @@ def test_evenly_spaced_frames_follow_the_reference(tmp_path):
     for name, shift in (("a.mkv", 0.0), ("b.mkv", 0.4)):
         path = write(tmp_path / name, seconds=[shift + i / 24 for i in range(48)])
         assert video_info(path).times is None
-        assert numbers(load_video(path, 4, start=0.5, end=1.5)) == [15, 21, 27, 33]
+        assert numbers(load_video(path, Sampling(4), start=0.5, end=1.5)) == [15, 21, 27, 33]
 
 
 def test_times_of_frames_choose_frames():
@@ -132,7 +137,7 @@ def test_a_turned_video(tmp_path):
     """Phones store video lying, with a turn in the header."""
     path = write(tmp_path / "a.mp4", rotation=90)
     info = video_info(path)
-    assert (info.width, info.height) == (48, 64) == load_video(path, 1)[0].size
+    assert (info.width, info.height) == (48, 64) == load_video(path, Sampling(1))[0].size
 
 
 @pytest.mark.parametrize(
@@ -157,15 +162,15 @@ def test_every_frame_of_every_container(tmp_path, name, codec):
     path = write(tmp_path / name, codec)
     assert video_info(path).frames == 60 and video_info(path).times is None
     assert every_frame(path) == pytest.approx(list(range(60)), abs=0 if codec in EXACT else 1)
-    assert numbers(load_video(path, 3)) == pytest.approx([10, 30, 49], abs=1)
-    assert numbers(load_video(path.read_bytes(), 3)) == pytest.approx([10, 30, 49], abs=1)
+    assert numbers(load_video(path, Sampling(3))) == pytest.approx([10, 30, 49], abs=1)
+    assert numbers(load_video(path.read_bytes(), Sampling(3))) == pytest.approx([10, 30, 49], abs=1)
 
 
 def test_decord_is_an_option(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4")
     policy = MediaPolicy(video_backend="decord")
     if find_spec("decord"):
-        assert numbers(load_video(path, 3, policy=policy)) == pytest.approx([10, 30, 49], abs=1)
+        assert numbers(load_video(path, Sampling(3), policy=policy)) == pytest.approx([10, 30, 49], abs=1)
     monkeypatch.setattr(framing, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"a\.mp4: data\.media\.video_backend is decord, .*pip install 'ivl\[decord\]'"):
         load_video(path, policy=policy)
@@ -176,8 +181,8 @@ def test_animations_with_uneven_durations(tmp_path):
     stills = [Image.new("RGB", (16, 16), (STEP * i,) * 3) for i in range(6)]
     path = tmp_path / "a.gif"
     stills[0].save(path, save_all=True, append_images=stills[1:], duration=[100, 100, 100, 2000, 100, 100])
-    assert numbers(load_video(path, 2, start=1.0, end=2.0)) == [3, 3]
-    assert numbers(load_video(path, 3)) == [0, 2, 3]
+    assert numbers(load_video(path, Sampling(2), start=1.0, end=2.0)) == [3, 3]
+    assert numbers(load_video(path, Sampling(3))) == [0, 2, 3]
 
 
 def test_recorded_cases(shared):

@@ -10,7 +10,8 @@ import tracemalloc
 
 import pytest
 
-from ivl.data.rows.row_file import FileLimits, RowFile, load_rows
+from ivl.data.rows.row_file import RowFile, load_rows
+from ivl.options import FileLimits
 from ivl.types import UserError
 
 ROWS = [{"query": f'q{n} «é», }} ]{{ \\ "', "response": "n\nm" * n, "history": [["a", "b"]]} for n in range(20)]

@@ -11,10 +11,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 from PIL import Image
 
-from ivl.data.media.download import FetchPolicy
 from ivl.data.sets import hub_datasets as named
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.sources import open_sources
+from ivl.options import FetchPolicy
 from ivl.types import Conversation, Message, UserError
 
 

@@ -6,8 +6,9 @@ import pytest
 from huggingface_hub import constants
 
 from ivl.data.sets.dataset import Mixture
-from ivl.data.sets.sources import Source, is_meta, open_sources
+from ivl.data.sets.sources import is_meta, open_sources
 from ivl.hub.dataset_files import dataset_files, files_of
+from ivl.options import Source
 from ivl.types import UserError
 from tests.data.sets.test_dataset import Stub, query, write
 from tests.hub_server import Hub, serve

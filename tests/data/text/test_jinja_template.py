@@ -8,7 +8,7 @@ import pytest
 from ivl.commands.export import export
 from ivl.data.processor import Processor
 from ivl.data.text.template import TEMPLATES, find_template
-from ivl.finetune.tune import LoRA, Tune
+from ivl.options import LoRA, Tune
 from ivl.system_text import R1
 from ivl.types import UserError
 from tests.commands.test_export import write_run

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from ivl.__main__ import main
 from ivl.data.processor import Processor
 from ivl.inference.request import row_seed
-from ivl.lit.answering import Generation
 from ivl.lit.callbacks.prediction_writer import PredictionShards
 from ivl.lit.prediction_rows import answered
 from ivl.model.internvl import InternVL
+from ivl.options import GenerationOptions
 from ivl.types import UserError
 from tests.data.videos import write_long_video
 from tests.tiny import write_checkpoint
@@ -158,7 +158,7 @@ def test_several_answers_and_log_probabilities_of_each_row(base, api, tmp_path):
         assert [len(one["logprobs"]) for one in line["responses"]] == [len(ids) for ids in alone]
         assert line["logprobs"] == line["responses"][0]["logprobs"] and max(line["logprobs"]) < 0
     with pytest.raises(UserError, match=r"num_answers: expected 1, or more with a temperature above 0, found 2"):
-        _ = Generation(num_answers=2).sampling_params
+        GenerationOptions(num_answers=2).check()
 
 
 def test_an_answer_goes_on_from_the_beginning_that_its_row_has(base, api, tmp_path):

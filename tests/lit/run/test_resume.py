@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from ivl.__main__ import main
+from ivl.checkpoint.newest import newest_checkpoint, read_head
 from ivl.lit.arguments import with_lists
-from ivl.lit.run.resume import newest_checkpoint, read_head
 from tests.lit import test_runs
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config, losses

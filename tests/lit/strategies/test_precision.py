@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from ivl.finetune import tune
-from ivl.finetune.tune import Tune
 from ivl.lit.module import LitInternVL
 from ivl.lit.strategies.precision import PrecisionGuard, choose_precision
 from ivl.model.internvl import InternVL
+from ivl.options import Tune
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
 
