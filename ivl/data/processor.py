@@ -1,7 +1,4 @@
-"""Processor: tokenizer, template, media and tiles in one call, for training and inference.
-
-Long: from_pretrained, since each option is an argument with its help.
-"""
+"""Processor: tokenizer, template, media and tiles in one call, for training and inference."""
 
 from __future__ import annotations
 
