@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ivl.__main__ import main as command
+from ivl.commands.export import export
 from ivl.commands.plan import _size, main
 from ivl.families import find_model
 from ivl.lit.datamodule import IvlData
@@ -32,6 +33,17 @@ def test_a_released_model_on_a_device(capsys):
     assert plan["rows"].endswith("since no --data.train is given")
     assert plan["flops_per_step"]["computed"] > plan["flops_per_step"]["model"]
     assert plan["device"]["step_seconds"] > 0
+
+
+def test_a_folder_in_either_layout(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base", "Qwen3ForCausalLM")
+    folder = export(str(tmp_path / "hf"), base=str(base), layout="hf")
+    plans = []
+    for pretrained in (base, folder):
+        capsys.readouterr()
+        main(["--config", CONFIG, "--model.pretrained", str(pretrained), "--json"])
+        plans.append(json.loads(capsys.readouterr().out)["parts"])
+    assert plans[0]["vision_model"] == plans[1]["vision_model"]
 
 
 def test_what_does_not_fit_says_what_would(capsys):
