@@ -10,9 +10,7 @@ from PIL import Image
 from ivl.__main__ import main
 from ivl.commands.chat import chat
 from ivl.data.processor import Processor
-from ivl.lit.cli import data_of, read
 from ivl.reasoning import BEGUN, split_reasoning
-from ivl.shipped import with_configs
 from ivl.system_text import R1
 from tests.tiny import write_checkpoint
 
@@ -49,7 +47,9 @@ def fit(folder, *more: str) -> list[str]:
 def test_the_config_shares_tiles_and_thoughts_are_learnt(run):
     settings = yaml.safe_load((run / "runs/version_0/config.yaml").read_text())
     assert settings["data"]["share_tiles"] is True and settings["data"]["system_message"] == "r1"
-    processor = data_of(read(with_configs(fit(run))[1:])).processor
+    names = ("share_tiles", "system_message", "thinking", "max_tiles")
+    options = {name: settings["data"][name] for name in names}
+    processor = Processor.from_pretrained(run / "InternVL3_5-8B", **options)
     assert processor.share_tiles and processor.max_tiles == 12
     shared, whole = (
         Processor.from_pretrained(run / "InternVL3_5-8B", share_tiles=share, max_tiles=4)(ROWS[0], root=run)
