@@ -22,7 +22,7 @@ import torch
 
 from ivl.config import Config
 from ivl.demo.model import config as demo_config
-from ivl.estimate.memory import need
+from ivl.estimate.memory import memory_needed
 from ivl.estimate.training_step import BatchShape, ShallowModel, TrainSetup
 from ivl.finetune import tune as tuning
 from ivl.model.internvl import InternVL
@@ -156,7 +156,7 @@ def main(names: list[str]) -> None:
         command = [sys.executable, __file__, "--measure", name]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         measured, count = json.loads(run.stdout.splitlines()[-1])
-        predicted = need(ShallowModel(Config.from_dict(case.raw), case.setup), case.micro).total
+        predicted = memory_needed(ShallowModel(Config.from_dict(case.raw), case.setup), case.micro).total
         micro = case.micro
         print(
             f"| {name} | {count / 1e6:.0f} M | {micro.rows} x {micro.length}, {micro.tiles} tiles | "

@@ -47,7 +47,7 @@ def note(text: str) -> None:
     print(f"note: {printable(text, ' ')}", file=sys.stderr, flush=True)
 
 
-def some(names: Sequence[str], most: int = 8) -> str:
+def first_few(names: Sequence[str], most: int = 8) -> str:
     """List the first of many names, for messages: `a, b and 3 more`."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
@@ -66,6 +66,6 @@ def text_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str
     return "\n".join(line.rstrip() for line in lines)
 
 
-def many(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """Write a count with its noun: `1 row`, `2 rows`."""
     return f"{count} {noun}{'s' * (count != 1)}"

@@ -59,7 +59,7 @@ def disk_fault(error: BaseException | None) -> str | None:
 
 
 @contextlib.contextmanager
-def whole_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the place of `path` at the end, or vanishes on an error.
 
     A link stays, and the file that it leads to is replaced. A device or a pipe is written to as it is.
@@ -83,9 +83,9 @@ def whole_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears at `path` once it is complete, and not after an error."""
-    with whole_path(path) as part, part.open("wb") as out:
+    with atomic_path(path) as part, part.open("wb") as out:
         yield out
 
 
@@ -104,5 +104,5 @@ def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, complete or not at all, and the folders it lies in."""
-    with whole_file(path) as out:
+    with atomic_file(path) as out:
         out.write(text.encode())

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ivl.errors import UserError as UserError
-from ivl.errors import many as many
+from ivl.errors import first_few as first_few
+from ivl.errors import plural as plural
 from ivl.errors import printable as printable
 from ivl.errors import shortened as shortened
-from ivl.errors import some as some
 from ivl.errors import text_table as text_table
 
 IGNORE = -100
@@ -293,4 +293,4 @@ class Batch:
 def row_names(rows: Sequence[Conversation]) -> str:
     """List rows by file, line and id, for messages."""
     names = [f"{row.where} ({row.id})" if row.id and row.where else row.where or row.id or "?" for row in rows]
-    return printable(some(names), " ")
+    return printable(first_few(names), " ")

@@ -19,7 +19,7 @@ from ivl.__main__ import main
 from ivl.data import cache
 from ivl.data.rows import row_file
 from ivl.data.sets import index
-from ivl.files import disk_fault, whole_file, whole_path, write_text
+from ivl.files import atomic_file, atomic_path, disk_fault, write_text
 from tests.commands.test_export import write_run
 from tests.lit.rows import write_rows
 from tests.tiny import write_checkpoint
@@ -106,7 +106,7 @@ def test_a_cache_that_becomes_full(base, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(cache, "_noted", [])
     rows = tmp_path / "many.jsonl.gz"
     rows.write_bytes(gzip.compress((base / "data/train.jsonl").read_bytes()))
-    real = cache.whole_file
+    real = cache.atomic_file
     argv = ["check", "--model.pretrained", str(base / "model"), "--data.train", str(rows), "--workers", "0"]
     argv += ["--data.media_root", str(base / "data"), "--out", str(tmp_path / "check")]
     for module in (row_file, index):
@@ -118,7 +118,7 @@ def test_a_cache_that_becomes_full(base, tmp_path, monkeypatch, capfd):
             with real(path) as out:
                 yield out
 
-        monkeypatch.setattr(module, "whole_file", full)
+        monkeypatch.setattr(module, "atomic_file", full)
     assert main(argv) == 0
     assert capfd.readouterr().err.count("No space left on device; free space there") == 1
 
@@ -165,9 +165,9 @@ def test_links_and_devices_stay(tmp_path):
     write_text(tmp_path / "link", "after")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "after"
     os.mkfifo(tmp_path / "pipe")
-    with whole_path(tmp_path / "pipe") as part:
+    with atomic_path(tmp_path / "pipe") as part:
         assert part == tmp_path / "pipe"
-    with whole_file(os.devnull) as out:
+    with atomic_file(os.devnull) as out:
         out.write(b"nothing")
     assert not Path(os.devnull).is_file()
 

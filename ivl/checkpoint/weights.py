@@ -17,7 +17,7 @@ from ivl.checkpoint.layouts import Group, groups, layout_of, to_stored
 from ivl.config import Config
 from ivl.hub.files import INDEX, weight_files
 from ivl.model.parts import ModelParts
-from ivl.types import UserError, some
+from ivl.types import UserError, first_few
 
 Where = torch.device | str | Callable[[str], torch.device | str]
 """One device for all tensors, or a function from a tensor's name to its device"""
@@ -40,8 +40,8 @@ class Files:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(
-                f"{folder}: {INDEX} names {len(names)} files, {len(missing)} of them are missing ({some(missing)}); is "
-                "the download complete?"
+                f"{folder}: {INDEX} names {len(names)} files, {len(missing)} of them are missing "
+                f"({first_few(missing)}); is the download complete?"
             )
         files = cls(folder)
         for name in names:
@@ -101,7 +101,7 @@ def check(model: ModelParts, files: Files, also: Mapping[str, Tensor] | None = N
         if files.shapes.get(name, shape) != shape
     ]
     problems = [
-        f"{len(names)} {what}: {some(names)}"
+        f"{len(names)} {what}: {first_few(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         if names
     ]

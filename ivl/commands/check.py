@@ -16,9 +16,9 @@ from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, MixtureSource
 from ivl.data.sets.index import Index, answers_needed, build_index, concat, progress_bar, reasons
 from ivl.data.sets.sources import open_sources
-from ivl.files import whole_path
+from ivl.files import atomic_path
 from ivl.options import DataOptions
-from ivl.types import UserError, many, printable
+from ivl.types import UserError, plural, printable
 
 SPLITS = ("train", "val", "test", "predict")
 _SHOWN, _DRAWN = 10, 12
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         errors += problems
         if parts:
             option_rows.append(_index_rows(name, parts, args))
-    with whole_path(out / "report.txt") as path, open(path, "w", encoding="utf-8") as report:
+    with atomic_path(out / "report.txt") as path, open(path, "w", encoding="utf-8") as report:
         for problem in errors:
             _emit(problem, report)
         for one in option_rows:
@@ -183,7 +183,9 @@ def _emit(text: str, report: TextIO) -> None:
 
 def _report_rows(one: OptionRows, show: int, report: TextIO) -> None:
     problems, dropped, count = one.index.problems, one.index.dropped, len(one.index)
-    _emit(f"\n# data.{one.name}: {many(count, 'row')}, {len(problems)} with a problem, {len(dropped)} left out", report)
+    _emit(
+        f"\n# data.{one.name}: {plural(count, 'row')}, {len(problems)} with a problem, {len(dropped)} left out", report
+    )
     if len(one.rows.parts) > 1 or any(n != len(part.rows) for n, part in zip(one.rows.counts, one.rows.parts)):
         _emit(one.rows.describe(), report)
     for title, texts in (("problems", problems), ("left out, as on_too_long is drop", dropped)):
@@ -229,7 +231,7 @@ def _list(title: str, lines: list[str], report: TextIO) -> None:
 
 
 def _lengths(index: Index, number: int) -> str:
-    return f"{index.tokens[number]} tokens, {many(int(index.tiles[number]), 'tile')}"
+    return f"{index.tokens[number]} tokens, {plural(int(index.tiles[number]), 'tile')}"
 
 
 def distributions(index: Index) -> str:
@@ -305,6 +307,6 @@ def _draw_examples(one: OptionRows, processor: Processor, sheet: Path, seed: int
         except UserError as error:  # a fault that only decoding shows; --media counts it as a problem
             print(f"\nnot shown: {error}")
     if cells:
-        with whole_path(sheet) as path:
+        with atomic_path(sheet) as path:
             grid(cells).save(path, "PNG")
-        print(f"\ncontact sheet of {many(len(cells), 'row')}: {sheet}")
+        print(f"\ncontact sheet of {plural(len(cells), 'row')}: {sheet}")

@@ -21,7 +21,7 @@ from ivl.checkpoint.quantization import Quantize
 from ivl.commands.models import TABLE, config_of, memory
 from ivl.config import Config
 from ivl.estimate.hardware import TILES, TOKENS
-from ivl.estimate.memory import need
+from ivl.estimate.memory import memory_needed
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
 from ivl.families import MODELS, ReleasedModel, config_for, find_model
 from ivl.options import LoRA, Tune
@@ -79,7 +79,7 @@ def gigabytes(row: ReleasedModel, recipe: Recipe, lora: LoRA) -> float:
         devices=recipe.devices,
     )
     sketch = ShallowModel(Config.from_dict(config_for(row)), setup)
-    return need(sketch, BatchShape(1, TOKENS, TILES, SUPERVISED)).total / 1e9
+    return memory_needed(sketch, BatchShape(1, TOKENS, TILES, SUPERVISED)).total / 1e9
 
 
 def simulated(row: ReleasedModel, folder: Path) -> float:

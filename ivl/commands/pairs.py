@@ -20,7 +20,7 @@ from typing import Any
 from ivl.data.media.source import is_url
 from ivl.data.rows.formats import parse
 from ivl.data.rows.row_file import RowFile
-from ivl.files import whole_file
+from ivl.files import atomic_file
 from ivl.reasoning import CLOSING, OPENING
 from ivl.types import Conversation, Media, UserError, printable
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{out}: exists already; name another file with --out or remove it")
     counts: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as file:
+    with atomic_file(out) as file:
         for pair in pairs(Path(args.answers), [Path(path) for path in args.rows], rule, out.parent, counts):
             file.write(json.dumps(pair, ensure_ascii=False).encode() + b"\n")
         if not counts["pairs"]:

@@ -13,7 +13,7 @@ from typing import Any
 from ivl.config import Config
 from ivl.estimate import flops
 from ivl.estimate.hardware import DEVICES, Device, find_device
-from ivl.estimate.memory import MemoryEstimate, need
+from ivl.estimate.memory import MemoryEstimate, memory_needed
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
 from ivl.families import config_for, find_model
 from ivl.hf_config import read_config
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     setup = setup_of(fit, args.devices, device is not None or args.memory is not None or str(fit.trainer.accelerator))
     rows = rows_of(fit, config)
     sketch = ShallowModel(config, setup)
-    memory = need(sketch, rows.largest)
+    memory = memory_needed(sketch, rows.largest)
     limit = _size(args.memory) if args.memory else device.memory if device else None
     plan = summary(fit, config, sketch, rows, memory, device, args.efficiency)
     if limit is not None and memory.total <= limit:
@@ -341,7 +341,7 @@ def spare(config: Config, setup: TrainSetup, micro: BatchShape, limit: float, no
     for off in filter(None, dict.fromkeys((on, on[:1], on[1:]))):
         changed: dict[str, Any] = {names[part]: False for part in off}
         candidate = replace(setup, **changed)
-        total = need(ShallowModel(config, candidate), micro).total
+        total = memory_needed(ShallowModel(config, candidate), micro).total
         if total <= limit:
             options = " ".join(f"--model.checkpointing.{part} false" for part in off)
             saved = 1 - operations(config, candidate, micro) / now
@@ -354,7 +354,7 @@ def first_fit(config: Config, setup: TrainSetup, micro: BatchShape, limit: float
     options: list[str] = []
     for text, changed, batch in changes(setup, micro):
         options.append(text)
-        if need(ShallowModel(config, changed), batch).total <= limit:
+        if memory_needed(ShallowModel(config, changed), batch).total <= limit:
             return "it would fit with " + ", ".join(options)
     return "no usual change makes it fit: take a larger device, or more of them with sharding"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-from ivl.files import disk_fault, whole_file
+from ivl.files import atomic_file, disk_fault
 
 _PROBE = bytes(4096)
 """Bytes of a test write: a full disk still takes an empty file"""
@@ -77,7 +77,7 @@ def optional(place: Path) -> Iterator[None]:
 @functools.cache
 def _can_write(folder: Path) -> bool:
     try:
-        with whole_file(folder / f".writable-{os.getpid()}") as out:
+        with atomic_file(folder / f".writable-{os.getpid()}") as out:
             out.write(_PROBE)
         os.unlink(folder / f".writable-{os.getpid()}")
     except OSError as error:

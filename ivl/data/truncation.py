@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ivl.data.text.tokenizer import Tokenizer
-from ivl.types import IGNORE, Conversation, UserError, many
+from ivl.types import IGNORE, Conversation, UserError, plural
 
 
 class Shape(NamedTuple):
@@ -108,7 +108,7 @@ def fitted(row: EncodedRow, max_length: int, tokens_per_tile: int, encode: Encod
     if row.num_tiles < before:
         row.notes.append(f"tiles {before} -> {row.num_tiles}")
     if turns:
-        row.notes.append(f"dropped {many(turns, 'turn')}")
+        row.notes.append(f"dropped {plural(turns, 'turn')}")
     return row
 
 

@@ -33,7 +33,7 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
-def need(sketch: ShallowModel, micro: BatchShape) -> MemoryEstimate:
+def memory_needed(sketch: ShallowModel, micro: BatchShape) -> MemoryEstimate:
     """Estimate a step's memory on the fullest device, from the second step on."""
     setup, parts = sketch.setup, sketch.parameters()
     activations = sketch.activations(micro)

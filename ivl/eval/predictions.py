@@ -14,7 +14,7 @@ from typing import Any
 
 from ivl.eval.tasks import Task
 from ivl.reasoning import split_reasoning, without_reasoning
-from ivl.types import TRUTH, UserError, some
+from ivl.types import TRUTH, UserError, first_few
 
 Row = dict[str, Any]
 RUN = ("model", "max_tiles", "frames", "decoding")
@@ -89,17 +89,17 @@ def _check_unique_ids(path: Path, rows: Sequence[Row]) -> None:
         lines.setdefault((str(row.get("source") or ""), row["id"]), []).append(str(row["line"]))
     twice = [f"{name} (rows {', '.join(numbers)})" for (_, name), numbers in lines.items() if len(numbers) > 1]
     if twice:
-        raise UserError(f"{path}: {len(twice)} ids come more than once: {some(twice)}; keep one answer for each")
+        raise UserError(f"{path}: {len(twice)} ids come more than once: {first_few(twice)}; keep one answer for each")
 
 
 def _check_complete(path: Path, rows: Sequence[Row]) -> None:
     wanted = {row["of"] for row in rows if row.get("of") is not None}
     if len(wanted) > 1:
-        raise UserError(f"{path}: rows of runs of {some([str(n) for n in sorted(wanted)])} rows are mixed")
+        raise UserError(f"{path}: rows of runs of {first_few([str(n) for n in sorted(wanted)])} rows are mixed")
     missing = [str(n) for n in sorted(set(range(*wanted)) - {row.get("index") for row in rows})] if wanted else []
     if missing:
         raise UserError(
-            f"{path}: {len(rows)} rows of a run of {wanted.pop()}; missing are rows {some(missing)} "
+            f"{path}: {len(rows)} rows of a run of {wanted.pop()}; missing are rows {first_few(missing)} "
             "(counted from 0); predict again"
         )
 
@@ -124,12 +124,12 @@ def join(path: Path, rows: list[Row], truth: Path, task: Task, partial: bool = F
     known = {str(row.get("id", row.get("line"))): row for row in records}
     unknown = [row["id"] for row in rows if row["id"] not in known]
     if unknown:
-        raise UserError(f"{path}: {len(unknown)} answers to no question of {truth}: {some(unknown)}")
+        raise UserError(f"{path}: {len(unknown)} answers to no question of {truth}: {first_few(unknown)}")
     answered = {row["id"] for row in rows}
     missing = [name for name in known if name not in answered]
     if missing and not partial:
         raise UserError(
-            f"{path}: {len(missing)} of {len(known)} questions of {truth} have no answer: {some(missing)}; "
+            f"{path}: {len(missing)} of {len(known)} questions of {truth} have no answer: {first_few(missing)}; "
             "predict again, or --partial to score those there are"
         )
     return [_with_truth(row, known[row["id"]]) for row in rows]
@@ -148,7 +148,7 @@ def align(first: Sequence[Row], path: Path, rows: Sequence[Row]) -> list[Row]:
     unmatched = sorted({row["id"] for row in first} ^ set(place))
     if unmatched:
         raise UserError(
-            f"{path}: not the same questions as the first file; only one of them has {some(unmatched)}; "
+            f"{path}: not the same questions as the first file; only one of them has {first_few(unmatched)}; "
             "comparing takes the same questions"
         )
     return [place[row["id"]] for row in first]

@@ -111,7 +111,7 @@ def _hallusionbench(counts: np.ndarray) -> np.ndarray:
 # -- from rows to counts ----------------------------------------------------------------------------------------------
 
 
-def need(row: Row, key: str) -> Any:
+def required_field(row: Row, key: str) -> Any:
     """Return a field of the ground truth. Raises UserError with the row's name."""
     value = row.get(key)
     if value is None or value == []:
@@ -126,7 +126,7 @@ def golds(row: Row) -> list[str]:
 
 
 def reference(row: Row) -> str:
-    return str(need(row, "reference"))
+    return str(required_field(row, "reference"))
 
 
 def _categories(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -191,12 +191,12 @@ def _mmmu(row: Row, mode: Mode) -> tuple[float, str]:
 
 def _ocrbench(row: Row, mode: Mode) -> tuple[float, str]:
     text = row["response"]
-    return metrics.ocrbench_match(text, golds(row), need(row, "category"), mode), text.strip()
+    return metrics.ocrbench_match(text, golds(row), required_field(row, "category"), mode), text.strip()
 
 
 def _refcoco(row: Row, mode: Mode) -> tuple[float, str]:
     box = metrics.refcoco_box(row["response"], mode)
-    score = metrics.refcoco_match(row["response"], need(row, "box"), need(row, "size"), mode)
+    score = metrics.refcoco_match(row["response"], required_field(row, "box"), required_field(row, "size"), mode)
     return score, "" if box is None else ", ".join(f"{value:.3f}" for value in box)
 
 
@@ -234,7 +234,7 @@ def _hallusionbench_rule(rows: Sequence[Row], mode: Mode) -> Scored:
     if mode == "strict":  # of "Yes, no doubt" the first word counts
         parsed = [_first_yes_or_no(row["response"]) for row in rows]
     scores = [float(reading == reference(row)) for reading, row in zip(parsed, rows)]
-    parts = [str(need(row, "group")).rsplit("/", 3) for row in rows]
+    parts = [str(required_field(row, "group")).rsplit("/", 3) for row in rows]
     for row, part in zip(rows, parts):
         if len(part) != 4:
             raise UserError(f"{row['where']}: group {row['group']!r}; expected l2-category/set/figure/question")
@@ -289,7 +289,7 @@ def _mme_rule(rows: Sequence[Row], mode: Mode) -> Scored:
     scores = [float(reading == reference(row).strip().lower()) for reading, row in zip(parsed, rows)]
     members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for n, row in enumerate(rows):
-        members[str(need(row, "category")), str(need(row, "group"))].append(n)
+        members[str(required_field(row, "category")), str(required_field(row, "group"))].append(n)
     unpaired = [f"{category}/{group}" for (category, group), pair in members.items() if len(pair) != 2]
     if unpaired:
         raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 
 from ivl.config import read_json
 from ivl.hub.hints import check_adapter_folder
-from ivl.types import UserError, shortened, some
+from ivl.types import UserError, first_few, shortened
 
 FILE = "adapter_config.json"
 
@@ -125,9 +125,9 @@ class AdapterConfig:
         known = {*NO_EFFECT, *REFUSED, *READ}
         if unknown := sorted(key for key, value in raw.items() if key not in known and _is_on(value)):
             raise UserError(
-                f"{where}: {some([f'{key} ({shortened(raw[key])})' for key in unknown])}: not known here, so what it "
-                "does to the answers is not either; remove the key if it does nothing, or merge the adapter with the "
-                "program that made it"
+                f"{where}: {first_few([f'{key} ({shortened(raw[key])})' for key in unknown])}: not known here, so what "
+                "it does to the answers is not either; remove the key if it does nothing, or merge the adapter with "
+                "the program that made it"
             )
         return config
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from ivl.checkpoint.layouts import Group, groups
 from ivl.families import llm_family
-from ivl.files import whole_path
+from ivl.files import atomic_path
 from ivl.finetune.adapters import PREFIX, LowRank
 from ivl.finetune.tune import (
     EMBEDDINGS,
@@ -98,7 +98,7 @@ def save_adapter(
             tensors[f"{name}.lora_magnitude_vector"] = update.magnitude
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    with whole_path(folder / WEIGHTS) as path:
+    with atomic_path(folder / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt", DIGEST: digest(tensors)})
     config.save_pretrained(str(folder))
 

@@ -23,7 +23,7 @@ from ivl.checkpoint.layouts import LAYOUTS, Group, groups
 from ivl.finetune.adapter_config import AdapterConfig
 from ivl.finetune.tune import EMBEDDINGS, is_tied, part_of
 from ivl.model.parts import ADAPTER
-from ivl.types import UserError, some
+from ivl.types import UserError, first_few
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
@@ -139,7 +139,9 @@ def _check_names(config: AdapterConfig, names: set[str], table: dict[str, Group]
     modules = [n for n in config.saved if _has_module(n, table) and not _has_module(n, names)]
     for key, missing in (("target_modules", layers), ("modules_to_save", modules)):
         if missing:
-            raise UserError(f"its config has {key} {some(missing)}, and the file has no tensor of it; is it complete?")
+            raise UserError(
+                f"its config has {key} {first_few(missing)}, and the file has no tensor of it; is it complete?"
+            )
 
 
 def _has_module(module: str, names: Iterable[str]) -> bool:

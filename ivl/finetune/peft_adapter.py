@@ -22,7 +22,7 @@ from ivl.finetune.adapters import Adapter
 from ivl.finetune.tune import PARTS, adapted, inject
 from ivl.model.parts import ADAPTER
 from ivl.parallel.devices import check_at_hand
-from ivl.types import UserError, some
+from ivl.types import UserError, first_few
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
@@ -106,7 +106,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     others = [p.name for p in sorted(folder.iterdir()) if p.suffix in _ENDINGS and not _PASSED.fullmatch(p.name)]
     if unread := [name for name in others if name not in (WEIGHTS, TOWER)]:
         raise UserError(
-            f"beside it lie {some(unread)}, which may be trained weights and are not read here; move them away if "
+            f"beside it lie {first_few(unread)}, which may be trained weights and are not read here; move them away if "
             "they are not part of the adapter"
         )
     state = _load(folder / WEIGHTS)

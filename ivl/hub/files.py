@@ -9,7 +9,7 @@ from typing import Literal
 
 from ivl.config import read_json
 from ivl.config_fields import shown
-from ivl.errors import UserError, some
+from ivl.errors import UserError, first_few
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -55,14 +55,18 @@ def _describe_other_files(folder: Path) -> str:
     """Describe the files in place of weights, and the remedy."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if shards := [name for name in names if name.endswith(".safetensors")]:
-        return f"there are {some(shards, 3)}, without the index that says what is in them; download {INDEX} as well"
+        return (
+            f"there are {first_few(shards, 3)}, without the index that says what is in them; download {INDEX} as well"
+        )
     if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth")) and "training_args" not in name]:
         return (
-            f"there are only pickles ({some(pickles, 3)}), which are never opened here; take the safetensors of the "
-            "release, or convert them with transformers (save_pretrained)"
+            f"there are only pickles ({first_few(pickles, 3)}), which are never opened here; take the safetensors of "
+            "the release, or convert them with transformers (save_pretrained)"
         )
     if others := [name for name in names if name.endswith((".gguf", ".onnx", ".engine"))]:
-        return f"there are weights for other programs ({some(others, 3)}); take the release that they were made from"
+        return (
+            f"there are weights for other programs ({first_few(others, 3)}); take the release that they were made from"
+        )
     return "expected a checkpoint's weights; is the download complete?"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.config import read_json
-from ivl.errors import UserError, some
+from ivl.errors import UserError, first_few
 from ivl.hub.unsupported import refuse_config
 
 ADAPTER, RUN = "adapter_config.json", "config.yaml"
@@ -51,7 +51,7 @@ def _describe_folder(folder: Path) -> str | None:
         if snapshots := [path for path in sorted(repo.glob("snapshots/*")) if (path / "config.json").exists()]:
             return f"is a hub's cache; give the model's OWNER/NAME, or a folder in it, such as {snapshots[-1]}"
     if inside := sorted(path.parent.name for path in folder.glob("*/config.json")):
-        return f"no config.json, but there is one in {some(inside, 3)}; give that folder: {folder / inside[0]}"
+        return f"no config.json, but there is one in {first_few(inside, 3)}; give that folder: {folder / inside[0]}"
     return None
 
 

@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ivl.cli.help import PURPOSES
-from ivl.files import whole_path, write_text
+from ivl.files import atomic_path, write_text
 from ivl.hub import with_revision
 from ivl.lit import benchmark
 from ivl.lit.arguments import run_config, value_of, with_lists, with_todays_classes
@@ -68,7 +68,7 @@ class SaveConfig(SaveConfigCallback):
         Path(folder).mkdir(parents=True, exist_ok=True)
         endings = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
         ending = next(ending for ending in endings if not (Path(folder) / f"config{ending}.yaml").exists())
-        with whole_path(Path(folder) / f"config{ending}.yaml") as path:
+        with atomic_path(Path(folder) / f"config{ending}.yaml") as path:
             self.parser.save(self.config, path, skip_none=False)
         record = {"versions": versions(), "data": as_data(trainer).fingerprints()}
         write_text(Path(folder) / f"versions{ending}.json", json.dumps(record, indent=2) + "\n")

@@ -40,7 +40,7 @@ from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
 from ivl.options import Batching, Checkpointing, GenerationOptions, Rates, Tune
 from ivl.reasoning import split_reasoning
-from ivl.types import Batch, UserError, some
+from ivl.types import Batch, UserError, first_few
 
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 
@@ -204,7 +204,7 @@ class LitInternVL(MemoryGuard):
         changes += self.changed_options
         rank_zero_info(
             f"resumed at step {checkpoint['global_step']}: weights, optimizer states, place among the rows and random "
-            f"numbers are the checkpoint's; as given now: {some(changes, 6) or 'nothing that differs from it'}"
+            f"numbers are the checkpoint's; as given now: {first_few(changes, 6) or 'nothing that differs from it'}"
         )
 
     # -- validate and test ---------------------------------------------------------------------------------------

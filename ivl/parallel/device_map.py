@@ -25,7 +25,7 @@ from ivl.estimate.hardware import CONTEXT
 from ivl.estimate.inference import cache_bytes, tower_bytes
 from ivl.model.parts import ModelParts
 from ivl.parallel.devices import parse_size
-from ivl.types import UserError, some
+from ivl.types import UserError, first_few
 
 MAIN = ("mlp1", "language_model.model.embed_tokens", "language_model.model.norm", "language_model.lm_head")
 """Modules that exchange tensors with the batch: all on one device"""
@@ -238,11 +238,11 @@ def from_map(model: ModelParts, device_map: str | Path | Mapping[str, str | int]
     problems = []
     if unknown:
         problems.append(
-            f"{len(unknown)} names of no module that can stand alone: {some(unknown)} (expected {TOWER}, "
+            f"{len(unknown)} names of no module that can stand alone: {first_few(unknown)} (expected {TOWER}, "
             f"{', '.join(MAIN)}, {LAYERS}.0 and so on)"
         )
     if unplaced:
-        problems.append(f"{len(unplaced)} modules without a device: {some(unplaced)}")
+        problems.append(f"{len(unplaced)} modules without a device: {first_few(unplaced)}")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
     placed = {part: entry for part, entry in entry_of.items() if entry is not None}

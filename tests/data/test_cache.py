@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ivl.data.cache import default_cache
-from ivl.files import whole_file
+from ivl.files import atomic_file
 
 
 def test_the_folder_follows_the_xdg_rules(monkeypatch, tmp_path):
@@ -18,14 +18,14 @@ def test_the_folder_follows_the_xdg_rules(monkeypatch, tmp_path):
 
 def test_a_file_is_there_when_it_is_whole(tmp_path):
     path = tmp_path / "new" / "file"
-    with whole_file(path) as out:
+    with atomic_file(path) as out:
         out.write(b"one")
         out.flush()
         assert not path.exists()
     assert path.read_bytes() == b"one"
 
     def torn() -> None:
-        with whole_file(path) as out:
+        with atomic_file(path) as out:
             out.write(b"half")
             raise RuntimeError
 

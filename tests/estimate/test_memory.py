@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ivl.config import Config
-from ivl.estimate.memory import need, split_sizes, state_bytes
+from ivl.estimate.memory import memory_needed, split_sizes, state_bytes
 from ivl.estimate.training_step import BatchShape, MemTracker, ShallowModel, TrainSetup
 from ivl.families import config_for, find_model
 from ivl.finetune import tune
@@ -132,7 +132,7 @@ def test_logits_do_not_grow_with_the_length():
 def test_more_devices_and_less_precision_take_less():
     config, micro = deep(), BatchShape(2, 300, 8, 100)
     full = TrainSetup(Tune("full", "full", "full"), on_gpu=False)
-    of = lambda **changed: need(ShallowModel(config, TrainSetup(**(vars(full) | changed))), micro)  # noqa: E731
+    of = lambda **changed: memory_needed(ShallowModel(config, TrainSetup(**(vars(full) | changed))), micro)  # noqa: E731
     alone, sharded = of(), of(strategy="fsdp2", devices=4)
     assert sharded.weights == alone.weights / 4 and sharded.optimizer == alone.optimizer / 4
     assert of(strategy="ddp", devices=2).total == alone.total + alone.weights
@@ -159,12 +159,12 @@ def test_layers_are_spread_as_evenly_as_they_can_be(mode: str, devices: int):
         max(found.main + first * each, max(found.once + n * each for n in rest))
         for first, *rest in splits(DEEP, devices)
     ]
-    alone = need(ShallowModel(deep(), TrainSetup(MODES[mode], on_gpu=False)), micro)
-    fullest = need(sketch, micro)
+    alone = memory_needed(ShallowModel(deep(), TrainSetup(MODES[mode], on_gpu=False)), micro)
+    fullest = memory_needed(sketch, micro)
     # The moments of a step are told apart in `need` and not in the plan, so it may take less.
     assert alone.total / devices < fullest.total <= min(loads) < alone.total
     # One device holds everything, counted in the same way.
-    assert need(ShallowModel(deep(), replace(setup, devices=1)), micro) == alone
+    assert memory_needed(ShallowModel(deep(), replace(setup, devices=1)), micro) == alone
 
 
 def test_optimizers():

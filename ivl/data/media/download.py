@@ -26,7 +26,7 @@ except ImportError:
     import httpcore
 
 from ivl.data.cache import default_cache, written
-from ivl.files import whole_file
+from ivl.files import atomic_file
 from ivl.options.media import FetchPolicy
 from ivl.types import UserError
 
@@ -73,7 +73,7 @@ def _download(url: str, policy: FetchPolicy, check: Callable[[Path], None] | Non
         return place
     _check_url(url, url)
     try:
-        with whole_file(place) as out:
+        with atomic_file(place) as out:
             _with_retries(url, policy, out)
             out.flush()
             if check is not None:

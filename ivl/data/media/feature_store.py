@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ivl.config import Config
 from ivl.data.cache import go_without
-from ivl.files import whole_path
+from ivl.files import atomic_path
 
 _SUFFIX = ".safetensors"
 SETTLED = 2.0
@@ -108,7 +108,7 @@ class FeatureStore:
         try:
             if not self._room(size):
                 return False
-            with whole_path(path) as temporary:
+            with atomic_path(path) as temporary:
                 save_file({"features": features}, temporary, {"crc": _crc(features)})
         except (OSError, SafetensorError) as error:  # a full disk is no reason to stop a run
             go_without(self.folder, error)

@@ -25,7 +25,7 @@ from ivl.data.rows import grounding
 from ivl.data.rows.keys import REFUSED, check_row_weight, is_prefix, is_trained, thought_of
 from ivl.data.rows.row_reader import Kind, Row, RowReader, nothing, optional_name, optional_text, text_of
 from ivl.system_text import NONE, system_text
-from ivl.types import TRUTH, Conversation, Media, Message, UserError, many
+from ivl.types import TRUTH, Conversation, Media, Message, UserError, plural
 from ivl.types import shortened as short
 
 Role = Literal["user", "assistant"]
@@ -337,7 +337,7 @@ def _place(draft: _Draft, reader: RowReader) -> None:
 
 def _mismatch(kind: str, marks: int, media: int) -> str:
     what = f"add the {kind} or drop a mark" if marks > media else f"add a mark or drop the {kind}"
-    return f"{many(marks, f'<{kind}> mark')} but {many(media, kind)}; {what}"
+    return f"{plural(marks, f'<{kind}> mark')} but {plural(media, kind)}; {what}"
 
 
 def _ground(

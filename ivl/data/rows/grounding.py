@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ivl.reasoning import without_reasoning
-from ivl.types import UserError, many
+from ivl.types import UserError, plural
 from ivl.types import shortened as _short
 
 Box = tuple[float, float, float, float]
@@ -55,10 +55,10 @@ def fill(
     )
     for mark, key, there in (("<ref-object>", "ref", len(captions)), ("<bbox>", "bbox", len(boxes))):
         if counts[mark] not in (0, there):
-            objects_text = many(there, "object") if isinstance(objects, list) else f"{there} in objects.{key}"
-            raise UserError(f"{many(counts[mark], f'{mark} mark')} but {objects_text}; expected one mark each")
+            objects_text = plural(there, "object") if isinstance(objects, list) else f"{there} in objects.{key}"
+            raise UserError(f"{plural(counts[mark], f'{mark} mark')} but {objects_text}; expected one mark each")
     if (captions or boxes) and not any(counts.values()):
-        objects_there = many(max(len(captions), len(boxes)), "object")
+        objects_there = plural(max(len(captions), len(boxes)), "object")
         raise UserError(f"{objects_there} but no <ref-object> or <bbox> mark; write a mark where each is named")
     refs, written = iter(captions), iter(boxes)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ivl.data.cache import default_cache, written
 from ivl.data.rows.formats import loads
-from ivl.files import file_digest, whole_file
+from ivl.files import atomic_file, file_digest
 from ivl.options.data import FileLimits
 from ivl.types import UserError, printable
 
@@ -235,7 +235,7 @@ def _decompress(path: Path, place: Path, most: int) -> Path:
         return place
     source, faults = _opener(path)
     try:
-        with whole_file(place) as out, source:
+        with atomic_file(place) as out, source:
             while chunk := source.read(_CHUNK):
                 out.write(chunk)
                 if out.tell() > most:

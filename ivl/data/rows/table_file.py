@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ivl.data.cache import default_cache, optional, written
-from ivl.files import file_digest, whole_file, write_text
+from ivl.files import atomic_file, file_digest, write_text
 from ivl.options import FileLimits
 from ivl.parquet import import_pyarrow
 from ivl.types import UserError, printable
@@ -141,7 +141,7 @@ def _write(path: Path, place: Path, most: int) -> None:
     plain = pa.schema([(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in schema])
     bar = tqdm(total=total, desc=printable(f"reading {path.name}", " "), unit="row", disable=None, leave=False)
     try:
-        with bar, whole_file(place) as out, pa.ipc.new_file(out, plain) as writer:
+        with bar, atomic_file(place) as out, pa.ipc.new_file(out, plain) as writer:
             for batch in batches:
                 columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=plain))

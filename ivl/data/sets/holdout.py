@@ -11,7 +11,7 @@ import numpy as np
 
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset, digests
-from ivl.files import whole_file
+from ivl.files import atomic_file
 from ivl.options import FileLimits
 from ivl.types import UserError
 
@@ -47,7 +47,7 @@ def save_split(path: str | Path, held: RowDataset, seed: int = 0) -> None:
         "seed": seed,
         "rows": [f"{digest:016x}" for digest in digests(held, seed)],
     }
-    with whole_file(Path(path)) as out:
+    with atomic_file(Path(path)) as out:
         out.write(json.dumps(record, indent=0).encode())
 
 

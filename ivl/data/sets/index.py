@@ -36,7 +36,7 @@ from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.media_stamps import MediaStamps
 from ivl.data.truncation import CHANGES, changes
 from ivl.data.worker_loader import WorkerLoader
-from ivl.files import whole_file, write_text
+from ivl.files import atomic_file, write_text
 from ivl.types import UserError, printable
 
 _FORMAT = 6
@@ -336,10 +336,10 @@ def _save(path: Path, index: Index) -> None:
     """Save an index, records last: their file shows that the index is complete."""
     with optional(path):
         index.media.save(path.with_suffix(".npz"))
-        with whole_file(path.with_suffix(".json")) as out:
+        with atomic_file(path.with_suffix(".json")) as out:
             texts = {"problems": index.problems, "dropped": index.dropped, "unread": index.unread}
             out.write(json.dumps(texts).encode())
-        with whole_file(path.with_suffix(".npy")) as out:
+        with atomic_file(path.with_suffix(".npy")) as out:
             np.save(out, index.records)
 
 

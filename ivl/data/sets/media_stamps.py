@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ivl.data.media.source import is_url
-from ivl.files import whole_file
+from ivl.files import atomic_file
 from ivl.types import Media
 
 Stamp = tuple[int, int, int]
@@ -65,7 +65,7 @@ class MediaStamps:
         return MediaStamps(self.rows[mask], self.stamps[mask], b"".join(paths[n] + b"\0" for n in np.flatnonzero(mask)))
 
     def save(self, path: Path) -> None:
-        with whole_file(path) as out:
+        with atomic_file(path) as out:
             np.savez(out, rows=self.rows, stamps=self.stamps, paths=np.frombuffer(self.paths, np.uint8))
 
     @classmethod

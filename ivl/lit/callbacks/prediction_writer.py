@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from ivl.data.sets.index import fingerprint
-from ivl.files import whole_file, write_json
+from ivl.files import atomic_file, write_json
 from ivl.lit.prediction_rows import Row
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.types import RunModule, as_data, as_lit, data_of
@@ -134,7 +134,7 @@ class PredictionShards:
             )
         kinds: Counter[str] = Counter()
         files = {part: part.open("rb") for part in self.existing()}
-        with whole_file(self.path) as out:
+        with atomic_file(self.path) as out:
             for index in sorted(places):
                 part, offset = places[index]
                 files[part].seek(offset)

@@ -21,7 +21,7 @@ from ivl.families import find_model
 from ivl.files import file_digest
 from ivl.finetune.tune import PARTS, scale_alpha
 from ivl.options import LoRA, Tune
-from ivl.types import UserError, shortened, some
+from ivl.types import UserError, first_few, shortened
 
 Experiment = dict[str, Any]
 """Option → plain value; files have a `digest` to compare and a `name` to show"""
@@ -93,8 +93,8 @@ def check_same(path: str, there: Experiment, here: Experiment, epoch_ended: bool
     fixed = (*WEIGHTS, *ROWS, *LENGTHS, *(() if epoch_ended else BATCHES))
     if lines := differences(there, here, fixed):
         raise UserError(
-            f"--ckpt_path {path}: of another experiment: {some(lines, 4)}. Give what it was trained with, or begin "
-            "anew without --ckpt_path (--model.adapter RUN/adapter goes on training its LoRA)"
+            f"--ckpt_path {path}: of another experiment: {first_few(lines, 4)}. Give what it was trained with, or "
+            "begin anew without --ckpt_path (--model.adapter RUN/adapter goes on training its LoRA)"
         )
     return differences(there, here, (*(BATCHES if epoch_ended else ()), *COUNTED))
 
@@ -110,7 +110,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict) and "digest" in value:
         return str(value["name"])
     if isinstance(value, list):
-        return some([_shown(v) for v in value], 3) or "none"
+        return first_few([_shown(v) for v in value], 3) or "none"
     return value if isinstance(value, str) else shortened(value)
 
 

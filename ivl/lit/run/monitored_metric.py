@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from ivl.lit.metrics import CAPTIONS, Metric, score
 from ivl.lit.types import as_lit, data_of
-from ivl.types import UserError, some
+from ivl.types import UserError, first_few
 
 ALWAYS = ("epoch", "step", "train/loss", "train/grad_norm")
 SPEED = ("speed/tokens_per_s", "speed/samples_per_s", "speed/data_wait", "speed/mfu")
@@ -38,7 +38,9 @@ def check_monitors(trainer: Trainer, module: LightningModule) -> None:
         hint = f"; {near[0]} is the nearest" if near else ""
         held_out = any(name.startswith("val/") for name in names)
         why = "" if held_out else "; numbers of held-out rows need data.val or data.val_fraction"
-        raise UserError(f"{_option(callback)}: no such number is logged; expected one of {some(names, 16)}{hint}{why}")
+        raise UserError(
+            f"{_option(callback)}: no such number is logged; expected one of {first_few(names, 16)}{hint}{why}"
+        )
 
 
 def check_open_monitors(trainer: Trainer) -> None:
@@ -54,7 +56,9 @@ def check_open_monitors(trainer: Trainer) -> None:
         elif monitor == "speed/mfu" and not gpus:
             names = [name for name in SPEED if name != "speed/mfu"]
         if names is not None and monitor not in names:
-            raise UserError(f"{_option(callback)}: no such number is logged here; expected one of {some(names, 16)}")
+            raise UserError(
+                f"{_option(callback)}: no such number is logged here; expected one of {first_few(names, 16)}"
+            )
 
 
 def _monitoring(trainer: Trainer) -> list[Any]:

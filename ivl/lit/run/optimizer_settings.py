@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from ivl.types import UserError, some
+from ivl.types import UserError, first_few
 
 Settings = dict[str, Any]
 
@@ -88,8 +88,8 @@ def apply_settings(checkpoint: dict[str, Any], now: Settings, schedule: LRSchedu
     check_states(before, now)
     if "optimizer_states" not in checkpoint:
         raise UserError(
-            f"--ckpt_path: {some(_changes(before, now), 3)}: this strategy restores the optimizer by itself, as the "
-            "checkpoint has it; give what the run was given"
+            f"--ckpt_path: {first_few(_changes(before, now), 3)}: this strategy restores the optimizer by itself, as "
+            "the checkpoint has it; give what the run was given"
         )
     states = checkpoint["optimizer_states"][0].get("param_groups") or []
     position = checkpoint["lr_schedulers"][0]
@@ -125,8 +125,8 @@ def check_states(before: Settings, now: Settings) -> None:
         old, new = ([group.get(key) for group in settings["groups"]] for settings in (before, now))
         if old != new:
             raise UserError(
-                f"model.optimizer, model.rates: {key} of the checkpoint's groups: {some([*map(str, old)], 4)}; found "
-                f"{some([*map(str, new)], 4)}; give what the run was given"
+                f"model.optimizer, model.rates: {key} of the checkpoint's groups: {first_few([*map(str, old)], 4)}; "
+                f"found {first_few([*map(str, new)], 4)}; give what the run was given"
             )
 
 
@@ -152,7 +152,7 @@ def _changes(before: Settings, now: Settings) -> list[str]:
                 groups.setdefault((key, str(old.get(key)), str(new[key])), []).append(new["name"])
     lines = []
     for (key, old, new), names in groups.items():
-        where = "" if len(names) == len(now["groups"]) else f" of {some(names, 3)}"
+        where = "" if len(names) == len(now["groups"]) else f" of {first_few(names, 3)}"
         lines.append(f"{key}{where} {old} → {new}")
     if not _same_schedule(before, now) or before["schedule"]["total_steps"] != now["schedule"]["total_steps"]:
         steps = f"{before['schedule']['total_steps']} → {now['schedule']['total_steps']} steps"

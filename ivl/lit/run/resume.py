@@ -14,7 +14,7 @@ from torch import Tensor
 from ivl.checkpoint.newest import furthest, newest_checkpoint, read_head, read_heads
 from ivl.finetune.tune import trainable_state
 from ivl.lit.run.experiment import BATCHES, COUNTED, LENGTHS, ROWS, WEIGHTS, Experiment, check_same, differences
-from ivl.types import UserError, some
+from ivl.types import UserError, first_few
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
@@ -84,7 +84,7 @@ def resolve_last(config: Namespace, resume: bool, experiment: Experiment | None 
             folders.settings.version = head.path.parent.parent.name
     elif heads:
         other = max(heads, key=lambda head: head.path.stat().st_mtime_ns)
-        lines = some(differences(other.experiment or {}, experiment, ALL), 3)
+        lines = first_few(differences(other.experiment or {}, experiment, ALL), 3)
         rank_zero_info(
             f"--ckpt_path last: nothing of this experiment in {folders.pattern} yet, the run begins "
             f"({other.path.parent.parent}: {lines})"
