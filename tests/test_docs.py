@@ -15,6 +15,7 @@ import yaml
 
 from ivl import shipped
 from ivl.__main__ import COMMANDS
+from ivl.cli import preflight
 from ivl.data.rows.formats import loads, parse
 from ivl.lit import cli
 from ivl.lit.cli import IvlCLI
@@ -115,6 +116,7 @@ STOPS = {
     "chat": ("ivl.commands.chat", "_trained"),
     "export": ("ivl.commands.export", "_trained"),
     "models": ("ivl.commands.models", "_lines"),
+    "pairs": ("ivl.commands.pairs", "PairRule"),
     "plan": ("ivl.commands.plan", "rows_of"),
     "score": ("ivl.eval.score", "task"),
 }
@@ -147,6 +149,7 @@ def read_options(argv: list[str], lightning, monkeypatch) -> None:
     """Let a command's own parser read its arguments. Raises what the command raises."""
     argv = shipped.with_configs(argv)
     if COMMANDS[argv[0]][0] == "ivl.lit.cli":
+        preflight.check(argv[0], argv[1:])
         lightning(argv[0]).parse_args(cli.run_config(argv))
         return
     place, name = STOPS[argv[0]]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ivl.cli import preflight
 from ivl.config import Config
 from ivl.estimate import flops
 from ivl.estimate.hardware import DEVICES, Device, find_device
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
 
         rewrite(Path(args.headers))
         return 0
+    preflight.check("plan", rest)
     from ivl.lit.cli import read  # slow to import
 
     fit = read(rest)
