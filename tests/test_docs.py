@@ -149,7 +149,7 @@ def read_options(argv: list[str], lightning, monkeypatch) -> None:
     """Let a command's own parser read its arguments. Raises what the command raises."""
     argv = shipped.with_configs(argv)
     if COMMANDS[argv[0]][0] == "ivl.lit.cli":
-        preflight.check(argv[0], argv[1:])
+        preflight.check(argv[0], [*argv[1:], "--print_config"])
         lightning(argv[0]).parse_args(cli.run_config(argv))
         return
     place, name = STOPS[argv[0]]
