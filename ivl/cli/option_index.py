@@ -49,7 +49,8 @@ class Option:
     default: str
     help: str
     has_parts: bool = False
-    """True for settings of classes, whose own options follow its name: `--trainer.logger.init_args.save_dir`"""
+    """True for settings of classes, whose own options follow its name (`--trainer.logger.init_args.save_dir`), and for
+    mappings (`--data.columns.query`)"""
 
 
 @cache
@@ -121,7 +122,7 @@ def _options(name: str, annotation: str, default: str, text: str) -> Iterator[Op
     nested = {word: kind for word, kind in kinds.items() if dataclasses.is_dataclass(kind)}
     others = words - _PLAIN - nested.keys()
     shown = "" if default.endswith("()") and default[:-2] in nested else default
-    yield Option(name, annotation, shown, " ".join(text.split()), has_parts=bool(others))
+    yield Option(name, annotation, shown, " ".join(text.split()), has_parts=bool(others) or "dict" in words)
     if not annotation.startswith("list"):
         for kind in nested.values():
             yield from _fields(kind, name)

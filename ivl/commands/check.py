@@ -152,6 +152,7 @@ def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tupl
                 seed=args.data.seed,
                 cache_dir=args.cache_dir,
                 limits=args.data.file_limits,
+                columns=args.data.columns,
             )
         except UserError as error:
             errors.append(f"data.{name}: {error}")

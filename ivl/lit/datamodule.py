@@ -25,7 +25,7 @@ from ivl.data.sets.dataset import Mixture, RowDataset, split
 from ivl.data.sets.holdout import open_split, remember
 from ivl.data.sets.index import Index, answers_needed, concat, drop_unusable, write_report
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
-from ivl.data.sets.sources import open_sources
+from ivl.data.sets.sources import open_sources, row_files
 from ivl.lit.benchmark import rows_file
 from ivl.lit.callbacks.row_report import index_rows, report_changed, report_left_out, report_unread
 from ivl.lit.feature_cache import open_store
@@ -105,7 +105,7 @@ class IvlData(LightningDataModule):
             if not files:
                 raise UserError(f"--data.{name}: not given; expected one or more files of rows (jsonl or json)")
             places: dict[str, Any] = {"root": options.media_root, "seed": options.seed, "limits": options.file_limits}
-            self._rows[name] = RowDataset(files, processor, **places)
+            self._rows[name] = RowDataset(row_files(files), processor, columns=options.columns, **places)
         return self._rows[name]
 
     def _set_up_training(self) -> None:
@@ -116,7 +116,12 @@ class IvlData(LightningDataModule):
         if len(sources) != 1:
             count = "both" if sources else "neither"
             raise UserError(f"--data.train: expected files of rows here or sources in --data.mixture, found {count}")
-        options = {"on_error": data.on_error, "seed": data.seed, "limits": data.file_limits}
+        options = {
+            "on_error": data.on_error,
+            "seed": data.seed,
+            "limits": data.file_limits,
+            "columns": data.columns,
+        }
         parts = open_sources(sources[0], self.processor, data.media_root, **options)
         if data.val_fraction and not data.val:
             if len(parts) > 1:

@@ -76,6 +76,8 @@ class RowOptions:
     """Folder of the benchmark's official files."""
     media_root: str | None = None
     """Where relative media paths start. Default: the folder of the file they stand in."""
+    columns: dict[str, str] | None = None
+    """Our key → the key or column that all files of rows have instead, such as {query: question, response: answer}."""
     file_limits: FileLimits = field(default_factory=FileLimits)
     """Limits of files of rows: bytes of a row, and what a compressed file may become."""
 

@@ -62,9 +62,9 @@ class RowDataset(Dataset[Example]):
             raise UserError("rows: no files; expected one or more (jsonl or json)")
         self.files = [_open_file(Path(path), cache_dir, limits) for path in paths]
         self.columns = columns or {}
-        for file in self.files:
-            if isinstance(file, TableFile) and (missing := sorted(set(self.columns.values()) - set(file.columns))):
-                raise UserError(f"{file.path}: columns: no column {missing[0]!r}; it has {', '.join(file.columns)}")
+        for table in self.files:
+            if isinstance(table, TableFile):
+                _check_columns(table, self.columns)
         self.processor = processor
         self.root, self.as_prompt, self.source = root, as_prompt, source
         self.on_error, self.max_tiles, self.seed = on_error, max_tiles, seed
@@ -167,12 +167,20 @@ def _open_file(path: Path, cache_dir: str | Path | None, limits: FileLimits | No
     return TableFile(path, cache_dir, limits) if path.suffix in SUFFIXES else RowFile(path, cache_dir, limits)
 
 
+def _check_columns(table: TableFile, columns: dict[str, str]) -> None:
+    for key, name in columns.items():
+        if name not in table.columns and key not in table.columns:
+            raise UserError(f"{table.path}: columns: no column {name!r}; it has {', '.join(table.columns)}")
+
+
 def _renamed(row: Any, columns: dict[str, str], where: str) -> Any:
     """Row with each key that `columns` names under our name. Raises UserError for a row that has none of them."""
     if not columns or not isinstance(row, dict):
         return row
     there = {key: row[name] for key, name in columns.items() if name in row}
     if not there:
+        if row.keys() & columns.keys():
+            return row  # of a file that has our names already
         raise UserError(
             f"{where}: columns: expected {', '.join(columns.values())}; the row has {', '.join(map(str, row))}"
         )

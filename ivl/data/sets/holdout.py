@@ -44,6 +44,7 @@ def save_split(path: str | Path, held: RowDataset, seed: int = 0) -> None:
         "root": None if held.root is None else str(Path(held.root).absolute()),
         "source": held.source,
         "max_tiles": held.max_tiles,
+        "columns": held.columns,
         "seed": seed,
         "rows": [f"{digest:016x}" for digest in digests(held, seed)],
     }
@@ -60,7 +61,8 @@ def open_split(
     """
     record = _read(path)
     root, source, max_tiles = record.get("root") or root, record.get("source") or "", record.get("max_tiles")
-    rows = RowDataset(record["files"], processor, root=root, source=source, max_tiles=max_tiles, limits=limits)
+    options = {"source": source, "max_tiles": max_tiles, "columns": record.get("columns"), "limits": limits}
+    rows = RowDataset(record["files"], processor, root=root, **options)
     return load_split(path, rows)[1]
 
 

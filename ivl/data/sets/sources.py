@@ -63,13 +63,23 @@ def _parts(
                 f"{path}: a meta file says how often each of its sources is seen; leave repeat and ratio out"
             )
         return read_meta(path, processor, **options)
-    files = _files(source.path, path, options)
+    files = row_files(source.path, options.get("cache_dir"))
+    if not path.exists() and named.find(source.path) is not None:
+        options["root"] = None  # its pictures lie beside its rows
     rows = RowDataset(files, processor, **options)
     return [MixtureSource(rows, source.name or Path(source.path).name, source.repeat, source.ratio)]
 
 
-def _files(name: str, path: Path, options: dict[str, Any]) -> list[Path]:
-    """Files of a source that is no meta file. Sets the root in `options` for a data set known by name."""
+def row_files(values: str | Path | Sequence[str | Path], cache_dir: str | Path | None = None) -> list[Path]:
+    """Files of rows that names stand for: a file, a folder or pattern of files, or a data set known by name.
+
+    Raises UserError where a name stands for none.
+    """
+    values = [values] if isinstance(values, (str, Path)) else values
+    return [file for value in values for file in _files(str(value), Path(value).expanduser(), cache_dir)]
+
+
+def _files(name: str, path: Path, cache_dir: str | Path | None) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _ROWS.search(file.name))
         if not files:
@@ -78,8 +88,7 @@ def _files(name: str, path: Path, options: dict[str, Any]) -> list[Path]:
     if path.exists():
         return [path]
     if named.find(name) is not None:
-        options["root"] = None
-        return [named.fetch_rows(name, options.get("cache_dir"))]
+        return [named.fetch_rows(name, cache_dir)]
     if re.search(r"[*?\[]", name):
         if files := sorted(Path(file) for file in glob.glob(str(path), recursive=True)):
             return files

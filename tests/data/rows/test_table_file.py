@@ -156,6 +156,9 @@ def test_columns_are_renamed(tmp_path, processor):
     data = RowDataset(lines, processor, columns={"query": "question", "response": "answer"})
     with pytest.raises(UserError, match=r"a\.jsonl:1: columns: the row has a key 'query' of its own beside 'question'"):
         data.row(0)
+    lines.write_text('{"query": "ours"}\n{"other": 1}\n')
+    data = RowDataset(lines, processor, columns={"query": "question", "response": "answer"})
+    assert data.row(0) == {"query": "ours"}
     with pytest.raises(UserError, match=r"a\.jsonl:2: columns: expected question, answer; the row has other"):
         data.row(1)
 

@@ -31,6 +31,14 @@ def test_a_split_is_found_again(tmp_path):
     assert texts(again) == texts(held) and len(train) == 61 - len(held) + 1 and "new" in texts(train)
 
 
+def test_a_split_keeps_the_names_of_its_columns(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"question": f"q{n}", "answer": "r"}) + "\n" for n in range(20)))
+    _, held = split(RowDataset(path, Stub(), columns={"query": "question", "response": "answer"}), 0.2)
+    save_split(tmp_path / "split.json", held)
+    assert texts(open_split(tmp_path / "split.json", Stub())) == texts(held)
+
+
 def test_what_is_held_out_of_rows_that_are_alike(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"query": "q", "response": "r"}\n' * 10)
