@@ -28,6 +28,10 @@ class Backbone:
     rms_norm_eps: float = 1e-6
     head_dim: int | None = None
     """Width of a head; None: hidden_size / num_attention_heads."""
+    num_experts: int | None = None
+    """Experts of each layer, in the place of its MLP; None: no mixture of experts."""
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
     unverified: tuple[str, ...] = ()
     """Fields inferred, not read in the release's own config.json. Only `vocab_size` among them is a shape, and its
     count is the base tokenizer's with the added tokens, as the released trainer resizes it"""
@@ -35,10 +39,22 @@ class Backbone:
     @property
     def parameters(self) -> int:
         """Weights of the language model, input and output embeddings apart."""
+        return self._count(self.num_experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights that a token is multiplied with: those of its own experts alone, where there are any."""
+        return self._count(self.num_experts_per_tok)
+
+    def _count(self, experts: int | None) -> int:
         head = self.head_dim or self.hidden_size // self.num_attention_heads
         q, kv = self.num_attention_heads * head, 2 * self.num_key_value_heads * head
-        layer = self.hidden_size * (2 * q + kv + 3 * self.intermediate_size + 2)
-        layer += {"Qwen2ForCausalLM": q + kv, "Qwen3ForCausalLM": 2 * head}.get(self.architecture, 0)
+        mlp = 3 * self.intermediate_size
+        if experts and self.num_experts and self.moe_intermediate_size:
+            mlp = 3 * self.moe_intermediate_size * experts + self.num_experts
+        layer = self.hidden_size * (2 * q + kv + mlp + 2)
+        norms = {"Qwen2ForCausalLM": q + kv, "Qwen3ForCausalLM": 2 * head, "Qwen3MoeForCausalLM": 2 * head}
+        layer += norms.get(self.architecture, 0)
         return self.num_hidden_layers * layer + self.hidden_size * (1 + 2 * self.vocab_size)
 
     def config(self) -> dict[str, Any]:
@@ -55,6 +71,13 @@ _ALSO: dict[str, dict[str, Any]] = {
     "InternLM2ForCausalLM": {"bias": False},
     "Qwen2ForCausalLM": {"use_sliding_window": False},
     "Qwen3ForCausalLM": {"use_sliding_window": False},
+    "Qwen3MoeForCausalLM": {
+        "use_sliding_window": False,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 0.001,
+    },
     # Its longrope factors, 96 numbers, are read from a checkpoint and not repeated here.
     "Phi3ForCausalLM": {"original_max_position_embeddings": 4096, "pad_token_id": 32000},
 }
@@ -80,6 +103,15 @@ def _qwen2(
 
 def _qwen3(sizes: Sizes) -> Backbone:
     return Backbone("Qwen3ForCausalLM", *sizes, 151936, 1e6, None, 40960, head_dim=128)
+
+
+def _qwen3_moe(sizes: Sizes, moe_intermediate_size: int) -> Backbone:
+    experts: dict[str, Any] = {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": moe_intermediate_size,
+    }
+    return Backbone("Qwen3MoeForCausalLM", *sizes, 151936, 1e6, None, 40960, head_dim=128, **experts)
 
 
 # Each row is checked by the published size of its release.
@@ -120,4 +152,6 @@ BACKBONES: dict[str, Backbone] = {
     "Qwen3-8B": _qwen3((4096, 36, 32, 8, 12288)),
     "Qwen3-14B": _qwen3((5120, 40, 40, 8, 17408)),
     "Qwen3-32B": _qwen3((5120, 64, 64, 8, 25600)),
+    "Qwen3-30B-A3B": _qwen3_moe((2048, 48, 32, 4, 6144), 768),
+    "Qwen3-235B-A22B": _qwen3_moe((4096, 94, 64, 4, 12288), 1536),
 }

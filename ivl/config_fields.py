@@ -129,6 +129,14 @@ LLM: dict[str, Field] = {
     "bos_token_id": _ID,
     "eos_token_id": replace(_ID, several=True),
     "pad_token_id": _ID,
+    "num_experts": _size(1 << 14),
+    "num_experts_per_tok": _size(1 << 14),
+    "moe_intermediate_size": _size(WIDTH * 8),
+    "norm_topk_prob": _FLAG,
+    "decoder_sparse_step": _size(LAYERS),
+    "mlp_only_layers": Field(int, 0, LAYERS, several=True, null=True),
+    "output_router_logits": _FLAG,
+    "router_aux_loss_coef": Field(float, 0, 1e6),
 }
 
 ROPE: dict[str, Field] = {
@@ -208,10 +216,29 @@ def _llm_conflicts(llm: Mapping[str, Any]) -> Iterator[str]:
         yield f"llm_config: hidden_size {width} is not a multiple of num_attention_heads {heads}"
     if heads % groups:
         yield f"llm_config: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+    yield from _expert_conflicts(llm)
     if (pad := llm.get("pad_token_id")) is not None and pad >= llm["vocab_size"]:
         yield f"llm_config: pad_token_id {pad} is not below vocab_size {llm['vocab_size']}"
     if (head := _head_width(llm)) % 2:
         yield f"llm_config: the width of a head is {head}; rotary positions need an even one"
+
+
+MIXTURES = ("Qwen3MoeForCausalLM",)
+"""Architectures with experts"""
+
+
+def _expert_conflicts(llm: Mapping[str, Any]) -> Iterator[str]:
+    """Conflicts between fields of a mixture of experts."""
+    if llm["architectures"][0] not in MIXTURES:
+        return
+    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        if key not in llm:
+            yield f"llm_config: no {key!r}; expected {LLM[key].expected()}, as in every mixture of experts"
+            return
+    if llm["num_experts_per_tok"] > llm["num_experts"]:
+        yield f"llm_config: num_experts_per_tok {llm['num_experts_per_tok']} is above num_experts {llm['num_experts']}"
+    if not isinstance(llm.get("mlp_only_layers") or [], list):
+        yield f"llm_config.mlp_only_layers: expected a list of layers, found {llm['mlp_only_layers']!r}"
 
 
 def _head_width(llm: Mapping[str, Any]) -> int:

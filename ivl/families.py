@@ -52,6 +52,15 @@ LLMS: dict[str, LLMFamily] = {
         LLMFamily("LlamaForCausalLM", "llama", "native", _LLAMA),
         LLMFamily("Qwen2ForCausalLM", "qwen2", "native", _LLAMA, bias="qkv"),
         LLMFamily("Qwen3ForCausalLM", "qwen3", "native", _LLAMA, qk_norm=True, defaults=(("head_dim", 128),)),
+        # LoRA on attention alone; the experts' `gate_up_proj` and `down_proj` are targets by name.
+        LLMFamily(
+            "Qwen3MoeForCausalLM",
+            "qwen3_moe",
+            "native",
+            _LLAMA[:4],
+            qk_norm=True,
+            mlp="experts",
+        ),
         LLMFamily(
             "Phi3ForCausalLM",
             "phi3",
@@ -133,6 +142,16 @@ class ReleasedModel:
     @property
     def parameters(self) -> int:
         """Weights of all three parts, from the dimensions."""
+        return self._outside_llm + self.backbone.parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights that a token is multiplied with: of a mixture of experts, those of its own experts alone."""
+        return self._outside_llm + self.backbone.active_parameters
+
+    @property
+    def _outside_llm(self) -> int:
+        """Weights of the tower and the projector."""
         v, width = self.vision, self.backbone.hidden_size
         norm = v.hidden_size * (2 if v.norm_type == "layer_norm" else 1)
         attention = v.hidden_size * (4 * v.hidden_size + 3 * v.qkv_bias + 1 + 2 * v.qk_normalization)
@@ -142,7 +161,7 @@ class ReleasedModel:
         tower = embeddings + v.num_hidden_layers * (attention + mlp + 2 * norm + 2 * v.hidden_size)
         enters = 4 * v.hidden_size
         projector = 2 * enters + enters * width + width + width * width + width
-        return tower + projector + self.backbone.parameters
+        return tower + projector
 
 
 def config_for(row: ReleasedModel) -> dict[str, Any]:
@@ -255,6 +274,8 @@ MODELS: tuple[ReleasedModel, ...] = (
         ("8B", _VIT_300M, "Qwen3-8B"),
         ("14B", _VIT_300M, "Qwen3-14B"),
         ("38B", _VIT_6B, "Qwen3-32B"),
+        ("30B-A3B", _VIT_300M, "Qwen3-30B-A3B"),
+        ("241B-A28B", _VIT_6B, "Qwen3-235B-A22B"),
         in_document=False,
     ),
 )

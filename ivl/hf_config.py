@@ -79,6 +79,8 @@ def released_config(raw: dict[str, Any]) -> dict[str, Any]:
         "drop_path_rate": 0.0,
     }
     text_config = {k: v for k, v in text.to_dict().items() if k not in ("architectures", "dtype")}
+    # A mixture's class calls its number of experts by another name in files, and knows no width of a head.
+    text_config |= {k: getattr(text, k) for k in ("num_experts", "head_dim") if getattr(text, k, None) is not None}
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",

@@ -51,6 +51,8 @@ PUBLISHED = {
     "internvl3_5-8b": (8.5, 0.05, README_3_5),
     "internvl3_5-14b": (15.1, 0.05, README_3_5),
     "internvl3_5-38b": (38.4, 0.05, README_3_5),
+    "internvl3_5-30b-a3b": (30.8, 0.05, README_3_5),
+    "internvl3_5-241b-a28b": (240.7, 0.05, README_3_5),
 }
 PARTS = {(row.tower, row.llm): row for row in MODELS}  # one row of each combination
 
@@ -67,6 +69,12 @@ def test_the_count_is_that_of_the_model_that_is_built(row):
 def test_the_count_is_the_published_one(name):
     billions, off, source = PUBLISHED[name]
     assert find_model(name).parameters / 1e9 == pytest.approx(billions, abs=off), source
+
+
+@pytest.mark.parametrize(("name", "billions"), [("internvl3_5-30b-a3b", 3), ("internvl3_5-241b-a28b", 28)])
+def test_the_active_count_is_that_of_the_name(name, billions):
+    assert find_model(name).active_parameters / 1e9 == pytest.approx(billions, abs=0.7)
+    assert find_model("internvl3_5-8b").active_parameters == find_model("internvl3_5-8b").parameters
 
 
 def test_every_row_has_a_published_count():

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from ivl.checkpoint.weights import save_weights, to_stored
 from ivl.config import Config
 from ivl.families import llm_family
 from ivl.model.internvl import InternVL
+
+T = TypeVar("T")
 
 VISUAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -49,6 +52,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24},
     ),
     "Qwen3ForCausalLM": ("qwen3", "internvl2_5", {"rope_theta": 1000000, "head_dim": 16, "attention_bias": False}),
+    "Qwen3MoeForCausalLM": (
+        "qwen3",
+        "internvl2_5",
+        {
+            "rope_theta": 1000000,
+            "head_dim": 16,
+            "attention_bias": False,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
     "LlamaForCausalLM": ("yi", "Hermes-2", {"rope_theta": 5000000.0}),
     "Phi3ForCausalLM": (
         "phi3",
@@ -178,9 +196,15 @@ def random_state(parsed: Config, seed: int, dtype: torch.dtype = torch.float32) 
         elif meta.ndim < 2 or "embedding" in name:
             value = 0.1 * noise
         else:
-            value = noise / meta[0].numel() ** 0.5
+            value = noise / (meta[0].numel() if meta.ndim != 3 else meta.shape[-1]) ** 0.5
         state[name] = value.to(dtype)
     return state
+
+
+def transformers_names(values: Mapping[str, T]) -> dict[str, T]:
+    """Values by name of a language model's parameters, under the names of transformers' own class."""
+    fused = (".experts.gate_up_proj.weight", ".experts.down_proj.weight")
+    return {name.removesuffix(".weight") if name.endswith(fused) else name: value for name, value in values.items()}
 
 
 def stored_state(parsed: Config, seed: int = 0) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from ivl.config_fields import LLM as LLM_FIELDS
 from ivl.families import llm_family
 from ivl.finetune.tune import EMBEDDINGS, HEAD
 from ivl.hf_config import ARCHITECTURE, VISION, refuse
+from ivl.model.decoder import DecoderConfig
 from ivl.model.rotary import rope_parameters
 from ivl.model.vision import Embeddings
 
@@ -41,6 +42,9 @@ def llm_config(config: Config) -> Any:
     values |= {new: raw[old] for old, new in family.renamed if old in raw}
     # The classes' defaults are ids of some other vocabulary.
     values |= {name: raw.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    head = DecoderConfig.from_llm(raw, family).head_dim
+    if head != raw["hidden_size"] // raw["num_attention_heads"]:
+        values["head_dim"] = head  # the class of a mixture has no field for it, and reads it all the same
     return kind(**values, rope_parameters=rope_parameters(raw))
 
 

@@ -1,14 +1,17 @@
 """Layouts of checkpoints: names and cuts of tensors, a table each, read in both directions.
 
-Module names are the released ones, with transformers' names inside `language_model`; so "native" has no rules,
-InternLM2 has some inside it, and "hf" (transformers' InternVLForConditionalGeneration) renames the rest.
+Module names are the released ones, with transformers' names inside `language_model`; so "native" has no rules but for
+experts, InternLM2 has some inside it, and "hf" (transformers' InternVLForConditionalGeneration) renames the rest.
+
+The experts of a mixture are one tensor here. Files have one for each expert, gate and up apart: the releases, vLLM and
+lmdeploy, and what transformers writes. "fused" layouts have the tensors of transformers 5's own module instead.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ Tensors = list[Tensor]
 @dataclass(frozen=True)
 class Rule:
     """Rule from tensors of a file to tensors of the module; names may hold {n}, a layer, and {p}: weight, bias, or SCB,
-    the scales of an 8-bit weight's rows.
+    the scales of an 8-bit weight's rows. Stored names with {e} stand for those of every expert.
 
     `read` and `write` change the tensors themselves, given the config; None: they are the same, one for one.
     """
@@ -60,11 +63,36 @@ def _thirds(tensors: Tensors, config: Config) -> Tensors:
     return list(tensors[0].chunk(3))
 
 
+def _stack(tensors: Tensors, config: Config) -> Tensors:
+    """Matrices of each expert in turn, (F, I), one or several of an expert → one tensor, (E, several · F, I)."""
+    experts = config.llm["num_experts"]
+    return [torch.stack(tensors).unflatten(0, (experts, -1)).flatten(1, 2)]
+
+
+def _unstack(tensors: Tensors, config: Config) -> Tensors:
+    return list(tensors[0].unbind())
+
+
+def _unstack_halves(tensors: Tensors, config: Config) -> Tensors:
+    return list(tensors[0].unflatten(1, (2, -1)).flatten(0, 1).unbind())
+
+
 def _renames(stored_prefix: str, module_prefix: str, names: Mapping[str, str]) -> tuple[Rule, ...]:
     return tuple(Rule((stored_prefix + s,), (module_prefix + m,)) for s, m in names.items())
 
 
 _LLM, _LLM_LAYER = "language_model.model.", "language_model.model.layers.{n}."
+_EXPERTS = _LLM_LAYER + "mlp.experts."
+_PER_EXPERT = (
+    Rule(
+        (_EXPERTS + "{e}.gate_proj.{p}", _EXPERTS + "{e}.up_proj.{p}"),
+        (_EXPERTS + "gate_up_proj.{p}",),
+        _stack,
+        _unstack_halves,
+    ),
+    Rule((_EXPERTS + "{e}.down_proj.{p}",), (_EXPERTS + "down_proj.{p}",), _stack, _unstack),
+)
+_FUSED = tuple(Rule((f"{_EXPERTS}{name}",), (f"{_EXPERTS}{name}.weight",)) for name in ("gate_up_proj", "down_proj"))
 _INTERNLM2 = (
     Rule(("language_model.output.{p}",), ("language_model.lm_head.{p}",)),
     Rule((_LLM + "tok_embeddings.{p}",), (_LLM + "embed_tokens.{p}",)),
@@ -89,8 +117,12 @@ _INTERNLM2 = (
 )
 
 
-def _hf(tower: str, projector: str, llm: str, head: str) -> tuple[Rule, ...]:
+def _hf(tower: str, projector: str, llm: str, head: str, experts: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Rules of transformers' names; its files have had two sets of prefixes."""
+
+    def placed(rule: Rule) -> Rule:
+        return replace(rule, stored=tuple(llm + name.removeprefix(_LLM) for name in rule.stored))
+
     stored, module = tower + "encoder.layer.{n}.", "vision_model.encoder.layers.{n}."
     return (
         Rule(tuple(f"{stored}attention.{x}_proj.{{p}}" for x in "qkv"), (module + "attn.qkv.{p}",), _cat, _thirds),
@@ -120,17 +152,26 @@ def _hf(tower: str, projector: str, llm: str, head: str) -> tuple[Rule, ...]:
         ),
         *_renames(projector, "mlp1.", {"layer_norm.{p}": "0.{p}", "linear_1.{p}": "1.{p}", "linear_2.{p}": "3.{p}"}),
         Rule((head + "lm_head.{p}",), ("language_model.lm_head.{p}",)),
+        *map(placed, experts),
         Rule((llm + "{rest}",), (_LLM + "{rest}",)),
     )
 
 
+_HF = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "")
+_HF_4 = ("vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model.")
+
 LAYOUTS: dict[str, tuple[Rule, ...]] = {
-    "native": (),
+    "native": _PER_EXPERT,
     "internlm2": _INTERNLM2,
-    "hf": _hf("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", ""),
-    "hf-4": _hf("vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model."),
+    "hf": _hf(*_HF, _PER_EXPERT),
+    "hf-4": _hf(*_HF_4, _PER_EXPERT),
+    "native-fused": _FUSED,
+    "hf-fused": _hf(*_HF, _FUSED),
+    "native-stacked": (),
+    "hf-stacked": _hf(*_HF, ()),
 }
-"""Rules of each layout. hf-4: transformers 4 wrote it, and the published -hf folders hold it."""
+"""Rules of each layout. hf-4: transformers 4 wrote it, and the published -hf folders hold it. The stacked ones are of
+adapters alone: the experts' layers have the module's names."""
 
 
 OUTPUT_LAYER = {"language_model.lm_head.weight", "language_model.output.weight", "lm_head.weight"}
@@ -159,7 +200,7 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-def groups(module_keys: Iterable[str], layout: str) -> list[Group]:
+def groups(module_keys: Iterable[str], layout: str, config: Config) -> list[Group]:
     """Match a module's tensors with the stored ones they come from; a name without a rule is stored as it is."""
     patterns = [(rule, _pattern(name)) for rule in LAYOUTS[layout] for name in rule.module]
     by_name: dict[str, Group] = {}
@@ -167,7 +208,8 @@ def groups(module_keys: Iterable[str], layout: str) -> list[Group]:
         for rule, pattern in patterns:
             if match := pattern.fullmatch(key):
                 holes = match.groupdict()
-                names = [name.format(**holes) for name in rule.stored]
+                experts = range(config.llm["num_experts"]) if "{e}" in rule.stored[0] else (0,)
+                names = [name.format(e=e, **holes) for e in experts for name in rule.stored]
                 by_name.setdefault(names[0], Group(names, [name.format(**holes) for name in rule.module], rule))
                 break
         else:
@@ -178,16 +220,18 @@ def groups(module_keys: Iterable[str], layout: str) -> list[Group]:
 def to_stored(state: Mapping[str, Tensor], layout: str, config: Config) -> dict[str, Tensor]:
     """Convert a module's state to the names and shapes of a file."""
     stored: dict[str, Tensor] = {}
-    for group in groups(state, layout):
+    for group in groups(state, layout, config):
         stored |= zip(group.stored, group.write([state[name] for name in group.module], config))
     return stored
 
 
 def layout_of(names: Iterable[str], config: Config) -> str:
     """Return the key of `LAYOUTS` for a checkpoint's tensor names."""
+    names = list(names)
     tops = {".".join(name.split(".")[:2]) for name in names}
+    fused = "-fused" if any(name.endswith(".mlp.experts.gate_up_proj") for name in names) else ""
     if "model.vision_tower" in tops:
-        return "hf"
+        return "hf" + fused
     if any(top.startswith("vision_tower.") for top in tops):
         return "hf-4"
-    return llm_family(config.llm_architecture).layout
+    return llm_family(config.llm_architecture).layout + fused

@@ -1,8 +1,8 @@
 """Quantised linear layers, 8 or 4 bits by bitsandbytes: inference, or a LoRA's frozen base.
 
 Two ways in: a release stored in 8 bits (int8 weights with the scales of their rows, as bitsandbytes writes them), and
-any other one quantised while it is loaded: then only the linear layers of the language model's blocks; the tower, the
-projector and the output layer stay as they are.
+any other one quantised while it is loaded: then only the linear layers of the language model's blocks, experts too
+(`ivl.checkpoint.quantized_experts`); the tower, the projector, routers and the output layer stay as they are.
 
 Sources: LLM.int8 (https://arxiv.org/abs/2208.07339), NF4 (https://arxiv.org/abs/2305.14314).
 """
@@ -18,7 +18,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ivl.checkpoint.layouts import groups, layout_of
+from ivl.checkpoint.quantized_experts import QuantizedExperts
 from ivl.checkpoint.weights import Files, Where, check, device_of, place, tie
+from ivl.model.experts import GroupedLinear
 from ivl.model.parts import ModelParts
 from ivl.types import UserError
 
@@ -51,7 +53,7 @@ def compute_dtype(files: Files, dtype: torch.dtype, quantize: str | None) -> tor
 def load_quantized(model: ModelParts, files: Files, device: Where, quantize: Quantize | None) -> None:
     """Load weights as `load_weights` does, quantised, into a model on the meta device; None: as in the files."""
     bnb = _bitsandbytes()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {n: module for n, module in model.named_modules() if isinstance(module, (nn.Linear, GroupedLinear))}
     stored, quantized = is_int8(files), bits(model, files, quantize).keys()
     scales = {
         f"{name}.{SCALES}": torch.empty(linears[name].out_features, device="meta") for name in quantized if stored
@@ -69,8 +71,9 @@ def load_quantized(model: ModelParts, files: Files, device: Where, quantize: Qua
             weight = pending.pop(owner)["weight"].to(model.dtype)
             _swap(model, owner, _of_float(bnb, linears[owner], weight, device_of(name, device), quantize))
         elif len(parts) == 2:
-            parts = pending.pop(owner)
-            _swap(model, owner, _of_int8(bnb, linears[owner], **parts, device=device_of(name, device)))
+            parts, linear = pending.pop(owner), linears[owner]
+            assert isinstance(linear, nn.Linear), "no release has experts in 8 bits"
+            _swap(model, owner, _of_int8(bnb, linear, **parts, device=device_of(name, device)))
     model.is_loaded_in_8bit = stored or quantize == "int8"
     model.is_loaded_in_4bit = quantize == "nf4"
     tie(model)
@@ -78,7 +81,7 @@ def load_quantized(model: ModelParts, files: Files, device: Where, quantize: Qua
 
 def bits(model: ModelParts, files: Files, quantize: Quantize | None) -> dict[str, float]:
     """Return the linear layers to quantise, with the bits of a weight. `quantize` None: an empty dict."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, GroupedLinear))]
     if is_int8(files):
         return dict.fromkeys(_scaled(model, files, linears), 8.0)
     if quantize is None:
@@ -107,7 +110,7 @@ def _scaled(model: ModelParts, files: Files, linears: list[str]) -> list[str]:
         if unknown:
             raise UserError(f"{path}: {unknown[0]} is not 0 (rows one after the other), the only order read here")
     layout = layout_of(files.where, model.config)
-    scales = groups([f"{name}.{SCALES}" for name in linears], layout)
+    scales = groups([f"{name}.{SCALES}" for name in linears], layout, model.config)
     ending = f".{SCALES}"
     return [n.removesuffix(ending) for g in scales if all(s in files.where for s in g.stored) for n in g.module]
 
@@ -135,8 +138,12 @@ def _of_int8(bnb: Any, linear: nn.Linear, weight: Tensor, SCB: Tensor, device: t
     return layer
 
 
-def _of_float(bnb: Any, linear: nn.Linear, weight: Tensor, device: torch.device | str, quantize: Quantize) -> nn.Linear:
+def _of_float(
+    bnb: Any, linear: nn.Linear | GroupedLinear, weight: Tensor, device: torch.device | str, quantize: Quantize
+) -> nn.Module:
     """bitsandbytes quantises a weight as it is moved to its device."""
+    if isinstance(linear, GroupedLinear):
+        return QuantizedExperts.of(linear, weight.to(device), quantize)
     if quantize == "int8":
         layer = bnb.nn.Linear8bitLt(*_sizes(linear), has_fp16_weights=False, device="meta")
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
@@ -150,7 +157,7 @@ def _sizes(linear: nn.Linear) -> tuple[int, int, bool]:
     return linear.in_features, linear.out_features, linear.bias is not None
 
 
-def _swap(model: nn.Module, name: str, layer: nn.Linear) -> None:
+def _swap(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a quantised layer in a linear one's place, with its bias (which may be read later)."""
     owner, _, leaf = name.rpartition(".")
     parent = model.get_submodule(owner)

@@ -110,7 +110,7 @@ def check(model: ModelParts, files: Files, also: Mapping[str, Tensor] | None = N
             f"{files.folder}: the weights are not those of its config.json ({layout} layout, {len(expected)} tensors "
             f"expected, {len(files.shapes)} found). {'; '.join(problems)}. Use config.json and weights of one release"
         )
-    return groups(state, layout)
+    return groups(state, layout, model.config)
 
 
 def untied(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ def save_weights(
     state = untied(state, config)
     shards: list[list[Group]] = [[]]
     sizes = [0]
-    for group in groups(state, layout):
+    for group in groups(state, layout, config):
         size = sum(state[name].nbytes for name in group.module)
         if shards[-1] and sizes[-1] + size > max_shard_bytes:
             shards.append([])

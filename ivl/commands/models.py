@@ -58,6 +58,13 @@ def variants_of(row: ReleasedModel) -> list[str]:
     return [variant.name for variant in VARIANTS if variant.variant_of == row.name]
 
 
+def _active(row: ReleasedModel) -> str:
+    """Parameters that a token is multiplied with, where they are not all."""
+    if row.active_parameters == row.parameters:
+        return ""
+    return f", {row.active_parameters / 1e9:.1f}B active for a token"
+
+
 def _lines(rows: list[ReleasedModel]) -> list[str]:
     lines = [f"{'name':<26}  {'params':>6}  {'run':>4}  {'LoRA':>4}  {'images':<8}  {'video':<5}  config"]
     for row in rows:
@@ -68,7 +75,7 @@ def _lines(rows: list[ReleasedModel]) -> list[str]:
                 f"{row.name:<26}  {row.parameters / 1e9:5.1f}B  {need.inference / 1e9:4.0f}  {need.lora / 1e9:4.0f}  "
                 f"{turns:<8}  {'yes' if row.video else 'no':<5}  {config_of(row)}"
             ),
-            f"    {row.huggingface} · {row.tower} + {row.llm}{' in 8 bits' if row.int8 else ''}",
+            f"    {row.huggingface} · {row.tower} + {row.llm}{' in 8 bits' if row.int8 else ''}{_active(row)}",
         ]
         if variants := variants_of(row):
             text = f"as well: {', '.join(variants)}"

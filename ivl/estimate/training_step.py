@@ -213,7 +213,8 @@ class ShallowModel:
         for name, p in named:
             total += p.numel()
             trainable += p.numel() * p.requires_grad
-            linear, inside = p.ndim == 2 and not p.requires_grad, block is not None or ".layers." in name
+            inside = block is not None or ".layers." in name
+            linear = (p.ndim == 2 or ".experts." in name) and not p.requires_grad
             quantized = QUANTIZED.get(self.setup.quantize or "") if linear and language and inside else None
             if linear and self.config.stored_in_8_bits and part != "embeddings":
                 quantized = QUANTIZED["int8"]

@@ -39,7 +39,6 @@ NO_EFFECT = {
 REFUSED = {
     "alora_invocation_tokens": "activated LoRA (aLoRA), which is off before certain tokens",
     "trainable_token_indices": "single rows of the embeddings, trained apart",
-    "target_parameters": "a LoRA on parameters that are no linear layer's",
     "layer_replication": "layers that are used several times",
     "lora_bias": "a bias of the low-rank matrices",
     "megatron_config": "layers of Megatron",
@@ -60,6 +59,7 @@ REFUSED = {
 READ = {
     *("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
     *("init_lora_weights", "bias", "target_modules", "modules_to_save", "base_model_name_or_path", "revision"),
+    "target_parameters",
 }
 """Keys that are read"""
 
@@ -82,6 +82,8 @@ class AdapterConfig:
     bias: str = "none"
     targets: tuple[str, ...] = ()
     """Ends of the names of the layers that have a LoRA; empty: not said, or said by a pattern"""
+    parameters: tuple[str, ...] = ()
+    """Ends of the names of the stacked experts that have a LoRA"""
     saved: tuple[str, ...] = ()
     """Ends of the names of modules that come along in full"""
 
@@ -116,6 +118,7 @@ class AdapterConfig:
             init=_init(raw.get("init_lora_weights", True), where),
             bias=reader.text("bias") or "none",
             targets=reader.names("target_modules"),
+            parameters=reader.names("target_parameters"),
             saved=reader.names("modules_to_save"),
         )
         if config.bias not in ("none", "all", "lora_only"):

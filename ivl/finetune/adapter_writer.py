@@ -26,6 +26,7 @@ from ivl.checkpoint.layouts import Group, groups
 from ivl.families import llm_family
 from ivl.files import atomic_path
 from ivl.finetune.adapters import PREFIX, LowRank
+from ivl.finetune.expert_adapters import stacked_tensors
 from ivl.finetune.tune import (
     EMBEDDINGS,
     FSDP_PREFIX,
@@ -80,19 +81,25 @@ def save_adapter(
     layout = layout or model.config.layout
     layers, full = _convert(model, _updates(model, state, scales), _full_tensors(model, state), layout)
     first, *_ = loras.values()
-    config = lora_config(first, sorted(layers))
+    stacked = sorted(name for name, update in layers.items() if update.A.ndim == 3)
+    config = lora_config(first, sorted(layers.keys() - set(stacked)))
+    config.target_parameters = stacked or None
     config.init_lora_weights = True
     # One scale formula in the file; where a part has the other, its alpha makes up for it.
     config.use_rslora = False
-    config.rank_pattern = {n: len(update.A) for n, update in layers.items()}
-    config.alpha_pattern = {n: update.scale * len(update.A) for n, update in layers.items()}
-    config.lora_dropout = max(lora.dropout for lora in loras.values())
+    config.rank_pattern = {n: update.rank for n, update in layers.items()}
+    config.alpha_pattern = {n: update.scale * update.rank for n, update in layers.items()}
+    # peft has none in front of stacked experts, and it is of no account for answers.
+    config.lora_dropout = 0.0 if stacked else max(lora.dropout for lora in loras.values())
     config.modules_to_save = list(_modules(_stored_names(model, layout), full.keys())) or None
     name, _, revision = base.partition("@") if not Path(base).is_dir() else (base, "", "")
     config.base_model_name_or_path, config.revision = name, revision or None
     config.inference_mode = True
     tensors = dict(full)
+    tensors |= stacked_tensors({name: (layers[name].A, layers[name].B) for name in stacked})
     for name, update in layers.items():
+        if name in stacked:
+            continue
         tensors |= {f"{name}.lora_A.weight": update.A, f"{name}.lora_B.weight": update.B}
         if update.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = update.magnitude
@@ -128,8 +135,9 @@ def _tables(model: InternVL, layout: Layout) -> tuple[list[Group], dict[str, tup
     """Return the groups of a layout, and the full shapes of the model's tensors."""
     state = type(model).from_config(model.config, device="meta").state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    name = "hf" if layout == "hf" else llm_family(model.config.llm_architecture).layout
-    return groups(shapes, name), shapes
+    mixture = model.language_model.config.experts is not None
+    name = ("hf-stacked" if mixture else "hf") if layout == "hf" else llm_family(model.config.llm_architecture).layout
+    return groups(shapes, name, model.config), shapes
 
 
 def _stored_names(model: InternVL, layout: Layout) -> set[str]:
@@ -155,6 +163,8 @@ def _convert(
 
 def _convert_group(model: InternVL, group: Group, updates: list[LowRank | None], rows: list[int]) -> list[LowRank]:
     """The updates of a group's stored layers."""
+    if updates[0] is not None and updates[0].A.ndim == 3:
+        return _convert_experts(model, group, updates[0])
     present = [update for update in updates if update is not None]
     scale = next((update.scale for update in present if update.scale), 1.0)
     blocks, start, rank = [], 0, sum(len(update.A) for update in present)
@@ -176,6 +186,15 @@ def _convert_group(model: InternVL, group: Group, updates: list[LowRank | None],
         LowRank(A.clone(), B, scale, magnitude)
         for B, magnitude in zip(group.write(blocks, model.config), magnitudes, strict=True)
     ]
+
+
+def _convert_experts(model: InternVL, group: Group, update: LowRank) -> list[LowRank]:
+    """The updates of the matrices that a file has of a layer of experts: each gets its rows of B, and the whole A."""
+    if len(group.stored) == 1:
+        return [update]
+    halves = group.write([update.B], model.config)
+    A = update.A.repeat_interleave(len(halves) // len(update.A), 0)
+    return [LowRank(a.clone(), b.clone(), update.scale) for a, b in zip(A, halves, strict=True)]
 
 
 def _magnitude(model: InternVL, name: str) -> Tensor:

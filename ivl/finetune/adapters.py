@@ -20,7 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ivl.checkpoint.layouts import LAYOUTS, Group, groups
+from ivl.checkpoint.quantized_experts import EXPERT_LAYERS
+from ivl.config import Config
 from ivl.finetune.adapter_config import AdapterConfig
+from ivl.finetune.expert_adapters import stacked_pair, unstacked_names
 from ivl.finetune.tune import EMBEDDINGS, is_tied, part_of
 from ivl.model.parts import ADAPTER
 from ivl.types import UserError, first_few
@@ -51,6 +54,10 @@ class LowRank:
     magnitude: Tensor | None = None
     """(rows,) of DoRA"""
 
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
 
 @dataclass
 class Adapter:
@@ -65,8 +72,8 @@ class Adapter:
     """Tensors under peft's names"""
 
     def add(self, layer: str, pair: LowRank) -> None:
-        self.ranks[layer] = len(pair.A)
-        self.alphas[layer] = pair.scale * len(pair.A)
+        self.ranks[layer] = pair.rank
+        self.alphas[layer] = pair.scale * pair.rank
         self.state |= {f"{PREFIX}{layer}.lora_A.weight": pair.A, f"{PREFIX}{layer}.lora_B.weight": pair.B}
         if pair.magnitude is not None:
             self.state[f"{PREFIX}{layer}.lora_magnitude_vector"] = pair.magnitude
@@ -84,11 +91,13 @@ def translated(model: InternVL, state: dict[str, Tensor], config: AdapterConfig)
     LoRA of a kind that is not computed here.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    mixture = model.language_model.config.experts
+    state = unstacked_names(state, config.parameters, mixture.count if mixture else 0, config.where)
     keys = _full_names(state)
     tensors = _without_tied_head(model, keys, state)
     low_rank = {name: (match[1], match[2]) for name in tensors if (match := _LOW_RANK.fullmatch(name))}
     weights = {low_rank[name][0] + ".weight" if name in low_rank else name for name in tensors}
-    table = _groups(names, weights)
+    table = _groups(names, weights, model.config)
     for name in tensors:
         layer, half = low_rank.get(name, (name.removesuffix(".weight"), ""))
         _refuse(model, layer, half, table[layer + ".weight" if half else name])
@@ -151,15 +160,16 @@ def _has_module(module: str, names: Iterable[str]) -> bool:
 
 def _check_shapes(model: InternVL, group: Group, pairs: list[LowRank | None]) -> None:
     layers = [model.get_submodule(name.removesuffix(".weight")) for name in group.module]
-    sizes = [(m.out_features, m.in_features) for m in layers if isinstance(m, nn.Linear)]
+    sizes: list[tuple[int, ...]] = [(m.out_features, m.in_features) for m in layers if isinstance(m, nn.Linear)]
+    sizes += [(m.num_experts, m.out_features, m.in_features) for m in layers if isinstance(m, EXPERT_LAYERS)]
     if len(sizes) < len(layers):
         raise UserError(f"it has a LoRA on {group.stored[0].removesuffix('.weight')}, which is no linear layer")
     weights = group.write([torch.empty(size, device="meta") for size in sizes], model.config)
     for name, weight, pair in zip(group.stored, weights, pairs):
-        if pair is not None and (len(pair.B), pair.A.shape[1]) != tuple(weight.shape):
+        if pair is not None and (shape := (*pair.B.shape[:-1], pair.A.shape[-1])) != tuple(weight.shape):
             raise UserError(
-                f"the adapter does not fit this model: {name}: expected {tuple(weight.shape)}, found an update of "
-                f"{(len(pair.B), pair.A.shape[1])}"
+                f"the adapter does not fit this model: {name}: expected {tuple(weight.shape)}, "
+                f"found an update of {shape}"
             )
 
 
@@ -227,11 +237,11 @@ def _full_name(key: str) -> str:
     return next((part + name for start, part in _PART_PREFIXES.items() if name.startswith(start)), name)
 
 
-def _groups(model_names: Iterable[str], weights: set[str]) -> dict[str, Group]:
+def _groups(model_names: Iterable[str], weights: set[str], config: Config) -> dict[str, Group]:
     """Map names of an adapter's tensors to groups of the model, in the layout that knows all of them."""
     unknown: list[str] = []
     for layout in LAYOUTS:
-        table = {name: group for group in groups(model_names, layout) for name in group.stored}
+        table = {name: group for group in groups(model_names, layout, config) for name in group.stored}
         if not (missing := sorted(weights - table.keys())):
             return table
         if not unknown or len(missing) < len(unknown):
@@ -257,9 +267,9 @@ def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterCon
         if missing := {"lora_A", "lora_B"} - tensors.keys():
             raise UserError(f"the adapter has {layer} without its {missing.pop()}; the file is damaged")
         A, B = tensors["lora_A"], tensors["lora_B"]
-        if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or len(A) == 0:
+        if A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1] or A.shape[-2] == 0:
             raise UserError(f"the adapter's {layer} has shapes {list(A.shape)} and {list(B.shape)}; they are no pair")
-        scale = config.scale(named[layer], len(A))
+        scale = config.scale(named[layer], A.shape[-2])
         pairs[layer] = LowRank(A, B, scale, tensors.get("lora_magnitude_vector"))
     return pairs
 
@@ -288,10 +298,25 @@ def _without_tied_head(model: InternVL, tensors: dict[str, str], state: dict[str
     return {name: key for name, key in tensors.items() if name != full["head"]}
 
 
+def _stacked(model: InternVL, pairs: list[LowRank | None]) -> LowRank:
+    """The pairs of all experts of a layer as one. Raises UserError for a DoRA, or several ranks."""
+    present = [pair for pair in pairs if pair is not None]
+    if any(pair.magnitude is not None for pair in present):
+        raise UserError("it has a DoRA on experts, which is not computed here; merge it with peft (merge_and_unload)")
+    if len(pairs) == 1 and present[0].A.ndim == 3:
+        return present[0]
+    mixture = model.language_model.config.experts
+    assert mixture is not None, "a layer of experts is there"
+    parts = [None if pair is None else (pair.A, pair.B, pair.scale) for pair in pairs]
+    return LowRank(*stacked_pair(parts, mixture.count))
+
+
 def _convert_group(model: InternVL, group: Group, pairs: list[LowRank | None]) -> list[tuple[str, LowRank]]:
     """The pairs of a group's stored layers as those of the model's layers."""
     names = [name.removesuffix(".weight") for name in group.module]
     present = [pair for pair in pairs if pair is not None]
+    if isinstance(model.get_submodule(names[0]), EXPERT_LAYERS):
+        return [(names[0], _stacked(model, pairs))]
     if len(pairs) == 1:
         (pair,) = present
         halves = group.read([pair.B], model.config)

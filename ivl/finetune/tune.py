@@ -22,12 +22,14 @@ are the two ends of the language model. Learning rates per part are in `ivl.fine
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ivl.checkpoint.quantized_experts import EXPERT_LAYERS
 from ivl.families import llm_family
 from ivl.model.parts import ADAPTER
 from ivl.options.tuning import PARTS, Blocks, How, LoRA, Tune, scale_alpha
@@ -145,13 +147,20 @@ def _set_modes(model: InternVL, by_part: dict[str, How]) -> None:
 def target_names(model: InternVL, part: str, lora: LoRA) -> list[str]:
     """Full names of the linear layers a LoRA of this part covers."""
     targets = lora.targets or _TARGETS.get(part) or llm_family(model.config.llm_architecture).lora_targets
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and part_of(n) == part]
+    kinds = (nn.Linear, *EXPERT_LAYERS)
+    names = [n for n, m in model.named_modules() if isinstance(m, kinds) and part_of(n) == part]
     matches = [n for n in names if any(n.endswith("." + w) for w in targets)]
     missing = [w for w in targets if not any(n.endswith("." + w) for n in matches)]
     if missing:
         ends = sorted({n.rsplit(".", 1)[-1] for n in names})
         raise UserError(
             f"model.tune.{part}.targets: no linear layer is named {', '.join(missing)}; there are {', '.join(ends)}"
+        )
+    experts = [n for n in matches if isinstance(model.get_submodule(n), EXPERT_LAYERS)]
+    if experts and (lora.dora or lora.init == "pissa"):
+        raise UserError(
+            f"model.tune.{part}: {'dora' if lora.dora else 'init: pissa'} is not computed on experts ({experts[0]}); "
+            "leave it out, or leave gate_up_proj and down_proj out of targets"
         )
     return matches
 
@@ -206,11 +215,21 @@ def lora_config(lora: LoRA, targets: Iterable[str]) -> LoraConfig:
 
 
 def inject(model: InternVL, config: LoraConfig) -> None:
-    """Put peft's layers in place."""
+    """Put the layers of a LoRA in place: peft's, and on experts `ivl.finetune.expert_lora`'s."""
     from peft import inject_adapter_in_model
 
-    from ivl.model.efficient import lora_linear  # peft takes a second to import
+    from ivl.finetune import expert_lora  # peft takes a second to import
+    from ivl.model.efficient import lora_linear
 
+    targets = set(config.target_modules or ())
+    experts = [n for n, m in model.named_modules() if n in targets and isinstance(m, EXPERT_LAYERS)]
+    expert_lora.put(model, experts, config, ADAPTER)
+    if targets == set(experts):
+        return
+    config = copy.copy(config)
+    config.target_modules = targets - set(experts)
+    for name in ("rank_pattern", "alpha_pattern"):
+        setattr(config, name, {key: v for key, v in getattr(config, name).items() if key not in experts})
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     del model.peft_config  # parts are injected one after the other; peft would take the next for a second adapter
     if model.efficient:

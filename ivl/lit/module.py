@@ -36,6 +36,7 @@ from ivl.lit.schedule import Warmup, estimated_steps
 from ivl.lit.strategies.model_loading import load_model
 from ivl.lit.strategies.precision import PrecisionGuard
 from ivl.lit.types import IvlTrainer, data_of
+from ivl.model.experts import balancing_loss
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
 from ivl.options import Batching, Checkpointing, GenerationOptions, Rates, Tune
@@ -61,6 +62,8 @@ class LitInternVL(MemoryGuard):
         compile: torch.compile the layers in training, and the decoding step in prediction: the first steps take
             minutes, the others less time, most of all on a GPU. Needs a C++ compiler.
         loss_reduction: Rows count in a step by their supervised tokens, alike, or by the root (token, sample, square).
+        router_aux_loss: Coefficient of the auxiliary loss that balances the experts of a mixture (0.001 is usual); 0:
+            off, as in the official training.
         label_smoothing: Share of each target that is spread evenly over the vocabulary, in training.
         neftune: Noise on the embeddings of text in training, alpha of NEFTune (5 is usual); 0: none.
         optimizer: Made with the parameter groups of what trains.
@@ -89,6 +92,7 @@ class LitInternVL(MemoryGuard):
         efficient: bool = True,
         compile: bool = False,  # noqa: A002  (the option's name)
         loss_reduction: Reduction = "token",
+        router_aux_loss: float = 0.0,
         label_smoothing: float = 0.0,
         neftune: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
@@ -105,6 +109,7 @@ class LitInternVL(MemoryGuard):
         self.tune, self.adapter = tune, adapter
         self.dtype_name, self.quantize, self.attention = dtype, quantize, attention
         self.checkpointing, self.compiled, self.efficient = checkpointing, compile, efficient
+        self.router_aux_loss = router_aux_loss
         self.loss_reduction, self.label_smoothing, self.neftune = loss_reduction, label_smoothing, neftune
         self.make_optimizer, self.make_schedule, self.rates = optimizer, schedule, rates
         self.generation, self.batching = generation, batching
@@ -146,6 +151,10 @@ class LitInternVL(MemoryGuard):
         if hasattr(self, "model"):
             return
         self.model = load_model(self)
+        if self.router_aux_loss and self.model.language_model.config.experts is None:
+            raise UserError(
+                f"model.router_aux_loss: {self.router_aux_loss:g}, and this model has no experts; leave it out"
+            )
         self.model.neftune_alpha, self._vectors = self.neftune, vectors(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -171,9 +180,15 @@ class LitInternVL(MemoryGuard):
             if self.feature_store is not None:
                 batch = with_features(batch, self.model, self.feature_store)
             weights = loss_weights(batch.labels, batch.row_ids, len(batch), self.loss_reduction)
-            out = self.model(**batch, loss_weights=weights, label_smoothing=self.label_smoothing)
-        loss = self.normalizer.add(self.trainer, out.loss_sum, out.weight_sum)
-        return {"loss": loss, "row_losses": out.row_losses, "row_tokens": out.row_tokens}
+            experts = self.model.language_model.config.experts
+            settings = {"label_smoothing": self.label_smoothing, "return_router_load": experts is not None}
+            out = self.model(**batch, loss_weights=weights, **settings)
+        means, load = [], out.router_load
+        if load is not None and experts is not None and self.router_aux_loss:
+            means.append(self.router_aux_loss * balancing_loss(load, experts.per_token))
+        loss = self.normalizer.add(self.trainer, out.loss_sum, out.weight_sum, *means)
+        load = None if load is None else load.detach()
+        return {"loss": loss, "row_losses": out.row_losses, "row_tokens": out.row_tokens, "router_load": load}
 
     def configure_gradient_clipping(
         self,

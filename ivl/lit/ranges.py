@@ -17,6 +17,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.max_bad": (0, 1),
     "data.feature_cache_gb": (0, UNLIMITED),
     "data.num_workers": (0, UNLIMITED),
+    "model.router_aux_loss": (0, UNLIMITED),
     "model.label_smoothing": (0, 1),
     "model.neftune": (0, UNLIMITED),
     "model.generation.max_new_tokens": (1, UNLIMITED),

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ivl.families import LLMFamily
 from ivl.model.attention import Join, Layout, attend, joined, visible
+from ivl.model.experts import ExpertMLP, ExpertsConfig, GroupedLinear, Router, RouterLoads, sparse_layers
 from ivl.model.layers import ACTIVATIONS, Gated, RMSNorm
 from ivl.model.rotary import Rope, RotaryEmbedding, rotate
 from ivl.types import SequenceLayout, UserError
@@ -59,6 +60,8 @@ class DecoderConfig:
     """True: fused layers, one for queries, keys and values, one for the MLP's gate and up"""
     mlp: str = "gated"
     """A key of `MLPS`"""
+    experts: ExpertsConfig | None = None
+    """Experts of a mixture; layers without them have the MLP `gated`"""
     sliding_window: int | None = None
     """Tokens that a token looks back at, itself included; None: to the beginning"""
     attention_dropout: float = 0.0
@@ -82,6 +85,7 @@ class DecoderConfig:
             raise UserError("llm_config.use_sliding_window: true is not supported; expected false, as in every release")
         same = ("max_position_embeddings", "rms_norm_eps", "hidden_act", "mlp_bias", "attention_dropout")
         values = {key: raw[key] for key in (*sizes, *same, "initializer_range", "pad_token_id") if key in raw}
+        experts = ExpertsConfig.from_llm(raw) if family.mlp == "experts" and sparse_layers(raw) else None
         heads, biased = raw["num_attention_heads"], bool(raw.get("attention_bias", False))
         return cls(
             **values,
@@ -92,7 +96,8 @@ class DecoderConfig:
             output_bias=biased and family.bias == "config",
             qk_norm=family.qk_norm,
             fused=family.fused,
-            mlp=family.mlp,
+            mlp="gated" if family.mlp == "experts" and experts is None else family.mlp,
+            experts=experts,
             sliding_window=raw.get("sliding_window") if family.windowed else None,
             residual_dropout=raw.get("resid_pdrop", 0.0),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
@@ -162,8 +167,18 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act(gate, up))
 
 
-MLPS: dict[str, Callable[[DecoderConfig], nn.Module]] = {"gated": GatedMLP}
-"""MLP classes, (B, T, D) → (B, T, D), by the name that an entry of `ivl.families.LLMS` gives"""
+def _experts(config: DecoderConfig) -> ExpertMLP:
+    assert config.experts is not None, "the family of a mixture of experts has their shapes"
+    return ExpertMLP(config.hidden_size, config.experts, ACTIVATIONS[config.hidden_act])
+
+
+MLPS: dict[str, Callable[[DecoderConfig], nn.Module]] = {"gated": GatedMLP, "experts": _experts}
+"""Makers of MLPs, (B, T, D) → (B, T, D), by the name that an entry of `ivl.families.LLMS` gives"""
+
+
+def mlp_of(config: DecoderConfig, layer: int) -> str:
+    """Key of `MLPS` for a layer: in a mixture of experts some may have none."""
+    return "gated" if config.experts is not None and layer not in config.experts.layers else config.mlp
 
 
 class DecoderLayer(nn.Module):
@@ -172,7 +187,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLPS[config.mlp](config)
+        self.mlp = MLPS[mlp_of(config, layer)](config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.residual_dropout)
@@ -184,9 +199,17 @@ class DecoderLayer(nn.Module):
         layout: Layout,
         cache: KVCache | None = None,
         outputs_M: Tensor | None = None,
-    ) -> Tensor:
-        """`outputs_M`: positions in the one sequence; only theirs are computed behind attention, (1, M, D)."""
+        counted_BT: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`outputs_M`: positions in the one sequence; only theirs are computed behind attention, (1, M, D).
+
+        `counted_BT`: the tokens to count at a mixture of experts, whose `router_load` is returned as well.
+        """
         x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), rotary, layout, cache))
+        if counted_BT is not None and isinstance(self.mlp, ExpertMLP):
+            y_BTD, load_2E = self.mlp.with_load(self.post_attention_layernorm(x_BTD), counted_BT, outputs_M)
+            x_BTD = x_BTD if outputs_M is None else x_BTD.index_select(1, outputs_M)
+            return x_BTD + self.dropout(y_BTD), load_2E
         if outputs_M is not None:
             x_BTD = x_BTD.index_select(1, outputs_M)
         return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))
@@ -215,21 +238,28 @@ class Decoder(nn.Module):
         layout: Layout = None,
         cache: KVCache | None = None,
         outputs_M: Tensor | None = None,
+        loads: RouterLoads | None = None,
     ) -> Tensor:
         """The last hidden states: (B, T, D), or (1, M, D) of the positions `outputs_M` of the one sequence.
 
         `layout`: rows that follow one another in the one sequence, or a mask of the keys that each token sees, or None:
-        each row sees itself up to the token. With a `cache`, a mask over its S keys.
+        each row sees itself up to the token. With a `cache`, a mask over its S keys. `loads`: filled layer by layer.
         """
         x_BTD, rotary = embeds_BTD, self.rotary_emb(embeds_BTD, positions_BT)
+        counted_BT = None if loads is None else loads.mask(embeds_BTD)
         training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         for n, layer in enumerate(self.layers):
             only = outputs_M if self.last_layer_selects and n == len(self.layers) - 1 else None
+            inputs = (x_BTD, rotary, layout, cache, only, counted_BT)
             if self.checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, rotary, layout, cache, only, use_reentrant=False)
-                continue
-            with self.around_layer() if training else nullcontext():
-                x_BTD = layer(x_BTD, rotary, layout, cache, only)
+                result = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                with self.around_layer() if training else nullcontext():
+                    result = layer(*inputs)
+            if isinstance(result, tuple):
+                assert loads is not None, "a layer counts for it alone"
+                result = loads.take(*result)
+            x_BTD = result
         if outputs_M is not None and not self.last_layer_selects:
             x_BTD = x_BTD.index_select(1, outputs_M)
         return self.norm(x_BTD)
@@ -250,19 +280,26 @@ class LanguageModel(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
 
-    def packed(self, embeds_BTD: Tensor, layout: SequenceLayout, outputs_M: Tensor | None = None) -> Tensor:
+    def packed(
+        self,
+        embeds_BTD: Tensor,
+        layout: SequenceLayout,
+        outputs_M: Tensor | None = None,
+        loads: RouterLoads | None = None,
+    ) -> Tensor:
         """The last hidden states of a batch, rows computed as one sequence without padding: (B, T, D), 0 at padding.
 
         `outputs_M`: flattened positions of tokens; only theirs are returned, (M, D).
         """
         shape, indices_R = embeds_BTD.shape[:2], layout.indices
         if outputs_M is None and indices_R is None and layout.lengths == (shape[1],) * shape[0]:
-            return self.model(embeds_BTD, layout.positions.view(shape))  # rows alike are one batch for the kernel
+            # rows alike are one batch for the kernel
+            return self.model(embeds_BTD, layout.positions.view(shape), loads=loads)
         flat_RD = embeds_BTD.flatten(0, 1)
         if indices_R is not None:
             flat_RD = flat_RD.index_select(0, indices_R)
             outputs_M = None if outputs_M is None else torch.searchsorted(indices_R, outputs_M)
-        hidden_RD = self.model(flat_RD[None], layout.positions, layout, outputs_M=outputs_M)[0]
+        hidden_RD = self.model(flat_RD[None], layout.positions, layout, outputs_M=outputs_M, loads=loads)[0]
         if outputs_M is not None:
             return hidden_RD
         if indices_R is not None:
@@ -277,6 +314,7 @@ class LanguageModel(nn.Module):
         positions_BT: Tensor | None = None,
         rows_BT: Tensor | None = None,
         outputs_M: Tensor | None = None,
+        loads: RouterLoads | None = None,
     ) -> Tensor:
         """As `packed`, in any layout, by a square mask: for the eager kernel, and for padding inside rows.
 
@@ -286,11 +324,13 @@ class LanguageModel(nn.Module):
             positions_BT = torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device).expand(len(embeds_BTD), -1)
         keys_BT = positions_BT if mask_BT is None else positions_BT.masked_fill(~mask_BT, -1)
         seen_B1TT = visible(positions_BT, keys_BT, rows_BT, self.config.sliding_window)
-        hidden_BTD = self.model(embeds_BTD, positions_BT, seen_B1TT)
+        if loads is not None:
+            loads.shown_BT = mask_BT if rows_BT is None else rows_BT >= 0
+        hidden_BTD = self.model(embeds_BTD, positions_BT, seen_B1TT, loads=loads)
         return hidden_BTD if outputs_M is None else hidden_BTD.flatten(0, 1).index_select(0, outputs_M)
 
     def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding, Router, GroupedLinear)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -22,6 +22,7 @@ from ivl.finetune.neftune import add_noise
 from ivl.model.attention import AttentionKernel, choose_kernel
 from ivl.model.decoder import DecoderConfig, LanguageModel
 from ivl.model.efficient import install
+from ivl.model.experts import RouterLoads
 from ivl.model.image_tokens import check_image_tokens
 from ivl.model.loss import CHUNK, Output, losses, supervised_places
 from ivl.model.parts import ModelParts
@@ -115,12 +116,14 @@ class InternVL(ModelParts):
         return_logits: bool = False,
         loss_chunk: int = CHUNK,
         label_smoothing: float = 0.0,
+        return_router_load: bool = False,
     ) -> Output:
         """The fields of `ivl.types.Batch`, whose shapes apply; logits on request or where there are no labels.
 
         `loss_weights` (B, T): how much each supervised token counts. `loss_chunk`: supervised tokens whose logits
         exist at the same time, so memory does not grow with vocabulary x length. `label_smoothing`: share of each
-        target that is spread evenly over the vocabulary.
+        target that is spread evenly over the vocabulary. `return_router_load`: count how tokens, padding left out, go
+        to the experts of a mixture (`ivl.model.experts.balancing_loss` takes it).
         Raises UserError where image tokens and tiles disagree.
         """
         language = self.language_model
@@ -130,10 +133,12 @@ class InternVL(ModelParts):
         read_M = None if labels is None or return_logits else supervised_at
         if layout is None:
             layout = layout_of(input_ids, attention_mask, position_ids, row_ids, lengths)
+        loads = RouterLoads() if return_router_load else None
         if layout is not None and language.config.attention != "eager":
-            hidden = language.packed(embeds_BTD, layout.to(embeds_BTD.device, non_blocking=True), read_M)
+            layout = layout.to(embeds_BTD.device, non_blocking=True)
+            hidden = language.packed(embeds_BTD, layout, read_M, loads)
         else:
-            hidden = language.padded(embeds_BTD, attention_mask, position_ids, row_ids, read_M)
+            hidden = language.padded(embeds_BTD, attention_mask, position_ids, row_ids, read_M, loads)
         output = Output()  # hidden: (B, T, D), or of the positions that are read alone, (M, D)
         if labels is not None:
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
@@ -141,6 +146,7 @@ class InternVL(ModelParts):
             output = losses(language.lm_head, hidden, labels, row_ids, rows, *settings)
         if labels is None or return_logits:
             output.logits = language.lm_head(hidden)
+        output.router_load = loads.stacked() if loads is not None else None
         return output
 
     def embed(

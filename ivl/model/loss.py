@@ -42,6 +42,8 @@ class Output:
     """(R,) supervised tokens of each row"""
     logits: Tensor | None = None
     """(B, T, V)"""
+    router_load: Tensor | None = None
+    """(L, 2, E), on request: tokens of each expert, and sums of its probabilities, for each layer with experts"""
 
 
 def losses(

@@ -19,7 +19,8 @@ class LoRA:
     dropout: float = 0.0
     """Dropout in front of the low-rank matrices, in training."""
     targets: list[str] | None = None
-    """Names (last component) of the linear layers to adapt. Default: every linear layer of a block."""
+    """Names (last component) of the linear layers to adapt. Default: every linear layer of a block, and in a mixture
+    of experts attention alone; its experts are `gate_up_proj` and `down_proj`, each expert with a pair of its own."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
     dora: bool = False

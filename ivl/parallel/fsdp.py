@@ -105,6 +105,11 @@ def tensor_plan(model: InternVL, size: int) -> dict[str, ParallelStyle]:
     """
     language = model.language_model
     heads, fused = language.config.num_key_value_heads, language.config.fused
+    if language.config.experts is not None:
+        raise UserError(
+            "tensor_parallel_size: the experts of a mixture are not split by features; expected 1, and all devices in "
+            "data_parallel_size, which splits their weights as well"
+        )
     if heads % size:
         raise UserError(f"tensor_parallel_size: {heads} key-value heads cannot be shared by {size}; expected a divisor")
     plan: dict[str, ParallelStyle] = {}

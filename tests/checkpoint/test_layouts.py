@@ -17,16 +17,18 @@ def parsed(architecture: str, vision: str = "300m", **llm) -> Config:
 
 def read_back(stored: dict, names, layout: str, made: Config) -> dict:
     back = {}
-    for group in groups(names, layout):
+    for group in groups(names, layout, made):
         back |= zip(group.module, group.read([stored.pop(n) for n in group.stored], made))
     return back
 
+
+FUSED = {"Qwen3MoeForCausalLM": ("native-fused", "hf-fused")}
 
 CASES = [
     (architecture, vision, layout)
     for architecture in FAMILIES
     for vision in TOWERS
-    for layout in dict.fromkeys((LLMS[architecture].layout, "hf", "hf-4"))
+    for layout in dict.fromkeys((LLMS[architecture].layout, "hf", "hf-4", *FUSED.get(architecture, ())))
 ]
 
 
@@ -45,10 +47,27 @@ def test_every_layout_is_recognised_and_undoes_itself(architecture, vision, layo
 def test_internlm2_keeps_queries_of_a_key_together():
     """4 query heads and 2 key heads of width 4: q0 q1 k0 v0, q2 q3 k1 v1."""
     made = parsed("InternLM2ForCausalLM", hidden_size=16)
-    group = next(g for g in groups(random_state(made, 0), "internlm2") if "wqkv" in g.stored[0])
+    group = next(g for g in groups(random_state(made, 0), "internlm2", made) if "wqkv" in g.stored[0])
     fused = torch.arange(8.0).repeat_interleave(4)[:, None] + torch.zeros(32, 16)
     q, k, v = (t[::4, 0].tolist() for t in group.read([fused], made))
     assert (q, k, v) == ([0, 1, 4, 5], [2, 6], [3, 7])
+
+
+def test_experts_are_named_one_by_one_in_files_and_fused_as_transformers_has_them():
+    made = parsed("Qwen3MoeForCausalLM", mlp_only_layers=[0])
+    state = random_state(made, 0)
+    stored = to_stored(state, "native", made)
+    layer = "language_model.model.layers.1.mlp."
+    gate_up = state[layer + "experts.gate_up_proj.weight"]
+    assert torch.equal(stored[layer + "experts.4.gate_proj.weight"], gate_up[4, :24])
+    assert torch.equal(stored[layer + "experts.4.up_proj.weight"], gate_up[4, 24:])
+    assert torch.equal(stored[layer + "experts.4.down_proj.weight"], state[layer + "experts.down_proj.weight"][4])
+    assert layer + "gate.weight" in stored
+    assert not [name for name in stored if "layers.0.mlp.experts" in name]
+    fused = to_stored(state, "hf-fused", made)
+    assert torch.equal(fused["model.language_model.layers.1.mlp.experts.gate_up_proj"], gate_up)
+    assert "model.language_model.layers.1.mlp.experts.3.up_proj.weight" in to_stored(state, "hf", made)
+    assert "language_model.model.layers.1.mlp.experts.3.up_proj.weight" in to_stored(state, "hf-4", made)
 
 
 def test_recorded_names_are_those_of_the_tables(recorded):

@@ -82,10 +82,19 @@ def write(base, folder, how: Tune, layout=None) -> InternVL:
     return model
 
 
+EXPERTS = (("q_proj", "gate_up_proj", "down_proj"), ("down_proj",))
+"""Layers of a mixture with a LoRA: attention and experts, or one matrix of experts"""
+
+
 def tunes(architecture: str) -> list[Tune]:
     """All where names or shapes differ most, some elsewhere."""
     if architecture == "InternLM2ForCausalLM":
         return [*TUNES.values(), *PARTIAL]
+    if architecture == "Qwen3MoeForCausalLM":
+        return [
+            TUNES["DoRA"],
+            *(Tune(LoRA(rank=2), "frozen", LoRA(rank=3, alpha=4, targets=list(names))) for names in EXPERTS),
+        ]
     return [TUNES[name] for name in ("three parts", "DoRA")]
 
 

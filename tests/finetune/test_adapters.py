@@ -25,6 +25,8 @@ NAMES = {
     "InternLM2ForCausalLM": ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     "Phi3ForCausalLM": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
 }
+ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
+EXPERTS = tuple(f"mlp.experts.{e}.{x}_proj" for e in range(6) for x in ("gate", "up", "down"))
 LLAMA = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
 VISION = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -95,6 +97,8 @@ def test_names_of_the_releases_own_code(tmp_path, architecture, settings):
     """InternLM2's wqkv among them: one A for q, k and v, each with its rows of B."""
     base = write_checkpoint(tmp_path / "base", architecture)
     inside = NAMES.get(architecture, LLAMA)
+    if architecture == "Qwen3MoeForCausalLM":  # as the class of transformers 4 has them, a module each
+        inside = ATTENTION if settings.get("use_dora") else (*ATTENTION, *EXPERTS)
     layers = [f"language_model.model.layers.{n}.{name}" for n in range(2) for name in inside]
     layers += [f"vision_model.encoder.layers.{n}.{name}" for n in range(2) for name in VISION]
     targets = {"target_modules": r"^(language_model|vision_model)\..*\.(" + "|".join((*inside, *VISION)) + ")$"}

@@ -127,7 +127,7 @@ def test_recorded_adapter_gives_the_recorded_loss(golden, name):
             base = key.replace(".lora_A.default", "").replace(".base_model.model.", ".")
             deltas[base] = record["scaling"] * b @ a
     with torch.no_grad():
-        for group in groups(model.state_dict(), llm_family(model.config.llm_architecture).layout):
+        for group in groups(model.state_dict(), llm_family(model.config.llm_architecture).layout, model.config):
             if set(group.stored) <= set(deltas):
                 tensors = group.read([deltas.pop(n) for n in group.stored], model.config)
                 for key, delta in zip(group.module, tensors):

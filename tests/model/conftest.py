@@ -14,7 +14,7 @@ from ivl.model.internvl import InternVL
 
 RECORDED = (
     "internvl2_1b", "internvl2_2b", "internvl2_4b", "internvl2_26b", "internvl_chat_v1_5", "internvl3_8b",
-    "internvl3_5_4b",
+    "internvl3_5_4b", "internvl3_5_30b_a3b",
 )  # fmt: skip
 
 

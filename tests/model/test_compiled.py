@@ -67,6 +67,8 @@ def pair(folder, tune: Tune) -> list[InternVL]:
         ("Qwen2ForCausalLM", "lora", True),
         ("InternLM2ForCausalLM", "lora", False),
         ("Phi3ForCausalLM", "full", True),
+        ("Qwen3MoeForCausalLM", "full", False),
+        ("Qwen3MoeForCausalLM", "lora", True),
     ],
 )
 def test_the_same_loss_and_gradients_under_the_same_names(tmp_path, architecture, tune, recomputed):

@@ -14,7 +14,7 @@ from ivl.inference.kv_cache import Append, KVCache, Prefill
 from ivl.model.attention import visible
 from ivl.model.decoder import MLPS, DecoderConfig, LanguageModel
 from tests.model.test_llm import LONG, tiny
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, transformers_names
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in FAMILIES}
 VARIANTS |= LONG
@@ -43,7 +43,7 @@ def pair(variant: str, attention: str = "sdpa", dtype: torch.dtype = torch.float
     if ours.config.tie_word_embeddings:
         ours.lm_head.weight = ours.model.embed_tokens.weight
     theirs = AutoModelForCausalLM.from_config(llm_config(model.config), attn_implementation="sdpa", dtype=dtype)
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(transformers_names(ours.state_dict()))
     return ours.to(dtype), theirs.eval()
 
 
@@ -66,7 +66,7 @@ def test_gradients_equal_those_of_transformers(architecture):
     ours.lm_head(ours.model(ours.get_input_embeddings()(ids), torch.arange(20)[None])).square().mean().backward()
     theirs(ids).logits.square().mean().backward()
     expected = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
+    for name, parameter in transformers_names(dict(ours.named_parameters())).items():
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -77,7 +77,9 @@ def test_bfloat16_rounds_as_transformers_does(architecture):
     ids = torch.randint(0, 190, (1, 40))
     found = ours.lm_head(ours.model(ours.get_input_embeddings()(ids), torch.arange(40)[None]))
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, theirs(ids).logits, atol=2e-2, rtol=2e-2)
+    # transformers rounds the weights of experts, and multiplies behind the last layer.
+    atol = 5e-2 if architecture == "Qwen3MoeForCausalLM" else 2e-2
+    torch.testing.assert_close(found, theirs(ids).logits, atol=atol, rtol=2e-2)
 
 
 class Slots:
@@ -96,7 +98,9 @@ class Slots:
         return self.keys[layer], self.values[layer]
 
 
-@pytest.mark.parametrize("variant", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "window", "dynamic", "longrope"])
+@pytest.mark.parametrize(
+    "variant", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "window", "dynamic", "longrope"]
+)
 @torch.no_grad()
 def test_a_decode_step_of_static_shapes_compiles_whole(variant):
     """Rows of different lengths in slots of one capacity: no graph break, no second compilation, the same numbers."""

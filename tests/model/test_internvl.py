@@ -70,7 +70,7 @@ def test_gradients_equal_the_reference(recorded):
 
     gradients = {name: p.grad for name, p in model.named_parameters()}
     norms = {}
-    for group in groups(gradients, llm_family(model.config.llm_architecture).layout):
+    for group in groups(gradients, llm_family(model.config.llm_architecture).layout, model.config):
         of_group = [gradients[name] for name in group.module]
         written = of_group if None in of_group else group.write(of_group, model.config)
         norms |= {name: None if g is None else float(g.norm()) for name, g in zip(group.stored, written)}

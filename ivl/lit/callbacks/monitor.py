@@ -18,6 +18,7 @@ from ivl.estimate.hardware import Device, find_device
 from ivl.files import write_text
 from ivl.finetune.param_groups import groups_table
 from ivl.finetune.tune import adapted, table
+from ivl.lit.callbacks.expert_load import ExpertLoad
 from ivl.lit.types import RunModule, as_lit
 from ivl.types import Batch, Conversation
 
@@ -60,8 +61,8 @@ class SourceLosses:
 
 class Watch(Callback):
     """Logs, at the trainer's log interval, tokens/s and samples/s of all processes, the share of time spent waiting for
-    data, model FLOP utilisation on devices whose peak is known, memory, the learning rate of every group, and the loss
-    of every source.
+    data, model FLOP utilisation on devices whose peak is known, memory, the learning rate of every group, the loss of
+    every source, and the load of a mixture's experts.
 
     Nothing here waits for the device between two log steps.
     """
@@ -69,7 +70,7 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.shown: dict[str, float] = {}
         """Values of the progress bar, as of the last log step"""
-        self._losses = SourceLosses()
+        self._losses, self._experts = SourceLosses(), ExpertLoad()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -94,6 +95,9 @@ class Watch(Callback):
     ) -> None:
         if "row_losses" in outputs:
             self._losses.add(batch.rows, outputs["row_losses"], outputs["row_tokens"])
+        mixture = as_lit(module).model.language_model.config.experts
+        if mixture is not None and (load := outputs.get("router_load")) is not None:
+            self._experts.add(load, mixture.per_token)
         self._work = added(self._work, batch)
         self._rows += len(batch)
         self._end = time.perf_counter()
@@ -122,7 +126,9 @@ class Watch(Callback):
         values |= memory(self._devices)
         losses = self._losses.read(ranks)
         values |= {f"train/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
+        values |= (load := self._experts.read(ranks))
         module.log_dict(values, batch_size=1)
+        self.shown |= {"busiest": load["experts/busiest"]} if load else {}
         self.shown |= {"tokens/s": values["speed/tokens_per_s"], "s/step": seconds / self._steps}
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -188,6 +194,8 @@ class Progress(TQDMProgressBar):
         if "loss" in shown:
             items["loss"] = f"{shown['loss']:.4g}"
             items["tokens/s"] = f"{shown['tokens/s']:,.0f}"
+            if "busiest" in shown:
+                items["busiest expert"] = f"{100 * shown['busiest']:.0f} %"
             items["left"] = clock((total - trainer.global_step) * shown["s/step"])
         return items
 

@@ -37,7 +37,7 @@ BATCHES = (
 """Options of the size of a batch: they may change at the end of an epoch"""
 COUNTED = (
     *("model.loss_reduction", "model.label_smoothing", "model.neftune", "data.system_message", "data.compact_boxes"),
-    *("data.video", "data.resize", "data.exif", "data.pad2square", "data.thinking"),
+    *("data.video", "data.resize", "data.exif", "data.pad2square", "data.thinking", "model.router_aux_loss"),
 )
 """Options that a resumed run may change"""
 

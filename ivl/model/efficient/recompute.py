@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ivl.model import layers
+from ivl.model import experts, layers
 from ivl.model.attention import joined
 from ivl.model.layers import adopted, autocast_dtype, is_sharded
 
@@ -175,10 +175,33 @@ class Gated(layers.Gated):
         return recompute(self.act, gate_BTF) * up_BTF
 
 
+class Rows(experts.Rows):
+    """Copies of tokens for their experts, many times the tokens themselves."""
+
+    def forward(self, x_TD: Tensor, order_S: Tensor, inverse_S: Tensor) -> Tensor:
+        return recompute(super().forward, x_TD, order_S, inverse_S)
+
+
+class WeightedGate(experts.WeightedGate):
+    """Activation of an expert; all but gate, up and the weights are recomputed."""
+
+    def forward(self, gate_SF: Tensor, up_SF: Tensor, weights_S1: Tensor) -> Tensor:
+        return recompute(self._weighted, gate_SF, up_SF, weights_S1)
+
+    def _weighted(self, gate_SF: Tensor, up_SF: Tensor, weights_S1: Tensor) -> Tensor:
+        gated_SF = recompute(self._gated, gate_SF, up_SF)
+        return (gated_SF * weights_S1).to(gate_SF.dtype)
+
+    def _gated(self, gate_SF: Tensor, up_SF: Tensor) -> Tensor:
+        return recompute(self.act, gate_SF) * up_SF
+
+
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: InputLayerNorm,
     layers.RMSNorm: InputRMSNorm,
     layers.Gated: Gated,
+    experts.Rows: Rows,
+    experts.WeightedGate: WeightedGate,
 }
 
 
@@ -199,6 +222,9 @@ def install(model: ModelParts) -> None:
                 setattr(layer.self_attn, name, adopted(norm, RMSNorm))
         if type(getattr(layer.mlp, "act", None)) in _REPLACEMENTS:
             _replace(layer.mlp, "act")
+        if isinstance(layer.mlp, experts.ExpertMLP):
+            for name in ("rows", "act"):
+                _replace(layer.mlp.experts, name)
     vision.around_layer = decoder.around_layer = recompute_region
 
 
