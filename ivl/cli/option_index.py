@@ -156,9 +156,9 @@ def closest(name: str) -> str:
     plain = name.replace("-", "_")
     group, _, end = plain.rpartition(".")
     ends = {option: option.rpartition(".")[2] for option in names}
-    found = [option for option in names if ends[option] == end]
+    matches = [option for option in names if ends[option] == end]
     for among in ([option for option in names if option.startswith(group + ".")], names):
         near = difflib.get_close_matches(end, [ends[option] for option in among], n=3, cutoff=0.75)
-        found = found or [option for word in dict.fromkeys(near) for option in among if ends[option] == word]
-    found = found or difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
-    return f"; did you mean {' or '.join('--' + option for option in found[:3])}?" if found else ""
+        matches = matches or [option for word in dict.fromkeys(near) for option in among if ends[option] == word]
+    matches = matches or difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
+    return f"; did you mean {' or '.join('--' + option for option in matches[:3])}?" if matches else ""

@@ -151,7 +151,7 @@ CHECKPOINT_FACTS = (
 """Names there of facts that are read from the checkpoint here"""
 
 
-def ours(name: str) -> str | None:
+def equivalent(name: str) -> str | None:
     """Return the option that another trainer's stands for, with words about its value; None for an unknown name."""
     name = name.replace("-", "_")
     if name in CHECKPOINT_FACTS:

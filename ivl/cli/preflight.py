@@ -11,7 +11,7 @@ from typing import Any
 
 from ivl.cli.help import readable
 from ivl.cli.option_index import Option, closest, option_index
-from ivl.cli.other_trainers import ours
+from ivl.cli.other_trainers import equivalent
 from ivl.errors import UserError
 
 CONFIG = ("--config", "-c")
@@ -42,8 +42,8 @@ def check(command: str, argv: Sequence[str], further: Sequence[str] = ()) -> Non
     if not names & {"model", "model.pretrained"} and not keys.get("model.pretrained"):
         where = "" if command in ("fit", "plan") else ", or --ckpt_path with a run"
         raise UserError(f"{command} needs --model.pretrained: a folder or a name such as internvl2-2b{where}")
-    given = names | {key for key, value in keys.items() if value}
-    if command == "fit" and not given & {"data", "data.train", "data.mixture", "data.mixture+"}:
+    present = names | {key for key, value in keys.items() if value}
+    if command == "fit" and not present & {"data", "data.train", "data.mixture", "data.mixture+"}:
         raise UserError("fit needs --data.train: a file of rows (jsonl or json), or the name of a data set")
 
 
@@ -69,8 +69,8 @@ def check_values(typed: Sequence[tuple[str, str]]) -> None:
         except ArgumentError as error:
             expected = readable(index[name].type).replace("|", " or ")
             nested = index[name].type in vars(options) or "LoRA" in index[name].type
-            found = f"{value!r}" + (f" ({str(error).strip().splitlines()[-1].strip()})" if nested else "")
-            raise UserError(f"--{name}: expected {expected}, found {found}") from None
+            value_text = f"{value!r}" + (f" ({str(error).strip().splitlines()[-1].strip()})" if nested else "")
+            raise UserError(f"--{name}: expected {expected}, found {value_text}") from None
 
 
 def pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -100,7 +100,7 @@ def is_known(name: str) -> bool:
 
 def unknown(command: str, name: str) -> str:
     """Message about an option that there is not, with its name here, or the closest ones."""
-    if answer := ours(name):
+    if answer := equivalent(name):
         return f"--{name} is {answer}"
     return f"--{name}: no such option of {command}{closest(name)} (python -m ivl {command} --help)"
 

@@ -4,7 +4,7 @@ import pytest
 
 from ivl.cli import preflight
 from ivl.cli.option_index import option_index
-from ivl.cli.other_trainers import CHECKPOINT_FACTS, NAMES, ours
+from ivl.cli.other_trainers import CHECKPOINT_FACTS, NAMES, equivalent
 from ivl.types import UserError
 
 NEEDED = ["--model.pretrained", "x", "--data.train", "y"]
@@ -71,7 +71,7 @@ def test_every_name_of_another_trainer_has_an_option_here(name):
     option = NAMES[name].split()[0].rstrip(",").removeprefix("--").rstrip(":")
     assert preflight.is_known(option), f"{name} -> {option}"
     assert not preflight.is_known(name), "an option of ours needs no answer"
-    assert ours(name.replace("_", "-")) == f"{NAMES[name]} here"
+    assert equivalent(name.replace("_", "-")) == f"{NAMES[name]} here"
     assert name not in CHECKPOINT_FACTS
 
 
