@@ -303,6 +303,7 @@ def test_a_run_of_another_base(base, tmp_path):
         export(str(tmp_path / "out"), run=str(tmp_path / "run"))
     shutil.rmtree(tmp_path / "run/checkpoints")
     (tmp_path / "run/checkpoints/last.ckpt").mkdir(parents=True)
+    torch.save({}, tmp_path / "run/checkpoints/last.ckpt/mp_rank_00_model_states.pt")  # as DeepSpeed leaves it
     with pytest.raises(UserError, match="a checkpoint in pieces, one per process"):
         export(str(tmp_path / "out"), run=str(tmp_path / "run"))
 
