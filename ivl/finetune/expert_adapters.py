@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ivl.types import UserError, some
+from ivl.types import UserError, first_few
 
 MATRICES = ("gate_up_proj", "down_proj")
 """Parameters of a module of stacked experts, in its order"""
@@ -51,8 +51,8 @@ def unstacked_names(state: Mapping[str, Tensor], targets: Sequence[str], experts
         return dict(state)
     if unknown := [name for name in targets if not experts or name.rpartition(".")[2] not in MATRICES]:
         raise UserError(
-            f"{where}: target_parameters has {some(unknown)}: a LoRA on parameters that are no linear layer's and no "
-            "experts' of this model; merge it with peft (merge_and_unload) and give the merged checkpoint"
+            f"{where}: target_parameters has {first_few(unknown)}: a LoRA on parameters that are no linear layer's and "
+            "no experts' of this model; merge it with peft (merge_and_unload) and give the merged checkpoint"
         )
     result = {}
     found: set[str] = set()
@@ -63,12 +63,14 @@ def unstacked_names(state: Mapping[str, Tensor], targets: Sequence[str], experts
         adapted = [m for m in MATRICES if _is_target(f"{match['module']}.{m}", targets)]
         inner = match["wraps"].count("base_layer")
         if inner >= len(adapted):
-            raise UserError(f"it has {key}, of target_parameters {some(list(targets))}, and this model no such experts")
+            raise UserError(
+                f"it has {key}, of target_parameters {first_few(list(targets))}, and this model no such experts"
+            )
         name = f"{match['module']}.{adapted[-1 - inner]}"
         found.add(name)
         result[f"{name}.lora_{match['half']}.weight"] = _unflattened(key, tensor, match["half"], experts)
     if missing := [name for name in targets if not any(_is_target(layer, [name]) for layer in found)]:
-        raise UserError(f"its config has target_parameters {some(missing)}, and the file has no tensor of it")
+        raise UserError(f"its config has target_parameters {first_few(missing)}, and the file has no tensor of it")
     return result
 
 
