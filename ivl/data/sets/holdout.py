@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,9 +61,9 @@ def open_split(
     `root`, `limits`: as in `RowDataset`; `root` is used where the run had none. Raises UserError as `load_split`.
     """
     record = _read(path)
-    root, source, max_tiles = record.get("root") or root, record.get("source") or "", record.get("max_tiles")
-    options = {"source": source, "max_tiles": max_tiles, "columns": record.get("columns"), "limits": limits}
-    rows = RowDataset(record["files"], processor, root=root, **options)
+    options: dict[str, Any] = {key: record.get(key) for key in ("max_tiles", "columns")}
+    options |= {"root": record.get("root") or root, "source": record.get("source") or "", "limits": limits}
+    rows = RowDataset(record["files"], processor, **options)
     return load_split(path, rows)[1]
 
 
