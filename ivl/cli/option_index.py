@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -150,15 +150,15 @@ def _fields(kind: Any, group: str) -> Iterator[Option]:
         yield from _options(f"{group}.{field.name}", str(field.type), shown, helps.get(field.name, ""))
 
 
-def closest(name: str) -> str:
-    """Return `; did you mean …?` with the closest options, or nothing."""
-    names = list(option_index())
+def closest(name: str, among: Collection[str] = ()) -> str:
+    """Return `; did you mean …?` with the closest options, or nothing. `among`: names of another command's."""
+    names = list(among or option_index())
     plain = name.replace("-", "_")
     group, _, end = plain.rpartition(".")
     ends = {option: option.rpartition(".")[2] for option in names}
     matches = [option for option in names if ends[option] == end]
-    for among in ([option for option in names if option.startswith(group + ".")], names):
-        near = difflib.get_close_matches(end, [ends[option] for option in among], n=3, cutoff=0.75)
-        matches = matches or [option for word in dict.fromkeys(near) for option in among if ends[option] == word]
+    for nearby in ([option for option in names if option.startswith(group + ".")], names):
+        near = difflib.get_close_matches(end, [ends[option] for option in nearby], n=3, cutoff=0.75)
+        matches = matches or [option for word in dict.fromkeys(near) for option in nearby if ends[option] == word]
     matches = matches or difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
     return f"; did you mean {' or '.join('--' + option for option in matches[:3])}?" if matches else ""

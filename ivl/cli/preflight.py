@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ivl.cli.help import readable
 from ivl.cli.option_index import Option, closest, option_index
 from ivl.cli.other_trainers import equivalent
 from ivl.errors import UserError
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
 
 CONFIG = ("--config", "-c")
 
@@ -45,6 +48,14 @@ def check(command: str, argv: Sequence[str], further: Sequence[str] = ()) -> Non
     present = names | {key for key, value in keys.items() if value}
     if command == "fit" and not present & {"data", "data.train", "data.mixture", "data.mixture+"}:
         raise UserError("fit needs --data.train: a file of rows (jsonl or json), or the name of a data set")
+
+
+def check_names(command: str, argv: Sequence[str], parser: ArgumentParser) -> None:
+    """Raise UserError for a typed option that the parser of another command does not have."""
+    known = {option.lstrip("-") for option in parser._option_string_actions}
+    for name, _ in typed_options(argv):
+        if name not in known:
+            raise UserError(f"--{name}: no such option of {command}{closest(name, known)} ({command} --help)")
 
 
 def check_values(typed: Sequence[tuple[str, str]]) -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 
 from ivl.chat import Chat, Settings
+from ivl.cli.preflight import check_names
 from ivl.commands.export import Trained, read_run
 from ivl.data.processor import Processor
 from ivl.families import find_model
@@ -342,6 +343,7 @@ def main(argv: Sequence[str]) -> int:
     )
     # the other commands' name for it
     words = [re.sub(r"^--model\.pretrained(?==|$)", "--model", word) for word in argv]
+    check_names("chat", words, parser)
     options = vars(parser.parse_args(words))
     settings = Settings(**{name: options.pop(name) for name in vars(Settings())})
     session = chat(**options, settings=settings)

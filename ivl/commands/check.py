@@ -11,6 +11,7 @@ from typing import Any, Literal, TextIO
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from ivl.cli.preflight import check_names
 from ivl.commands.rendered import rendered
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, MixtureSource
@@ -99,6 +100,7 @@ def _arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--show", type=int, default=20, help="Most problems printed of each option.")
     parser.add_argument("--workers", type=int | None, default=None, help="Processes. Default: one for each core.")
     parser.add_argument("--cache_dir", type=str | None, default=None, help="Default: ~/.cache/ivl")
+    check_names("check", rest, parser)
     start = parser.get_defaults()
     for path in known.config:
         start = parser.merge_config(parser.parse_object(_config(path), defaults=False), start)

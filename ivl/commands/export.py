@@ -24,6 +24,7 @@ from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.hf_layout import hf_tensor
 from ivl.checkpoint.quantization import Quantize
 from ivl.checkpoint.weights import save_weights
+from ivl.cli.preflight import check_names
 from ivl.commands.export_files import Settings, hf_rows, write_hf, write_released
 from ivl.commands.export_verify import Check, Probe, stored_dtype, verify, verify_adapter
 from ivl.config import read_json
@@ -370,5 +371,6 @@ def main(argv: list[str]) -> int:
     parser.add_function_arguments(export, as_positional=False, skip=flags)
     parser.add_argument("--adapter_only", "--adapter-only", action="store_true", help="write the LoRA of a run only")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
+    check_names("export", argv, parser)
     export(**vars(parser.parse_args(argv)))
     return 0

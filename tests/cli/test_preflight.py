@@ -2,6 +2,7 @@
 
 import pytest
 
+from ivl.__main__ import main
 from ivl.cli import preflight
 from ivl.cli.option_index import option_index
 from ivl.cli.other_trainers import CHECKPOINT_FACTS, NAMES, equivalent
@@ -82,3 +83,19 @@ def test_other_options_of_a_command_are_let_through():
 
 def test_the_index_is_not_empty():
     assert len(option_index()) > 150
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["check", "--data.trian", "x"], "--data.trian: no such option of check; did you mean --data.train?"),
+        (
+            ["chat", "--model", "x", "--temprature", "1"],
+            "--temprature: no such option of chat; did you mean --temperature?",
+        ),
+        (["export", "--run", "x", "--outt", "y"], "--outt: no such option of export; did you mean --out?"),
+    ],
+)
+def test_other_commands_name_the_closest_option_too(capsys, argv, message):
+    assert main(argv) == 2
+    assert f"error: {message}" in capsys.readouterr().err
