@@ -68,7 +68,15 @@ _TINY = (
     },
 )
 
-SIZES: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
+_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+SIZES: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "60m": (
         224,
         {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1536},
@@ -94,7 +102,30 @@ SIZES: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
             "intermediate_size": 2432,
         },
     ),
+    # 30B-A3B's proportions: width / 4, a quarter of the experts, the same number of them for a token
+    "moe": (
+        224,
+        {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 1536},
+        _MOE
+        | {
+            "vocab_size": 20000,
+            "hidden_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "intermediate_size": 1536,
+            "num_experts": 32,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 192,
+        },
+    ),
     "tiny": (56, *_TINY),
+    "tiny-moe": (
+        56,
+        _TINY[0],
+        _TINY[1] | _MOE | {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
     # Good for nothing but making tiles of the releases' size
     "448": (448, *_TINY),
 }

@@ -1,6 +1,6 @@
 """Seconds, memory and losses of training steps: ours, and transformers' InternVL with Trainer and peft.
 
-python benchmarks/train_step.py [--size 60m] [--recipe lora] [--steps 12] [--repeats 3] [--profile FILE]
+python benchmarks/train_step.py [--size 60m|moe] [--recipe lora] [--steps 12] [--repeats 3] [--profile FILE]
 
 The same random weights (through `ivl export --layout hf`), rows, order, batches of 4, optimizer and LoRA start. Every
 measurement is a process of its own; sides alternate. Rows have 1 to 3 pictures of up to `--max_tiles` tiles each and
