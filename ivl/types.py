@@ -89,6 +89,8 @@ class Conversation:
     """Beginning of the answer to a prompt, as the row has it: the answer goes on from there."""
     turned_boxes: int = 0
     """Number of boxes of `objects` that were turned with their pictures, as EXIF blocks say."""
+    rejected: Conversation | None = None
+    """The same with a worse answer, for preference tuning: most often only the last message differs."""
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -101,7 +103,7 @@ class Conversation:
         if last.role == "user":
             return self
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Conversation(**values | {"messages": self.messages[:-1], "reference": last.text})
+        return Conversation(**values | {"messages": self.messages[:-1], "reference": last.text, "rejected": None})
 
 
 Stored = tuple[str | None, int, Tensor | None]
@@ -130,19 +132,30 @@ class Example:
     """Cache entry of each image or video, with a feature cache; those with stored features are not among `tiles`."""
     notes: list[str] = field(default_factory=list)
     """Changes that made the row fit (`tiles 12 -> 6`, `dropped 1 turn`)."""
+    rejected: Example | None = None
+    """The row with its rejected answer, in preference tuning."""
+    shares_tiles: bool = False
+    """True for a rejected example whose tiles are those of the chosen one, and are not held twice."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Number of tokens, of both answers of a pair."""
+        return len(self.input_ids) + (self.rejected.num_tokens if self.rejected else 0)
+
+    @property
     def num_tiles(self) -> int:
-        """Number of tiles of all media, those with stored features included."""
-        return sum(self.tiles_per_image)
+        """Number of tiles of all media, those with stored features included; shared ones count once."""
+        more = self.rejected.num_tiles if self.rejected and not self.rejected.shares_tiles else 0
+        return sum(self.tiles_per_image) + more
 
     @property
     def num_supervised(self) -> int:
         """Number of labels that count for the loss; the first position has nothing before it to predict it from."""
-        return int((self.labels[1:] != IGNORE).sum())
+        more = self.rejected.num_supervised if self.rejected else 0
+        return int((self.labels[1:] != IGNORE).sum()) + more
 
 
 def places(mask_BT: Tensor) -> Tensor:
@@ -244,6 +257,8 @@ class Batch:
     They are computed on the host: a device must finish its queue before it can tell their number."""
     supervised_at: Tensor | None = None
     """Indices in the flattened (B, T) whose next token is supervised, (M,) int64."""
+    tile_index: Tensor | None = None
+    """Tile of each place for one, in order, where rows share tiles: (sum of tiles_per_row,) int64; None: none do."""
     features: Tensor | None = None
     """Stored features of tiles (`ivl.data.media.feature_store`) that are not among `tiles`, (tiles, P, C)."""
     stored: list[tuple[str | None, int, bool]] = field(default_factory=list)
@@ -252,10 +267,12 @@ class Batch:
     """Conversation of each row, for messages, pictures and predictions."""
     supervised: list[int] = field(default_factory=list)
     """Number of labels of each row that count for the loss, known without waiting for a device."""
+    paired: bool = False
+    """True if row 2i is the chosen and row 2i + 1 the rejected answer of pair i."""
 
     _tensors = (
         "input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids", "lengths",
-        "layout", "image_at", "supervised_at", "features",
+        "layout", "image_at", "supervised_at", "tile_index", "features",
     )  # fmt: skip
     _stay = ("tiles_per_row", "lengths")
 
@@ -280,7 +297,7 @@ class Batch:
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         moved: dict[str, Any] = {k: fn(getattr(self, k)) for k in self.keys() if k not in self._stay}
-        unmoved = {k: getattr(self, k) for k in (*self._stay, "stored", "rows", "supervised")}
+        unmoved = {k: getattr(self, k) for k in (*self._stay, "stored", "rows", "supervised", "paired")}
         return Batch(**moved, **unmoved)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ivl.types import IGNORE, Batch, Example, SequenceLayout, places, supervised_places
 
@@ -16,9 +17,11 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
     """Batch of the examples in order: (B, T) with T the longest length, or packed (1, T) with T the sum.
 
     The first label of every row is IGNORE: no token precedes it, and in a pack it would be predicted from the row
-    before. `image_id`: id of image tokens.
+    before. `image_id`: id of image tokens. A pair becomes two rows, which share their tiles.
     """
     assert examples, "a batch of no examples"
+    paired = any(example.rejected for example in examples)
+    examples = [row for example in examples for row in (example, example.rejected) if row is not None]
     lengths = [len(example) for example in examples]
     B, T = (1, sum(lengths)) if packed else (len(examples), max(lengths))
     batch = {
@@ -43,14 +46,30 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
     return Batch(
         **batch,
         tiles=torch.cat([example.tiles for example in examples]),
-        tiles_per_row=torch.tensor([example.num_tiles for example in examples], dtype=torch.int64),
+        tiles_per_row=torch.tensor([sum(example.tiles_per_image) for example in examples], dtype=torch.int64),
         row_ids=row_ids if packed else None,
         lengths=torch.tensor(lengths, dtype=torch.int64),
         layout=SequenceLayout.of(torch.tensor(lengths), T, packed),
         image_at=None if image_id is None else places(batch["input_ids"] == image_id),
         supervised_at=supervised_places(batch["labels"]),
+        tile_index=_tile_index(examples),
         features=torch.cat(cached) if cached else None,
         stored=[(key, tiles, features is not None) for key, tiles, features in references],
         rows=[example.conversation for example in examples],
-        supervised=[example.num_supervised for example in examples],
+        supervised=[int((example.labels[1:] != IGNORE).sum()) for example in examples],
+        paired=paired,
     )
+
+
+def _tile_index(rows: Sequence[Example]) -> Tensor | None:
+    """Tile of each place for one, where a rejected row shares those of the row before it; None: none does."""
+    if not any(row.shares_tiles and row.tiles_per_image for row in rows):
+        return None
+    index: list[int] = []
+    total = first = 0
+    for row in rows:
+        count = sum(row.tiles_per_image)
+        if not row.shares_tiles:
+            first, total = total, total + count
+        index += range(first, first + count)
+    return torch.tensor(index, dtype=torch.int64)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,8 @@ from ivl.data import collate as collating
 from ivl.data import truncation
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.media.tiler import ImageTiler, MediaCache
+from ivl.data.pairs import EncodedPair, encode_pair
+from ivl.data.row_checks import check_abilities, prefix_errors
 from ivl.data.rows import formats
 from ivl.data.rows.box_frames import BoxFrames
 from ivl.data.text import template
@@ -77,6 +78,8 @@ class Processor:
         of_config = config.system_message if config.system_turn else NONE
         known = (system_text(options.system_message), of_config, released.system_message if released else None)
         self.system_message = next((text for text in known if text is not None), self.template.system_message)
+        self.pairs = False
+        """Rows are pairs of answers, for preference tuning; False: a rejected answer is left out"""
         self.answer_room = 0
         """Tokens left free below max_length in a row that has to be shortened"""
         self.features: FeatureStore | None = None
@@ -130,6 +133,9 @@ class Processor:
             return row
         frames = BoxFrames(self.tiler.exif, self.tiler.policy)
         conversation = formats.parse(row, where, root, frames.size, self.compact_boxes, frames.reorient)
+        if conversation.rejected is not None and not self.pairs:
+            unread = (*conversation.unread, "rejected answer (model.objective dpo or mpo reads it)")
+            conversation = replace(conversation, rejected=None, unread=unread)
         return replace(conversation, turned_boxes=frames.turned) if frames.turned else conversation
 
     def __call__(
@@ -148,21 +154,40 @@ class Processor:
         Raises UserError that begins with the row's `where`.
         """
         conversation = self.parse(row, where, root)
-        with _prefix_errors(conversation):
+        with prefix_errors(conversation):
             opened = opened or MediaCache()
-            encoded = self._encode_fitting(conversation, max_tiles, opened=opened)
-            S = self.config.image_size
-            pixels: list[Tensor] = []
-            stored: list[Stored] = []
-            for medium, limit, counts in zip(encoded.conversation.media, encoded.limits, encoded.tiles, strict=True):
-                if not counts:
-                    continue
-                key = self.tiler.key(medium, limit, self.features) if self.features else None
-                features = self.features.get(key, sum(counts)) if self.features and key else None
-                if features is None:
-                    cut = partial(self.tiler.pixels, medium, limit, counts, generator)
-                    pixels.append(opened.pixels(medium, limit, cut))
-                stored.append((key, sum(counts), features))
+            if not self._is_pair(conversation):
+                return self._example(self._encode_fitting(conversation, max_tiles, opened=opened), generator, opened)
+            pair = self._encode_pair(conversation, max_tiles, opened=opened)
+            example = self._example(pair.chosen, generator, opened)
+            if pair.shares_media:
+                example.rejected = self._as_example(pair.rejected, [], [])
+            else:
+                example.rejected = self._example(pair.rejected, generator, opened)
+            example.rejected.shares_tiles = pair.shares_media
+            return example
+
+    def _is_pair(self, conversation: Conversation) -> bool:
+        """True for a row to be learnt from by its two answers; a prompt has none."""
+        return self.pairs and conversation.messages[-1].role == "assistant"
+
+    def _example(self, encoded: EncodedRow, generator: torch.Generator | None, opened: MediaCache) -> Example:
+        """Cut the tiles of an encoded row."""
+        pixels: list[Tensor] = []
+        stored: list[Stored] = []
+        for medium, limit, counts in zip(encoded.conversation.media, encoded.limits, encoded.tiles, strict=True):
+            if not counts:
+                continue
+            key = self.tiler.key(medium, limit, self.features) if self.features else None
+            features = self.features.get(key, sum(counts)) if self.features and key else None
+            if features is None:
+                cut = partial(self.tiler.pixels, medium, limit, counts, generator)
+                pixels.append(opened.pixels(medium, limit, cut))
+            stored.append((key, sum(counts), features))
+        return self._as_example(encoded, pixels, stored)
+
+    def _as_example(self, encoded: EncodedRow, pixels: Sequence[Tensor], stored: list[Stored]) -> Example:
+        S = self.config.image_size
         return Example(
             input_ids=torch.tensor(encoded.ids, dtype=torch.int64),
             labels=torch.tensor(encoded.labels, dtype=torch.int64),
@@ -186,7 +211,10 @@ class Processor:
         `probe_urls` False: nothing is fetched; media behind a URL count with the most tiles they can have.
         """
         conversation = self.parse(row, where, root)
-        with _prefix_errors(conversation):
+        with prefix_errors(conversation):
+            if self._is_pair(conversation):
+                pair = self._encode_pair(conversation, max_tiles, probe_urls)
+                return Lengths(pair.num_tokens, pair.num_tiles, pair.num_supervised, truncation.changes(pair.notes))
             encoded = self._encode_fitting(conversation, max_tiles, probe_urls)
         return Lengths(len(encoded.ids), encoded.num_tiles, encoded.num_supervised, truncation.changes(encoded.notes))
 
@@ -244,7 +272,8 @@ class Processor:
         probe_urls: bool = True,
         opened: MediaCache | None = None,
     ) -> EncodedRow:
-        self._check_abilities(conversation)
+        if self.abilities is not None:
+            check_abilities(conversation, self.abilities, self.released.name if self.released else None)
         limit = self.max_tiles if max_tiles is None else max_tiles
         if self.share_tiles:
             images = sum(medium.kind == "image" for medium in conversation.media)
@@ -265,18 +294,15 @@ class Processor:
             raise UserError(f"no token is left to train on: {reason}; mend the row or leave it out")
         return encoded
 
-    def _check_abilities(self, conversation: Conversation) -> None:
-        if self.abilities is None:
-            return
-        name = self.released.name if self.released else "a checkpoint of the V1.5 line (its config.json tells)"
-        turns = sum(any(not isinstance(p, str) for p in message.parts) for message in conversation.messages)
-        if not self.abilities.multi_turn_images and turns > 1:
-            raise UserError(
-                f"{name} takes images in one turn only, found them in {turns}; "
-                f"InternVL2 models such as internvl2-2b take them in any"
-            )
-        if not self.abilities.video and any(medium.kind == "video" for medium in conversation.media):
-            raise UserError(f"{name} takes no video; InternVL2 models such as internvl2-2b do")
+    def _encode_pair(
+        self,
+        conversation: Conversation,
+        max_tiles: int | None = None,
+        probe_urls: bool = True,
+        opened: MediaCache | None = None,
+    ) -> EncodedPair:
+        fit = partial(self._encode_fitting, max_tiles=max_tiles, probe_urls=probe_urls, opened=opened)
+        return encode_pair(conversation, fit, self._encode)
 
     def _encode(self, conversation: Conversation, shapes: Sequence[Shape], most: Sequence[int]) -> EncodedRow:
         counts = [[self.tiler.count(shape, limit)] * shape.frames for shape, limit in zip(shapes, most, strict=True)]
@@ -301,14 +327,3 @@ class Processor:
         if self.on_too_long == "truncate_text" and training:
             return truncation.truncated(encoded, most, self.tokenizer, P)
         return truncation.fitted(encoded, most, P, self._encode, self.tiler.count)
-
-
-@contextmanager
-def _prefix_errors(conversation: Conversation) -> Iterator[None]:
-    """Put the row's `file:line` before the messages of errors."""
-    try:
-        yield
-    except UserError as error:
-        if not conversation.where:
-            raise
-        raise type(error)(f"{conversation.where}: {error}") from error

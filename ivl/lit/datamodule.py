@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
-from ivl.data.media.feature_store import FeatureStore, bytes_needed
+from ivl.data.media.feature_store import FeatureStore
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, RowDataset, split
 from ivl.data.sets.holdout import open_split, remember
@@ -28,15 +26,15 @@ from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.sets.sources import open_sources, row_files
 from ivl.lit.benchmark import rows_file
 from ivl.lit.callbacks.row_report import index_rows, report_changed, report_left_out, report_unread
-from ivl.lit.feature_cache import open_store
+from ivl.lit.feature_cache import bytes_needed_by, open_store, read_features
 from ivl.lit.loaders import (
     Pace,
-    PacedLoader,
     RankRows,
     ResumableLoader,
     ValidationRows,
     WorkerLoader,
     data_rank,
+    make_loader,
     validation_batch,
 )
 from ivl.lit.prompts import PromptGroups, Prompts, processor_of_prompts, report_prompts
@@ -70,6 +68,10 @@ class IvlData(LightningDataModule):
     # -- rows ----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        module, options = getattr(self.trainer, "lightning_module", None), self.options
+        self.processor.pairs = stage != "predict" and getattr(module, "learns_pairs", False)
+        if self.processor.pairs and options.pack_tokens is None and options.max_length:  # room for both answers
+            self.options = replace(options, pack_tokens=2 * options.max_length)
         # Files are read before the model is loaded, so that a mistake in them costs nothing.
         if stage == "fit":
             self._set_up_training()
@@ -220,15 +222,8 @@ class IvlData(LightningDataModule):
         model = lit.model
         limit = int(self.options.feature_cache_gb * 1e9)
         self.feature_store = lit.feature_store = open_store(folder, limit, model, self.trainer)
-        processor = copy(self.processor)
-        processor.features = self.feature_store
-        for n, part in enumerate(mixture.parts):
-            rows = part.rows.select(np.arange(len(part.rows)))
-            rows.processor = processor
-            mixture.parts[n] = replace(part, rows=rows)
-        config = self.processor.config
-        width = model.language_model.config.hidden_size if model.features_projected else config.projector_width
-        need = bytes_needed(config, int(index.tiles.sum()), width, model.dtype.itemsize)
+        read_features(mixture, self.processor, self.feature_store)
+        need = bytes_needed_by(index, self.processor.config, model)
         rank_zero_info(
             f"feature cache: at most {need / 1e9:.3g} GB for {index.tiles.sum()} tiles in {folder}, "
             f"limit {self.options.feature_cache_gb:g} GB"
@@ -281,14 +276,4 @@ class IvlData(LightningDataModule):
         return Pace.of(self.options.num_workers, self.trainer.num_devices)
 
     def _loader(self, dataset: Dataset, batches: Any, collate: Callable, paced: bool = False) -> ResumableLoader:
-        pace = self._pace()
-        options: dict[str, Any] = {
-            "batch_sampler": batches,
-            "collate_fn": collate,
-            "pin_memory": torch.cuda.is_available(),
-            "persistent_workers": pace.workers > 0,
-            "generator": torch.Generator(),  # what a loader draws for its workers is not taken from the run's numbers
-        }
-        if paced and pace.workers < pace.most:
-            return PacedLoader(dataset, pace, **options)
-        return ResumableLoader(dataset, num_workers=pace.workers, **options)
+        return make_loader(dataset, batches, collate, self._pace(), paced)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from ivl.checkpoint.fingerprint import fingerprint
-from ivl.data.media.feature_store import FeatureStore
+from ivl.config import Config
+from ivl.data.media.feature_store import FeatureStore, bytes_needed
+from ivl.data.processor import Processor
+from ivl.data.sets.dataset import Mixture
+from ivl.data.sets.index import Index
 from ivl.model.internvl import InternVL
 from ivl.types import Batch, UserError
 
@@ -34,6 +40,22 @@ def open_store(folder: str, limit: int, model: InternVL, trainer: Trainer) -> Fe
     settings = (config.select_layer, config.ps_version, config.downsample_ratio, trainer.precision)
     name = fingerprint([*tensors, (repr(settings), torch.zeros(0))])
     return FeatureStore(folder, name, limit)
+
+
+def read_features(mixture: Mixture, processor: Processor, store: FeatureStore) -> None:
+    """Let the rows of a mixture read their features from the store, in place of pixels."""
+    processor = copy(processor)
+    processor.features = store
+    for n, part in enumerate(mixture.parts):
+        rows = part.rows.select(np.arange(len(part.rows)))
+        rows.processor = processor
+        mixture.parts[n] = replace(part, rows=rows)
+
+
+def bytes_needed_by(index: Index, config: Config, model: InternVL) -> int:
+    """Size on disk of the features of all tiles of an index."""
+    width = model.language_model.config.hidden_size if model.features_projected else config.projector_width
+    return bytes_needed(config, int(index.tiles.sum()), width, model.dtype.itemsize)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
@@ -148,6 +149,20 @@ class PacedLoader(ResumableLoader):
                 requested = used
 
 
+def make_loader(dataset: Dataset, batches: Any, collate: Callable, pace: Pace, paced: bool = False) -> ResumableLoader:
+    """Make a loader of batches of keys. `paced`: it takes more workers where rows are waited for."""
+    options: dict[str, Any] = {
+        "batch_sampler": batches,
+        "collate_fn": collate,
+        "pin_memory": torch.cuda.is_available(),
+        "persistent_workers": pace.workers > 0,
+        "generator": torch.Generator(),  # what a loader draws for its workers is not taken from the run's numbers
+    }
+    if paced and pace.workers < pace.most:
+        return PacedLoader(dataset, pace, **options)
+    return ResumableLoader(dataset, num_workers=pace.workers, **options)
+
+
 class ValidationRows(Dataset):
     """Held-out rows: index, prompt to answer, and example with the answer for its loss."""
 
@@ -167,7 +182,8 @@ def validation_batch(processor: Processor, items: list) -> tuple[list[int], Batc
     """Collate rows to be scored: indices, batch with answers, batch of prompts."""
     indices, prompts, examples = zip(*items)
     batch = processor.collate(examples)
-    for row, index in enumerate(indices):
+    per_index = 2 if batch.paired else 1
+    for n, index in enumerate(indices):
         if index < 0:  # padding: not counted in the loss
-            batch.labels[row] = IGNORE
+            batch.labels[per_index * n : per_index * (n + 1)] = IGNORE
     return list(indices), batch, processor.collate(prompts)

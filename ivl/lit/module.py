@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.processor import Processor
 from ivl.finetune import tune as tuning
+from ivl.finetune.objectives import MEASURES, Preference
 from ivl.finetune.param_groups import param_groups, scale_rates, vectors
 from ivl.lit.answering import Answering, answers, name_rows
 from ivl.lit.callbacks.nonfinite import NonFiniteGuard
@@ -28,6 +29,7 @@ from ivl.lit.loss_normalizer import LossNormalizer
 from ivl.lit.metrics import Metric, Scores, check_metrics
 from ivl.lit.out_of_memory import MemoryGuard, out_of_memory
 from ivl.lit.prediction_rows import Row
+from ivl.lit.preference import PreferenceTuning, means
 from ivl.lit.prompts import Prompt, prompts_of
 from ivl.lit.run.experiment import Experiment
 from ivl.lit.run.optimizer_settings import apply_settings, build, check_schedule, rate_settings
@@ -64,6 +66,7 @@ class LitInternVL(MemoryGuard):
         loss_reduction: Rows count in a step by their supervised tokens, alike, or by the root (token, sample, square).
         router_aux_loss: Coefficient of the auxiliary loss that balances the experts of a mixture (0.001 is usual); 0:
             off, as in the official training.
+        objective: sft learns the answers of the rows; dpo and mpo prefer the chosen to the rejected answer of pairs.
         label_smoothing: Share of each target that is spread evenly over the vocabulary, in training.
         neftune: Noise on the embeddings of text in training, alpha of NEFTune (5 is usual); 0: none.
         optimizer: Made with the parameter groups of what trains.
@@ -93,6 +96,7 @@ class LitInternVL(MemoryGuard):
         compile: bool = False,  # noqa: A002  (the option's name)
         loss_reduction: Reduction = "token",
         router_aux_loss: float = 0.0,
+        objective: Literal["sft"] | Preference = "sft",
         label_smoothing: float = 0.0,
         neftune: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
@@ -119,6 +123,8 @@ class LitInternVL(MemoryGuard):
         self._vectors: set[str] | None = None
         generation.check()  # before the model is read
         self.normalizer = LossNormalizer()
+        self.learns_pairs = isinstance(objective, Preference)
+        self.preference = PreferenceTuning(objective) if isinstance(objective, Preference) else None
         self.feature_store: FeatureStore | None = None
         self.on_rows: Callable[[list[Row]], None] | None = None
         self.scores: dict[str, dict[str, float]] = {}
@@ -156,6 +162,8 @@ class LitInternVL(MemoryGuard):
                 f"model.router_aux_loss: {self.router_aux_loss:g}, and this model has no experts; leave it out"
             )
         self.model.neftune_alpha, self._vectors = self.neftune, vectors(self.model)
+        if self.preference is not None and not self.trainer.predicting:
+            self.preference.set_up(self)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build("model.optimizer", self.make_optimizer, param_groups(self.model, self.rates, self._vectors))
@@ -179,16 +187,23 @@ class LitInternVL(MemoryGuard):
         with self.memory("forward"):
             if self.feature_store is not None:
                 batch = with_features(batch, self.model, self.feature_store)
+            reference = None
+            if self.preference is not None:
+                batch, reference = self.preference.reference(self, batch)
             weights = loss_weights(batch.labels, batch.row_ids, len(batch), self.loss_reduction)
             experts = self.model.language_model.config.experts
             settings = {"label_smoothing": self.label_smoothing, "return_router_load": experts is not None}
             out = self.model(**batch, loss_weights=weights, **settings)
-        means, load = [], out.router_load
+            loss_sum, weight, measures = out.loss_sum, out.weight_sum, None
+            if self.preference is not None:
+                loss_sum, weight, measures = self.preference.loss(self.trainer, out, reference)
+        terms, load = [], out.router_load
         if load is not None and experts is not None and self.router_aux_loss:
-            means.append(self.router_aux_loss * balancing_loss(load, experts.per_token))
-        loss = self.normalizer.add(self.trainer, out.loss_sum, out.weight_sum, *means)
-        load = None if load is None else load.detach()
-        return {"loss": loss, "row_losses": out.row_losses, "row_tokens": out.row_tokens, "router_load": load}
+            terms.append(self.router_aux_loss * balancing_loss(load, experts.per_token))
+        loss = self.normalizer.add(self.trainer, loss_sum, weight, *terms)
+        row_losses, load = out.row_losses.detach(), None if load is None else load.detach()
+        outputs = {"row_losses": row_losses, "row_tokens": out.row_tokens, "router_load": load}
+        return outputs | {"loss": loss, "measures": measures}
 
     def configure_gradient_clipping(
         self,
@@ -207,6 +222,8 @@ class LitInternVL(MemoryGuard):
         trainable = {f"model.{n}" for n in tuning.trainable_state(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         checkpoint["pretrained"] = str(self.pretrained)
+        if self.preference is not None:
+            checkpoint["objective"] = self.preference.state_dict()
         checkpoint["experiment"], checkpoint["rate_settings"] = self.experiment, self.rate_settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -214,6 +231,8 @@ class LitInternVL(MemoryGuard):
             check_tensors(self.model, checkpoint["state_dict"])
         if not self.trainer.training:
             return
+        if self.preference is not None:
+            self.preference.load_state_dict(checkpoint.get("objective", {}))
         configured: Any = self.configure_optimizers()
         changes = apply_settings(checkpoint, self.rate_settings, configured["lr_scheduler"]["scheduler"])
         changes += self.changed_options
@@ -227,20 +246,28 @@ class LitInternVL(MemoryGuard):
     def validation_step(self, batch: Batch | tuple[list[int], Batch, Batch], batch_idx: int) -> None:
         if batch_idx == 0:
             self._scores, self.answers, self._rows_done = Scores(self.metrics), [], 0
+            self._measures = torch.zeros(len(MEASURES) + 1, device=self.device)
         indices, rows, prompts = batch if isinstance(batch, tuple) else (range(len(batch)), batch, None)
         self.batch = rows
+        count = len(rows) // (2 if rows.paired else 1)
         # By the first row of all ranks' batches, so that all ranks answer, or none does.
         first = self._rows_done * data_rank(self.trainer)[1]
-        self._rows_done += len(rows)
-        with out_of_memory(rows, f"lower data.eval_batch_size ({len(rows)})", "validation"):
+        self._rows_done += count
+        with out_of_memory(rows, f"lower data.eval_batch_size ({count})", "validation"):
+            reference = None
+            if self.preference is not None:
+                rows, reference = self.preference.reference(self, rows)
             out = self.model(**rows)
+            if self.preference is not None:
+                self._measures += self.preference.held_out(out, reference)
+            chosen = slice(None, None, 2 if rows.paired else 1)
             dtype = torch.float16 if str(self.trainer.precision).startswith("16") else self.model.dtype
             with name_rows(rows.rows):
-                self._scores.add_losses(rows.rows, out.row_losses, out.row_tokens, dtype)
+                self._scores.add_losses(rows.rows[chosen], out.row_losses[chosen], out.row_tokens[chosen], dtype)
             if self.answer_rows is not None and first >= self.answer_rows:
                 return
             if prompts is None:  # of a loader of the user's own
-                examples = [self.processor(row.as_prompt()) for row in rows.rows]
+                examples = [self.processor(row.as_prompt()) for row in rows.rows[chosen]]
                 prompts = self.processor.collate(examples).to(self.device)
             all_done = self.trainer.strategy.reduce_boolean_decision
             with name_rows(prompts.rows):
@@ -257,6 +284,9 @@ class LitInternVL(MemoryGuard):
         if not self.trainer.sanity_checking:
             self.scores, self.scored_at = scores, self.trainer.global_step
         stage = "test" if self.trainer.testing else "val"
+        if self.preference is not None:
+            measures = means(self._measures, self.trainer.world_size)
+            self.log_dict({f"{stage}/{name}": value for name, value in measures.items()}, batch_size=1)
         for kind, values in scores.items():
             for name in ("loss", *self.metrics):
                 if name in values:

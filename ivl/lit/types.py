@@ -37,6 +37,9 @@ class RunModule(Protocol):
     checkpointing: Any
     efficient: bool
     compiled: bool
+    loss_reduction: Any
+    label_smoothing: float
+    learns_pairs: bool
     make_optimizer: Callable
     generation: GenerationOptions
     batching: Batching

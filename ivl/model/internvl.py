@@ -111,6 +111,7 @@ class InternVL(ModelParts):
         layout: SequenceLayout | None = None,
         image_at: Tensor | None = None,
         supervised_at: Tensor | None = None,
+        tile_index: Tensor | None = None,
         features: Tensor | None = None,
         loss_weights: Tensor | None = None,
         return_logits: bool = False,
@@ -127,7 +128,9 @@ class InternVL(ModelParts):
         Raises UserError where image tokens and tiles disagree.
         """
         language = self.language_model
-        embeds_BTD = self.embed(input_ids, tiles, tiles_per_row, row_ids, attention_mask, features, image_at)
+        embeds_BTD = self.embed(
+            input_ids, tiles, tiles_per_row, row_ids, attention_mask, features, image_at, tile_index
+        )
         if labels is not None and supervised_at is None:
             supervised_at = supervised_places(labels)
         read_M = None if labels is None or return_logits else supervised_at
@@ -158,18 +161,20 @@ class InternVL(ModelParts):
         mask_BT: Tensor | None = None,
         features_NPC: Tensor | None = None,
         image_at: Tensor | None = None,
+        tile_index: Tensor | None = None,
     ) -> Tensor:
         """Embeddings of a batch, those of image tokens taken from the tiles in order: (B, T, D).
 
         `features_NPC`: `tower_features` of all tiles, or `tile_features` (`features_projected`), from a feature cache.
-        `image_at`: as in a Batch; None: computed here, which waits for the device.
+        `image_at`, `tile_index`: as in a Batch; `image_at` None: computed here, which waits for the device.
         """
         image_BT = input_ids_BT == self.image_token_id
         images, size = tiles_N3SS if features_NPC is None else features_NPC, self.config.image_size
         count = 0 if images is None else len(images)
         if image_at is None:
             per_tile = self.config.tokens_of_tile(size if tiles_N3SS is None else tiles_N3SS.shape[-1])
-            check_image_tokens(image_BT, count, per_tile, tiles_per_row, row_ids_BT)
+            places_for_tiles = count if tile_index is None else len(tile_index)
+            check_image_tokens(image_BT, places_for_tiles, per_tile, tiles_per_row, row_ids_BT)
         embeds_BTD = self.language_model.get_input_embeddings()(input_ids_BT)
         if self.neftune_alpha and self.training:
             # Image tokens' embeddings are written over below, so only text gets noise (as in transformers' trainer).
@@ -185,6 +190,8 @@ class InternVL(ModelParts):
         else:
             features_NPD = features_NPC if self.features_projected else self.mlp1(features_NPC.to(self.dtype))
         image_at = places(image_BT) if image_at is None else image_at
+        if tile_index is not None and count:  # rows that share tiles
+            features_NPD, count = features_NPD.index_select(0, tile_index), len(tile_index)
         features_ID = features_NPD[:count].flatten(0, 1).to(embeds_BTD.dtype)
         if len(image_at) != len(features_ID):
             raise UserError(f"batch: {len(image_at)} image tokens, but {count} tiles have {len(features_ID)}")

@@ -37,7 +37,7 @@ class Output:
     """Sum of the supervised tokens' weights; `num_supervised` where all count alike"""
     num_supervised: Tensor | None = None
     row_losses: Tensor | None = None
-    """(R,) negative log-likelihood of each row's supervised tokens, unweighted and without gradient"""
+    """(R,) negative log-likelihood of each row's supervised tokens, unweighted"""
     row_tokens: Tensor | None = None
     """(R,) supervised tokens of each row"""
     logits: Tensor | None = None
@@ -75,7 +75,7 @@ def losses(
         loss_sum=loss_sum,
         weight_sum=weight_sum,
         num_supervised=(labels_M != IGNORE).sum(),
-        row_losses=row_sums(nll_M.detach(), rows_M, count),
+        row_losses=row_sums(nll_M, rows_M, count),
         row_tokens=row_sums(ones_M, rows_M, count),
     )
 

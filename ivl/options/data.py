@@ -138,7 +138,7 @@ class DataOptions(ProcessorOptions, RowOptions):
     """Rows follow one another in sequences of at most pack_tokens, instead of being padded to the longest of a batch.
     Default: yes, unless batch_size or group_by_length says how to pad."""
     pack_tokens: int | None = None
-    """Most tokens of a pack. Default: max_length."""
+    """Most tokens of a pack. Default: max_length; twice that for pairs of answers."""
     pack_tiles: int | None = None
     """Most tiles of a pack. Default: no limit."""
     group_by_length: bool = False

@@ -17,12 +17,13 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ivl.data.rows import grounding
 from ivl.data.rows.keys import REFUSED, check_row_weight, is_prefix, is_trained, thought_of
+from ivl.data.rows.preferences import has_answers, rejected_row
 from ivl.data.rows.row_reader import Kind, Row, RowReader, nothing, optional_name, optional_text, text_of
 from ivl.system_text import NONE, system_text
 from ivl.types import TRUTH, Conversation, Media, Message, UserError, plural
@@ -97,10 +98,20 @@ def parse(
     box in thousandths, True if it was written in pixels → the box in the image as it is shown. A row without response
     (or null) is a prompt; with no media at all, it keeps a literal `<image>` as text.
     """
+    settings = where, root, size, compact_boxes, reorient
     try:
-        return _parse(row, where, root, size, compact_boxes, reorient)
+        other = rejected_row(row)
+        conversation = _parse(row, *settings)
+        return conversation if other is None else replace(conversation, rejected=_rejected(other, settings))
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _rejected(row: Row, settings: tuple[Any, ...]) -> Conversation:
+    try:
+        return _parse(row, *settings)
+    except UserError as error:
+        raise UserError(f"rejected answer: {error}") from None
 
 
 def _parse(
@@ -108,7 +119,7 @@ def _parse(
 ) -> Conversation:
     if not isinstance(row, dict):
         raise UserError(f"expected an object such as {{'query': ..., 'response': ...}}, found {type(row).__name__}")
-    kinds = [key for key in _FORMATS if row.get(key) is not None]
+    kinds = [key for key in _FORMATS if row.get(key) is not None and (key != "question" or has_answers(row))]
     if len(kinds) != 1:
         keys = sorted(kinds or (str(key) for key in row if row[key] is not None))[:12]
         rename = "" if kinds else "; a source's columns: {query: NAME, response: NAME, …} give other names"
@@ -173,6 +184,13 @@ def _from_query(row: Row, reader: RowReader) -> _Draft:
         turns.append(_Turn("assistant", [text_of(row["response"], "response")], is_prefix=begins))
     turns[-1].thought = _thought(row, "", turns[-1])
     return _Draft(turns, _system(row))
+
+
+def _from_question(row: Row, reader: RowReader) -> _Draft:
+    if row.get("chosen") is None:
+        raise UserError("chosen: not given; expected the better answer, beside question and rejected")
+    turns = [_Turn("user", reader.user_text(row["question"], "question"))]
+    return _Draft([*turns, _Turn("assistant", [text_of(row["chosen"], "chosen")])], _system(row))
 
 
 def _from_conversations(row: Row, reader: RowReader) -> _Draft:
@@ -264,6 +282,7 @@ _FORMATS: dict[str, Callable[[Row, RowReader], _Draft]] = {
     "query": _from_query,
     "conversations": _from_conversations,
     "messages": _from_messages,
+    "question": _from_question,
 }
 
 

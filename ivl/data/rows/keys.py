@@ -26,13 +26,17 @@ THOUGHT = ("reasoning_content", "reasoning", "thinking", "thinking_content")
 PREFIX = "prefix"
 """Key that marks an answer as a beginning, from which the model goes on, as in chat APIs"""
 
+REJECTED = ("rejected_response", "rejected_messages", "rejected_images", "rejected_objects")
+"""Keys of the rejected answer in ms-swift's rows; `rejected_objects` are boxes for it that are not those of the row"""
+
 _ROW = ("id", "source", "system", "image", "images", "video", "videos", "start", "end", "objects", *TRUTH)
 READ: dict[str, frozenset[str]] = {
     level: frozenset(keys)
     for level, keys in {
-        "query": (*_ROW, "query", "response", "history", PREFIX, *THOUGHT, *LOSS),
+        "query": (*_ROW, "query", "response", "history", PREFIX, *THOUGHT, *REJECTED, *LOSS),
         "conversations": (*_ROW, "conversations", *LOSS),
-        "messages": (*_ROW, "messages", *LOSS),
+        "messages": (*_ROW, "messages", *REJECTED, *LOSS),
+        "question": (*_ROW, "question", "chosen", "rejected", *LOSS),
         "conversations turn": ("from", "value", PREFIX, *THOUGHT, *LOSS),
         "messages turn": ("role", "content", PREFIX, *THOUGHT, *LOSS),
         "text part": ("type", "text"),
@@ -70,7 +74,7 @@ _MASKED = dict.fromkeys(("mask", "masked", "train_detail", "training_detail"), _
 _WEIGHED = dict.fromkeys(LOSS, _PART)
 REFUSED: dict[str, dict[str, str]] = {
     "query": _CALLS | _AUDIO,
-    **dict.fromkeys(("conversations", "messages"), _THINKING | _CALLS | _AUDIO),
+    **dict.fromkeys(("conversations", "messages", "question"), _THINKING | _CALLS | _AUDIO),
     **dict.fromkeys(("conversations turn", "messages turn"), _CALLS | _AUDIO | _MEDIA | _MASKED),
     "text part": _WEIGHED,
     "image part": _WEIGHED,

@@ -146,9 +146,9 @@ class RowDataset(Dataset[Example]):
         example = self.processor(self.conversation(i), max_tiles=self.max_tiles, generator=generator)
         if self.lengths is not None:
             tokens, tiles = (int(n) for n in self.lengths[i])
-            if tokens >= 0 and (tokens, tiles) != (len(example.input_ids), example.num_tiles):
+            if tokens >= 0 and (tokens, tiles) != (example.num_tokens, example.num_tiles):
                 raise UserError(
-                    f"{self.where(i)}: {len(example.input_ids)} tokens and {example.num_tiles} tiles, but its index "
+                    f"{self.where(i)}: {example.num_tokens} tokens and {example.num_tiles} tiles, but its index "
                     f"says {tokens} and {tiles}; a picture changed since then; start again"
                 )
         return example

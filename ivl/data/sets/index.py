@@ -302,7 +302,7 @@ class _Probe(Dataset):
         urls = any(isinstance(m.source, str) and is_url(m.source) for m in conversation.media)
         if self.media == "decode" and (self.probe_urls or not urls):
             example = rows.processor(conversation, max_tiles=rows.max_tiles)
-            numbers = (len(example.input_ids), len(example.tiles), example.num_supervised)
+            numbers = (example.num_tokens, example.num_tiles, example.num_supervised)
             plain = min(255, plain_pictures(example.tiles, example.tiles_per_image))
             return *numbers, changes(example.notes), True, True, plain, *beside
         lengths = rows.processor.lengths(conversation, max_tiles=rows.max_tiles, probe_urls=self.probe_urls)

@@ -19,6 +19,7 @@ from ivl.files import write_text
 from ivl.finetune.param_groups import groups_table
 from ivl.finetune.tune import adapted, table
 from ivl.lit.callbacks.expert_load import ExpertLoad
+from ivl.lit.preference import means
 from ivl.lit.types import RunModule, as_lit
 from ivl.types import Batch, Conversation
 
@@ -71,6 +72,8 @@ class Watch(Callback):
         self.shown: dict[str, float] = {}
         """Values of the progress bar, as of the last log step"""
         self._losses, self._experts = SourceLosses(), ExpertLoad()
+        self._measures: Tensor | None = None
+        """Sums of a preference run's measures"""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -98,6 +101,8 @@ class Watch(Callback):
         mixture = as_lit(module).model.language_model.config.experts
         if mixture is not None and (load := outputs.get("router_load")) is not None:
             self._experts.add(load, mixture.per_token)
+        if (measures := outputs.get("measures")) is not None:
+            self._measures = measures if self._measures is None else self._measures + measures
         self._work = added(self._work, batch)
         self._rows += len(batch)
         self._end = time.perf_counter()
@@ -127,6 +132,10 @@ class Watch(Callback):
         losses = self._losses.read(ranks)
         values |= {f"train/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
         values |= (load := self._experts.read(ranks))
+        if self._measures is not None:
+            measures, self._measures = means(self._measures, ranks), None
+            values |= {f"train/{name}": value for name, value in measures.items()}
+            self.shown |= {name.rpartition("/")[2]: measures[name] for name in ("rewards/margin", "rewards/accuracy")}
         module.log_dict(values, batch_size=1)
         self.shown |= {"busiest": load["experts/busiest"]} if load else {}
         self.shown |= {"tokens/s": values["speed/tokens_per_s"], "s/step": seconds / self._steps}
@@ -196,6 +205,8 @@ class Progress(TQDMProgressBar):
             items["tokens/s"] = f"{shown['tokens/s']:,.0f}"
             if "busiest" in shown:
                 items["busiest expert"] = f"{100 * shown['busiest']:.0f} %"
+            for name in ("margin", "accuracy"):
+                items |= {name: f"{shown[name]:.3g}"} if name in shown else {}
             items["left"] = clock((total - trainer.global_step) * shown["s/step"])
         return items
 

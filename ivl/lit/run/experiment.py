@@ -36,8 +36,9 @@ BATCHES = (
 )
 """Options of the size of a batch: they may change at the end of an epoch"""
 COUNTED = (
-    *("model.loss_reduction", "model.label_smoothing", "model.neftune", "data.system_message", "data.compact_boxes"),
-    *("data.video", "data.resize", "data.exif", "data.pad2square", "data.thinking", "model.router_aux_loss"),
+    *("model.objective", "model.loss_reduction", "model.label_smoothing", "model.neftune", "model.router_aux_loss"),
+    *("data.system_message", "data.compact_boxes"),
+    *("data.video", "data.resize", "data.exif", "data.pad2square", "data.thinking"),
 )
 """Options that a resumed run may change"""
 
@@ -73,6 +74,8 @@ def differences(there: Experiment, here: Experiment, options: Iterable[str]) -> 
     lines = []
     for option in options:
         before, now = there.get(option), here.get(option)
+        if option == "model.objective" and option not in there:  # an older checkpoint
+            before = "sft"
         if _compared(before) == _compared(now):
             continue
         if isinstance(before, dict) and isinstance(now, dict) and "digest" not in (*before, *now):

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from ivl.finetune.objectives import MEASURES
 from ivl.lit.metrics import CAPTIONS, Metric, score
 from ivl.lit.types import as_lit, data_of
 from ivl.types import UserError, first_few
@@ -20,7 +21,8 @@ OPEN = ("lr/", "memory/", "train/loss/")
 
 def best_mode(monitor: str | None) -> str:
     """Return the default mode of a monitor: max of a score, min of anything else."""
-    return "max" if monitor and monitor.rpartition("/")[2] in get_args(Metric) else "min"
+    best_high = (*get_args(Metric), "accuracy", "margin")
+    return "max" if monitor and monitor.rpartition("/")[2] in best_high else "min"
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:
@@ -79,7 +81,8 @@ def _option(callback: Any) -> str:
 
 def logged_names(trainer: Trainer, module: LightningModule) -> list[str]:
     """Names of the metrics that a run logs, those of its held-out rows first."""
-    return [*_held_out(trainer, module), *ALWAYS, *SPEED]
+    measures = MEASURES if as_lit(module).learns_pairs else ()
+    return [*_held_out(trainer, module), *ALWAYS, *SPEED, *(f"train/{name}" for name in measures)]
 
 
 def _held_out(trainer: Trainer, module: LightningModule) -> list[str]:
@@ -87,6 +90,7 @@ def _held_out(trainer: Trainer, module: LightningModule) -> list[str]:
     if data is None or not data.options.holds_out or not trainer.limit_val_batches:
         return []
     keys: dict[str, None] = {"val/loss": None}
+    keys |= {f"val/{name}": None for name in MEASURES if as_lit(module).learns_pairs}
     rows = data.rows("val")
     for index in range(len(rows)):
         row = rows.conversation(index).as_prompt()

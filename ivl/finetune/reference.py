@@ -1,0 +1,82 @@
+"""Reference of preference tuning: the model as training began, without a second copy of it.
+
+With a fresh LoRA it is the same model with the adapter off. An adapter that began as another one (`model.adapter`, or
+`init: pissa`) is kept as it was, and put in place for the pass; only the low-rank matrices are held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ivl.types import Batch, UserError
+
+if TYPE_CHECKING:
+    from ivl.model.internvl import InternVL
+
+
+class Reference:
+    """Reference pass of a model whose adapter alone trains."""
+
+    def __init__(self, model: InternVL, is_fresh: bool) -> None:
+        """`is_fresh`: the adapter changes nothing yet. Raises UserError where more than an adapter trains."""
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if others := [name for name in trained if "lora_" not in name]:
+            raise UserError(
+                f"model.objective: the reference is the model without its adapter, but {others[0]} trains too; "
+                "expected model.tune with frozen parts and LoRAs"
+            )
+        self._start = None if is_fresh else {name: p.detach().clone() for name, p in trained.items()}
+
+    @torch.no_grad()
+    def row_losses(self, model: InternVL, batch: Batch) -> Tensor:
+        """Negative log-likelihood of each row: (rows,)."""
+        place = _adapter_off(model) if self._start is None else _swapped(model, self._start)
+        with _evaluating(model), place:
+            losses = model(**batch).row_losses
+        assert losses is not None, "a batch to learn from has labels"
+        return losses
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, and no noise on embeddings."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _adapter_off(model: nn.Module) -> Iterator[None]:
+    from peft.tuners.tuners_utils import BaseTunerLayer  # peft takes a second to import
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@contextmanager
+def _swapped(model: nn.Module, start: dict[str, Tensor]) -> Iterator[None]:
+    """The trained tensors as they were; their storage stays, so that optimizers and graphs keep it."""
+    parameters = {name: p for name, p in model.named_parameters() if name in start}
+    now = {name: p.detach().clone() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        p.data.copy_(start[name])
+    try:
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.data.copy_(now[name])
