@@ -25,6 +25,7 @@ PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 WANTED = {
     "data",
     "finetuning",
+    "preference",
     "inference",
     "evaluation",
     "distributed",

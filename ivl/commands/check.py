@@ -94,6 +94,9 @@ def _arguments(argv: list[str]) -> Namespace:
         "--model.pretrained", type=str, default="", help="Checkpoint whose tokenizer, template and tiling are used."
     )
     parser.add_class_arguments(DataOptions, "data")
+    parser.add_argument(
+        "--pairs", action="store_true", help="Rows are pairs of answers; a config with objective dpo or mpo says so."
+    )
     parser.add_argument("--media", action="store_true", help="Decode all media, not only read their headers.")
     parser.add_argument("--probe_urls", action="store_true", help="Fetch media behind URLs.")
     parser.add_argument("--out", type=str, default="check", help="Folder of the report and the contact sheet.")
@@ -129,13 +132,16 @@ def _config(path: str) -> dict[str, Any]:
         "data": {key: value for key, value in data.items() if key in options and value is not None}
     }
     pretrained = model.get("pretrained") or data.get("pretrained")
+    values |= {"pairs": True} if model.get("objective", "sft") != "sft" else {}
     return values | ({"model": {"pretrained": pretrained}} if pretrained else {})
 
 
 def _processor(args: Namespace) -> Processor:
     if not args.model.pretrained:
         raise UserError("--model.pretrained: not given; expected a checkpoint's folder or name, such as internvl2-2b")
-    return Processor.load(args.model.pretrained, args.data)
+    processor = Processor.load(args.model.pretrained, args.data)
+    processor.pairs = args.pairs
+    return processor
 
 
 # Reading
@@ -305,6 +311,8 @@ def _draw_examples(one: OptionRows, processor: Processor, sheet: Path, seed: int
             if number == shown:
                 example = processor(conversation, max_tiles=rows.max_tiles)
                 print(f"\nas it is trained on: {rows.where(inner)}\n{rendered(example, processor)}")
+                if example.rejected is not None:
+                    print(f"\nits rejected answer:\n{rendered(example.rejected, processor)}")
             about = f"{Path(rows.where(inner)).name}  {_lengths(one.index, int(number))}"
             cells.append(cell(conversation, about, processor))
         except UserError as error:  # a fault that only decoding shows; --media counts it as a problem

@@ -245,3 +245,22 @@ def test_a_picture_that_was_cut_after_a_check_is_found(base, tmp_path, capsys):
     (tmp_path / "a.png").unlink()
     assert check(base, tmp_path, "--data.train", path) == 2
     assert "no such file" in capsys.readouterr().out
+
+
+def test_pairs_of_answers_are_shown_and_the_bad_ones_named(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "model")
+    rows = [
+        {"query": "What is it?", "response": "a cat", "rejected_response": "a dog"},
+        {"query": "What is it?", "response": "a cat", "rejected_response": "a cat "},
+        {"query": "What is it?", "response": "a cow"},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "dpo.yaml"
+    config.write_text(f"model: {{pretrained: {folder}, objective: {{dpo: {{}}}}}}\n")
+    argv = ["check", "--config", str(config), "--data.train", str(path), "--out", str(tmp_path / "check")]
+    assert main([*argv, "--workers", "0"]) == 2
+    printed = capsys.readouterr().out
+    assert "pairs.jsonl:2: the chosen and the rejected answer are the same" in printed
+    assert "pairs.jsonl:3: no rejected answer to compare with" in printed
+    assert "its rejected answer:" in printed and "[+a dog" in printed

@@ -88,8 +88,8 @@ def record() -> dict[str, Any]:
         vars(trainer).update(
             model=models[0], ref_model=models[1], accelerator=Accelerator(cpu=True), aux_loss_enabled=False,
             precompute_ref_logps=False, f_divergence_type="reverse_kl", loss_types=losses, loss_weights=weights,
-            beta=0.1, ld_alpha=None, label_smoothing=0.0, use_weighting=False, _metrics=defaultdict(lambda: defaultdict(list)), _tp_size=1,
-            _total_train_tokens=0, args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+            beta=0.1, ld_alpha=None, label_smoothing=0.0, use_weighting=False, _tp_size=1, _total_train_tokens=0,
+            _metrics=defaultdict(lambda: defaultdict(list)), args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         )  # fmt: skip
         models[0].zero_grad()
         loss = trainer._compute_loss(models[0], trl_inputs(batch_of(processor, root, numbers)), False)
