@@ -16,7 +16,8 @@ import yaml
 from ivl import shipped
 from ivl.__main__ import COMMANDS
 from ivl.cli import preflight
-from ivl.data.rows.formats import loads, parse
+from ivl.data.rows.formats import parse
+from ivl.data.rows.json_line import loads
 from ivl.lit import cli
 from ivl.lit.cli import IvlCLI
 from tests.diffs import REPO, applied

@@ -13,7 +13,7 @@ from ivl.finetune.objectives import MEASURES, PairLogProbs, Preference, Preferen
 from ivl.finetune.reference import Reference
 from ivl.finetune.tune import PARTS, LoRA
 from ivl.lit.types import RunModule
-from ivl.model.loss import Losses
+from ivl.model.loss import Output
 from ivl.types import Batch, UserError
 
 
@@ -65,7 +65,7 @@ class PreferenceTuning:
                 batch = replace(batch, features=lit.model.tile_features(batch.tiles), tiles=batch.tiles[:0])
         return batch, self._reference.row_losses(lit.model, batch)
 
-    def loss(self, trainer: Trainer, out: Losses, reference: Tensor | None) -> PairLoss:
+    def loss(self, trainer: Trainer, out: Output, reference: Tensor | None) -> PairLoss:
         """Loss of a batch, from the model's forward. All processes call it together."""
 
         def total(values: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PreferenceTuning:
         count = torch.full((), float(len(losses)), device=losses.device)
         return PairLoss(losses.sum(), count, self.objective.measures(pairs))
 
-    def held_out(self, out: Losses, reference: Tensor | None) -> Tensor:
+    def held_out(self, out: Output, reference: Tensor | None) -> Tensor:
         """Measures of held-out pairs, as in PairLoss; those of padding are left out."""
         pairs = _pairs(out, reference)
         used = pairs.chosen_tokens > 0
@@ -91,7 +91,7 @@ class PreferenceTuning:
         self.objective.load_state_dict(state)
 
 
-def _pairs(out: Losses, reference: Tensor | None) -> PairLogProbs:
+def _pairs(out: Output, reference: Tensor | None) -> PairLogProbs:
     assert out.row_losses is not None and out.row_tokens is not None and reference is not None, "there are labels"
     return PairLogProbs.of(out.row_losses, reference, out.row_tokens)
 

@@ -14,7 +14,6 @@ beginning of the answer (`Conversation.prefix`). The keys that are read are in `
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,6 @@ Size = Callable[[Any], tuple[int, int]]
 Reorient = Callable[[Any, grounding.Box, bool], grounding.Box]
 
 _MARK = re.compile(r"(<image>|<video>)")
-_TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|,(?=\s*[}\]])', re.DOTALL)
 
 
 @dataclass
@@ -66,21 +64,6 @@ class _Draft:
     def is_prompt(self) -> bool:
         """True if an answer, or the rest of one, is asked for."""
         return self.turns[-1].role == "user" or self.turns[-1].is_prefix
-
-
-def loads(line: str | bytes) -> Any:
-    """Parse as `json.loads`, but accept a comma before a closing bracket: ms-swift's document has one in its example.
-
-    Raises ValueError or RecursionError as `json.loads` does.
-    """
-    try:
-        return json.loads(line)
-    except ValueError:
-        text = line if isinstance(line, str) else line.decode()
-        mended = _TRAILING_COMMA.sub(lambda match: "" if match[0] == "," else match[0], text)
-        if mended == text:
-            raise
-        return json.loads(mended)
 
 
 def parse(

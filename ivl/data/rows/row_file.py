@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ivl.data.cache import default_cache, written
-from ivl.data.rows.formats import loads
+from ivl.data.rows.json_line import loads
 from ivl.files import atomic_file, file_digest
 from ivl.options.data import FileLimits
 from ivl.types import UserError, printable
