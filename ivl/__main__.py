@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -72,6 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[command][0]).main(argv[1:])
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `ivl models | head`: whoever reads has enough; Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:  # noqa: BLE001  (printed as a line, or with its traceback)
         message = _explain(error)
         if debug or message is None:

@@ -206,3 +206,9 @@ def test_hub_and_token_are_options_of_every_command(capsys, monkeypatch, tmp_pat
     assert asked[1:] == [("huggingface", "OpenGVLab/InternVL2-2B", None, "other", "")]
     assert main(["models", "--hub", "nowhere"]) == 2
     assert "hub: expected one of huggingface, modelscope, found 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_word():
+    command = f"{sys.executable} -m ivl models | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("name")
