@@ -23,13 +23,14 @@ def mesh():
 
 
 TUNES = {
+    "experts": Tune(language_model=LoRA(rank=2, targets=["q_proj", "down_proj"])),
     "lora": Tune(language_model=LoRA(rank=2), vision_model=LoRA(rank=2), mlp1="full"),
     "full": Tune(vision_model="full", mlp1="full", language_model="full"),
     "from weights": Tune(language_model=LoRA(rank=2, init="pissa")),
 }
 
 
-@pytest.mark.parametrize("architecture", ["InternLM2ForCausalLM", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize("architecture", ["InternLM2ForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM"])
 @pytest.mark.parametrize("tune", TUNES)
 def test_a_model_read_by_shards_is_the_model(mesh, tmp_path, tune, architecture):
     """LoRA matrices included, which begin with the same random numbers."""
@@ -77,3 +78,6 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
         tensor_plan(model, 2)
     model.requires_grad_(False)
     assert tensor_plan(model, 2)
+    mixture = InternVL.from_pretrained(write_checkpoint(tmp_path / "mixture", "Qwen3MoeForCausalLM"))
+    with pytest.raises(UserError, match="experts of a mixture are not split by features"):
+        tensor_plan(mixture, 2)
