@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -76,10 +77,11 @@ def optional(place: Path) -> Iterator[None]:
 
 @functools.cache
 def _can_write(folder: Path) -> bool:
+    probe = folder / f".writable-{os.getpid()}-{threading.get_ident()}"
     try:
-        with atomic_file(folder / f".writable-{os.getpid()}") as out:
+        with atomic_file(probe) as out:
             out.write(_PROBE)
-        os.unlink(folder / f".writable-{os.getpid()}")
+        os.unlink(probe)
     except OSError as error:
         go_without(folder, error)
         return False
