@@ -164,7 +164,7 @@ def asked(costs: flops.Costs, batch: Batch) -> float:
     """Operations that the model asks for in a training step."""
     lengths = batch.lengths.tolist()
     work = flops.Work(
-        int(batch.tiles_per_row.sum()), sum(lengths), sum(n * n for n in lengths), len(batch.supervised_at)
+        int(batch.tiles_per_row.sum()), sum(lengths), sum(n * n for n in lengths), len(batch.supervised_positions)
     )
     return costs.total(work if batch.features is None else replace(work, tiles=0))
 

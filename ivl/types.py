@@ -158,16 +158,16 @@ class Example:
         return int((self.labels[1:] != IGNORE).sum()) + more
 
 
-def places(mask_BT: Tensor) -> Tensor:
+def nonzero_indices(mask_BT: Tensor) -> Tensor:
     """Indices of True in a flattened mask: (places,) int64. Waits for the mask's device."""
     return mask_BT.flatten().nonzero()[:, 0]
 
 
-def supervised_places(labels_BT: Tensor) -> Tensor:
+def supervised_indices(labels_BT: Tensor) -> Tensor:
     """Flattened indices whose next token is supervised: (M,) int64. Waits for the labels' device."""
     ahead_BT = torch.full_like(labels_BT, IGNORE)
     ahead_BT[:, :-1] = labels_BT[:, 1:]
-    return places(ahead_BT != IGNORE)
+    return nonzero_indices(ahead_BT != IGNORE)
 
 
 @dataclass
@@ -206,7 +206,7 @@ class SequenceLayout:
         if packed and total < size:
             indices = torch.arange(total)
         elif not packed and total < size * len(lengths):
-            indices = places(torch.arange(size) < lengths[:, None])
+            indices = nonzero_indices(torch.arange(size) < lengths[:, None])
         ends = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         return cls(counts, torch.cat([torch.arange(count) for count in counts])[None], ends, indices)
 
@@ -251,11 +251,11 @@ class Batch:
     """Tokens of each row, (rows,) int64 on the CPU."""
     layout: SequenceLayout | None = None
     """Layout of the rows as one sequence, from their lengths; None: the model makes it."""
-    image_at: Tensor | None = None
+    image_positions: Tensor | None = None
     """Indices of image tokens in the flattened (B, T), (image tokens,) int64.
 
     They are computed on the host: a device must finish its queue before it can tell their number."""
-    supervised_at: Tensor | None = None
+    supervised_positions: Tensor | None = None
     """Indices in the flattened (B, T) whose next token is supervised, (M,) int64."""
     tile_index: Tensor | None = None
     """Tile of each place for one, in order, where rows share tiles: (sum of tiles_per_row,) int64; None: none do."""
@@ -272,7 +272,7 @@ class Batch:
 
     _tensors = (
         "input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids", "lengths",
-        "layout", "image_at", "supervised_at", "tile_index", "features",
+        "layout", "image_positions", "supervised_positions", "tile_index", "features",
     )  # fmt: skip
     _stay = ("tiles_per_row", "lengths")
 

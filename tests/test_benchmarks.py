@@ -73,7 +73,7 @@ def test_packs_are_full_and_their_operations_those_of_their_rows(script):
     batch = gpu.pack(config, 2048, draw)
     assert batch.num_tokens == batch.input_ids.shape[1] == 2048 and len(batch) > 1
     tiles, llm, width = int(batch.tiles_per_row.sum()), config.llm, config.llm["hidden_size"]
-    assert len(batch.image_at) == 256 * tiles == 256 * len(batch.tiles) > 0
+    assert len(batch.image_positions) == 256 * tiles == 256 * len(batch.tiles) > 0
     kept = gpu.with_features(batch, config)
     assert len(kept.tiles) == 0 and kept.features.shape == (tiles, 256, config.llm["hidden_size"])
     costs = flops.model_costs(config, gpu.TUNE)

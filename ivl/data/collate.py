@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ivl.types import IGNORE, Batch, Example, SequenceLayout, places, supervised_places
+from ivl.types import IGNORE, Batch, Example, SequenceLayout, nonzero_indices, supervised_indices
 
 
 def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, image_id: int | None = None) -> Batch:
@@ -50,8 +50,8 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
         row_ids=row_ids if packed else None,
         lengths=torch.tensor(lengths, dtype=torch.int64),
         layout=SequenceLayout.of(torch.tensor(lengths), T, packed),
-        image_at=None if image_id is None else places(batch["input_ids"] == image_id),
-        supervised_at=supervised_places(batch["labels"]),
+        image_positions=None if image_id is None else nonzero_indices(batch["input_ids"] == image_id),
+        supervised_positions=supervised_indices(batch["labels"]),
         tile_index=_tile_index(examples),
         features=torch.cat(cached) if cached else None,
         stored=[(key, tiles, features is not None) for key, tiles, features in references],

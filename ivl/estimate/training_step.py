@@ -284,8 +284,8 @@ def batch_of(model: InternVL, micro: BatchShape) -> dict[str, Any]:
         "input_ids": torch.zeros(shape, dtype=torch.long),
         "labels": torch.zeros(shape, dtype=torch.long),
         "layout": SequenceLayout((micro.length,) * micro.rows, positions, ends),
-        "image_at": torch.zeros(tokens, dtype=torch.long),
-        "supervised_at": torch.zeros(min(micro.supervised, total), dtype=torch.long),
+        "image_positions": torch.zeros(tokens, dtype=torch.long),
+        "supervised_positions": torch.zeros(min(micro.supervised, total), dtype=torch.long),
         "tiles": torch.zeros(micro.tiles, 3, size, size, dtype=torch.uint8),
     }
     if micro.packed:

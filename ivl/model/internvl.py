@@ -24,13 +24,13 @@ from ivl.model.decoder import DecoderConfig, LanguageModel
 from ivl.model.efficient import install
 from ivl.model.experts import RouterLoads
 from ivl.model.image_tokens import check_image_tokens
-from ivl.model.loss import CHUNK, Output, losses, supervised_places
+from ivl.model.loss import CHUNK, Output, losses, supervised_indices
 from ivl.model.parts import ModelParts
 from ivl.model.projector import build_projector, pixel_shuffle
 from ivl.model.sequence_layout import layout_of
 from ivl.model.vision import InternViT, normalize
 from ivl.parallel.devices import as_dtype
-from ivl.types import Batch, SequenceLayout, UserError, places
+from ivl.types import Batch, SequenceLayout, UserError, nonzero_indices
 
 if TYPE_CHECKING:
     from ivl.checkpoint.quantization import Quantize
@@ -109,8 +109,8 @@ class InternVL(ModelParts):
         row_ids: Tensor | None = None,
         lengths: Tensor | None = None,
         layout: SequenceLayout | None = None,
-        image_at: Tensor | None = None,
-        supervised_at: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        supervised_positions: Tensor | None = None,
         tile_index: Tensor | None = None,
         features: Tensor | None = None,
         loss_weights: Tensor | None = None,
@@ -129,11 +129,11 @@ class InternVL(ModelParts):
         """
         language = self.language_model
         embeds_BTD = self.embed(
-            input_ids, tiles, tiles_per_row, row_ids, attention_mask, features, image_at, tile_index
+            input_ids, tiles, tiles_per_row, row_ids, attention_mask, features, image_positions, tile_index
         )
-        if labels is not None and supervised_at is None:
-            supervised_at = supervised_places(labels)
-        read_M = None if labels is None or return_logits else supervised_at
+        if labels is not None and supervised_positions is None:
+            supervised_positions = supervised_indices(labels)
+        read_M = None if labels is None or return_logits else supervised_positions
         if layout is None:
             layout = layout_of(input_ids, attention_mask, position_ids, row_ids, lengths)
         loads = RouterLoads() if return_router_load else None
@@ -145,7 +145,7 @@ class InternVL(ModelParts):
         output = Output()  # hidden: (B, T, D), or of the positions that are read alone, (M, D)
         if labels is not None:
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
-            settings = (loss_weights, loss_chunk, label_smoothing, supervised_at)
+            settings = (loss_weights, loss_chunk, label_smoothing, supervised_positions)
             output = losses(language.lm_head, hidden, labels, row_ids, rows, *settings)
         if labels is None or return_logits:
             output.logits = language.lm_head(hidden)
@@ -160,18 +160,18 @@ class InternVL(ModelParts):
         row_ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
         features_NPC: Tensor | None = None,
-        image_at: Tensor | None = None,
+        image_positions: Tensor | None = None,
         tile_index: Tensor | None = None,
     ) -> Tensor:
         """Embeddings of a batch, those of image tokens taken from the tiles in order: (B, T, D).
 
         `features_NPC`: `tower_features` of all tiles, or `tile_features` (`features_projected`), from a feature cache.
-        `image_at`, `tile_index`: as in a Batch; `image_at` None: computed here, which waits for the device.
+        `image_positions`, `tile_index`: as in a Batch; the first is computed here where None, and waits for the device.
         """
         image_BT = input_ids_BT == self.image_token_id
         images, size = tiles_N3SS if features_NPC is None else features_NPC, self.config.image_size
         count = 0 if images is None else len(images)
-        if image_at is None:
+        if image_positions is None:
             per_tile = self.config.tokens_of_tile(size if tiles_N3SS is None else tiles_N3SS.shape[-1])
             places_for_tiles = count if tile_index is None else len(tile_index)
             check_image_tokens(image_BT, places_for_tiles, per_tile, tiles_per_row, row_ids_BT)
@@ -189,13 +189,13 @@ class InternVL(ModelParts):
             features_NPD = self.tile_features(tiles_N3SS)
         else:
             features_NPD = features_NPC if self.features_projected else self.mlp1(features_NPC.to(self.dtype))
-        image_at = places(image_BT) if image_at is None else image_at
+        image_positions = nonzero_indices(image_BT) if image_positions is None else image_positions
         if tile_index is not None and count:  # rows that share tiles
             features_NPD, count = features_NPD.index_select(0, tile_index), len(tile_index)
         features_ID = features_NPD[:count].flatten(0, 1).to(embeds_BTD.dtype)
-        if len(image_at) != len(features_ID):
-            raise UserError(f"batch: {len(image_at)} image tokens, but {count} tiles have {len(features_ID)}")
-        return embeds_BTD.flatten(0, 1).index_copy(0, image_at, features_ID).unflatten(0, image_BT.shape)
+        if len(image_positions) != len(features_ID):
+            raise UserError(f"batch: {len(image_positions)} image tokens, but {count} tiles have {len(features_ID)}")
+        return embeds_BTD.flatten(0, 1).index_copy(0, image_positions, features_ID).unflatten(0, image_BT.shape)
 
     def tile_features(self, tiles_N3SS: Tensor) -> Tensor:
         """Image token embeddings of tiles, uint8 or normalised: (N, P, D)."""

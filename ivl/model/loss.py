@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ivl.types import IGNORE, supervised_places
+from ivl.types import IGNORE, supervised_indices
 
 Reduction = Literal["token", "sample", "square"]
 
@@ -59,10 +59,10 @@ def losses(
 ) -> Output:
     """The losses of a batch of `count` rows; a position is predicted from the one before it.
 
-    `hidden`: (B, T, D), or (M, D) at `supervised_places` alone. `at_M`: those places, computed where None; labels
+    `hidden`: (B, T, D), or (M, D) at `supervised_indices` alone. `at_M`: those places, computed where None; labels
     there may have become IGNORE since.
     """
-    at_M = supervised_places(labels_BT) if at_M is None else at_M
+    at_M = supervised_indices(labels_BT) if at_M is None else at_M
     hidden_MD = hidden if hidden.ndim == 2 else hidden.flatten(0, 1).index_select(0, at_M)
     labels_M = _select(labels_BT, at_M + 1)
     nll_M = token_losses(head, hidden_MD, labels_M, chunk, smoothing)

@@ -75,12 +75,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def places(value, path=()):
+def nonzero_indices(value, path=()):
     """Every place inside a row, the row itself left out."""
     for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
         yield (*path, key)
         if isinstance(inner, (dict, list)):
-            yield from places(inner, (*path, key))
+            yield from nonzero_indices(inner, (*path, key))
 
 
 def spoilt(rng):
@@ -88,7 +88,7 @@ def spoilt(rng):
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if not isinstance(row, dict) or not row:
             return row
-        *before, last = rng.choice(list(places(row)))
+        *before, last = rng.choice(list(nonzero_indices(row)))
         inside = row
         for key in before:
             inside = inside[key]

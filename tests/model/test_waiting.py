@@ -18,7 +18,7 @@ from ivl.lit.callbacks.monitor import SourceLosses
 from ivl.model.internvl import InternVL
 from ivl.model.loss import loss_weights
 from ivl.options import LoRA, Tune
-from ivl.types import Batch, Conversation, Example, Message, places
+from ivl.types import Batch, Conversation, Example, Message, nonzero_indices
 from tests.model.rows import rows
 from tests.tiny import write_checkpoint
 
@@ -89,13 +89,13 @@ def test_places_that_are_known_change_nothing(folder, packed):
     for tiles in ((0, 2, 1), (0, 0, 0)):
         batch = batch_of(model, packed, tiles)
         found = []
-        for given in (batch, replace(batch, image_at=None, supervised_at=None)):
+        for given in (batch, replace(batch, image_positions=None, supervised_positions=None)):
             model.zero_grad()
             out = model(**given)
             out.loss_sum.backward()
             found.append([out.loss_sum.detach(), out.row_tokens, *(p.grad.clone() for p in model.parameters())])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-        assert batch.image_at.tolist() == places(batch.input_ids == model.image_token_id).tolist()
+        assert batch.image_positions.tolist() == nonzero_indices(batch.input_ids == model.image_token_id).tolist()
 
 
 def test_labels_that_were_taken_away_do_not_count(folder):
@@ -103,7 +103,7 @@ def test_labels_that_were_taken_away_do_not_count(folder):
     model = InternVL.from_pretrained(folder)
     batch = batch_of(model, packed=False)
     batch.labels[1] = -100
-    expected = model(**replace(batch, supervised_at=None))
+    expected = model(**replace(batch, supervised_positions=None))
     found = model(**batch)
     for name in ("loss_sum", "weight_sum", "num_supervised", "row_losses", "row_tokens"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
