@@ -16,10 +16,11 @@ from ivl.estimate import flops
 from ivl.estimate.hardware import DEVICES, Device, find_device
 from ivl.estimate.memory import MemoryEstimate, memory_needed
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
-from ivl.families import config_for, find_model
+from ivl.families import config_for, find_model, llm_family
 from ivl.hf_config import read_config
 from ivl.hub.hints import check_model_folder
 from ivl.hub.unsupported import refuse_name
+from ivl.model.experts import idle_parameters
 from ivl.options import DataOptions, LoRA, Tune
 from ivl.parallel.devices import parse_size
 from ivl.types import UserError
@@ -263,6 +264,7 @@ def summary(
     plan: dict[str, Any] = {
         "pretrained": str(fit.model.pretrained),
         "parts": parts,
+        "idle_parameters": idle_parameters(config.llm) if llm_family(config.llm_architecture).mlp == "experts" else 0,
         "strategy": setup.strategy,
         "devices": setup.devices,
         "precision": setup.precision,
@@ -308,7 +310,10 @@ def report(plan: dict[str, Any]) -> str:
     lines.append(f"{'part':<16}{'parameters':>16}{'trainable':>16}")
     lines += [f"{k:<16}{v['parameters']:>16,}{v['trainable']:>16,}" for k, v in plan["parts"].items()]
     sums = [sum(v[k] for v in plan["parts"].values()) for k in ("parameters", "trainable")]
-    lines += [f"{'all':<16}{sums[0]:>16,}{sums[1]:>16,}", ""]
+    lines.append(f"{'all':<16}{sums[0]:>16,}{sums[1]:>16,}")
+    if idle := plan["idle_parameters"]:
+        lines.append(f"{'for one token':<16}{sums[0] - idle:>16,}")
+    lines.append("")
     batch, memory = plan["batch"], plan["memory"]
     kind = "packed" if batch["packed"] else "padded"
     lines.append(

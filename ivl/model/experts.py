@@ -58,6 +58,13 @@ class ExpertsConfig:
         )
 
 
+def idle_parameters(raw: Mapping[str, Any]) -> int:
+    """Number of weights of experts that a token is not sent to, by an `llm_config` with experts."""
+    experts = ExpertsConfig.from_llm(raw)
+    of_one = 3 * raw["hidden_size"] * experts.intermediate_size
+    return len(experts.layers) * (experts.count - experts.per_token) * of_one
+
+
 def sparse_layers(raw: Mapping[str, Any]) -> tuple[int, ...]:
     """Numbers of the layers with experts, by an `llm_config`."""
     dense, step = raw.get("mlp_only_layers") or (), raw.get("decoder_sparse_step") or 1

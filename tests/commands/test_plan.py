@@ -9,7 +9,7 @@ import torch
 
 from ivl.__main__ import main as command
 from ivl.commands.export import export
-from ivl.commands.plan import _size, main
+from ivl.commands.plan import _size, main, report
 from ivl.families import find_model
 from ivl.lit.datamodule import IvlData
 from ivl.types import UserError
@@ -33,6 +33,15 @@ def test_a_released_model_on_a_device(capsys):
     assert plan["rows"].endswith("since no --data.train is given")
     assert plan["flops_per_step"]["computed"] > plan["flops_per_step"]["model"]
     assert plan["device"]["step_seconds"] > 0
+
+
+def test_a_mixture_of_experts_says_what_a_token_uses(capsys):
+    main(["--config", str(REPO / "configs/internvl3_5_30b_a3b.yaml"), "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    released = find_model("internvl3_5-30b-a3b")
+    assert plan["idle_parameters"] == released.parameters - released.active_parameters > 25e9
+    total = sum(p["parameters"] for p in plan["parts"].values())
+    assert f"for one token   {total - plan['idle_parameters']:>16,}" in report(plan)
 
 
 def test_a_folder_in_either_layout(tmp_path, capsys):
