@@ -118,6 +118,7 @@ def test_commands_refuse_a_damaged_run(tmp_path, capsys, argv):
     assert main([*argv, str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert f"note: {path}: damaged (checksum of" in said and f"error: {tmp_path / 'run'}: no whole checkpoint" in said
+    torch.save(CONTENT, path)
     (tmp_path / "run/config.yaml").write_text("- 1\n")
     assert main([*argv, str(tmp_path / "run")]) == 2
     assert "config.yaml: not the config of a run" in capsys.readouterr().err
