@@ -80,15 +80,21 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--out", default="pairs.jsonl", help="file of rows with rejected_response; default: %(default)s"
     )
     parser.add_argument(
-        "--metric", default="exact", help="exact, anls, relaxed, vqa, iou or iou50; default: %(default)s"
+        "--metric", default=PairRule.metric, help="exact, anls, relaxed, vqa, iou or iou50; default: %(default)s"
     )
-    parser.add_argument("--right", type=float, default=1.0, help="least score of a right answer; default: %(default)s")
-    parser.add_argument("--wrong", type=float, default=0.0, help="highest score of a wrong one; default: %(default)s")
-    parser.add_argument("--per_row", type=int, default=1, help="most pairs of a row; default: %(default)s")
+    parser.add_argument(
+        "--right", type=float, default=PairRule.right, help="least score of a right answer; default: %(default)s"
+    )
+    parser.add_argument(
+        "--wrong", type=float, default=PairRule.wrong, help="highest score of a wrong one; default: %(default)s"
+    )
+    parser.add_argument(
+        "--per_row", type=int, default=PairRule.per_row, help="most pairs of a row; default: %(default)s"
+    )
     parser.add_argument(
         "--reference", action="store_true", help="where no answer is right, take the row's reference as the right one"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=PairRule.seed, help="seed of the choice; default: %(default)s")
     return parser.parse_args(argv)
 
 
@@ -133,7 +139,7 @@ def pairs(
         counts["rows"] += 1
         counts["right"] += sum(value >= rule.right for value in scored.values())
         counts["wrong"] += sum(value <= rule.wrong for value in scored.values())
-        for right, wrong in _chosen(scored, str(conversation.reference), rule, index):
+        for right, wrong in _right_and_wrong(scored, str(conversation.reference), rule, index):
             counts["pairs"] += 1
             yield _pair(row, conversation, right, wrong, folder)
 
@@ -171,7 +177,7 @@ def _texts(line: Row, where: str, counts: Counter[str]) -> Iterator[str]:
             yield text
 
 
-def _chosen(scored: dict[str, float], reference: str, rule: PairRule, index: int) -> Iterator[tuple[str, str]]:
+def _right_and_wrong(scored: dict[str, float], reference: str, rule: PairRule, index: int) -> Iterator[tuple[str, str]]:
     """Pairs of a right and a wrong answer, each answer as seldom as can be."""
     right = [text for text, value in scored.items() if value >= rule.right]
     wrong = [text for text, value in scored.items() if value <= rule.wrong]
@@ -183,8 +189,8 @@ def _chosen(scored: dict[str, float], reference: str, rule: PairRule, index: int
     if right and wrong:
         most = min(rule.per_row, len(right) * len(wrong))
         turns = range(len(wrong))
-        chosen = dict.fromkeys((r, wrong[(n + turn) % len(wrong)]) for turn in turns for n, r in enumerate(right))
-        yield from list(chosen)[:most]
+        couples = dict.fromkeys((r, wrong[(n + turn) % len(wrong)]) for turn in turns for n, r in enumerate(right))
+        yield from list(couples)[:most]
 
 
 def _pair(row: Row, prompt: Conversation, right: str, wrong: str, folder: Path) -> Row:

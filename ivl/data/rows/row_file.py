@@ -221,13 +221,17 @@ def _not_a_list(data: mmap.mmap, at: int, path: Path) -> UserError:
     return UserError(f"{path}:{line}: expected a list of JSON objects, such as [{_EXAMPLE}], found {start!r}")
 
 
+def expansion_limit(path: Path, max_expansion: float) -> int:
+    """Return the bytes to which a compressed file, or a table, may expand."""
+    return max(_ALWAYS, int(max_expansion * path.stat().st_size))
+
+
 def _decompressed(path: Path, cache: Path, max_expansion: float) -> Path:
     """Path of the decompressed file, cached under the digest of the compressed bytes; a plain file as it is."""
     if path.suffix not in (".gz", ".zst"):
         return path
     plain = cache / "rows" / f"{file_digest(path, hashlib.blake2b(digest_size=16))}.jsonl"
-    most = max(_ALWAYS, int(max_expansion * path.stat().st_size))
-    return written(plain, lambda place: _decompress(path, place, most))
+    return written(plain, lambda place: _decompress(path, place, expansion_limit(path, max_expansion)))
 
 
 def _decompress(path: Path, place: Path, most: int) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ivl.data.cache import default_cache, optional, written
+from ivl.data.rows.row_file import expansion_limit
 from ivl.files import atomic_file, file_digest, write_text
 from ivl.options import FileLimits
 from ivl.parquet import import_pyarrow
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".csv", ".tsv")
 _BATCH = 64
 """Rows of a batch: those of one are decoded from the table together, once"""
-_ALWAYS = 256 << 20
-"""Bytes to which any table may expand"""
 
 
 class TableFile:
@@ -46,7 +45,7 @@ class TableFile:
         cache = Path(cache_dir or default_cache())
         try:
             self.digest = _content_digest(self.path, cache)
-            most = max(_ALWAYS, int(self.limits.max_expansion * self.path.stat().st_size))
+            most = expansion_limit(self.path, self.limits.max_expansion)
             place = cache / "tables" / f"{self.digest}{self.path.suffix}.arrow"
             self._arrow = written(place, lambda place: _convert(self.path, place, most))
             reader = self._open()

@@ -135,7 +135,7 @@ def test_limits_hold(tmp_path):
 
 
 def test_expansion_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("ivl.data.rows.table_file._ALWAYS", 1000)
+    monkeypatch.setattr("ivl.data.rows.row_file._ALWAYS", 1000)
     path = parquet(tmp_path / "bomb.parquet", [{"query": "x" * 100_000}] * 1000)
     with pytest.raises(UserError, match=r"bomb\.parquet: .* bytes that become more than"):
         TableFile(path, tmp_path / "cache", FileLimits(max_expansion=10))
