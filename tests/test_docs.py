@@ -118,7 +118,7 @@ STOPS = {
     "chat": ("ivl.commands.chat", "_trained"),
     "export": ("ivl.commands.export", "_trained"),
     "models": ("ivl.commands.models", "_lines"),
-    "pairs": ("ivl.commands.pairs", "PairRule"),
+    "pairs": ("ivl.commands.pairs", "atomic_file"),
     "plan": ("ivl.commands.plan", "rows_of"),
     "score": ("ivl.eval.score", "task"),
 }
