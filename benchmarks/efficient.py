@@ -16,7 +16,7 @@ import time
 import torch
 from models import raw_config
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.estimate.training_step import MemTracker
 from ivl.finetune import tune as tuning
 from ivl.model.efficient import last_block, layer_scale, lora_linear, recompute

@@ -36,12 +36,12 @@ import torch.nn.functional as F
 import transformers
 from models import SIZES, raw_config
 
-from ivl.config import Config
+from ivl.architecture.config import Config
+from ivl.architecture.families import config_for, find_model
 from ivl.data.collate import collate
 from ivl.estimate import flops
-from ivl.families import config_for, find_model
 from ivl.finetune import tune as tuning
-from ivl.lit.loss_normalizer import LOSS_UNIT, scale, total_norm
+from ivl.lit.training.loss_normalizer import LOSS_UNIT, scale, total_norm
 from ivl.model.efficient.compile import compile_layers
 from ivl.model.internvl import InternVL
 from ivl.options import LoRA, Tune

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import build_index, drop_unusable

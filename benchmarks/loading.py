@@ -56,15 +56,15 @@ def measure(folder: Path, dtype: str) -> None:
 
 
 def tiny():
-    from ivl.config import Config
+    from ivl.architecture.config import Config
 
     small = LLM | {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 99}
     return Config.from_dict(CONFIG | {"llm_config": small})
 
 
 def write(folder: Path, max_shard_bytes: int) -> None:
+    from ivl.architecture.config import Config
     from ivl.checkpoint.weights import save_weights
-    from ivl.config import Config
     from ivl.model.internvl import InternVL
 
     config = Config.from_dict(CONFIG)

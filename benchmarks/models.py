@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from ivl.architecture.config import Config
 from ivl.checkpoint.weights import save_weights
-from ivl.config import Config
 from ivl.demo.model import write_tokenizer
-from ivl.files import write_json
 from ivl.model.internvl import InternVL
+from ivl.storage.files import write_json
 
 TEXT = "Describe the picture in a few words. What is it? How many are there? Read what is written. 0 1 2 3 4 5 6 7 8 9"
 
@@ -133,7 +133,7 @@ SIZES: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
 
 
 def raw_config(size: str) -> dict[str, Any]:
-    """A config.json of these dimensions, for `ivl.config.Config.from_dict`."""
+    """A config.json of these dimensions, for `ivl.architecture.config.Config.from_dict`."""
     pixels, vision, llm = SIZES[size]
     raw = copy.deepcopy(BASE) | {"force_image_size": pixels}
     raw["vision_config"] |= {"image_size": pixels} | vision

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.demo.model import config as demo_config
 from ivl.estimate.memory import memory_needed
 from ivl.estimate.training_step import BatchShape, ShallowModel, TrainSetup

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.model.internvl import InternVL
 from ivl.types import Batch
 

@@ -77,7 +77,7 @@ def write_rows(folder: Path, count: int) -> Path:
 def counted(args: argparse.Namespace) -> tuple[float, float, float, float | None]:
     """Of the positions of padded batches those that are tokens, and of these the supervised ones; how many times the
     operations of our step a padded step takes that makes all logits, and of ours with kept features (LoRA)."""
-    from ivl.config import Config
+    from ivl.architecture.config import Config
     from ivl.data.processor import Processor
     from ivl.data.sets.dataset import RowDataset
     from ivl.estimate.flops import Work, costs

@@ -130,7 +130,7 @@ def _prepare_demo(folder: Path) -> None:
 def _explain(error: Exception) -> str | None:
     """Return the one line of a user's mistake; None for a fault of this program."""
     from ivl.errors import UserError
-    from ivl.files import disk_fault
+    from ivl.storage.files import disk_fault
 
     text = str(error).strip()
     if isinstance(error, UserError):

@@ -37,7 +37,7 @@ def _config_path(name: str) -> tuple[str, str | None]:
     stem = name.removeprefix("configs/").removesuffix(".yaml")
     if (path := _shipped(stem)) is not None:
         return path, None
-    from ivl.families import find_model  # slow to import, and rarely needed
+    from ivl.architecture.families import find_model  # slow to import, and rarely needed
 
     row = find_model(stem)
     if row is not None and (path := _shipped(row.variant_of or row.name)) is not None:

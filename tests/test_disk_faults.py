@@ -19,7 +19,7 @@ from ivl.__main__ import main
 from ivl.data import cache
 from ivl.data.rows import row_file
 from ivl.data.sets import index
-from ivl.files import atomic_file, atomic_path, disk_fault, write_text
+from ivl.storage.files import atomic_file, atomic_path, disk_fault, write_text
 from tests.commands.test_export import write_run
 from tests.lit.rows import write_rows
 from tests.tiny import write_checkpoint

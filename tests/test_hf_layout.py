@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ivl.architecture.hf_config import read_config
 from ivl.commands.export import export
 from ivl.data.processor import Processor
-from ivl.hf_config import read_config
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.tiny import FAMILIES, write_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ivl.__main__ import main
-from ivl.families import find_model
+from ivl.architecture.families import find_model
 from ivl.hub import resolve
 from ivl.types import UserError
 from tests.tiny import write_checkpoint

@@ -10,8 +10,8 @@ from huggingface_hub import constants
 
 from ivl import hub
 from ivl.__main__ import main
-from ivl.families import find_model
-from ivl.finetune.adapter_config import AdapterConfig
+from ivl.architecture.families import find_model
+from ivl.finetune.adapter.adapter_config import AdapterConfig
 from ivl.hub import huggingface, modelscope, resolve
 from ivl.hub.files import UNFINISHED, missing_files
 from ivl.types import UserError

@@ -8,7 +8,7 @@ import pytest
 
 from ivl import hub
 from ivl.__main__ import main
-from ivl.families import find_model
+from ivl.architecture.families import find_model
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
 

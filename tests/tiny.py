@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ivl.architecture.config import Config
+from ivl.architecture.families import llm_family
 from ivl.checkpoint.weights import save_weights, to_stored
-from ivl.config import Config
-from ivl.families import llm_family
 from ivl.model.internvl import InternVL
 
 T = TypeVar("T")

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ivl.architecture.config import Config, read_json
+from ivl.architecture.config_fields import LLM as LLM_FIELDS
+from ivl.architecture.config_fields import shown
+from ivl.architecture.hf_config import is_hf, read_config
 from ivl.checkpoint.layouts import OUTPUT_LAYER
 from ivl.checkpoint.weights import Files
-from ivl.config import Config, read_json
-from ivl.config_fields import LLM as LLM_FIELDS
-from ivl.config_fields import shown
-from ivl.hf_config import is_hf, read_config
 from ivl.types import UserError
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"

@@ -1,7 +1,7 @@
 """Writer of config.json and weights in transformers' layout ("-hf" folders).
 
-The class there is InternVLForConditionalGeneration. `ivl.hf_config` reads the config, `ivl.checkpoint.layouts` has the
-names of the weights.
+The class there is InternVLForConditionalGeneration. `ivl.architecture.hf_config` reads the config,
+`ivl.checkpoint.layouts` has the names of the weights.
 
 Its config knows pixel shuffle v2 alone, and no template.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivl.config import Config
-from ivl.config_fields import LLM as LLM_FIELDS
-from ivl.families import llm_family
+from ivl.architecture.config import Config
+from ivl.architecture.config_fields import LLM as LLM_FIELDS
+from ivl.architecture.families import llm_family
+from ivl.architecture.hf_config import ARCHITECTURE, VISION, refuse
 from ivl.finetune.tune import EMBEDDINGS, HEAD
-from ivl.hf_config import ARCHITECTURE, VISION, refuse
 from ivl.model.decoder import DecoderConfig
 from ivl.model.rotary import rope_parameters
 from ivl.model.vision import Embeddings

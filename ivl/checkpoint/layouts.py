@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ivl.config import Config
-from ivl.families import llm_family
+from ivl.architecture.config import Config
+from ivl.architecture.families import llm_family
 
 Tensors = list[Tensor]
 

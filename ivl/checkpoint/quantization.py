@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ivl.checkpoint.layouts import groups, layout_of
 from ivl.checkpoint.quantized_experts import QuantizedExperts
 from ivl.checkpoint.weights import Files, Where, check, device_of, place, tie
-from ivl.model.experts import GroupedLinear
+from ivl.model.moe.experts import GroupedLinear
 from ivl.model.parts import ModelParts
 from ivl.types import UserError
 

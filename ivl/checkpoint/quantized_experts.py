@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ivl.model.experts import GroupedLinear
-from ivl.model.grouped import grouped_linear, input_gradient
 from ivl.model.layers import autocast_dtype
+from ivl.model.moe.experts import GroupedLinear
+from ivl.model.moe.grouped import grouped_linear, input_gradient
 
 BLOCK = 64
 """Weights that share a scale in nf4"""

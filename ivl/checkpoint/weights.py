@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ivl.architecture.config import Config
 from ivl.checkpoint.layouts import Group, groups, layout_of, to_stored
-from ivl.config import Config
 from ivl.hub.files import INDEX, weight_files
 from ivl.model.parts import ModelParts
 from ivl.types import UserError, first_few

@@ -19,12 +19,12 @@ from typing import Literal
 
 import torch
 
+from ivl.architecture.families import find_model
 from ivl.chat import Chat, Settings
 from ivl.cli.preflight import check_names
 from ivl.commands.export import Trained, read_run
 from ivl.data.processor import Processor
-from ivl.families import find_model
-from ivl.finetune import peft_adapter as adapting
+from ivl.finetune.adapter import peft_adapter as adapting
 from ivl.hub import resolve
 from ivl.model.internvl import InternVL
 from ivl.options import FetchPolicy, MediaPolicy

@@ -17,8 +17,8 @@ from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, MixtureSource
 from ivl.data.sets.index import Index, answers_needed, build_index, concat, progress_bar, reasons
 from ivl.data.sets.sources import open_sources
-from ivl.files import atomic_path
 from ivl.options import DataOptions
+from ivl.storage.files import atomic_path
 from ivl.types import UserError, plural, printable
 
 SPLITS = ("train", "val", "test", "predict")

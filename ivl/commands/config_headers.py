@@ -17,13 +17,13 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from ivl.architecture.config import Config
+from ivl.architecture.families import MODELS, ReleasedModel, config_for, find_model
 from ivl.checkpoint.quantization import Quantize
 from ivl.commands.models import TABLE, config_of, memory
-from ivl.config import Config
 from ivl.estimate.hardware import TILES, TOKENS
 from ivl.estimate.memory import memory_needed
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
-from ivl.families import MODELS, ReleasedModel, config_for, find_model
 from ivl.options import LoRA, Tune
 
 SUPERVISED = 1024

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ivl import __version__
+from ivl.architecture.config import read_json
+from ivl.architecture.families import llm_family
 from ivl.checkpoint.ckpt_file import best_beside, trained_state
 from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.hf_layout import hf_tensor
@@ -27,19 +29,17 @@ from ivl.checkpoint.weights import save_weights
 from ivl.cli.preflight import check_names
 from ivl.commands.export_files import Settings, hf_rows, write_hf, write_released
 from ivl.commands.export_verify import Check, Probe, stored_dtype, verify, verify_adapter
-from ivl.config import read_json
 from ivl.data.processor import Processor
-from ivl.families import llm_family
-from ivl.files import write_json
-from ivl.finetune import peft_adapter as adapting
 from ivl.finetune import tune as tuning
-from ivl.finetune.adapter_writer import Layout
+from ivl.finetune.adapter import peft_adapter as adapting
+from ivl.finetune.adapter.adapter_writer import Layout
 from ivl.finetune.tune import PARTS, How
 from ivl.hub import resolve
 from ivl.model.internvl import InternVL
 from ivl.options import LoRA, Tune
 from ivl.parallel.devices import check_at_hand, device_of, parse_size
 from ivl.run import run_and_checkpoint, weights_of
+from ivl.storage.files import write_json
 from ivl.types import UserError, printable
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ivl.architecture.config import read_json
+from ivl.architecture.hf_config import is_hf, released_config
 from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.hf_layout import hf_config
-from ivl.config import read_json
 from ivl.data.processor import Processor
 from ivl.data.text.jinja_template import chat_template
 from ivl.data.text.template import Thoughts, release_system_message
-from ivl.files import write_json
-from ivl.hf_config import is_hf, released_config
+from ivl.storage.files import write_json
 from ivl.system_text import NONE
 from ivl.types import IMAGENET_MEAN, IMAGENET_STD, UserError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
+from ivl.architecture.families import MODELS, VARIANTS, ReleasedModel
 from ivl.estimate.hardware import CONTEXT, TILES, TOKENS
 from ivl.estimate.inference import cache_bytes, tower_bytes
-from ivl.families import MODELS, VARIANTS, ReleasedModel
 from ivl.hub.unsupported import UNSUPPORTED
 
 TABLE = Path(__file__).resolve().parents[1] / "estimate/memory.yaml"

@@ -20,8 +20,8 @@ from typing import Any
 from ivl.data.media.source import is_url
 from ivl.data.rows.formats import parse
 from ivl.data.rows.row_file import RowFile
-from ivl.files import atomic_file
 from ivl.reasoning import CLOSING, OPENING
+from ivl.storage.files import atomic_file
 from ivl.types import Conversation, Media, UserError, printable
 
 Row = dict[str, Any]

@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ivl.architecture.config import Config
+from ivl.architecture.families import config_for, find_model, llm_family
+from ivl.architecture.hf_config import read_config
 from ivl.cli import preflight
-from ivl.config import Config
 from ivl.estimate import flops
 from ivl.estimate.hardware import DEVICES, Device, find_device
 from ivl.estimate.memory import MemoryEstimate, memory_needed
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
-from ivl.families import config_for, find_model, llm_family
-from ivl.hf_config import read_config
 from ivl.hub.hints import check_model_folder
 from ivl.hub.unsupported import refuse_name
-from ivl.model.experts import idle_parameters
+from ivl.model.moe.experts import idle_parameters
 from ivl.options import DataOptions, LoRA, Tune
 from ivl.parallel.devices import parse_size
 from ivl.types import UserError
@@ -231,7 +231,7 @@ def _why_not_read(fit: Any) -> str | None:
 
 def _read_rows(pretrained: str, options: DataOptions) -> Rows:
     from ivl.lit.datamodule import IvlData
-    from ivl.lit.largest import largest_batch
+    from ivl.lit.training.largest import largest_batch
 
     data = IvlData(pretrained, **vars(options))
     index, micro = data.training_index(), largest_batch(data)

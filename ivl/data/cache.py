@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-from ivl.files import atomic_file, disk_fault
+from ivl.storage.files import atomic_file, disk_fault
 
 _PROBE = bytes(4096)
 """Bytes of a test write: a full disk still takes an empty file"""

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ivl.config import Config
+from ivl.architecture.config import Config
+from ivl.architecture.families import ReleasedModel, find_model, line_of
+from ivl.architecture.hf_config import read_config
 from ivl.data import collate as collating
 from ivl.data import truncation
 from ivl.data.media.feature_store import FeatureStore
@@ -24,8 +26,6 @@ from ivl.data.text import template
 from ivl.data.text.jinja_template import recognised, thoughts_of
 from ivl.data.text.tokenizer import Tokenizer
 from ivl.data.truncation import EncodedRow, Shape
-from ivl.families import ReleasedModel, find_model, line_of
-from ivl.hf_config import read_config
 from ivl.options import MediaPolicy, ProcessorOptions
 from ivl.reasoning import BEGUN, CLOSED
 from ivl.system_text import NONE, system_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ivl.families import ReleasedModel
+from ivl.architecture.families import ReleasedModel
 from ivl.types import Conversation, UserError
 
 

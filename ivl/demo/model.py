@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ivl.architecture.config import Config
 from ivl.checkpoint.weights import save_weights
-from ivl.config import Config
-from ivl.files import write_json
 from ivl.model.internvl import InternVL
+from ivl.storage.files import write_json
 
 VISUAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 NAMED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import (
     shape_wrapper,
 )
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.estimate.training_step import BatchShape, TrainSetup, batch_of, faked, shallow_copy, used_depth
 from ivl.model.internvl import InternVL
 from ivl.model.loss import CHUNK

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ivl.config import VisionConfig
+from ivl.architecture.config import VisionConfig
 from ivl.estimate.hardware import TILES, TOKENS
 
 

@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ivl.architecture.config import Config
 from ivl.checkpoint.quantization import Quantize
-from ivl.config import Config
 from ivl.finetune import tune as tuning
 from ivl.model.attention import AttentionKernel
 from ivl.model.internvl import InternVL

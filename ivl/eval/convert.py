@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from ivl.errors import UserError
-from ivl.parquet import parquet_rows
+from ivl.storage.parquet import parquet_rows
 
 Record = dict[str, Any]
 LETTERS = "ABCDEFGHIJKLM"

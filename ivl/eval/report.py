@@ -20,8 +20,8 @@ from typing import Any
 from PIL import ImageOps
 
 from ivl.eval.rules import Scored
-from ivl.files import write_text
-from ivl.picture_file import check_jpeg, check_size, open_picture, open_regular
+from ivl.storage.files import write_text
+from ivl.storage.picture_file import check_jpeg, check_size, open_picture, open_regular
 
 Row = dict[str, Any]
 PAGE = Path(__file__).with_name("report.html")

@@ -14,7 +14,7 @@ from ivl.errors import UserError, printable
 from ivl.eval import predictions, report, stats
 from ivl.eval.rules import RULES, Scored
 from ivl.eval.tasks import DECODING, TASKS, Task, fingerprint, task
-from ivl.files import write_text
+from ivl.storage.files import write_text
 
 _PUBLISHED = (
     "prompt", "open_prompt", "max_tiles", "max_new_tokens", "min_new_tokens", "frames", "frame_prefix",

@@ -4,7 +4,7 @@
 
 The pairs of a layer are two tensors, A (E, R, I) and B (E, O, R), and each half is one grouped product. peft has the
 same pairs under `target_parameters`, where it adds the product of all pairs to all weights in each forward; its names
-and shapes are those of the adapter files (`ivl.finetune.expert_adapters`).
+and shapes are those of the adapter files (`ivl.finetune.adapter.expert_adapters`).
 
 Shapes: S rows sorted by expert, E experts, I and O features in and out, R rank.
 """
@@ -20,7 +20,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ivl.model.experts import GroupedLinear
+from ivl.model.moe.experts import GroupedLinear
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL

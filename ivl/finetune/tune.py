@@ -2,7 +2,7 @@
 
 The parts carry the released names: `vision_model`, `mlp1` (the projector) and `language_model`; `embeddings` and `head`
 are the two ends of the language model. Learning rates per part are in `ivl.finetune.param_groups`, adapter files in
-`ivl.finetune.peft_adapter`. LoRA layers are peft's own (Hu et al. 2021, https://arxiv.org/abs/2106.09685):
+`ivl.finetune.adapter.peft_adapter`. LoRA layers are peft's own (Hu et al. 2021, https://arxiv.org/abs/2106.09685):
 
                 x  (inputs)
          +------+-------+
@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ivl.architecture.families import llm_family
 from ivl.checkpoint.quantized_experts import EXPERT_LAYERS
-from ivl.families import llm_family
 from ivl.model.parts import ADAPTER
 from ivl.options.tuning import PARTS, Blocks, How, LoRA, Tune, scale_alpha
 from ivl.types import UserError, text_table

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ivl.architecture.families import MODELS, find_model
 from ivl.errors import UserError
-from ivl.families import MODELS, find_model
 from ivl.hub import huggingface, modelscope
 from ivl.hub.files import Hub, missing_files
 from ivl.hub.hints import check_model_folder
@@ -69,9 +69,9 @@ def resolve(
 ) -> Path:
     """Return the local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
 
-    `name_or_path`: a folder, a name of `ivl.families` (`internvl2-2b`) or a hub's id (`OpenGVLab/InternVL2-2B`, with
-    the folder of one model among several `OWNER/NAME:FOLDER`); a name may end with a revision (a branch, a tag or a
-    commit), `NAME@REVISION`.
+    `name_or_path`: a folder, a name of `ivl.architecture.families` (`internvl2-2b`) or a hub's id
+    (`OpenGVLab/InternVL2-2B`, with the folder of one model among several `OWNER/NAME:FOLDER`); a name may end with
+    a revision (a branch, a tag or a commit), `NAME@REVISION`.
     `hub` and `token`: None takes the values given to `choose`, else Hugging Face, and HF_TOKEN or the stored login, or
     MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
     A copy either hub left on this machine serves both, unless a `revision` is asked for. Downloads go to the hub's own

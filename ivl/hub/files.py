@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from ivl.config import read_json
-from ivl.config_fields import shown
+from ivl.architecture.config import read_json
+from ivl.architecture.config_fields import shown
 from ivl.errors import UserError, first_few
 
 Hub = Literal["huggingface", "modelscope"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ivl.config import read_json
+from ivl.architecture.config import read_json
 from ivl.errors import UserError, first_few
 from ivl.hub.unsupported import refuse_config
 

@@ -18,8 +18,8 @@ from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
 from ivl.errors import UserError
-from ivl.files import file_digest
 from ivl.hub.files import CHUNK, UNFINISHED, corrupt, need_complete, refused, unreachable, wanted
+from ivl.storage.files import file_digest
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ivl.architecture.families import find_model
 from ivl.errors import UserError
-from ivl.families import find_model
 
 OWNERS = ("opengvlab", "ai-modelscope", "internlm", "shanghai-ai-laboratory", "shanghai_ai_laboratory", "")
 """Owners of the releases, in lower case; copies of quantised weights have any owner."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.inference import decoding
 from ivl.inference.kv_cache import KVCache
 from ivl.model.decoder import LanguageModel

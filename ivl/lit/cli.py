@@ -24,9 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ivl.cli.help import PURPOSES
-from ivl.files import atomic_path, write_text
 from ivl.hub import with_revision
-from ivl.lit import benchmark
 from ivl.lit.arguments import run_config, value_of, with_lists, with_todays_classes
 from ivl.lit.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
 from ivl.lit.callbacks.monitor import Progress, Watch
@@ -35,6 +33,7 @@ from ivl.lit.callbacks.sample_answers import Pictures
 from ivl.lit.datamodule import IvlData
 from ivl.lit.metrics import scores_table
 from ivl.lit.module import LitInternVL
+from ivl.lit.prediction import benchmark
 from ivl.lit.ranges import check_ranges
 from ivl.lit.run.experiment import Experiment, experiment_of, tune_settings
 from ivl.lit.run.lock import run_lock
@@ -46,6 +45,7 @@ from ivl.lit.strategies.precision import choose_precision, device_has_bf16
 from ivl.lit.types import IvlTrainer, as_data, as_lit
 from ivl.options import DataOptions, Tune
 from ivl.run import Run
+from ivl.storage.files import atomic_path, write_text
 from ivl.types import UserError
 
 

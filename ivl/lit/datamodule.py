@@ -24,9 +24,7 @@ from ivl.data.sets.holdout import open_split, remember
 from ivl.data.sets.index import Index, answers_needed, concat, drop_unusable, write_report
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.sets.sources import open_sources, row_files
-from ivl.lit.benchmark import rows_file
 from ivl.lit.callbacks.row_report import index_rows, report_changed, report_left_out, report_unread
-from ivl.lit.feature_cache import bytes_needed_by, open_store, read_features
 from ivl.lit.loaders import (
     Pace,
     RankRows,
@@ -37,8 +35,10 @@ from ivl.lit.loaders import (
     make_loader,
     validation_batch,
 )
-from ivl.lit.prompts import PromptGroups, Prompts, processor_of_prompts, report_prompts
+from ivl.lit.prediction.benchmark import rows_file
+from ivl.lit.prediction.prompts import PromptGroups, Prompts, processor_of_prompts, report_prompts
 from ivl.lit.run.position import micro_batches_pending
+from ivl.lit.training.feature_cache import bytes_needed_by, open_store, read_features
 from ivl.lit.types import as_lit
 from ivl.options import DataOptions
 from ivl.run import Run

@@ -21,26 +21,26 @@ from ivl.data.processor import Processor
 from ivl.finetune import tune as tuning
 from ivl.finetune.objectives import MEASURES, Preference
 from ivl.finetune.param_groups import param_groups, scale_rates, vectors
-from ivl.lit.answering import Answering, answers, name_rows
 from ivl.lit.callbacks.nonfinite import NonFiniteGuard
-from ivl.lit.feature_cache import with_features
 from ivl.lit.loaders import data_rank
-from ivl.lit.loss_normalizer import LossNormalizer
 from ivl.lit.metrics import Metric, Scores, check_metrics
-from ivl.lit.out_of_memory import MemoryGuard, out_of_memory
-from ivl.lit.prediction_rows import Row
-from ivl.lit.preference import PreferenceTuning, means
-from ivl.lit.prompts import Prompt, prompts_of
+from ivl.lit.prediction.answering import Answering, answers, name_rows
+from ivl.lit.prediction.prediction_rows import Row
+from ivl.lit.prediction.prompts import Prompt, prompts_of
 from ivl.lit.run.experiment import Experiment
 from ivl.lit.run.optimizer_settings import apply_settings, build, check_schedule, rate_settings
 from ivl.lit.run.resume import check_tensors
 from ivl.lit.schedule import Warmup, estimated_steps
 from ivl.lit.strategies.model_loading import load_model
 from ivl.lit.strategies.precision import PrecisionGuard
+from ivl.lit.training.feature_cache import with_features
+from ivl.lit.training.loss_normalizer import LossNormalizer
+from ivl.lit.training.out_of_memory import MemoryGuard, out_of_memory
+from ivl.lit.training.preference import PreferenceTuning, means
 from ivl.lit.types import IvlTrainer, data_of
-from ivl.model.experts import balancing_loss
 from ivl.model.internvl import InternVL
 from ivl.model.loss import Reduction, loss_weights
+from ivl.model.moe.experts import balancing_loss
 from ivl.options import Batching, Checkpointing, GenerationOptions, Rates, Tune
 from ivl.reasoning import split_reasoning
 from ivl.types import Batch, UserError, first_few

@@ -11,7 +11,7 @@ from ivl.data.media.feature_store import FeatureStore
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import Index
-from ivl.lit.prediction_rows import Row
+from ivl.lit.prediction.prediction_rows import Row
 from ivl.model.internvl import InternVL
 from ivl.options import Batching, DataOptions, GenerationOptions, Tune
 

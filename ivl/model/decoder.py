@@ -2,8 +2,8 @@
 
     ids → `embed_tokens` → layers: x + attention(norm(x)), x + mlp(norm(x)) → `norm` → `lm_head`
 
-What differs between families is data: a row of `ivl.families.LLMS` fills `DecoderConfig`. Names of parameters are those
-of the released checkpoints and of transformers, which the tests compare with.
+What differs between families is data: a row of `ivl.architecture.families.LLMS` fills `DecoderConfig`. Names of
+parameters are those of the released checkpoints and of transformers, which the tests compare with.
 
 Shapes: B rows, T tokens of this call, S keys (those of a cache included), D width, H heads, G heads of keys and values,
 K width of a head, F width inside the MLP, V vocabulary, M positions whose result is read.
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ivl.families import LLMFamily
+from ivl.architecture.families import LLMFamily
 from ivl.model.attention import Join, Layout, attend, joined, visible
-from ivl.model.experts import ExpertMLP, ExpertsConfig, GroupedLinear, Router, RouterLoads, sparse_layers
 from ivl.model.layers import ACTIVATIONS, Gated, RMSNorm
+from ivl.model.moe.experts import ExpertMLP, ExpertsConfig, GroupedLinear, Router, RouterLoads, sparse_layers
 from ivl.model.rotary import Rope, RotaryEmbedding, rotate
 from ivl.types import SequenceLayout, UserError
 
@@ -75,7 +75,7 @@ class DecoderConfig:
 
     @classmethod
     def from_llm(cls, raw: dict[str, Any], family: LLMFamily, attention: str = "sdpa") -> DecoderConfig:
-        """Read the fields of an `llm_config` that `ivl.config_fields` has checked.
+        """Read the fields of an `llm_config` that `ivl.architecture.config_fields` has checked.
 
         Raises UserError for a setting that no release has.
         """
@@ -173,7 +173,7 @@ def _experts(config: DecoderConfig) -> ExpertMLP:
 
 
 MLPS: dict[str, Callable[[DecoderConfig], nn.Module]] = {"gated": GatedMLP, "experts": _experts}
-"""Makers of MLPs, (B, T, D) → (B, T, D), by the name that an entry of `ivl.families.LLMS` gives"""
+"""Makers of MLPs, (B, T, D) → (B, T, D), by the name that an entry of `ivl.architecture.families.LLMS` gives"""
 
 
 def mlp_of(config: DecoderConfig, layer: int) -> str:

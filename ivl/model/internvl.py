@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ivl.config import Config
-from ivl.families import llm_family
+from ivl.architecture.config import Config
+from ivl.architecture.families import llm_family
 from ivl.finetune.neftune import add_noise
 from ivl.model.attention import AttentionKernel, choose_kernel
 from ivl.model.decoder import DecoderConfig, LanguageModel
 from ivl.model.efficient import install
-from ivl.model.experts import RouterLoads
 from ivl.model.image_tokens import check_image_tokens
 from ivl.model.loss import CHUNK, Output, losses, supervised_indices
+from ivl.model.moe.experts import RouterLoads
 from ivl.model.parts import ModelParts
 from ivl.model.projector import build_projector, pixel_shuffle
 from ivl.model.sequence_layout import layout_of
@@ -124,7 +124,7 @@ class InternVL(ModelParts):
         `loss_weights` (B, T): how much each supervised token counts. `loss_chunk`: supervised tokens whose logits
         exist at the same time, so memory does not grow with vocabulary x length. `label_smoothing`: share of each
         target that is spread evenly over the vocabulary. `return_router_load`: count how tokens, padding left out, go
-        to the experts of a mixture (`ivl.model.experts.balancing_loss` takes it).
+        to the experts of a mixture (`ivl.model.moe.experts.balancing_loss` takes it).
         Raises UserError where image tokens and tiles disagree.
         """
         language = self.language_model

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.model.decoder import LanguageModel
 from ivl.model.vision import InternViT
 

@@ -55,7 +55,7 @@ class Rope:
 
     @classmethod
     def from_llm(cls, raw: dict[str, Any]) -> Rope:
-        """Read the rotary settings of an `llm_config` that `ivl.config_fields` has checked."""
+        """Read the rotary settings of an `llm_config` that `ivl.architecture.config_fields` has checked."""
         values = rope_parameters(raw)
         kind, theta = values["rope_type"], float(values.get("rope_theta", cls.theta))
         factor = float(values.get("factor", 1.0))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ivl.config import VisionConfig
+from ivl.architecture.config import VisionConfig
 from ivl.model.layers import ACTIVATIONS, RMSNorm
 from ivl.types import IMAGENET_MEAN, IMAGENET_STD
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ivl.errors import UserError
-from ivl.picture_file import MAX_PIXELS, MAX_SIDE
+from ivl.storage.picture_file import MAX_PIXELS, MAX_SIDE
 
 Sample = Literal["middle", "random"]
 Backend = Literal["pyav", "decord"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import InternVLForConditionalGeneration
 
+from ivl.architecture.hf_config import released_config
 from ivl.checkpoint.hf_layout import hf_config
 from ivl.checkpoint.weights import save_weights
-from ivl.hf_config import released_config
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.model.rows import padded, rows

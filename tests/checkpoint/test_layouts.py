@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from ivl.architecture.config import Config
+from ivl.architecture.families import LLMS
 from ivl.checkpoint.layouts import groups, layout_of, to_stored
 from ivl.checkpoint.weights import Files
-from ivl.config import Config
-from ivl.families import LLMS
 from tests.tiny import FAMILIES, TOWERS, config, random_state
 
 

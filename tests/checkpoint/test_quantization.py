@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ivl.architecture.config import Config
 from ivl.checkpoint import quantization as quant
 from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.quantized_experts import QuantizedExperts
 from ivl.commands.export import export
-from ivl.config import Config
-from ivl.finetune import peft_adapter as adapter
 from ivl.finetune import tune
-from ivl.model.experts import GroupedLinear
+from ivl.finetune.adapter import peft_adapter as adapter
 from ivl.model.internvl import InternVL
+from ivl.model.moe.experts import GroupedLinear
 from ivl.options import LoRA, Tune
 from ivl.types import UserError
 from tests.model.rows import padded, rows

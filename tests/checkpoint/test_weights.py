@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ivl.architecture.families import llm_family
 from ivl.checkpoint.weights import Files, load_weights, save_weights
-from ivl.families import llm_family
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.tiny import FAMILIES, TOWERS, write_checkpoint

@@ -20,7 +20,7 @@ from ivl import Chat, InternVL, Processor
 from ivl.__main__ import main
 from ivl.chat import Settings
 from ivl.commands.chat import LINE, Session, chat, printable
-from ivl.finetune.peft_adapter import save_adapter
+from ivl.finetune.adapter.peft_adapter import save_adapter
 from ivl.finetune.tune import apply
 from ivl.options import FetchPolicy, LoRA, MediaPolicy, Tune
 from ivl.types import Conversation, Message

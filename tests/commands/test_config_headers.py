@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ivl.architecture.config import Config
+from ivl.architecture.families import MODELS, config_for, find_model
 from ivl.commands.config_headers import body, header, new_config, recipes, simulated
 from ivl.commands.models import config_of, memory
-from ivl.config import Config
 from ivl.estimate.training_step import ShallowModel, TrainSetup
-from ivl.families import MODELS, config_for, find_model
 from ivl.options import LoRA, Tune
 
 REPO = Path(__file__).resolve().parents[2]

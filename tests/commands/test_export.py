@@ -14,8 +14,8 @@ import ivl.commands.export as exporting
 from ivl.commands.export import export, main
 from ivl.commands.export_verify import Probe, difference
 from ivl.data.processor import Processor
-from ivl.finetune import peft_adapter as adapter
 from ivl.finetune import tune
+from ivl.finetune.adapter import peft_adapter as adapter
 from ivl.model.internvl import InternVL
 from ivl.options import Blocks, LoRA, Tune
 from ivl.types import UserError

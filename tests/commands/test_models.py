@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ivl.architecture.config import Config
+from ivl.architecture.families import MODELS, VARIANTS, config_for, find_model
 from ivl.commands.models import config_of, main, memory
-from ivl.config import Config
 from ivl.estimate.training_step import ShallowModel, TrainSetup
-from ivl.families import MODELS, VARIANTS, config_for, find_model
 from ivl.hub.unsupported import UNSUPPORTED
 from ivl.options import LoRA, Tune
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ivl.__main__ import main as command
+from ivl.architecture.families import find_model
 from ivl.commands.export import export
 from ivl.commands.plan import _size, main, report
-from ivl.families import find_model
 from ivl.lit.datamodule import IvlData
 from ivl.types import UserError
 from tests.lit.rows import write_rows

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ivl.data.cache import default_cache
-from ivl.files import atomic_file
+from ivl.storage.files import atomic_file
 
 
 def test_the_folder_follows_the_xdg_rules(monkeypatch, tmp_path):

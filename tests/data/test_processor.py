@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ivl.config import Config
+from ivl.architecture.config import Config
+from ivl.architecture.families import find_model
 from ivl.data.processor import Processor, TooLong
 from ivl.data.text.template import SYSTEM_2_5
 from ivl.data.text.tokenizer import Tokenizer
 from ivl.data.truncation import changes
-from ivl.families import find_model
 from ivl.options import ProcessorOptions, VideoOptions
 from ivl.types import IGNORE, UserError
 from tests.tiny import write_checkpoint

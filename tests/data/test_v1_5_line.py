@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
+from ivl.architecture.families import INTERNLM_SYSTEM, PHI3_SYSTEM
 from ivl.commands.export import export
 from ivl.data.processor import Processor
-from ivl.families import INTERNLM_SYSTEM, PHI3_SYSTEM
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
 

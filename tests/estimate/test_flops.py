@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.estimate import flops
 from ivl.estimate.flops import Costs, Work, costs, model_costs
 from ivl.estimate.training_step import TrainSetup

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ivl.config import Config
+from ivl.architecture.config import Config
+from ivl.architecture.families import config_for, find_model
 from ivl.estimate.hardware import TILES, TOKENS
 from ivl.estimate.inference import cache_bytes, tower_bytes
 from ivl.estimate.training_step import MemTracker, faked
-from ivl.families import config_for, find_model
 from ivl.inference.kv_cache import KVCache
 from ivl.model.internvl import InternVL
 

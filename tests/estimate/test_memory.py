@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ivl.config import Config
+from ivl.architecture.config import Config
+from ivl.architecture.families import config_for, find_model
 from ivl.estimate.memory import memory_needed, split_sizes, state_bytes
 from ivl.estimate.training_step import BatchShape, MemTracker, ShallowModel, TrainSetup
-from ivl.families import config_for, find_model
 from ivl.finetune import tune
 from ivl.model.internvl import InternVL
 from ivl.options import Blocks, LoRA, Tune

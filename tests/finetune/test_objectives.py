@@ -8,7 +8,7 @@ import torch
 
 from ivl.data.processor import Processor
 from ivl.finetune.objectives import DPO, MEASURES, MPO, PairLogProbs, Preference, PreferenceObjective
-from ivl.lit.preference import means
+from ivl.lit.training.preference import means
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.finetune.record_trl import CASES, GRADIENTS, RECORDED, batch_of, folders, record

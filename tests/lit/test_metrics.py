@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ivl.lit.answering import name_rows
 from ivl.lit.metrics import CAPTIONS, Scores, check_metrics, score, scores_table, summary
+from ivl.lit.prediction.answering import name_rows
 from ivl.types import Conversation, Message, UserError
 
 

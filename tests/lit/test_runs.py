@@ -40,7 +40,10 @@ def config(base: Path, root: Path, **changes) -> Path:
             "pretrained": str(base / "model"),
             "tune": {"vision_model": "full", "mlp1": "full", "language_model": "full"},
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}},
-            "schedule": {"class_path": "ivl.lit.schedule.Warmup", "init_args": {"warmup": 0, "decay": "constant"}},
+            "schedule": {
+                "class_path": "ivl.lit.schedule.Warmup",
+                "init_args": {"warmup": 0, "decay": "constant"},
+            },
             "generation": {"max_new_tokens": 4},
         },
         "data": {

@@ -8,8 +8,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ivl.architecture.config_fields import ACTIVATIONS
 from ivl.checkpoint.hf_layout import llm_config
-from ivl.config_fields import ACTIVATIONS
 from ivl.inference.kv_cache import Append, KVCache, Prefill
 from ivl.model.attention import visible
 from ivl.model.decoder import MLPS, DecoderConfig, LanguageModel

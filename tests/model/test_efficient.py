@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ivl.architecture.families import LLMS
 from ivl.estimate.training_step import MemTracker
-from ivl.families import LLMS
 from ivl.finetune.tune import apply
 from ivl.model import attention
 from ivl.model.efficient import layer_scale

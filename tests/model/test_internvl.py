@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import normalize as torchvision_normalize
 
+from ivl.architecture.config import Config, read_json
+from ivl.architecture.families import llm_family
 from ivl.checkpoint.layouts import groups
-from ivl.config import Config, read_json
 from ivl.estimate.training_step import MemTracker
-from ivl.families import llm_family
 from ivl.model.internvl import InternVL
 from ivl.model.projector import pixel_shuffle
 from ivl.model.vision import normalize

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ivl.architecture.config import Config, read_json
 from ivl.checkpoint.hf_layout import llm_config
 from ivl.checkpoint.weights import Files, load_weights
-from ivl.config import Config, read_json
 from ivl.model import attention as attention_module
 from ivl.model.attention import choose_kernel, visible
 from ivl.model.internvl import InternVL

@@ -31,10 +31,10 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 @pytest.fixture(params=FAMILIES)
 def family(request, monkeypatch) -> tuple[str, ModuleType, ModuleType]:
-    """Name of a family, and the modules `ivl.families` and `ivl.model.decoder` with its diff applied."""
+    """Name of a family, and the modules `ivl.architecture.families` and `ivl.model.decoder` with its diff applied."""
     sources = applied(next(text for text in DIFFS if request.param in text))
     modules = []
-    for name in ("ivl.families", "ivl.model.layers", "ivl.model.decoder"):
+    for name in ("ivl.architecture.families", "ivl.model.layers", "ivl.model.decoder"):
         path = name.replace(".", "/") + ".py"
         module = ModuleType(name)
         monkeypatch.setitem(sys.modules, name, module)

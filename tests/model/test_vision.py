@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from ivl.architecture.config import Config, VisionConfig, read_json
 from ivl.checkpoint.weights import Files, load_weights
-from ivl.config import Config, VisionConfig, read_json
 from ivl.model.internvl import InternVL
 from ivl.model.vision import KERNELS, DropPath, InternViT
 from tests.tiny import TOWERS

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ivl.architecture.config import Config
+from ivl.architecture.families import MODELS, config_for
 from ivl.checkpoint import quantization as quant
 from ivl.checkpoint.weights import Files
-from ivl.config import Config
 from ivl.estimate.hardware import TILES
-from ivl.families import MODELS, config_for
 from ivl.inference import decoding
 from ivl.inference.kv_cache import KVCache
 from ivl.model import decoder, vision

@@ -26,8 +26,8 @@ except ImportError:
     import httpcore
 
 from ivl.data.cache import default_cache, written
-from ivl.files import atomic_file
 from ivl.options.media import FetchPolicy
+from ivl.storage.files import atomic_file
 from ivl.types import UserError
 
 _HEADERS = {"User-Agent": "ivl", "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}

@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.data.cache import go_without
-from ivl.files import atomic_path
+from ivl.storage.files import atomic_path
 
 _SUFFIX = ".safetensors"
 SETTLED = 2.0

@@ -24,7 +24,7 @@ from ivl.data.media.pixels import deep_png, to_rgb
 from ivl.data.media.source import HEAD, content, describe, is_url, kind_of, open_source
 from ivl.data.media.video import VideoFile, VideoInfo, sample_indices
 from ivl.options.media import MediaPolicy, Sampling
-from ivl.picture_file import FORMATS, MAX_BYTES, check_jpeg, check_size, open_picture
+from ivl.storage.picture_file import FORMATS, MAX_BYTES, check_jpeg, check_size, open_picture
 from ivl.types import UserError
 
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ivl.data.media.download import fetch
 from ivl.options import FetchPolicy
-from ivl.picture_file import open_regular
+from ivl.storage.picture_file import open_regular
 from ivl.types import UserError
 
 HEAD = 512

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.data.media import load as media
 from ivl.data.media import tiling as tiles
 from ivl.data.media.feature_store import FeatureStore

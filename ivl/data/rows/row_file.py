@@ -22,8 +22,8 @@ import numpy as np
 
 from ivl.data.cache import default_cache, written
 from ivl.data.rows.json_line import loads
-from ivl.files import atomic_file, file_digest
 from ivl.options.data import FileLimits
+from ivl.storage.files import atomic_file, file_digest
 from ivl.types import UserError, printable
 
 _CHUNK = 1 << 20

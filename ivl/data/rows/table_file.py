@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from ivl.data.cache import default_cache, optional, written
 from ivl.data.rows.row_file import expansion_limit
-from ivl.files import atomic_file, file_digest, write_text
 from ivl.options import FileLimits
-from ivl.parquet import import_pyarrow
+from ivl.storage.files import atomic_file, file_digest, write_text
+from ivl.storage.parquet import import_pyarrow
 from ivl.types import UserError, printable
 
 if TYPE_CHECKING:

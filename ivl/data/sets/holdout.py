@@ -12,8 +12,8 @@ import numpy as np
 
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset, digests
-from ivl.files import atomic_file
 from ivl.options import FileLimits
+from ivl.storage.files import atomic_file
 from ivl.types import UserError
 
 NAME = "validation-split"

@@ -27,10 +27,10 @@ from ivl.data.cache import default_cache, writable
 from ivl.data.media.download import fetch
 from ivl.data.media.source import HEAD, kind_of
 from ivl.data.rows.row_file import load_rows
-from ivl.files import file_digest
 from ivl.hub import huggingface, modelscope
 from ivl.options import FetchPolicy
-from ivl.parquet import parquet_rows
+from ivl.storage.files import file_digest
+from ivl.storage.parquet import parquet_rows
 from ivl.types import UserError
 
 Row = dict[str, Any]

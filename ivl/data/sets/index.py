@@ -36,7 +36,7 @@ from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.media_stamps import MediaStamps
 from ivl.data.truncation import CHANGES, changes
 from ivl.data.worker_loader import WorkerLoader
-from ivl.files import atomic_file, write_text
+from ivl.storage.files import atomic_file, write_text
 from ivl.types import UserError, printable
 
 _FORMAT = 6

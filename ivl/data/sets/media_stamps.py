@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ivl.data.media.source import is_url
-from ivl.files import atomic_file
+from ivl.storage.files import atomic_file
 from ivl.types import Media
 
 Stamp = tuple[int, int, int]

@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ivl.config import Config, read_json
+from ivl.architecture.config import Config, read_json
 from ivl.data.text.template import TEMPLATES, Template, Thoughts, written
 from ivl.data.text.tokenizer import Tokenizer
 from ivl.reasoning import BEGUN, CLOSED, CLOSING

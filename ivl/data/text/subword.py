@@ -16,7 +16,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, models, pre_tokenizers
 
-from ivl.config import read_json
+from ivl.architecture.config import read_json
 from ivl.types import UserError
 
 QWEN2_WORDS = (

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivl.config import read_json
+from ivl.architecture.config import read_json
 from ivl.data.text.subword import CONTROL, Engine, SentencePieceEngine, json_engine, qwen2_engine
 from ivl.types import UserError
 

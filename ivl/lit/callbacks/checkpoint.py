@@ -27,8 +27,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from ivl.checkpoint.ckpt_file import read_ckpt, trained_state
-from ivl.finetune import peft_adapter as adapting
 from ivl.finetune import tune as tuning
+from ivl.finetune.adapter import peft_adapter as adapting
 from ivl.lit.run.monitored_metric import best_mode, check_monitors, check_open_monitors
 from ivl.lit.run.position import VALIDATION_DUE, Position, begin_with_validation, micro_batches_pending, validation_due
 from ivl.lit.run.random_state import random_state, set_random_state, state_of_rank

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ivl.model.experts import balancing_loss
+from ivl.model.moe.experts import balancing_loss
 
 
 class ExpertLoad:

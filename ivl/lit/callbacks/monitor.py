@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ivl.estimate.flops import Work, model_costs
 from ivl.estimate.hardware import Device, find_device
-from ivl.files import write_text
 from ivl.finetune.param_groups import groups_table
 from ivl.finetune.tune import adapted, table
 from ivl.lit.callbacks.expert_load import ExpertLoad
-from ivl.lit.preference import means
+from ivl.lit.training.preference import means
 from ivl.lit.types import RunModule, as_lit
+from ivl.storage.files import write_text
 from ivl.types import Batch, Conversation
 
 

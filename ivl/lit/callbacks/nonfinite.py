@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ivl.lit.loss_normalizer import LossNormalizer
+from ivl.lit.training.loss_normalizer import LossNormalizer
 from ivl.types import Batch, Conversation, UserError, row_names
 
 log = logging.getLogger(__name__)

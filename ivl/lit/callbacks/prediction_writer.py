@@ -22,10 +22,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from ivl.data.sets.index import fingerprint
-from ivl.files import atomic_file, write_json
-from ivl.lit.prediction_rows import Row
+from ivl.lit.prediction.prediction_rows import Row
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.types import RunModule, as_data, as_lit, data_of
+from ivl.storage.files import atomic_file, write_json
 from ivl.types import UserError
 
 if sys.platform != "win32":  # where two programs that write the same file are not told apart

@@ -16,11 +16,11 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from ivl.architecture.families import find_model
 from ivl.data.sets.sources import is_meta
-from ivl.families import find_model
-from ivl.files import file_digest
 from ivl.finetune.tune import PARTS, scale_alpha
 from ivl.options import LoRA, Tune
+from ivl.storage.files import file_digest
 from ivl.types import UserError, first_few, shortened
 
 Experiment = dict[str, Any]

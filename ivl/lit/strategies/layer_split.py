@@ -11,7 +11,7 @@ from torch import nn
 
 from ivl.estimate.memory import split_sizes
 from ivl.estimate.training_step import ShallowModel, TrainSetup
-from ivl.lit.largest import largest_batch
+from ivl.lit.training.largest import largest_batch
 from ivl.lit.types import RunModule, as_lit, data_of
 from ivl.parallel.device_map import Sizes
 from ivl.types import UserError

@@ -7,9 +7,9 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from ivl.finetune import peft_adapter as adapting
 from ivl.finetune import tune as tuning
-from ivl.finetune.adapter_training import continue_adapter
+from ivl.finetune.adapter import peft_adapter as adapting
+from ivl.finetune.adapter.adapter_training import continue_adapter
 from ivl.lit.strategies.deepspeed import is_zero, unpartitioned_init
 from ivl.lit.strategies.layer_split import LayerSplit
 from ivl.lit.strategies.precision import weight_dtype

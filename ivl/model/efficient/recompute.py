@@ -36,9 +36,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ivl.model import experts, layers
+from ivl.model import layers
 from ivl.model.attention import joined
 from ivl.model.layers import adopted, autocast_dtype, is_sharded
+from ivl.model.moe import experts
 
 if TYPE_CHECKING:
     from ivl.model.parts import ModelParts

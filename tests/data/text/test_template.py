@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.data.rows.formats import parse
 from ivl.data.text.template import (
     TEMPLATES,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ivl.config import Config
+from ivl.architecture.config import Config
 from ivl.estimate.flops import Work
 from ivl.estimate.hardware import Device
 from ivl.lit.callbacks import monitor

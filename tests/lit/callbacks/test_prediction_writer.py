@@ -19,7 +19,7 @@ from ivl.__main__ import main
 from ivl.data.processor import Processor
 from ivl.inference.request import row_seed
 from ivl.lit.callbacks.prediction_writer import PredictionShards
-from ivl.lit.prediction_rows import answered
+from ivl.lit.prediction.prediction_rows import answered
 from ivl.model.internvl import InternVL
 from ivl.options import GenerationOptions
 from ivl.types import UserError

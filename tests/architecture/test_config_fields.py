@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from ivl.architecture.config import Config
+from ivl.architecture.config_fields import LLM, ROPE, TOP, VISION
+from ivl.architecture.hf_config import read_config
 from ivl.checkpoint.hf_layout import hf_config
-from ivl.config import Config
-from ivl.config_fields import LLM, ROPE, TOP, VISION
 from ivl.data.processor import Processor
-from ivl.hf_config import read_config
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.tiny import FAMILIES, write_checkpoint

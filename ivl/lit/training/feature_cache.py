@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from ivl.architecture.config import Config
 from ivl.checkpoint.fingerprint import fingerprint
-from ivl.config import Config
 from ivl.data.media.feature_store import FeatureStore, bytes_needed
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture

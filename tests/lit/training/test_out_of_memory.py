@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ivl.lit.out_of_memory import out_of_memory
+from ivl.lit.training.out_of_memory import out_of_memory
 from ivl.types import Batch, UserError
 from tests.lit.callbacks.test_nonfinite import rows
 

@@ -13,8 +13,8 @@ from ivl.inference.engine import Engine
 from ivl.inference.graphs import StepRunner
 from ivl.inference.request import Request, row_seed
 from ivl.inference.sampling import Answer, NotFinite, StoppingCriteria
-from ivl.lit.prediction_rows import Row, answered, failed
-from ivl.lit.prompts import Prompt
+from ivl.lit.prediction.prediction_rows import Row, answered, failed
+from ivl.lit.prediction.prompts import Prompt
 from ivl.model.efficient.compile import uncompiled
 from ivl.model.internvl import InternVL
 from ivl.options import Batching, GenerationOptions

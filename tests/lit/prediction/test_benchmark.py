@@ -8,7 +8,7 @@ import pytest
 from ivl.__main__ import main
 from ivl.data.rows.formats import parse
 from ivl.eval.tasks import TASKS
-from ivl.lit.benchmark import rows_file, score_fields, settings
+from ivl.lit.prediction.benchmark import rows_file, score_fields, settings
 from ivl.types import UserError
 from tests.eval import official
 from tests.tiny import write_checkpoint

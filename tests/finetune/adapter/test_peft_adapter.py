@@ -7,9 +7,9 @@ import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file
 
-from ivl.families import llm_family
-from ivl.finetune import peft_adapter as adapter
+from ivl.architecture.families import llm_family
 from ivl.finetune import tune
+from ivl.finetune.adapter import peft_adapter as adapter
 from ivl.model.internvl import InternVL
 from ivl.options import Blocks, LoRA, Tune
 from ivl.types import UserError

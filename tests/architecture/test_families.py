@@ -2,10 +2,10 @@
 
 import pytest
 
-from ivl.backbones import BACKBONES, Backbone
-from ivl.config import Config
+from ivl.architecture.backbones import BACKBONES, Backbone
+from ivl.architecture.config import Config
+from ivl.architecture.families import LLMS, MODELS, TOWERS, VARIANTS, config_for, find_model
 from ivl.data.text.template import TEMPLATES
-from ivl.families import LLMS, MODELS, TOWERS, VARIANTS, config_for, find_model
 from ivl.model.internvl import InternVL
 
 REPORT_2_5 = "InternVL 2.5 report, arXiv 2412.05271, table 2"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ivl.data.processor import Processor
 from ivl.data.rows.grounding import parse_boxes
-from ivl.lit.benchmark import score_fields
+from ivl.lit.prediction.benchmark import score_fields
 from ivl.reasoning import split_reasoning
 from ivl.types import Conversation
 

@@ -7,7 +7,7 @@ and A (rank, columns) of an update scale · B A:
     several layers → one fused   ranks add up: the As one above the other, the Bs in columns of their own
     one fused layer → several    each gets its rows of B, and the whole A
 
-`ivl.finetune.adapters` is the way back.
+`ivl.finetune.adapter.adapters` is the way back.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ivl.architecture.families import llm_family
 from ivl.checkpoint.layouts import Group, groups
-from ivl.families import llm_family
-from ivl.files import atomic_path
-from ivl.finetune.adapters import PREFIX, LowRank
-from ivl.finetune.expert_adapters import stacked_tensors
+from ivl.finetune.adapter.adapters import PREFIX, LowRank
+from ivl.finetune.adapter.expert_adapters import stacked_tensors
 from ivl.finetune.tune import (
     EMBEDDINGS,
     FSDP_PREFIX,
@@ -40,6 +39,7 @@ from ivl.finetune.tune import (
 from ivl.finetune.tune import trainable_state as trained_tensors
 from ivl.model.parts import ADAPTER
 from ivl.options import LoRA, Tune
+from ivl.storage.files import atomic_path
 from ivl.types import UserError
 
 if TYPE_CHECKING:

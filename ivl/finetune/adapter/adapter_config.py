@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ivl.config import read_json
+from ivl.architecture.config import read_json
 from ivl.hub.hints import check_adapter_folder
 from ivl.types import UserError, first_few, shortened
 

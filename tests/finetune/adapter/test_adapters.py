@@ -9,13 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ivl.architecture.hf_config import read_config
 from ivl.checkpoint.hf_layout import hf_config
 from ivl.checkpoint.layouts import to_stored
 from ivl.checkpoint.weights import Files, save_weights
 from ivl.commands.export import export
-from ivl.finetune import peft_adapter
-from ivl.finetune.adapter_config import NO_EFFECT, READ, REFUSED
-from ivl.hf_config import read_config
+from ivl.finetune.adapter import peft_adapter
+from ivl.finetune.adapter.adapter_config import NO_EFFECT, READ, REFUSED
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.model.rows import padded, rows

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ivl.config import Config
-from ivl.model import grouped
-from ivl.model.experts import ExpertMLP, ExpertsConfig, GroupedLinear, Order, balancing_loss, sparse_layers
-from ivl.model.grouped import grouped_linear
+from ivl.architecture.config import Config
 from ivl.model.internvl import InternVL
+from ivl.model.moe import grouped
+from ivl.model.moe.experts import ExpertMLP, ExpertsConfig, GroupedLinear, Order, balancing_loss, sparse_layers
+from ivl.model.moe.grouped import grouped_linear
 from ivl.types import UserError
 from tests.model.conftest import Recorded
 from tests.model.rows import packed, padded, rows

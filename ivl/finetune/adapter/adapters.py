@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ivl.architecture.config import Config
 from ivl.checkpoint.layouts import LAYOUTS, Group, groups
 from ivl.checkpoint.quantized_experts import EXPERT_LAYERS
-from ivl.config import Config
-from ivl.finetune.adapter_config import AdapterConfig
-from ivl.finetune.expert_adapters import stacked_pair, unstacked_names
+from ivl.finetune.adapter.adapter_config import AdapterConfig
+from ivl.finetune.adapter.expert_adapters import stacked_pair, unstacked_names
 from ivl.finetune.tune import EMBEDDINGS, is_tied, part_of
 from ivl.model.parts import ADAPTER
 from ivl.types import UserError, first_few
@@ -276,7 +276,7 @@ def _pairs(halves: dict[tuple[str, str], tuple[str, Tensor]], config: AdapterCon
 
 def _ranks(halves: list[Tensor], dora: bool) -> list[Tensor]:
     """Masks of the ranks that each layer of a fused one needs: its share where each rank belongs to one layer, as
-    `ivl.finetune.adapter_writer` fuses them; otherwise all.
+    `ivl.finetune.adapter.adapter_writer` fuses them; otherwise all.
 
     No rank for a layer that is not adapted; all under `dora`, which has a magnitude for each layer."""
     used = torch.stack([half.ne(0).any(0) for half in halves])

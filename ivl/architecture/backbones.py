@@ -1,6 +1,6 @@
 """Dimensions of the language models inside the releases.
 
-`ivl.families` names the releases.
+`ivl.architecture.families` names the releases.
 """
 
 from __future__ import annotations

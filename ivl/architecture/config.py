@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ivl import config_fields
+from ivl.architecture import config_fields
 from ivl.errors import UserError
 
 
@@ -88,7 +88,7 @@ class Config:
 
     @property
     def llm_architecture(self) -> str:
-        """Architecture of the language model, by `llm_config.architectures`; a key of `ivl.families.LLMS`."""
+        """Architecture of the language model, by `llm_config.architectures`; a key of `families.LLMS`."""
         names = self.llm.get("architectures") or ["?"]
         return names[0]
 

@@ -5,9 +5,9 @@
              → `experts.gate_up_proj` → act(gate) · up · weight → `experts.down_proj`
              → the rows of a token added up (T, D)
 
-The weights of all experts of a layer are one tensor, and one operation computes with it (`ivl.model.grouped`). So every
-process of a sharded run gathers the same tensors in the same order, whichever experts its own tokens go to; with a
-module for each expert, which a process calls or does not, the processes wait for one another for ever.
+The weights of all experts of a layer are one tensor, and one operation computes with it (`ivl.model.moe.grouped`). So
+every process of a sharded run gathers the same tensors in the same order, whichever experts its own tokens go to; with
+a module for each expert, which a process calls or does not, the processes wait for one another for ever.
 
 Sources: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Switch Transformer (https://arxiv.org/abs/2101.03961)
 for the auxiliary loss, Qwen3 (https://arxiv.org/abs/2505.09388).
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ivl.model.grouped import grouped_linear
 from ivl.model.layers import autocast_dtype
+from ivl.model.moe.grouped import grouped_linear
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ExpertsConfig:
 
     @classmethod
     def from_llm(cls, raw: Mapping[str, Any]) -> ExpertsConfig:
-        """Read the fields of an `llm_config` that `ivl.config_fields` has checked."""
+        """Read the fields of an `llm_config` that `ivl.architecture.config_fields` has checked."""
         return cls(
             count=raw["num_experts"],
             per_token=raw["num_experts_per_tok"],

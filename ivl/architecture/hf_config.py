@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ivl.config import Config, read_json
-from ivl.config_fields import LLM as LLM_FIELDS
-from ivl.config_fields import VISION as VISION_FIELDS
-from ivl.config_fields import check_part, shown
+from ivl.architecture.config import Config, read_json
+from ivl.architecture.config_fields import LLM as LLM_FIELDS
+from ivl.architecture.config_fields import VISION as VISION_FIELDS
+from ivl.architecture.config_fields import check_part, shown
+from ivl.architecture.families import LLMS
 from ivl.errors import UserError
-from ivl.families import LLMS
 
 ARCHITECTURE = "InternVLForConditionalGeneration"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivl.finetune import tune as tuning
-from ivl.finetune.adapters import Adapter
-from ivl.finetune.peft_adapter import other_base, put_adapter, read_adapter
+from ivl.finetune.adapter.adapters import Adapter
+from ivl.finetune.adapter.peft_adapter import other_base, put_adapter, read_adapter
 from ivl.finetune.tune import PARTS, How, part_of, scale_alpha, target_names, used_blocks
 from ivl.options import Blocks, LoRA, Tune
 from ivl.types import UserError

@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ivl.families import find_model
-from ivl.finetune import adapters
-from ivl.finetune.adapter_config import AdapterConfig
-from ivl.finetune.adapter_writer import DIGEST, WEIGHTS, digest
-from ivl.finetune.adapter_writer import save_adapter as save_adapter
-from ivl.finetune.adapters import Adapter
+from ivl.architecture.families import find_model
+from ivl.finetune.adapter import adapters
+from ivl.finetune.adapter.adapter_config import AdapterConfig
+from ivl.finetune.adapter.adapter_writer import DIGEST, WEIGHTS, digest
+from ivl.finetune.adapter.adapter_writer import save_adapter as save_adapter
+from ivl.finetune.adapter.adapters import Adapter
 from ivl.finetune.tune import PARTS, adapted, inject
 from ivl.model.parts import ADAPTER
 from ivl.parallel.devices import check_at_hand

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from ivl.backbones import BACKBONES, Backbone
-from ivl.config import Config, VisionConfig
+from ivl.architecture.backbones import BACKBONES, Backbone
+from ivl.architecture.config import Config, VisionConfig
 from ivl.errors import UserError
 
 
@@ -167,7 +167,7 @@ class ReleasedModel:
 def config_for(row: ReleasedModel) -> dict[str, Any]:
     """Make a config.json with a released model's dimensions, for counting and planning without its files.
 
-    `ivl.config.Config.from_dict` reads it. Loading weights takes the checkpoint's own file, which says more.
+    `Config.from_dict` reads it. Loading weights takes the checkpoint's own file, which says more.
     """
     vision = {f.name: getattr(row.vision, f.name) for f in fields(row.vision)}
     stored = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}} if row.int8 else {}

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ivl.architecture.families import llm_family
 from ivl.checkpoint.layouts import to_stored
 from ivl.commands.export import export
-from ivl.families import llm_family
-from ivl.finetune import peft_adapter, tune
-from ivl.finetune.adapter_writer import save_adapter
+from ivl.finetune import tune
+from ivl.finetune.adapter import peft_adapter
+from ivl.finetune.adapter.adapter_writer import save_adapter
 from ivl.model.internvl import InternVL
 from ivl.options import Blocks, LoRA, Tune
 from ivl.types import UserError

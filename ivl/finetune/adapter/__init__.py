@@ -1,0 +1,1 @@
+"""LoRA adapters: config, training, files, PEFT layout."""

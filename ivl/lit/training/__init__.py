@@ -1,0 +1,1 @@
+"""Training steps: schedule, loss denominator, preferences, feature cache, lack of memory."""
