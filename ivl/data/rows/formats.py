@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from ivl.data.rows import grounding
 from ivl.data.rows.keys import REFUSED, check_row_weight, is_prefix, is_trained, thought_of
-from ivl.data.rows.preferences import has_answers, rejected_row
+from ivl.data.rows.preferences import answers, has_answers
 from ivl.data.rows.row_reader import Kind, Row, RowReader, nothing, optional_name, optional_text, text_of
 from ivl.system_text import NONE, system_text
 from ivl.types import TRUTH, Conversation, Media, Message, UserError, plural
@@ -83,7 +83,7 @@ def parse(
     """
     settings = where, root, size, compact_boxes, reorient
     try:
-        other = rejected_row(row)
+        row, other = answers(row)
         conversation = _parse(row, *settings)
         return conversation if other is None else replace(conversation, rejected=_rejected(other, settings))
     except UserError as error:
@@ -92,9 +92,12 @@ def parse(
 
 def _rejected(row: Row, settings: tuple[Any, ...]) -> Conversation:
     try:
-        return _parse(row, *settings)
+        conversation = _parse(row, *settings)
+        if conversation.messages[-1].role == "user":
+            raise UserError("is missing; expected an assistant's turn at the end")
     except UserError as error:
         raise UserError(f"rejected answer: {error}") from None
+    return conversation
 
 
 def _parse(

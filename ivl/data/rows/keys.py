@@ -34,7 +34,7 @@ READ: dict[str, frozenset[str]] = {
     level: frozenset(keys)
     for level, keys in {
         "query": (*_ROW, "query", "response", "history", PREFIX, *THOUGHT, *REJECTED, *LOSS),
-        "conversations": (*_ROW, "conversations", *LOSS),
+        "conversations": (*_ROW, "conversations", *REJECTED, *LOSS),
         "messages": (*_ROW, "messages", *REJECTED, *LOSS),
         "question": (*_ROW, "question", "chosen", "rejected", *LOSS),
         "conversations turn": ("from", "value", PREFIX, *THOUGHT, *LOSS),
