@@ -1,0 +1,53 @@
+"""A run of version 0.1.0 goes on, answers and is exported: its files are read by this version."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ivl.__main__ import main
+from tests.lit.rows import write_rows
+from tests.tiny import write_checkpoint
+
+OLD = Path(__file__).parent / "version_0_1_0"
+BASE_SHA256 = "1c189a9d3effaa52221eb3778a8045e8123e4a2c11486faa46c9d420038e958d"
+"""Of the base's model.safetensors when the run was made: random weights of seed 0"""
+
+
+@pytest.fixture
+def old_run(tmp_path, monkeypatch) -> Path:
+    """The stopped run's folder, in a working directory with its model and rows."""
+    write_checkpoint(tmp_path / "base")
+    if hashlib.sha256((tmp_path / "base/model.safetensors").read_bytes()).hexdigest() != BASE_SHA256:
+        pytest.skip("this torch draws other random weights for the base of the recorded run")
+    write_rows(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("begun/version_0")
+    shutil.copytree(OLD, folder, ignore=shutil.ignore_patterns("adapter_of_four_steps", "README.md"))
+    return folder
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(old_run, capsys):
+    checkpoint = str(old_run / "checkpoints/last.ckpt")
+    assert main(["fit", "--config", str(old_run / "config.yaml"), "--ckpt_path", checkpoint]) == 0
+    assert "resumed at step 3" in "".join(capsys.readouterr())
+    resumed = load_file("begun/version_1/adapter/adapter_model.safetensors")
+    expected = load_file(OLD / "adapter_of_four_steps/adapter_model.safetensors")
+    assert resumed.keys() == expected.keys()
+    assert max((resumed[name] - expected[name]).abs().max().item() for name in expected) < 1e-6
+
+
+def test_rows_are_answered_by_it(old_run):
+    arguments = ["--ckpt_path", str(old_run / "checkpoints/last.ckpt"), "--data.predict", "data/train.jsonl"]
+    assert main(["predict", *arguments, "--predictions.file", "answers.jsonl"]) == 0
+    answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in answers] == list(range(12))
+    assert all(isinstance(line["response"], str) and "error" not in line for line in answers)
+
+
+def test_it_is_exported(old_run):
+    assert main(["export", "--run", str(old_run), "--out", "merged"]) == 0
+    assert Path("merged/config.json").is_file()
