@@ -33,8 +33,10 @@ WANTED = {
     "export",
     "from_ms_swift",
     "from_internvl",
+    "from_llama_factory",
     "models",
     "design",
+    "troubleshooting",
 }
 
 
@@ -194,6 +196,31 @@ def test_yaml_is_accepted_on_top_of_a_models_config(text, tmp_path, lightning, m
     assert isinstance(yaml.safe_load(text), dict)
     (tmp_path / "page.yaml").write_text(text)
     read_options(["fit", "--config", "internvl2_2b", "--config", str(tmp_path / "page.yaml")], lightning, monkeypatch)
+
+
+# -- messages --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def literals() -> list[str]:
+    """Texts in the package's source, with `…` for what an f-string fills in."""
+    texts = []
+    for path in sorted((REPO / "ivl").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+MESSAGES = re.findall(r"^\| `([^`]+)` \|", (REPO / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_is_one_of_the_program(message):
+    pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("…")), re.DOTALL)
+    assert any(pattern.search(text) for text in literals())
 
 
 # -- options, Python, links -------------------------------------------------------------------------------------------
