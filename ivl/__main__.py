@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             choose(hub_options.get("--hub"), hub_options.get("--token"), hub_options.get("--revision"))
         if COMMANDS[command][0] == "ivl.lit.cli":
             return _lightning(argv)
-        return importlib.import_module(COMMANDS[command][0]).main(argv[1:])
+        return run_command(command, argv[1:])
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `ivl models | head`: whoever reads has enough; Python flushes once more at its end
@@ -102,6 +102,14 @@ def _split_options(argv: list[str], options: tuple[str, ...]) -> tuple[list[str]
         else:
             rest.append(word)
     return rest, values
+
+
+def run_command(command: str, argv: list[str]) -> int:
+    """Run a command that is not Lightning's. Help and mistakes in options are answered before torch is imported."""
+    from ivl.cli import command_line
+
+    options = command_line.read(command, argv) if command in command_line.COMMAND_OPTIONS else argv
+    return 0 if options is None else importlib.import_module(COMMANDS[command][0]).main(options)
 
 
 def _lightning(argv: list[str]) -> int:

@@ -1,17 +1,15 @@
 """Shared types of `data/` and `model/`: Conversation, Example, Batch, UserError.
 
 Shapes: B rows, T tokens, N tiles of the whole batch, S pixels a side of a tile.
-`data/` makes these, `model/` reads them; neither imports the other.
+`data/` makes these, `model/` reads them; neither imports the other. torch is imported where tensors are made, so that
+what reads conversations or answers alone starts at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ivl.errors import UserError as UserError
 from ivl.errors import first_few as first_few
@@ -19,6 +17,10 @@ from ivl.errors import plural as plural
 from ivl.errors import printable as printable
 from ivl.errors import shortened as shortened
 from ivl.errors import text_table as text_table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IGNORE = -100
 """Label of a position that is not trained on (torch's own default for cross entropy)."""
@@ -106,7 +108,7 @@ class Conversation:
         return Conversation(**values | {"messages": self.messages[:-1], "reference": last.text, "rejected": None})
 
 
-Stored = tuple[str | None, int, Tensor | None]
+Stored: TypeAlias = "tuple[str | None, int, Tensor | None]"
 """Cache entry of an image or video: key in the feature cache, number of tiles, and features (tiles, P, C) if stored.
 
 A key of None: not to be stored."""
@@ -165,7 +167,7 @@ def nonzero_indices(mask_BT: Tensor) -> Tensor:
 
 def supervised_indices(labels_BT: Tensor) -> Tensor:
     """Flattened indices whose next token is supervised: (M,) int64. Waits for the labels' device."""
-    ahead_BT = torch.full_like(labels_BT, IGNORE)
+    ahead_BT = labels_BT.new_full(labels_BT.shape, IGNORE)
     ahead_BT[:, :-1] = labels_BT[:, 1:]
     return nonzero_indices(ahead_BT != IGNORE)
 
@@ -201,6 +203,8 @@ class SequenceLayout:
     @classmethod
     def of(cls, lengths: Tensor, size: int, packed: bool) -> SequenceLayout:
         """The layout of rows of `lengths`: of one pack of `size` tokens, or of rows padded on the right to `size`."""
+        import torch
+
         counts = tuple(count for count in lengths.tolist() if count)
         total, indices = sum(counts), None
         if packed and total < size:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from ivl import shipped
-from ivl.__main__ import COMMANDS
+from ivl.__main__ import COMMANDS, run_command
 from ivl.cli import preflight
 from ivl.data.rows.formats import parse
 from ivl.data.rows.json_line import loads
@@ -161,7 +161,7 @@ def read_options(argv: list[str], lightning, monkeypatch) -> None:
     if argv[0] == "plan":
         monkeypatch.setattr(cli, "read", lambda rest: lightning("fit").parse_args(["fit", *rest])["fit"])
     with pytest.raises(Understood):
-        importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+        run_command(argv[0], argv[1:])
 
 
 @pytest.mark.parametrize("line", named(COMMAND_LINES))

@@ -52,10 +52,11 @@ ALLOWED = {
     "ivl.data.rows": {*FLOOR_0, "ivl.data.rows", "ivl.data.media", "ivl.data.cache"},
     "ivl.data.media": {*FLOOR_0, "ivl.data.media", "ivl.data.rows", "ivl.data.cache", "ivl.data.workers", "ivl.data"},
     "ivl.data": {*FLOOR_0, "ivl.data"},
-    "ivl.cli": {"ivl.errors", "ivl.options", "ivl.cli"},
+    "ivl.cli": {"ivl.errors", "ivl.options", "ivl.cli", "ivl.eval.tasks", "ivl.estimate.hardware"},
     "ivl.run": {"ivl.errors", "ivl.options", "ivl.checkpoint", "ivl.data"},
     "ivl.eval": {
         "ivl.errors",
+        "ivl.options",
         "ivl.types",
         "ivl.architecture",
         "ivl.storage.files",

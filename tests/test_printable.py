@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from ivl.__main__ import main
+from ivl.__main__ import main, run_command
 from ivl.data.rows.row_file import RowFile
-from ivl.eval.score import main as score
 from ivl.types import UserError, printable
 from tests.tiny import write_checkpoint
 
@@ -68,7 +67,7 @@ def test_errors_and_scores_print_nothing_that_steers(model, tmp_path, capsys):
     assert len(lines) == 1 and not RAW & set(lines[0]) and "\\u202e" in lines[0]
     rows = [{"id": name, "response": "yes", "reference": "yes", "category": f"{name}\n{STEERING}"} for name in "ab"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert score([str(path), "--task", "pope", "--resamples", "5"]) == 0
+    assert run_command("score", [str(path), "--task", "pope", "--resamples", "5"]) == 0
     assert not RAW & set(capsys.readouterr().out)
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from ivl.__main__ import run_command
 from ivl.data.rows.grounding import parse_boxes
-from ivl.eval.score import main as score
 from ivl.reasoning import ReasoningStream, split_reasoning
 
 THOUGHT = "<think>\nWait, maybe A? The box [[1, 2, 3, 4]] is wrong. yes it is not.\n</think>\n\n"
@@ -69,7 +69,9 @@ def test_what_stands_before_the_answer_is_not_scored(tmp_path, task, rows, score
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row | {"id": str(n)}) + "\n" for n, row in enumerate(rows)))
     page = tmp_path / "page.html"
-    assert score([str(path), "--task", task, "--mode", mode, "--resamples", "10", "--html", str(page)]) == 0
+    assert (
+        run_command("score", [str(path), "--task", task, "--mode", mode, "--resamples", "10", "--html", str(page)]) == 0
+    )
     found = json.loads((tmp_path / "p.scores.json").read_text())
     assert found["files"][0]["score"] == scores
     assert ("it is not." in page.read_text()) == any("it is not." in row["response"] for row in rows)

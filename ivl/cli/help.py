@@ -137,16 +137,16 @@ def group_page(command: str, topic: str) -> str:
     return "\n".join([f"options of {command}: {topic}", "", *lines]) + "\n"
 
 
-def entry(option: Option, short: bool = False) -> list[str]:
-    """Return the lines of an option: name and type, and below them the help with its default. `short`: no more than
-    the first sentence and what is said of the default."""
+def entry(option: Option, short: bool = False, title: str = "") -> list[str]:
+    """Return the lines of an option: its title, and below it the help with the default. `short`: no more than the first
+    sentence and what is said of the default. `title`: instead of name and type."""
     width = min(110, max(60, shutil.get_terminal_size().columns))
     first, *others = re.split(r"(?<=\.) ", option.help)
     shown = [text for text in others if not short or text.startswith(("Default", "Unset"))]
     text = " ".join([first, *shown])
-    default = "" if option.default in ("", "None", "()") else f" (default: {option.default.strip(chr(39))})"
+    default = "" if option.default in ("", "None", "()", "[]", "''") else f" (default: {option.default.strip(chr(39))})"
     body = textwrap.wrap(text + default, width - 6, break_on_hyphens=False)
-    return [f"  --{option.name} {readable(option.type)}", *(f"      {line}" for line in body)]
+    return [f"  {title or f'--{option.name} {readable(option.type)}'}", *(f"      {line}" for line in body)]
 
 
 def readable(annotation: str) -> str:

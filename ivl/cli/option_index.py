@@ -73,7 +73,7 @@ def option_index() -> dict[str, Option]:
         for place in places:
             options += _signature(*place, group)
         if group == "data":
-            options += _fields(DataOptions, group)
+            options += field_options(DataOptions, group + ".")
     index: dict[str, Option] = {}
     for option in options:
         index.setdefault(option.name, option)
@@ -125,7 +125,7 @@ def _options(name: str, annotation: str, default: str, text: str) -> Iterator[Op
     yield Option(name, annotation, shown, " ".join(text.split()), has_parts=bool(others) or "dict" in words)
     if not annotation.startswith("list"):
         for kind in nested.values():
-            yield from _fields(kind, name)
+            yield from field_options(kind, name + ".")
 
 
 _CHOICES = {
@@ -137,7 +137,7 @@ _CHOICES = {
 """Name of a type of a few values → the values"""
 
 
-def _fields(kind: Any, group: str) -> Iterator[Option]:
+def field_options(kind: Any, prefix: str = "") -> Iterator[Option]:
     """Yield the fields of a dataclass of options."""
     helps: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
@@ -146,8 +146,9 @@ def _fields(kind: Any, group: str) -> Iterator[Option]:
         value, make = field.default, field.default_factory
         if value is dataclasses.MISSING and make is not dataclasses.MISSING:
             value = make()
+        value = str(value) if isinstance(value, Path) else value
         shown = "" if value is dataclasses.MISSING or dataclasses.is_dataclass(value) else repr(value)
-        yield from _options(f"{group}.{field.name}", str(field.type), shown, helps.get(field.name, ""))
+        yield from _options(f"{prefix}{field.name}", str(field.type), shown, helps.get(field.name, ""))
 
 
 def closest(name: str, among: Collection[str] = ()) -> str:

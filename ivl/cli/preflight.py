@@ -29,7 +29,7 @@ def check(command: str, argv: Sequence[str], further: Sequence[str] = ()) -> Non
     names = {name for name, _ in typed}
     for name in names - {*further}:
         if not is_known(name):
-            raise UserError(unknown(command, name))
+            raise UserError(unknown(command, name, further))
     for name, value in typed:
         if name == "model" and value and "{" not in value and not Path(value).is_file():
             raise UserError(f"--model {value}: --model.pretrained takes a model's folder or name")
@@ -109,11 +109,12 @@ def is_known(name: str) -> bool:
     return any(parent in index and index[parent].has_parts for parent in parents)
 
 
-def unknown(command: str, name: str) -> str:
-    """Message about an option that there is not, with its name here, or the closest ones."""
+def unknown(command: str, name: str, further: Sequence[str] = ()) -> str:
+    """Message about an option that there is not, with its name here, or the closest ones, `further` ones included."""
     if answer := equivalent(name):
         return f"--{name} is {answer}"
-    return f"--{name}: no such option of {command}{closest(name)} (python -m ivl {command} --help)"
+    nearest = closest(name, {*option_index(), *further})
+    return f"--{name}: no such option of {command}{nearest} (python -m ivl {command} --help)"
 
 
 def config_options(config: str) -> Iterator[tuple[str, Any]]:

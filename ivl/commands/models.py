@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from ivl.architecture.families import MODELS, VARIANTS, ReleasedModel
 from ivl.estimate.hardware import CONTEXT, TILES, TOKENS
 from ivl.estimate.inference import cache_bytes, tower_bytes
 from ivl.hub.unsupported import UNSUPPORTED
+from ivl.options import ModelsOptions
 
 TABLE = Path(__file__).resolve().parents[1] / "estimate/memory.yaml"
 """Gigabytes of a training step of each model, written by `ivl.commands.config_headers`, which takes minutes"""
@@ -97,11 +97,9 @@ def _words(row: ReleasedModel) -> list[str]:
     return [row.name, row.huggingface, row.llm, *variants_of(row)]
 
 
-def main(argv: list[str]) -> int:
+def main(options: ModelsOptions) -> int:
     """Print the table. Returns the exit status: 1 where nothing matches."""
-    parser = argparse.ArgumentParser(prog="python -m ivl models", description="List the released models.")
-    parser.add_argument("text", nargs="?", default="", help="only models whose name, hub id or language model has this")
-    text = parser.parse_args(argv).text.lower()
+    text = options.text.lower()
     rows = [row for row in MODELS if any(text in name.lower() for name in _words(row))]
     if not rows:
         print(f"no released model has {text!r} in its name")

@@ -7,12 +7,10 @@ The offline half of what InternVL's own releases do: several answers a question,
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 from ivl.data.media.source import is_url
 from ivl.data.rows.formats import parse
 from ivl.data.rows.row_file import RowFile
+from ivl.options import PairRule, PairsOptions
 from ivl.reasoning import CLOSING, OPENING
 from ivl.storage.files import atomic_file
 from ivl.types import Conversation, Media, UserError, printable
@@ -27,75 +26,21 @@ from ivl.types import Conversation, Media, UserError, printable
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PairRule:
-    """Choice of pairs among the answers of a row."""
-
-    metric: str = "exact"
-    """Score of an answer against the row's reference: exact, anls, relaxed, vqa, iou or iou50."""
-    right: float = 1.0
-    """Least score of a right answer."""
-    wrong: float = 0.0
-    """Highest score of a wrong answer."""
-    per_row: int = 1
-    """Most pairs of a row; each has another right or another wrong answer."""
-    reference: bool = False
-    """Take the row's reference as the right answer where no answer is right."""
-    seed: int = 0
-    """Seed of the choice."""
-
-    def __post_init__(self) -> None:
-        if not self.wrong < self.right:
-            raise UserError(f"--wrong {self.wrong:g} and --right {self.right:g}: expected --wrong below --right")
-        if self.per_row < 1:
-            raise UserError(f"--per_row: expected at least 1, found {self.per_row}")
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(options: PairsOptions) -> int:
     """Write the pairs. Returns 0. Raises UserError for a user's mistake."""
-    args = _arguments(argv)
-    rule = PairRule(args.metric, args.right, args.wrong, args.per_row, args.reference, args.seed)
-    out = Path(args.out)
+    out = options.out
     if out.exists():
         raise UserError(f"{out}: exists already; name another file with --out or remove it")
     counts: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as file:
-        for pair in pairs(Path(args.answers), [Path(path) for path in args.rows], rule, out.parent, counts):
+        for pair in pairs(options.answers, options.rows, options, out.parent, counts):
             file.write(json.dumps(pair, ensure_ascii=False).encode() + b"\n")
         if not counts["pairs"]:
-            raise UserError(f"{args.answers}: no row has a right and a wrong answer\n{_summary(counts)}")
+            raise UserError(f"{options.answers}: no row has a right and a wrong answer\n{_summary(counts)}")
     print(_summary(counts))
     print(f"\n{out}\n\nNext:\n  python -m ivl fit --config CONFIG --config tune/mpo --data.train {out}")
     return 0
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m ivl pairs", description=__doc__.splitlines()[0])
-    parser.add_argument("answers", metavar="ANSWERS", help="a file that predict wrote, with several answers a row")
-    parser.add_argument(
-        "--rows", nargs="+", required=True, help="the rows that were answered, as --data.predict had them"
-    )
-    parser.add_argument(
-        "--out", default="pairs.jsonl", help="file of rows with rejected_response; default: %(default)s"
-    )
-    parser.add_argument(
-        "--metric", default=PairRule.metric, help="exact, anls, relaxed, vqa, iou or iou50; default: %(default)s"
-    )
-    parser.add_argument(
-        "--right", type=float, default=PairRule.right, help="least score of a right answer; default: %(default)s"
-    )
-    parser.add_argument(
-        "--wrong", type=float, default=PairRule.wrong, help="highest score of a wrong one; default: %(default)s"
-    )
-    parser.add_argument(
-        "--per_row", type=int, default=PairRule.per_row, help="most pairs of a row; default: %(default)s"
-    )
-    parser.add_argument(
-        "--reference", action="store_true", help="where no answer is right, take the row's reference as the right one"
-    )
-    parser.add_argument("--seed", type=int, default=PairRule.seed, help="seed of the choice; default: %(default)s")
-    return parser.parse_args(argv)
 
 
 def pairs(

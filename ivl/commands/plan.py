@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any
 from ivl.architecture.config import Config
 from ivl.architecture.families import config_for, find_model, llm_family
 from ivl.architecture.hf_config import read_config
-from ivl.cli import preflight
 from ivl.estimate import flops
 from ivl.estimate.hardware import DEVICES, Device, find_device
 from ivl.estimate.memory import MemoryEstimate, memory_needed
@@ -21,7 +19,7 @@ from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, Train
 from ivl.hub.hints import check_model_folder
 from ivl.hub.unsupported import refuse_name
 from ivl.model.moe.experts import idle_parameters
-from ivl.options import DataOptions, LoRA, Tune
+from ivl.options import DataOptions, LoRA, PlanOptions, Tune
 from ivl.parallel.devices import parse_size
 from ivl.types import UserError
 
@@ -29,14 +27,6 @@ SUPERVISED = 0.25
 """Share of a row's tokens that is learnt from, where no rows are given."""
 FULL = 0.95
 """Fill of packs: share of a pack's tokens that rows take."""
-
-EPILOG = """
-Options of `fit` are taken as well, so a change can be tried: --model.tune.language_model.rank 64.
-Nothing is downloaded; the checkpoint is a folder, or a released model known by name, whose dimensions are built in.
-Where training rows are named and at hand their lengths are read; else rows of data.max_length are assumed.
-Memory and time are estimates. Against the peak of real training steps on a CPU see benchmarks/plan.md; on GPUs nothing
-has been measured. Exit status 2: the run does not fit --memory (or the memory of --device).
-"""
 
 
 @dataclass(frozen=True)
@@ -52,64 +42,39 @@ class Rows:
     """Source of these numbers, for people."""
 
 
-def main(argv: list[str]) -> int:
+def main(options: PlanOptions) -> int:
     """Print a plan. Raises UserError where it does not fit the memory given."""
-    args, rest = _parser().parse_known_args(argv)
-    if args.help:
-        _parser().print_help()
-        return 0
-    if args.headers:
+    if options.headers:
         from ivl.commands.config_headers import rewrite
 
-        rewrite(Path(args.headers))
+        rewrite(options.headers)
         return 0
-    preflight.check("plan", rest)
     from ivl.lit.cli import read  # slow to import
 
-    fit = read(rest)
+    fit = read(options.fit)
     if fit.demo:
         from ivl.demo import prepare
 
         prepare(Path(fit.demo))
-    device = _device(args.device)
+    device = _device(options.device)
     config = checkpoint_config(str(fit.model.pretrained))
-    setup = setup_of(fit, args.devices, device is not None or args.memory is not None or str(fit.trainer.accelerator))
+    setup = setup_of(
+        fit, options.devices, device is not None or options.memory is not None or str(fit.trainer.accelerator)
+    )
     rows = rows_of(fit, config)
     sketch = ShallowModel(config, setup)
     memory = memory_needed(sketch, rows.largest)
-    limit = _size(args.memory) if args.memory else device.memory if device else None
-    plan = summary(fit, config, sketch, rows, memory, device, args.efficiency)
+    limit = _size(options.memory) if options.memory else device.memory if device else None
+    plan = summary(fit, config, sketch, rows, memory, device, options.efficiency)
     if limit is not None and memory.total <= limit:
         plan["faster"] = spare(config, setup, rows.largest, limit, plan["flops_per_step"]["micro_batch"])
-    print(json.dumps(plan, indent=2) if args.json else report(plan))
+    print(json.dumps(plan, indent=2) if options.json else report(plan))
     if limit is not None and memory.total > limit:
         change = first_fit(config, setup, rows.largest, limit)
         raise UserError(
             f"does not fit: about {memory.total / 1e9:.1f} GB are needed on a device of {limit / 1e9:.1f} GB; {change}"
         )
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ivl plan",
-        usage="python -m ivl plan --config FILE [--config FILE ...] [--device NAME] [--memory 24GB] [--OPTION]",
-        description="Memory, operations and time of a run, before a weight is read.",
-        epilog=EPILOG,
-        add_help=False,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("-h", "--help", action="store_true", help="show this")
-    parser.add_argument("--device", help=f"for its memory and speed: {', '.join(DEVICES)}")
-    parser.add_argument("--devices", type=int, help="how many; default: trainer.devices")
-    parser.add_argument("--memory", help="of one device, such as 24GB or 80GiB")
-    parser.add_argument(
-        "--efficiency", type=float, default=0.4, help="share of the device's rate that is reached, assumed: %(default)s"
-    )
-    parser.add_argument("--headers", metavar="FOLDER", help="instead: write the memory into the configs in this folder")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    return parser
 
 
 def _device(name: str | None) -> Device | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -10,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ivl.errors import UserError, printable
+from ivl.errors import printable
 from ivl.eval import predictions, report, stats
 from ivl.eval.rules import RULES, Scored
 from ivl.eval.tasks import DECODING, TASKS, Task, fingerprint, task
+from ivl.options import ScoreOptions
 from ivl.storage.files import write_text
 
 _PUBLISHED = (
@@ -22,72 +22,27 @@ _PUBLISHED = (
 )  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(options: ScoreOptions) -> int:
     """Score files of answers. Returns 0. Raises UserError for a user's mistake."""
-    args = _arguments(argv)
-    benchmark = task(args.task)
-    if args.html and len(args.files) > 1:
-        raise UserError(f"--html: expected one file of answers, found {len(args.files)}; make a report for each")
-    files = [Path(name) for name in args.files]
-    names = dict(pair.split("=", 1) for pair in args.field)
+    benchmark, files = task(options.task), options.files
+    names = dict(pair.split("=", 1) for pair in options.field)
     rows = [predictions.read(path, names) for path in files]
-    if args.rows:
+    if options.rows:
         rows = [
-            predictions.join(path, answers, Path(args.rows), benchmark, args.partial)
+            predictions.join(path, answers, options.rows, benchmark, options.partial)
             for path, answers in zip(files, rows)
         ]
     rows = [rows[0], *(predictions.align(rows[0], path, answers) for path, answers in zip(files[1:], rows[1:]))]
-    scored = [RULES[benchmark.rule].run(answers, args.mode) for answers in rows]
-    summary = record(args.task, args.mode, files, rows, scored, args.resamples, args.seed)
-    out = Path(args.out) if args.out else files[0].with_suffix(".scores.json")
+    scored = [RULES[benchmark.rule].run(answers, options.mode) for answers in rows]
+    summary = record(options.task, options.mode, files, rows, scored, options.resamples, options.seed)
+    out = options.out or files[0].with_suffix(".scores.json")
     write_text(out, json.dumps(summary, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
     print(printable(table(summary)))
     print(f"\n{out}")
-    if args.html:
-        report.write(Path(args.html), summary, rows[0], scored[0])
-        print(args.html)
+    if options.html:
+        report.write(options.html, summary, rows[0], scored[0])
+        print(options.html)
     return 0
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m ivl score", description="Score answers by a benchmark's published rules."
-    )
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="answers, one JSON object a line; several: a comparison"
-    )
-    parser.add_argument("--task", required=True, help=", ".join(TASKS))
-    parser.add_argument(
-        "--mode",
-        choices=("compat", "strict"),
-        default="compat",
-        help="compat: as the published script, its defects included; strict: those mended (default: compat)",
-    )
-    parser.add_argument(
-        "--rows",
-        metavar="FILE",
-        help="data rows that hold the ground truth, or the folder of the official files; joined by id",
-    )
-    parser.add_argument("--partial", action="store_true", help="answers to some of the questions of --rows are enough")
-    parser.add_argument(
-        "--field",
-        action="append",
-        default=[],
-        type=_pair,
-        metavar="OURS=THEIRS",
-        help="another tool's name of a field, e.g. response=prediction; may be given several times",
-    )
-    parser.add_argument("--out", metavar="FILE", help="default: the first file's name with .scores.json")
-    parser.add_argument("--html", metavar="FILE", help="also a page with every answer, failures first")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    return parser.parse_args(argv)
-
-
-def _pair(text: str) -> str:
-    if not re.fullmatch(r"\w+=.+", text):
-        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS, found {text!r}")
-    return text
 
 
 def record(

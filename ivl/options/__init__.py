@@ -7,6 +7,11 @@ command line (jsonargparse) finds the fields there. Nothing here imports torch, 
 
 from __future__ import annotations
 
+from ivl.options.commands import ModelsOptions as ModelsOptions
+from ivl.options.commands import PairRule as PairRule
+from ivl.options.commands import PairsOptions as PairsOptions
+from ivl.options.commands import PlanOptions as PlanOptions
+from ivl.options.commands import ScoreOptions as ScoreOptions
 from ivl.options.data import DataOptions as DataOptions
 from ivl.options.data import FileLimits as FileLimits
 from ivl.options.data import ProcessorOptions as ProcessorOptions

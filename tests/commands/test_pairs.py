@@ -5,8 +5,9 @@ import json
 import pytest
 
 from ivl.__main__ import main
-from ivl.commands.pairs import PairRule, pairs
+from ivl.commands.pairs import pairs
 from ivl.data.rows.formats import parse
+from ivl.options import PairRule
 from ivl.types import UserError
 
 ROWS = [

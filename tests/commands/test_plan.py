@@ -2,15 +2,17 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from ivl.__main__ import main as command
+from ivl.__main__ import run_command
 from ivl.architecture.families import find_model
 from ivl.commands.export import export
-from ivl.commands.plan import _size, main, report
+from ivl.commands.plan import _size, report
 from ivl.lit.datamodule import IvlData
 from ivl.types import UserError
 from tests.lit.rows import write_rows
@@ -18,6 +20,7 @@ from tests.lit.test_runs import config
 from tests.tiny import write_checkpoint
 
 REPO = Path(__file__).resolve().parents[2]
+main = partial(run_command, "plan")
 CONFIG = str(REPO / "configs/internvl2_2b.yaml")
 
 

@@ -7,8 +7,8 @@ import time
 import pytest
 from PIL import Image
 
+from ivl.__main__ import run_command
 from ivl.eval.report import thumbnail
-from ivl.eval.score import main
 from tests.eval.browser import CHROMIUM, Browser
 
 EVIL = "</script><script>document.title = 'broken'</script><b>bold</b> @ROWS@"
@@ -27,7 +27,9 @@ def page(tmp_path_factory):
         row = {"id": f"q{n:04d}", "prompt": f"<img><IMG_CONTEXT></img>\n{EVIL} {n}", "response": said, "box": box}
         rows.append(row | {"size": [320, 200], "category": "val", "images": [str(folder / f"{n % 50}.jpg")]})
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    main([str(folder / "p.jsonl"), "--task", "refcoco", "--html", str(folder / "r.html"), "--resamples", "50"])
+    run_command(
+        "score", [str(folder / "p.jsonl"), "--task", "refcoco", "--html", str(folder / "r.html"), "--resamples", "50"]
+    )
     return folder / "r.html"
 
 

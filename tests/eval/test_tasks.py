@@ -9,8 +9,8 @@ import os
 import pytest
 from PIL import Image
 
+from ivl.__main__ import run_command
 from ivl.data.rows.formats import parse
-from ivl.eval.score import main
 from ivl.eval.tasks import TASKS, fingerprint, task
 from ivl.types import UserError
 from tests.eval import official
@@ -89,7 +89,7 @@ def test_the_expected_answers_get_the_full_score(name, root, tmp_path):
     truth.write_text(official.lines(*rows), encoding="utf-8")
     best = [{"id": row["id"], "response": row["response"], "prompt": row["query"]} for row in rows]
     said.write_text(official.lines(*best), encoding="utf-8")
-    assert main([str(said), "--task", name, "--rows", str(truth), "--resamples", "20"]) == 0
+    assert run_command("score", [str(said), "--task", name, "--rows", str(truth), "--resamples", "20"]) == 0
     found = json.loads((tmp_path / "said.scores.json").read_text())
     best = {"mme": 14 * 200, "ocrbench": 2, "coco": 0, "flickr30k": 0, "nocaps": 0}  # one caption weighs no words
     assert found["files"][0]["score"] == pytest.approx(best.get(name, 100))

@@ -5,7 +5,7 @@ import json
 import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its first import: not one test's own)
 import pytest
 
-from ivl.__main__ import main
+from ivl.__main__ import main, run_command
 from ivl.data.rows.formats import parse
 from ivl.eval.tasks import TASKS
 from ivl.lit.prediction.benchmark import rows_file, score_fields, settings
@@ -133,9 +133,7 @@ def test_pictures_inside_a_row_are_not_written_again():
 
 
 def test_an_unanswered_row_is_no_wrong_answer(tmp_path):
-    from ivl.eval.score import main as score
-
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"id": "1", "error": "a.jpg: truncated"}) + "\n")
     with pytest.raises(UserError, match=r"p.jsonl:1: was not answered \(a.jpg: truncated\)"):
-        score([str(path), "--task", "docvqa"])
+        run_command("score", [str(path), "--task", "docvqa"])
