@@ -5,12 +5,15 @@
       checkpoints/last.ckpt    state of the fit, and of other steps beside it
       adapter/                 the LoRA of the last step, in PEFT's form
       validation-split.json    rows that data.val_fraction held out
+      versions.json            record of the fit: command, versions, rows, base, devices
+      scores.json              scores of the held-out rows at the end of the fit
 
 What needs torch is imported where it is used.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +26,7 @@ from ivl.errors import UserError, note
 from ivl.options.tuning import Tune
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+RECORD, SCORES = "versions.json", "scores.json"
 WEIGHTS = "weights.pt"
 """File of a run's trained weights, beside checkpoints that are folders (DeepSpeed's)"""
 
@@ -98,6 +102,23 @@ class Run:
         folder = self.folder / "adapter"
         return folder if (folder / "adapter_config.json").is_file() else None
 
+    @property
+    def fits(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Config and record of each fit that wrote into the folder: the first, and those that went on with it.
+
+        A record is empty where there is none, as in the runs of earlier versions.
+        """
+        configs = sorted(self.folder.glob("config*.yaml"), key=lambda path: (len(path.name), path.name))
+        records = (path.with_name(path.name.replace("config", "versions")).with_suffix(".json") for path in configs)
+        return [(path, _read(record) if record.is_file() else {}) for path, record in zip(configs, records)]
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """Step and scores of held-out rows at each end of a fit, the last step last; none where none are recorded."""
+        path = self.folder / SCORES
+        entries = _read(path).get("fits", []) if path.is_file() else []
+        return sorted(entries, key=lambda entry: entry["step"])
+
     def last_checkpoint(self, warn: Callable[[str], None] = note) -> Path:
         """Return the undamaged checkpoint of the highest step. `warn` is told of damaged ones."""
         from ivl.checkpoint.newest import newest_checkpoint
@@ -127,6 +148,17 @@ class Run:
                 f"--data.split: {self.folder} held out no rows by data.val or data.val_fraction; give --data.predict"
             )
         return files
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON file that a fit wrote. Raises UserError where it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected it as `fit` left it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object, as `fit` left it, found {type(value).__name__}")
+    return value
 
 
 def run_and_checkpoint(path: str | Path, option: str, adapter_option: str) -> tuple[Run, Path]:

@@ -1,5 +1,9 @@
-"""A small local server that speaks the file APIs of both hubs, and can misbehave on request."""
+"""A small local server that speaks the file APIs of both hubs, and can misbehave on request.
 
+Hugging Face's takes uploads too: a repository is made, large files are stored, and a commit changes its files.
+"""
+
+import base64
 import hashlib
 import json
 import threading
@@ -33,6 +37,20 @@ class Hub:
     log: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     """Method, path with query, headers of every request"""
     url: str = ""
+    exists: bool = True
+    """False: the repository is to be created first"""
+    private: bool = False
+    card: dict = field(default_factory=dict)
+    """Front matter of the card, as the hub tells it"""
+    commits: list[str] = field(default_factory=list)
+    """Titles of commits that were made by uploads"""
+    stored: dict[str, bytes] = field(default_factory=dict)
+    """Large files by SHA-256"""
+    breaks_at_commit: bool = False
+
+    @property
+    def commit(self) -> str:
+        return COMMIT[: 40 - len(self.commits)] + "f" * len(self.commits)
 
     def downloads(self, name: str) -> list[dict[str, str]]:
         """Headers of each download of a file."""
@@ -50,6 +68,72 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.answer()
+
+    def do_POST(self):
+        hub: Hub = self.server.hub
+        hub.log.append((self.command, self.path, dict(self.headers)))
+        self.upload(hub, unquote(urlsplit(self.path).path), self.body())
+
+    def do_PUT(self):
+        hub: Hub = self.server.hub
+        hub.log.append((self.command, self.path, dict(self.headers)))
+        hub.stored[self.path.rpartition("/")[2]] = self.body()
+        self.send(200, b"", {})
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def upload(self, hub: Hub, path: str, body: bytes):
+        if path == "/api/validate-yaml":
+            return self.json({"errors": [], "warnings": []})
+        if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.json({"error": "not allowed"}, 403)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            if hub.exists:
+                return self.json({"error": "exists"}, 409)
+            hub.exists, hub.private = True, asked.get("visibility") == "private" or bool(asked.get("private"))
+            hub.repo, hub.files = f"{asked['organization']}/{asked['name']}", {".gitattributes": b"*.bin lfs"}
+            return self.json({"url": f"{hub.url}/{hub.repo}"})
+        if path.endswith("/preupload/main"):
+            modes = {True: "lfs", False: "regular"}
+            names = [file["path"] for file in json.loads(body)["files"]]
+            files = [{"path": n, "uploadMode": modes[n.endswith(LARGE)], "shouldIgnore": False} for n in names]
+            return self.json({"files": files})
+        if path.endswith("/info/lfs/objects/batch"):
+            wanted = [
+                o | {"actions": {"upload": {"href": f"{hub.url}/storage/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self.json({"transfer": "basic", "objects": wanted})
+        assert path.endswith("/commit/main"), path
+        if hub.breaks_at_commit:
+            return self.json({"error": "the disks are full"}, 507)
+        return self.commit(hub, [json.loads(line) for line in body.splitlines()])
+
+    def commit(self, hub: Hub, lines: list[dict]):
+        header = lines[0]["value"]
+        if header.get("parentCommit") not in (None, hub.commit):
+            return self.json({"error": "the branch has moved"}, 412)
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "deletedFile":
+                del hub.files[value["path"]]
+            elif line["key"] == "lfsFile":
+                hub.files[value["path"]] = hub.stored[value["oid"]]
+            else:
+                hub.files[value["path"]] = base64.b64decode(value["content"])
+        hub.commits.append(header["summary"])
+        return self.json(
+            {"commitUrl": f"{hub.url}/{hub.repo}/commit/{hub.commit}", "commitOid": hub.commit, "pullRequestUrl": ""}
+        )
 
     def answer(self):
         hub: Hub = self.server.hub
@@ -82,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def huggingface(self, hub: Hub, path: str):
         allowed = hub.token is None or self.headers.get("Authorization") == f"Bearer {hub.token}"
-        if hub.repo not in path or not allowed:
+        if hub.repo not in path or not allowed or not hub.exists:
             return self.json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         if hub.gated:
             return self.json({"error": "restricted"}, 403, {"X-Error-Code": "GatedRepo"})
@@ -90,13 +174,21 @@ class Handler(BaseHTTPRequestHandler):
         if rest.startswith("/revision/") and rest != "/revision/main":
             return self.json({"error": "no revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
         if rest in ("", "/revision/main"):
-            return self.json({"id": hub.repo, "sha": COMMIT, "siblings": [{"rfilename": n} for n in hub.files]})
+            info = {"id": hub.repo, "sha": hub.commit, "private": hub.private, "cardData": hub.card}
+            return self.json(info | {"siblings": [self.sibling(n, b) for n, b in hub.files.items()]})
         if rest.startswith("/tree/"):
             return self.json([self.entry(n, b) for n, b in hub.files.items()])
         name = rest.removeprefix(f"/resolve/{COMMIT}/").removeprefix("/resolve/main/")
         if name not in hub.files:
             return self.json({"error": "no file"}, 404, {"X-Error-Code": "EntryNotFound"})
         return self.file(hub, name, {"ETag": f'"{etag(name, hub.files[name])}"', "X-Repo-Commit": COMMIT})
+
+    @staticmethod
+    def sibling(name: str, content: bytes) -> dict:
+        about = {"rfilename": name, "blobId": git_hash(content), "size": len(content)}
+        if name.endswith(LARGE):
+            about["lfs"] = {"sha256": etag(name, content), "size": len(content), "pointerSize": 100}
+        return about
 
     @staticmethod
     def entry(name: str, content: bytes) -> dict:

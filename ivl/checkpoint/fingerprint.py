@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 BLOCK = 1 << 24
 """Bytes of a tensor that are hashed in one piece, and are in the host's memory at a time for each thread"""
+_END = 1 << 20
+"""Bytes at either end of a file of weights that are read for a fingerprint of files"""
 
 
 @torch.no_grad()
@@ -43,4 +46,21 @@ def _digest(tensor: Tensor, threads: Executor) -> str:
     total = hashlib.sha256()
     for digest in threads.map(lambda block: hashlib.sha256(block.cpu().numpy().data).digest(), blocks):
         total.update(digest)
+    return total.hexdigest()
+
+
+def files_fingerprint(folder: Path) -> str:
+    """Return 32 hexadecimal digits of a checkpoint folder: its configs, and size, first and last MiB of its weights.
+
+    Weights are not read whole: they are large, and training changes all of a file.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    for file in [*sorted(folder.glob("*config.json")), *sorted(folder.glob("*.safetensors"))]:
+        size = file.stat().st_size
+        total.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as content:
+            total.update(content.read(_END))
+            if size > _END:
+                content.seek(max(_END, size - _END))
+                total.update(content.read(_END))
     return total.hexdigest()

@@ -2,15 +2,12 @@
 
     trained tensors (of a run, an adapter, or none) + their base → merged → written beside DIR → verified → renamed
 
-DIR holds `export_report.json` with every check of `ivl.commands.export_verify`. An export that fails leaves nothing.
+DIR holds `export_report.json` with every check of `ivl.commands.export_verify`, and a model card, README.md. An export
+that fails leaves nothing. With `--push OWNER/NAME` DIR is uploaded to the Hugging Face hub.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,22 +25,25 @@ from ivl.checkpoint.quantization import Quantize
 from ivl.checkpoint.weights import save_weights
 from ivl.cli.preflight import check_names
 from ivl.commands.export_files import Settings, hf_rows, write_hf, write_released
+from ivl.commands.export_push import REPORT, Push
+from ivl.commands.export_target import beside, check_target
 from ivl.commands.export_verify import Check, Probe, stored_dtype, verify, verify_adapter
+from ivl.commands.model_card import CARD, model_card
 from ivl.data.processor import Processor
 from ivl.finetune import tune as tuning
 from ivl.finetune.adapter import peft_adapter as adapting
 from ivl.finetune.adapter.adapter_writer import Layout
 from ivl.finetune.tune import PARTS, How
 from ivl.hub import resolve
+from ivl.hub.hints import is_run
 from ivl.model.internvl import InternVL
 from ivl.options import LoRA, Tune
 from ivl.parallel.devices import check_at_hand, device_of, parse_size
-from ivl.run import run_and_checkpoint, weights_of
-from ivl.storage.files import write_json
+from ivl.run import Run, run_and_checkpoint, weights_of
+from ivl.storage.files import write_json, write_text
 from ivl.types import UserError, printable
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-REPORT = "export_report.json"
 PROCESSING = ("system_message", "thinking", "dynamic_image_size", "pad2square")
 
 
@@ -63,6 +63,13 @@ class Trained:
     quantize: Quantize | None = None
     """Quantization of the base during training."""
     where: str = ""
+
+    @property
+    def run(self) -> Run | None:
+        """Run that the weights came from, or that the adapter's folder lies in."""
+        if self.adapter is None:
+            return Run.of(self.where or None)
+        return Run(self.adapter.parent) if is_run(self.adapter.parent) else None
 
     @property
     def parts(self) -> list[str]:
@@ -114,6 +121,9 @@ def export(
     device: str = "cpu",
     adapter_only: bool = False,
     overwrite: bool = False,
+    push: str | None = None,
+    private: bool = False,
+    push_replace: bool = False,
 ) -> Path:
     """Write a trained model as a checkpoint folder, and verify it. Returns the folder.
 
@@ -130,37 +140,52 @@ def export(
         device: Device the model is merged and tried out on, such as cpu or cuda.
         adapter_only: Write the LoRA of a run as a PEFT adapter folder, not merged.
         overwrite: Replace an existing checkpoint folder, once the new one is complete.
+        push: Repository on the Hugging Face hub, OWNER/NAME, that the folder is uploaded to. Without run, adapter and
+            base: the folder of an earlier export is.
+        private: Make that repository private, where it is new.
+        push_replace: Replace the files of a repository that holds others, in a new commit.
 
     Raises:
         UserError: for a user's mistake; nothing is left behind then.
     """
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     target = Path(out)
-    trained = _trained(run, adapter, base)
-    if adapter_only and (trained.tune is None or not trained.lora_parts):
-        raise UserError("--adapter_only: expected --run with the run of a LoRA; there is none to write here")
-    _refuse_target(target, [p for p in (run, adapter, trained.base) if p], overwrite)
+    pushing = Push.of(push, private, push_replace)
+    if pushing is None or (run, adapter, base) != (None, None, None):
+        trained = _trained(run, adapter, base)
+        if adapter_only and (trained.tune is None or not trained.lora_parts):
+            raise UserError("--adapter_only: expected --run with the run of a LoRA; there is none to write here")
+        check_target(target, [p for p in (run, adapter, trained.base) if p], overwrite)
+        if pushing is not None:
+            pushing.check_empty()
+        settings = _settings(trained, dtype)
+        with beside(target) as temporary:
+            probe = Probe.of(settings.processor, str(device_of(device)))
+            if adapter_only:
+                report = _write_adapter(trained, settings, probe, temporary, device, layout)
+            else:
+                report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
+            write_json(temporary / REPORT, report)
+            card = model_card(push or target.name, report, settings.base, trained.run, adapter_only)
+            write_text(temporary / CARD, card)
+        print(printable(_summary(target, report)))
+        if run and (best := best_beside(trained.where)):
+            print(printable(f"  {trained.where}: {best}"))
+    if pushing is not None:
+        pushing.push(target)
+    return target
+
+
+def _settings(trained: Trained, dtype: DType) -> Settings:
     folder = resolve(trained.base)
     checkpoint = Checkpoint.open(folder)
-    stored = stored_dtype(checkpoint.files)
-    settings = Settings(
+    return Settings(
         base=folder,
         checkpoint=checkpoint,
         processor=Processor.from_pretrained(trained.base, **trained.processing),
         max_tiles=trained.max_tiles or checkpoint.config.max_dynamic_patch,
-        dtype=stored if dtype == "auto" else dtype,
+        dtype=stored_dtype(checkpoint.files) if dtype == "auto" else dtype,
     )
-    with beside(target) as temporary:
-        probe = Probe.of(settings.processor, str(device_of(device)))
-        if adapter_only:
-            report = _write_adapter(trained, settings, probe, temporary, device, layout or checkpoint.config.layout)
-        else:
-            report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
-        write_json(temporary / REPORT, report)
-    print(printable(_summary(target, report)))
-    if run and (best := best_beside(trained.where)):
-        print(printable(f"  {trained.where}: {best}"))
-    return target
 
 
 def _write_model(
@@ -198,9 +223,10 @@ def _write_model(
 
 
 def _write_adapter(
-    trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str, layout: Layout
+    trained: Trained, settings: Settings, probe: Probe, folder: Path, device: str, layout: Layout | None
 ) -> dict[str, Any]:
     assert trained.tune is not None, "only a run's LoRA is written as an adapter"
+    layout = layout or settings.checkpoint.config.layout
     config, ends = settings.checkpoint.config, {"embeddings", "head"} & set(trained.parts)
     if layout == "hf" and ends and hf_rows(settings) != config.llm["vocab_size"]:
         raise UserError(
@@ -321,56 +347,21 @@ def _copy_into(model: InternVL, state: dict[str, Tensor], where: str) -> None:
         tensors[name].copy_(tensor)
 
 
-# -- target folder ------------------------------------------------------------------------------------------------
-
-
-def _refuse_target(target: Path, sources: list[str], overwrite: bool) -> None:
-    """Raise UserError where writing `target` would harm something."""
-    for source in sources:
-        path, resolved = Path(source), target.resolve()
-        if path.exists() and (resolved == path.resolve() or resolved in path.resolve().parents):
-            raise UserError(f"--out {target}: {source} is read from there; expected another folder")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"--out {target}: exists already; name another folder, or add --overwrite to replace it")
-    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json", REPORT)):
-        raise UserError(f"--out {target}: --overwrite replaces checkpoint folders only, and this is none")
-
-
-@contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """Make a folder next to `target` that takes its place at the end, or vanishes on an exception."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            target.rename(old)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def main(argv: list[str]) -> int:
     """Run the command. Returns 0. Raises UserError for a user's mistake."""
     from jsonargparse import ArgumentParser
 
-    flags: set[str | int] = {"adapter_only", "overwrite"}
+    flags: set[str | int] = {"adapter_only", "overwrite", "private", "push_replace"}
     parser = ArgumentParser(
         prog="python -m ivl export", description="Write a trained model as a checkpoint folder.", exit_on_error=False
     )
     parser.add_function_arguments(export, as_positional=False, skip=flags)
     parser.add_argument("--adapter_only", "--adapter-only", action="store_true", help="write the LoRA of a run only")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
+    parser.add_argument("--private", action="store_true", help="with --push: make a new repository private")
+    parser.add_argument(
+        "--push_replace", action="store_true", help="with --push: replace the files of a repository that holds others"
+    )
     check_names("export", argv, parser)
     export(**vars(parser.parse_args(argv)))
     return 0

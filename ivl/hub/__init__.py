@@ -47,6 +47,11 @@ def choose(hub: str | None = None, token: str | None = None, revision: str | Non
     _settings.revision = revision or _settings.revision
 
 
+def login() -> tuple[Hub, str | None]:
+    """Return the hub and the token that were given to `choose`; None: those of the environment or the stored login."""
+    return _settings.hub, _settings.token
+
+
 def with_revision(name_or_path: str) -> str:
     """Add the revision given to `choose` to a model's name, so that a run records it; a folder stays as it is."""
     if not _settings.revision or "@" in name_or_path or Path(name_or_path).expanduser().is_dir():
@@ -122,6 +127,12 @@ def resolve(
         ) from error
 
 
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a folder in Hugging Face's cache; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[\w./-]+")
 

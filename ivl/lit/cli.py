@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import platform
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +33,7 @@ from ivl.lit.prediction import benchmark
 from ivl.lit.ranges import check_ranges
 from ivl.lit.run.experiment import Experiment, experiment_of, tune_settings
 from ivl.lit.run.lock import run_lock
+from ivl.lit.run.record import add_scores, record_of, save_record
 from ivl.lit.run.resume import check_checkpoint, resolve_last, use_free_folder
 from ivl.lit.run.signals import STOP
 from ivl.lit.strategies.deepspeed import check_installed, weights_beside
@@ -45,7 +42,7 @@ from ivl.lit.strategies.precision import choose_precision, device_has_bf16
 from ivl.lit.types import IvlTrainer, as_data, as_lit
 from ivl.options import DataOptions, Tune
 from ivl.run import Run
-from ivl.storage.files import atomic_path, write_text
+from ivl.storage.files import atomic_path
 from ivl.types import UserError
 
 
@@ -70,28 +67,9 @@ class SaveConfig(SaveConfigCallback):
         ending = next(ending for ending in endings if not (Path(folder) / f"config{ending}.yaml").exists())
         with atomic_path(Path(folder) / f"config{ending}.yaml") as path:
             self.parser.save(self.config, path, skip_none=False)
-        record = {"versions": versions(), "data": as_data(trainer).fingerprints()}
-        write_text(Path(folder) / f"versions{ending}.json", json.dumps(record, indent=2) + "\n")
+        record = record_of(trainer, as_data(trainer), as_lit(module).pretrained, self.config.seed_everything)
+        save_record(Path(folder) / f"versions{ending}.json", record)
         self.already_saved = True
-
-
-def versions() -> dict[str, str]:
-    """Versions of python and of the packages that compute, and the commit of this package in a checkout."""
-    names = ("ivl", "torch", "lightning", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pillow")
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a folder, not installed
-            versions[name] = "not installed"
-    folder = Path(__file__).resolve().parents[2]
-    if (folder / ".git").exists():
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        try:
-            versions["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            versions["commit"] = "unknown"
-    return versions
 
 
 class IvlCLI(LightningCLI):
@@ -243,8 +221,11 @@ class IvlCLI(LightningCLI):
 
     def after_fit(self) -> None:
         self._report()
+        folder = self.trainer.log_dir  # asks all ranks
+        if folder and self.model.scores and self.trainer.is_global_zero:
+            add_scores(Path(folder), self.model.scored_at, self.model.scores)
         checkpoints = self._checkpoints()
-        lines = [f"  tensorboard --logdir {self.trainer.log_dir}"]
+        lines = [f"  tensorboard --logdir {folder}"]
         for path, description in checkpoints.next_checkpoints(self.trainer):
             command = f"python -m ivl predict --ckpt_path {weights_beside(path)} --data.predict FILE.jsonl"
             lines.append(f"  {command}  # {description}")

@@ -170,10 +170,11 @@ class IvlData(LightningDataModule):
         self._set_up_training()
         return self.training[1]
 
-    def fingerprints(self) -> dict[str, str]:
-        """Map each file of training and held-out rows to a digest of its contents."""
+    def fingerprints(self) -> tuple[dict[str, str], dict[str, int]]:
+        """Map each file of training and held-out rows to a digest of its contents, and to its number of rows."""
         parts = [part.rows for part in self._train[0].parts] if self._train else []
-        return {str(file.path): file.digest for rows in (*parts, *self._rows.values()) for file in rows.files}
+        files = {str(file.path): file for rows in (*parts, *self._rows.values()) for file in rows.files}
+        return {path: file.digest for path, file in files.items()}, {path: len(file) for path, file in files.items()}
 
     # -- batches -------------------------------------------------------------------------------------------------
 

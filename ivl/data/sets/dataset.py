@@ -60,7 +60,7 @@ class RowDataset(Dataset[Example]):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise UserError("rows: no files; expected one or more (jsonl or json)")
-        self.files = [_open_file(Path(path), cache_dir, limits) for path in paths]
+        self.files = [open_file(Path(path), cache_dir, limits) for path in paths]
         self.columns = columns or {}
         for table in self.files:
             if isinstance(table, TableFile):
@@ -158,7 +158,8 @@ class RowDataset(Dataset[Example]):
         return _gather(self, keys)
 
 
-def _open_file(path: Path, cache_dir: str | Path | None, limits: FileLimits | None) -> RowFile | TableFile:
+def open_file(path: Path, cache_dir: str | Path | None = None, limits: FileLimits | None = None) -> RowFile | TableFile:
+    """Open a file of rows by its suffix. Raises UserError where it is none."""
     if ".tar" in path.suffixes:
         raise UserError(
             f"{path}: a tar file has no random access, which shuffling, packing and exact resume need; unpack it "
