@@ -118,10 +118,11 @@ def understood(*args, **options):
 STOPS = {
     "check": ("ivl.commands.check", "_processor"),
     "chat": ("ivl.commands.chat", "_trained"),
-    "export": ("ivl.commands.export", "_trained"),
+    "export": ("ivl.commands.export", "parse_size"),
     "models": ("ivl.commands.models", "_lines"),
     "pairs": ("ivl.commands.pairs", "atomic_file"),
     "plan": ("ivl.commands.plan", "rows_of"),
+    "reproduce": ("ivl.commands.reproduce", "reproduce"),
     "score": ("ivl.eval.score", "task"),
 }
 """The first thing each command does with its options"""

@@ -158,22 +158,36 @@ def export(
         check_target(target, [p for p in (run, adapter, trained.base) if p], overwrite)
         if pushing is not None:
             pushing.check_empty()
-        settings = _settings(trained, dtype)
-        with beside(target) as temporary:
-            probe = Probe.of(settings.processor, str(device_of(device)))
-            if adapter_only:
-                report = _write_adapter(trained, settings, probe, temporary, device, layout)
-            else:
-                report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
-            write_json(temporary / REPORT, report)
-            card = model_card(push or target.name, report, settings.base, trained.run, adapter_only)
-            write_text(temporary / CARD, card)
+        written = layout, shard_bytes, device, adapter_only
+        report = _write(target, trained, _settings(trained, dtype), push or target.name, *written)
         print(printable(_summary(target, report)))
         if run and (best := best_beside(trained.where)):
             print(printable(f"  {trained.where}: {best}"))
     if pushing is not None:
         pushing.push(target)
     return target
+
+
+def _write(
+    target: Path,
+    trained: Trained,
+    settings: Settings,
+    name: str,
+    layout: Layout | None,
+    shard_bytes: int,
+    device: str,
+    adapter_only: bool,
+) -> dict[str, Any]:
+    """Write and verify the folder, with a card under `name`. Returns its report."""
+    with beside(target) as temporary:
+        probe = Probe.of(settings.processor, str(device_of(device)))
+        if adapter_only:
+            report = _write_adapter(trained, settings, probe, temporary, device, layout)
+        else:
+            report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
+        write_json(temporary / REPORT, report)
+        write_text(temporary / CARD, model_card(name, report, settings.base, trained.run, adapter_only))
+    return report
 
 
 def _settings(trained: Trained, dtype: DType) -> Settings:
