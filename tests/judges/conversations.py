@@ -9,12 +9,11 @@ from typing import Any
 from PIL import Image
 
 WORDS = (
-    "red panda", "What is it?", "3.14", "How many sheep are there", "Yes.", "the left one", "a*b_c", "x = y + 1;",
-    "OK", "你好", "请描述这张图片。", "书生·万象", "，", "日本語のテキスト", "한국어", "naïve café", "Ω≈ç√",
-    "😀",
-    "👩‍👩‍👧", "🇫🇷", "don't", "HTTP/2", "1,000,000", "<b>bold</b>", "{'a': [1, 2]}", "\t", "\n", "\n\n", "  ", " ", "\u3000",
-    "...",
-    "A.", "Привет", "مرحبا", "e\u0301", "ﬁ", "\u200b", "C:\\x", "100%", "#", "def f(x):\n    return x",
+    "red panda", "What is it?", "3.14", "How many sheep are there", "Yes.", "the left one", "a*b_c", "x = y + 1;", "OK",
+    "你好", "请描述这张图片。", "书生·万象", "，", "日本語のテキスト", "한국어", "naïve café", "Ω≈ç√", "😀",
+    "👩‍👩‍👧", "🇫🇷", "don't", "HTTP/2",
+    "1,000,000", "<b>bold</b>", "{'a': [1, 2]}", "\t", "\n", "\n\n", "  ", " ", "\u3000", "...", "A.",
+    "Привет", "مرحبا", "e\u0301", "ﬁ", "\u200b", "C:\\x", "100%", "#", "def f(x):\n    return x",
 )  # fmt: skip
 SYSTEMS = ("You are a careful reader.", "你是一个助手。", "Be brief 🙂.\nAnswer in one word.", " blanks ")
 SIZES = ((64, 64), (200, 50), (50, 170), (300, 300), (31, 200), (112, 56))
