@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ivl.errors import UserError as UserError
@@ -172,6 +173,13 @@ def supervised_indices(labels_BT: Tensor) -> Tensor:
     return nonzero_indices(ahead_BT != IGNORE)
 
 
+def _bounds(counts: Sequence[int]) -> Tensor:
+    """Where each row begins, and where the last ends: (rows + 1,) int32."""
+    import torch
+
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+
+
 @dataclass
 class SequenceLayout:
     """Bounds and positions of rows that follow one another in one sequence, without padding, for attention.
@@ -189,39 +197,78 @@ class SequenceLayout:
         cu_seqlens    0     3       7   9   row i: tokens cu_seqlens[i] up to cu_seqlens[i + 1]
         indices       0 1 2 3 4 5 6 7 8     of the pack; None where it has no padding
                       0 1 2 4 5 6 7 8 9     of the padded batch, flattened
+
+    A row may begin with tokens of the row before it, as both answers of a pair with their prompt. These are computed
+    once, for both. Where b shares two tokens with a:
+
+        sequence      a a a b b c c
+        lengths       3     2   2           of the tokens that are computed
+        shared        0     2   0
+        positions     0 1 2 2 3 0 1
+        keys          0 1 2 0 1 3 4 5 6     b's queries meet the first two tokens of a, and b's own
+        cu_seqlens_k  0     3       7   9
     """
 
     lengths: tuple[int, ...]
-    """Tokens of each row that has any; R in all"""
+    """Tokens of each row that has any, without shared ones; R in all"""
     positions: Tensor
     """(1, R) int64, from 0 within each row"""
     cu_seqlens: Tensor
     """(rows + 1,) int32: where each row begins, and where the last ends"""
     indices: Tensor | None = None
     """(R,) int64: where these tokens are in a flattened batch with padding; None: there is none"""
+    shared: tuple[int, ...] = ()
+    """Tokens of each row that are the first of the row before it; empty: no row has any"""
+    keys: Tensor | None = None
+    """(S,) int64: where in the sequence the keys of each row are; None: where its queries are"""
+    cu_seqlens_k: Tensor | None = None
+    """(rows + 1,) int32: bounds of rows among `keys`; None: those of the queries"""
 
     @classmethod
-    def of(cls, lengths: Tensor, size: int, packed: bool) -> SequenceLayout:
-        """The layout of rows of `lengths`: of one pack of `size` tokens, or of rows padded on the right to `size`."""
+    def of(cls, lengths: Tensor, size: int, packed: bool, shared: Sequence[int] = ()) -> SequenceLayout:
+        """The layout of rows of `lengths`: of one pack of `size` tokens, or of rows padded on the right to `size`.
+
+        `shared`: tokens of each row that are the first of the row before it; that one shares none itself.
+        """
         import torch
 
-        counts = tuple(count for count in lengths.tolist() if count)
-        total, indices = sum(counts), None
-        if packed and total < size:
-            indices = torch.arange(total)
-        elif not packed and total < size * len(lengths):
-            indices = nonzero_indices(torch.arange(size) < lengths[:, None])
-        ends = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-        return cls(counts, torch.cat([torch.arange(count) for count in counts])[None], ends, indices)
+        totals: list[int] = lengths.tolist()
+        starts = [sum(totals[:n]) if packed else n * size for n in range(len(totals))]
+        rows = [row for row in zip(starts, totals, shared or [0] * len(totals), strict=True) if row[1]]
+        counts = tuple(total - before for _, total, before in rows)
+        indices = None
+        if sum(counts) < size * (1 if packed else len(totals)):
+            indices = torch.cat([torch.arange(start + before, start + total) for start, total, before in rows])
+        positions = torch.cat([torch.arange(before, total) for _, total, before in rows])[None]
+        layout = cls(counts, positions, _bounds(counts), indices)
+        if any(shared):
+            layout.shared = tuple(before for *_, before in rows)
+            begins = layout.cu_seqlens.tolist()
+            spans = [torch.arange(begin, end) for begin, end in pairwise(begins)]
+            seen = [(spans[n - 1][:before], spans[n]) for n, before in enumerate(layout.shared)]
+            layout.keys = torch.cat([part for parts in seen for part in parts])
+            layout.cu_seqlens_k = _bounds([total for _, total, _ in rows])
+        return layout
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest row."""
+        """Tokens of the longest row, without shared ones."""
         return max(self.lengths)
 
+    @property
+    def max_keys(self) -> int:
+        """Keys of the row that has most."""
+        return max(map(sum, zip(self.lengths, self.shared))) if self.shared else self.max_length
+
+    @property
+    def num_pairs(self) -> int:
+        """Squares of the rows' lengths, without what is shared, added up: the work of attention."""
+        shared = self.shared or (0,) * len(self.lengths)
+        return sum((count + before) ** 2 - before**2 for count, before in zip(self.lengths, shared, strict=True))
+
     def _map(self, fn: Callable[[Tensor], Tensor]) -> SequenceLayout:
-        indices = None if self.indices is None else fn(self.indices)
-        return SequenceLayout(self.lengths, fn(self.positions), fn(self.cu_seqlens), indices)
+        indices, keys, ends = (None if t is None else fn(t) for t in (self.indices, self.keys, self.cu_seqlens_k))
+        return SequenceLayout(self.lengths, fn(self.positions), fn(self.cu_seqlens), indices, self.shared, keys, ends)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceLayout:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))

@@ -17,7 +17,8 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
     """Batch of the examples in order: (B, T) with T the longest length, or packed (1, T) with T the sum.
 
     The first label of every row is IGNORE: no token precedes it, and in a pack it would be predicted from the row
-    before. `image_id`: id of image tokens. A pair becomes two rows, which share their tiles.
+    before. `image_id`: id of image tokens. A pair becomes two rows, which share their tiles and, in the layout, their
+    prompt.
     """
     assert examples, "a batch of no examples"
     paired = any(example.rejected for example in examples)
@@ -49,7 +50,7 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
         tiles_per_row=torch.tensor([sum(example.tiles_per_image) for example in examples], dtype=torch.int64),
         row_ids=row_ids if packed else None,
         lengths=torch.tensor(lengths, dtype=torch.int64),
-        layout=SequenceLayout.of(torch.tensor(lengths), T, packed),
+        layout=SequenceLayout.of(torch.tensor(lengths), T, packed, _shared_prompts(examples)),
         image_positions=None if image_id is None else nonzero_indices(batch["input_ids"] == image_id),
         supervised_positions=supervised_indices(batch["labels"]),
         tile_index=_tile_index(examples),
@@ -73,3 +74,19 @@ def _tile_index(rows: Sequence[Example]) -> Tensor | None:
             first, total = total, total + count
         index += range(first, first + count)
     return torch.tensor(index, dtype=torch.int64)
+
+
+def _shared_prompts(rows: Sequence[Example]) -> list[int]:
+    """Tokens that each row has in common with the row before it, where it is the rejected answer to the same prompt.
+
+    The last token before the answer is not shared: the answers' first tokens are predicted there, one for each row.
+    """
+    counts = [0] * len(rows)
+    for n, row in enumerate(rows):
+        if row.shares_tiles:
+            pair = rows[n - 1], row
+            shortest = min(map(len, pair))
+            differs = (pair[0].input_ids[:shortest] != row.input_ids[:shortest]).nonzero()
+            answers = [int((one.labels[1:] != IGNORE).nonzero()[0]) for one in pair if one.num_supervised]
+            counts[n] = min([shortest - 1, *differs[:1, 0].tolist(), *answers])
+    return counts

@@ -93,10 +93,10 @@ def attend(
     return masked(q_BHTK, k_BGSK, v_BGSK, layout, dropout)
 
 
-def band(count: int, window: int | None, device: torch.device) -> Tensor:
-    """The keys that each of `count` tokens sees: (1, 1, T, T) bool."""
-    seen_TT = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-    return (seen_TT if window is None else seen_TT.triu(1 - window))[None, None]
+def band(count: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
+    """The keys that each of `count` tokens sees, of its row and `before` earlier ones: (1, 1, T, S) bool."""
+    seen_TS = torch.ones(count, before + count, dtype=torch.bool, device=device).tril(before)
+    return (seen_TS if window is None else seen_TS.triu(before + 1 - window))[None, None]
 
 
 def visible(query_positions_BT: Tensor, key_positions_BS: Tensor, rows_BT: Tensor | None, window: int | None) -> Tensor:
@@ -173,14 +173,31 @@ def rows_in_sequence(
     if kernel == "flash_attention_2":
         from flash_attn import flash_attn_varlen_func
 
-        q, k, v = (x[0].transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
-        ends, longest = layout.cu_seqlens.to(q.device, non_blocking=True), layout.max_length
-        bounds, back = (ends, ends, longest, longest), _flash_window(window)
+        q, k, v = (x[0].transpose(0, 1) for x in (q_1HTK, *_keys_of_rows(k_1GTK, v_1GTK, layout)))
+        bounds, back = _bounds(layout, q.device), _flash_window(window)
         return flash_attn_varlen_func(q, k, v, *bounds, dropout_p=dropout, causal=True, window_size=back)[None]
     half = q_1HTK.dtype in HALF and q_1HTK.shape[-1] in WIDTHS
     if half and dropout == 0 and has_varlen(q_1HTK.device, window):
         return by_varlen(q_1HTK, k_1GTK, v_1GTK, layout, window)
-    return by_row(q_1HTK, k_1GTK, v_1GTK, layout.lengths, dropout, window, join)
+    return by_row(q_1HTK, k_1GTK, v_1GTK, layout.lengths, dropout, window, join, layout.shared)
+
+
+def _keys_of_rows(k_1GTK: Tensor, v_1GTK: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """Keys and values that the rows meet, row after row; shared ones stand there again."""
+    if layout.keys is None:
+        return k_1GTK, v_1GTK
+    keys = layout.keys.to(k_1GTK.device, non_blocking=True)
+    return k_1GTK.index_select(2, keys), v_1GTK.index_select(2, keys)
+
+
+def _bounds(layout: SequenceLayout, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Bounds of rows among queries and among keys, and the longest of each, for kernels of all rows at once.
+
+    Where a row has more keys than queries, these kernels align the last query with the last key.
+    """
+    ends = layout.cu_seqlens.to(device, non_blocking=True)  # layers may be spread over devices
+    key_ends = ends if layout.cu_seqlens_k is None else layout.cu_seqlens_k.to(device, non_blocking=True)
+    return ends, key_ends, layout.max_length, layout.max_keys
 
 
 def _flash_window(window: int | None) -> tuple[int, int]:
@@ -216,6 +233,7 @@ def by_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     arguments = _varlen_arguments()
+    k_1GTK, v_1GTK = _keys_of_rows(k_1GTK, v_1GTK, layout)
     options: dict[str, Any] = (
         {"window_size": _flash_window(window)} if "window_size" in arguments else {"is_causal": True}
     )
@@ -225,8 +243,7 @@ def by_varlen(
         else:
             k_1GTK, v_1GTK = _repeated(q_1HTK, k_1GTK, v_1GTK)
     q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1).contiguous() for x in (q_1HTK, k_1GTK, v_1GTK))
-    ends = layout.cu_seqlens.to(q_THK.device, non_blocking=True)  # layers may be spread over devices
-    out: Any = varlen_attn(q_THK, k_TGK, v_TGK, ends, ends, layout.max_length, layout.max_length, **options)
+    out: Any = varlen_attn(q_THK, k_TGK, v_TGK, *_bounds(layout, q_THK.device), **options)
     return out[None]
 
 
@@ -238,16 +255,22 @@ def by_row(
     dropout: float = 0.0,
     window: int | None = None,
     join: Join = joined,
+    shared: tuple[int, ...] = (),
 ) -> Tensor:
-    """Causal attention of each row to itself, one after the other; `lengths` add up to T. Returns (1, T, H, K)."""
+    """Causal attention of each row to itself, one after the other; `lengths` add up to T. Returns (1, T, H, K).
+
+    `shared`: first tokens of the row before that a row begins with, see `SequenceLayout`.
+    """
     grouped = q_1HTK.shape[1] != k_1GTK.shape[1]
+    q_rows, *keys_and_values = (x.split(list(lengths), dim=2) for x in (q_1HTK, k_1GTK, v_1GTK))
     rows = []
-    for q, k, v in zip(*(x.split(list(lengths), dim=2) for x in (q_1HTK, k_1GTK, v_1GTK)), strict=True):
-        count = q.shape[2]
-        mask = band(count, window, q.device) if window is not None and count > window else None
-        rows.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
-            )
-        )
+    for n, q in enumerate(q_rows):
+        count, before = q.shape[2], shared[n] if shared else 0
+        k, v = (x[n] if not before else torch.cat([x[n - 1][:, :, :before], x[n]], 2) for x in keys_and_values)
+        narrow = window is not None and before + count > window
+        mask = band(count, window, q.device, before) if narrow or before else None
+        in_groups = grouped
+        if mask is not None and grouped and q.device.type == "cuda":  # its kernels that take a mask know no groups
+            k, v, in_groups = *_repeated(q, k, v), False
+        rows.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, enable_gqa=in_groups))
     return join(*rows)

@@ -134,7 +134,7 @@ class InternVL(ModelParts):
         if labels is not None and supervised_positions is None:
             supervised_positions = supervised_indices(labels)
         read_M = None if labels is None or return_logits else supervised_positions
-        if layout is None:
+        if layout is None or (layout.shared and read_M is None):  # all logits: of shared prompts in each row
             layout = layout_of(input_ids, attention_mask, position_ids, row_ids, lengths)
         loads = RouterLoads() if return_router_load else None
         if layout is not None and language.config.attention != "eager":

@@ -81,6 +81,33 @@ def test_a_batch_of_pairs_computes_what_its_rows_alone_do(base, processor, packe
             torch.testing.assert_close(losses[2 * n + k], model(**alone).row_losses[0], atol=1e-4, rtol=1e-5)
     moved = batch.to("cpu")
     assert moved.paired and torch.equal(moved.tile_index, batch.tile_index)
+    assert moved.layout.shared == batch.layout.shared and torch.equal(moved.layout.keys, batch.layout.keys)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_prompt_is_computed_once_for_both_answers(base, processor, packed):
+    same_start = {"query": "How many?", "response": "four or five", "rejected_response": "four or six"}
+    others = {"rejected_images": ["1.png"], "rejected_messages": OTHER, "messages": MESSAGES, "images": ["0.png"]}
+    pairs = [PAIR, same_start, others, PAIR | {"images": ["1.png"]}]
+    examples = [processor(row, root=base) for row in pairs]
+    batch = processor.collate(examples, packed=packed)
+    prompts = [int((example.labels != IGNORE).nonzero()[0]) for example in examples]
+    # the token before an answer predicts its first one, so each row has its own
+    assert batch.layout.shared == (0, prompts[0] - 1, 0, prompts[1] - 1, 0, 0, 0, prompts[3] - 1)
+    assert sum(batch.layout.lengths) == batch.num_tokens - sum(batch.layout.shared)
+    model = InternVL.from_pretrained(base / "model")
+    with_all = model(**batch, return_logits=True)
+    found = []
+    for shares in (True, False):
+        batch.layout = batch.layout if shares else None
+        model.zero_grad()
+        out = model(**batch)
+        weights = torch.linspace(-1, 1, len(batch))
+        (out.row_losses * weights).sum().backward()
+        found.append([out.row_losses, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(with_all.logits, model(**batch, return_logits=True).logits)
 
 
 def test_only_the_last_answer_counts(base, processor):

@@ -55,11 +55,15 @@ def test_one_token_meets_the_keys_that_its_mask_shows(kernel):
 
 def by_mask(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, 0), enable_gqa=False):
     """torch's `varlen_attn` as documented, with a square mask."""
-    assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and max_q == max_k == int(cu_seq_q.diff().max())
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
     assert enable_gqa == (q.shape[1] != k.shape[1]) and window_size[1] == 0
-    row = torch.repeat_interleave(torch.arange(len(cu_seq_q) - 1), cu_seq_q.diff())
-    back = torch.arange(len(q))[:, None] - torch.arange(len(q))
-    seen = (row[:, None] == row) & (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
+    rows, places = [], []
+    for ends in (cu_seq_q, cu_seq_k):
+        rows.append(torch.repeat_interleave(torch.arange(len(ends) - 1), ends.diff()))
+        places.append(torch.cat([torch.arange(-n, 0) for n in ends.diff().tolist()]))  # from the last of the row
+    back = places[0][:, None] - places[1]
+    seen = (rows[0][:, None] == rows[1]) & (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
     heads = (x.transpose(0, 1) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=enable_gqa)
     return out.transpose(0, 1)
@@ -99,6 +103,37 @@ def test_all_rows_at_once_are_asked_for_as_torch_takes_them(window, groups, kern
     torch.testing.assert_close(found, by_row(q, k, v, LENGTHS, 0.0, window), atol=1e-6, rtol=1e-5)
 
 
+def test_a_layout_of_rows_that_share_their_beginning():
+    """The one in the docstring of SequenceLayout."""
+    found = SequenceLayout.of(torch.tensor([3, 4, 2]), 4, packed=False, shared=[0, 2, 0])
+    assert (found.lengths, found.shared, found.max_length, found.max_keys) == ((3, 2, 2), (0, 2, 0), 3, 4)
+    assert found.positions.tolist() == [[0, 1, 2, 2, 3, 0, 1]] and found.indices.tolist() == [0, 1, 2, 6, 7, 8, 9]
+    assert found.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6] and found.cu_seqlens_k.tolist() == [0, 3, 7, 9]
+    assert SequenceLayout.of(torch.tensor([3, 4, 2]), 9, True, [0, 2, 0]).indices.tolist() == [0, 1, 2, 5, 6, 7, 8]
+    plain = SequenceLayout.of(torch.tensor([3, 4]), 7, True, [0, 0])
+    assert (plain.shared, plain.keys, plain.indices, plain.max_keys) == ((), None, None, 4)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
+@pytest.mark.parametrize("way", ["by_row", "by_varlen"])
+def test_rows_that_share_their_beginning_equal_whole_rows(window, way, varlen, monkeypatch):
+    varlen(by_mask)
+    lengths, shared = (6, 7, 2, 5, 3), (0, 4, 0, 0, 2)
+    rows = SequenceLayout.of(torch.tensor(lengths), sum(lengths), packed=True, shared=shared)
+    whole = [torch.randn(1, n, sum(lengths), 8) for n in (4, 2, 2)]
+    for x in whole:
+        for n, before in enumerate(shared):
+            start = sum(lengths[:n])
+            x[:, :, start : start + before] = x[:, :, start - lengths[n - 1] :][:, :, :before]
+    expected = by_row(*whole, lengths, window=window)[:, rows.indices]
+    parts = [x[:, :, rows.indices] for x in whole]
+    if way == "by_row":
+        found = attend(*parts, rows, window=window)
+    else:
+        found = by_varlen(*parts, rows, window)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_all_rows_at_once_where_there_is_a_kernel_for_it(monkeypatch):
     """On fake tensors of a GPU, which need none: torch's own operator takes what it is given."""
     monkeypatch.setattr(attention, "_is_recent", lambda device: True)
@@ -126,17 +161,19 @@ def test_all_rows_at_once_where_there_is_a_kernel_for_it(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [8, 2])
 @pytest.mark.parametrize("window", [None, 100])
-def test_all_rows_at_once_on_a_gpu(window, groups):
+@pytest.mark.parametrize("shared", [(0, 0, 0, 0), (0, 0, 0, 100)])
+def test_all_rows_at_once_on_a_gpu(window, groups, shared):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    lengths, found = (300, 1, 129, 594), []
+    lengths, found = (300, 1, 129, 594 + shared[-1]), []
     assert attention.has_varlen(torch.device("cuda"), window)
     for way in (by_varlen, by_row):
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, n, 1024, 64, device="cuda", dtype=torch.bfloat16) for n in (8, groups, groups))
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        rows = layout(*lengths).to("cuda")
-        out = way(q, k, v, rows, window) if way is by_varlen else way(q, k, v, lengths, 0.0, window)
+        rows = SequenceLayout.of(torch.tensor(lengths), sum(lengths), True, shared).to("cuda")
+        by_lengths = (q, k, v, rows.lengths, 0.0, window)
+        out = way(q, k, v, rows, window) if way is by_varlen else way(*by_lengths, shared=rows.shared)
         (out.float() * torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape)).sum().backward()
         found.append([out, *(x.grad for x in leaves)])
     for one, other in zip(*found):

@@ -162,12 +162,12 @@ class Watch(Callback):
 
 
 def added(work: Work, batch: Batch) -> Work:
-    """Add the work of a batch; padding does not count."""
-    assert batch.lengths is not None, "the collator's batches have them"
+    """Add the work of a batch; padding does not count, and a prompt that rows share counts once."""
+    assert batch.layout is not None, "the collator's batches have one"
     return Work(
         tiles=work.tiles + len(batch.tiles),
-        tokens=work.tokens + batch.num_tokens,
-        pairs=work.pairs + int((batch.lengths**2).sum()),
+        tokens=work.tokens + sum(batch.layout.lengths),
+        pairs=work.pairs + batch.layout.num_pairs,
         supervised=work.supervised + sum(batch.supervised),
     )
 

@@ -8,7 +8,7 @@ from ivl.estimate.flops import Work
 from ivl.estimate.hardware import Device
 from ivl.lit.callbacks import monitor
 from ivl.lit.callbacks.monitor import SourceLosses, added, clock, device_row
-from ivl.types import Batch, Conversation, Message
+from ivl.types import Batch, Conversation, Message, SequenceLayout
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import fit, scalars
 from tests.tiny import write_checkpoint
@@ -30,9 +30,13 @@ def test_losses_per_source_are_means_over_tokens_since_the_last_reading():
 def test_work_and_devices(monkeypatch):
     ids = torch.zeros(2, 5, dtype=torch.long)
     tiles, per_row = torch.zeros(3, 3, 2, 2), torch.tensor([1, 2])
-    batch = Batch(ids, ids.bool(), ids, ids, tiles, per_row, lengths=torch.tensor([5, 4]), supervised=[2, 1])
+    lengths = torch.tensor([5, 4])
+    batch = Batch(ids, ids.bool(), ids, ids, tiles, per_row, lengths=lengths, supervised=[2, 1])
+    batch.layout = SequenceLayout.of(lengths, 5, packed=False)
     work = added(added(Work(), batch), batch)
     assert work == Work(tiles=6, tokens=18, pairs=82, supervised=6)
+    batch.layout = SequenceLayout.of(lengths, 5, packed=False, shared=[0, 3])  # the work of the second's last token
+    assert added(Work(), batch) == Work(tiles=3, tokens=6, pairs=25 + 16 - 9, supervised=3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert device_row(torch.device("cuda")).flops == 989.4e12
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some new device")
