@@ -1,0 +1,74 @@
+"""benchmarks/released.py: what is published passes, anything else fails and is shown."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ivl import InternVL, Processor
+from ivl.commands.export import export
+from tests.tiny import write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def released(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("released")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("released")
+    base = write_checkpoint(root / "base", "Qwen2ForCausalLM", template="internvl2_5")
+    return export(str(root / "hf"), base=str(base), layout="hf")
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    for url in ("000000039769.jpg", "view.jpg", "australia.jpg"):
+        Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(tmp_path / url)
+    return tmp_path
+
+
+def test_the_prompt_is_that_of_transformers_tests(released, folder, images):
+    from ivl.data.text.template import written
+
+    processor = Processor.from_pretrained(folder)
+    case = released.CASES["InternVL3-1B-hf"][0]
+    conversation = processor.parse(released.row_of(case, images))
+    assert written(conversation, [[1]], processor.template, 1) == (
+        "<|im_start|>user\n<img><IMG_CONTEXT></img>\nPlease describe the image explicitly.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_a_run_of_it_on_a_tiny_model(released, folder, images, capsys, monkeypatch):
+    """A published answer and logits of the model itself pass; its status says so."""
+    model, processor = InternVL.from_pretrained(folder), Processor.from_pretrained(folder)
+    blank = released.Case("What is it?", released.VIEW, tokens=4)
+    batch = processor.collate([processor(released.row_of(blank, images))])
+    answer = processor.decode(model.generate(batch, max_new_tokens=4)[0])
+    logits = tuple(model(batch.input_ids, tiles=batch.tiles).logits[0, -1, :5].tolist())
+    right = released.Case("What is it?", released.VIEW, ("another", answer), 4, logits, 1e-4)
+    wrong = released.Case("What is it?", released.VIEW, (answer + "!",), 4, tuple(x + 1 for x in logits))
+    options = ["--folder", f"InternVL3-1B-hf={folder}", "--images", str(images)]
+    options += ["--device", "cpu", "--dtype", "float32", "InternVL3-1B-hf"]
+    monkeypatch.setitem(released.CASES, "InternVL3-1B-hf", [right])
+    assert released.main(options) == 0
+    assert "1 of 1 cases passed" in capsys.readouterr().out
+    monkeypatch.setitem(released.CASES, "InternVL3-1B-hf", [right, wrong])
+    assert released.main(options) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 2 cases passed" in printed and "logits [" in printed and f"published {answer + '!'!r}" in printed
+
+
+def test_a_model_of_which_nothing_is_published_is_refused(released, capsys):
+    with pytest.raises(SystemExit):
+        released.main(["InternVL9-1B"])
+    assert "nothing is published of it here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        released.main(["InternVL3-8B"])
+    assert "needs --mmstar" in capsys.readouterr().err
