@@ -139,6 +139,8 @@ class Example:
     """The row with its rejected answer, in preference tuning."""
     shares_tiles: bool = False
     """True for a rejected example whose tiles are those of the chosen one, and are not held twice."""
+    reference: tuple[float, float] | None = None
+    """Negative log-likelihoods of the chosen and the rejected answer by the reference, where they were stored."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -320,6 +322,9 @@ class Batch:
     """Number of labels of each row that count for the loss, known without waiting for a device."""
     paired: bool = False
     """True if row 2i is the chosen and row 2i + 1 the rejected answer of pair i."""
+    reference: Tensor | None = None
+    """Negative log-likelihood of each row by the model that preference tuning began from, (rows,); None: not stored.
+    It is not passed to the model."""
 
     _tensors = (
         "input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids", "lengths",
@@ -349,7 +354,8 @@ class Batch:
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         moved: dict[str, Any] = {k: fn(getattr(self, k)) for k in self.keys() if k not in self._stay}
         unmoved = {k: getattr(self, k) for k in (*self._stay, "stored", "rows", "supervised", "paired")}
-        return Batch(**moved, **unmoved)
+        reference = None if self.reference is None else fn(self.reference)
+        return Batch(**moved, **unmoved, reference=reference)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))

@@ -12,6 +12,7 @@ from typing import Any
 from ivl.architecture.config import Config
 from ivl.architecture.families import config_for, find_model, llm_family
 from ivl.architecture.hf_config import read_config
+from ivl.commands.plan_reference import begins_anew, reference_of, reference_plan, reference_text
 from ivl.estimate import flops
 from ivl.estimate.hardware import DEVICES, Device, find_device
 from ivl.estimate.memory import MemoryEstimate, memory_needed
@@ -113,8 +114,9 @@ def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> TrainSetup:
     configured = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
     count = devices or _layer_split_devices(trainer.strategy) or configured
     optimizer = getattr(model.optimizer, "class_path", None) or "torch.optim.AdamW"
+    tune, strategy = Tune.from_dict(_plain(model.tune)), strategy_of(trainer.strategy, count)
     return TrainSetup(
-        tune=Tune.from_dict(_plain(model.tune)),
+        tune=tune,
         precision=str(trainer.precision or "32-true"),
         quantize=model.quantize,
         vision_checkpointing=model.checkpointing.vision_model,
@@ -123,9 +125,10 @@ def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> TrainSetup:
         efficient=model.efficient,
         optimizer=optimizer,
         accumulate=trainer.accumulate_grad_batches,
-        strategy=strategy_of(trainer.strategy, count),
+        strategy=strategy,
         devices=count,
         on_gpu=on_gpu is True or on_gpu not in ("cpu", False),
+        keeps_start=reference_of(fit, tune, strategy) == "live" and not begins_anew(fit, tune),
     )
 
 
@@ -163,19 +166,25 @@ def rows_of(fit: Any, config: Config) -> Rows:
     """Rows to train on: the named ones where they are at hand, else rows of the greatest length."""
     from ivl.lit.cli import data_options
 
-    data = data_options(fit)
-    packed = data.is_packed
-    length = data.tokens_per_pack if packed else data.max_length or config.llm["max_position_embeddings"]
+    data, paired = data_options(fit), fit.model.objective != "sft"
     if (why := _why_not_read(fit)) is None:
-        return _read_rows(str(fit.model.pretrained), replace(data, report=None))  # the report is the run's to write
+        data = replace(data, report=None)  # the report is the run's to write
+        return _read_rows(str(fit.model.pretrained), data, paired)
+    packed = data.is_packed
+    length = data.max_length or config.llm["max_position_embeddings"]
+    if packed and (data.pack_tokens or not paired):  # a pack has room for both answers of a pair
+        length = data.tokens_per_pack // (2 if paired else 1)
     tiled = config.dynamic_image_size if data.dynamic_image_size is None else data.dynamic_image_size
     tiles = (data.max_tiles or config.max_dynamic_patch) + config.use_thumbnail if tiled else 1
     most = max(0, length - 64) // config.tokens_per_tile
     rows = 1 if packed else data.rows_per_batch
     tiles = min(data.pack_tiles or most, most) if packed else rows * min(tiles, most)
     supervised = max(1, int(SUPERVISED * rows * max(length - tiles // rows * config.tokens_per_tile, length // 4)))
+    if paired:  # the prompt is computed once
+        length, supervised = length + supervised // rows, 2 * supervised
     micro = BatchShape(rows, length, tiles, supervised, packed)
-    known = f"assumed: rows of {length} tokens, the tiles that they can hold, since {why}"
+    kind = "a prompt and two answers" if paired else "rows"
+    known = f"assumed: {kind} of {length} tokens, the tiles that they can hold, since {why}"
     return Rows(micro, None, None, known)
 
 
@@ -194,18 +203,22 @@ def _why_not_read(fit: Any) -> str | None:
     return None
 
 
-def _read_rows(pretrained: str, options: DataOptions) -> Rows:
+def _read_rows(pretrained: str, options: DataOptions, paired: bool) -> Rows:
     from ivl.lit.datamodule import IvlData
-    from ivl.lit.training.largest import largest_batch
+    from ivl.lit.training.largest import computed_tokens, largest_batch
 
     data = IvlData(pretrained, **vars(options))
-    index, micro = data.training_index(), largest_batch(data)
-    count, lengths = len(index), index.tokens.astype(int)
-    tokens, tiles = int(lengths.sum()), int(index.tiles.sum())
-    batches = math.ceil(tokens / (FULL * micro.length)) if micro.packed else math.ceil(count / micro.rows)
+    if paired:
+        data.learn_pairs()
+    index, micro, lengths = data.training_index(), largest_batch(data), computed_tokens(data)
+    count, tokens, tiles = len(index), int(lengths.sum()), int(index.tiles.sum())
+    batches = math.ceil(count / micro.rows)
+    if micro.packed:
+        batches = math.ceil(int(index.tokens.astype(int).sum()) / (FULL * data.options.tokens_per_pack))
     # Padding is not computed, and a row sees no other.
     work = flops.Work(tiles, tokens, int((lengths**2).sum()), int(index.supervised.sum()))
-    return Rows(micro, work, batches, f"read: {count} rows, {tokens} tokens, {tiles} tiles")
+    what = f"{count} pairs, {tokens} tokens of prompts and both answers" if paired else f"{count} rows, {tokens} tokens"
+    return Rows(micro, work, batches, f"read: {what}, {tiles} tiles")
 
 
 # The plan
@@ -240,11 +253,15 @@ def summary(
         "tokens_per_step": work.tokens * times,
         "estimated": True,
     }
+    if how := reference_of(fit, setup.tune, setup.strategy):
+        plan["reference"] = reference_plan(config, setup, how, work, rows.work)
+    live = plan.get("reference", {})
+    done += live.get("flops_per_micro_batch", 0.0)
     if rows.work is not None and rows.batches is not None:
         plan["epoch"] = {
             "steps": math.ceil(rows.batches / times),
             "tokens": rows.work.tokens,
-            "flops": computed.total(rows.work),
+            "flops": computed.total(rows.work) + live.get("flops_per_epoch", 0.0),
         }
     if device is not None:
         working = 1 if setup.strategy == "layer_split" else setup.devices
@@ -294,6 +311,8 @@ def report(plan: dict[str, Any]) -> str:
         f"\na step: {plan['tokens_per_step']:,} tokens at most, {work['model'] / 1e12:.2f} TFLOP of the model, "
         f"{work['computed'] / 1e12:.2f} with what is computed again"
     )
+    if "reference" in plan:
+        lines.append(reference_text(plan["reference"]))
     if epoch := plan.get("epoch"):
         lines.append(f"an epoch: about {epoch['steps']:,} steps, {epoch['tokens']:,} tokens")
     if device := plan.get("device"):

@@ -22,6 +22,7 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
     """
     assert examples, "a batch of no examples"
     paired = any(example.rejected for example in examples)
+    reference = [losses for example in examples for losses in example.reference or ()]
     examples = [row for example in examples for row in (example, example.rejected) if row is not None]
     lengths = [len(example) for example in examples]
     B, T = (1, sum(lengths)) if packed else (len(examples), max(lengths))
@@ -59,6 +60,7 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
         rows=[example.conversation for example in examples],
         supervised=[int((example.labels[1:] != IGNORE).sum()) for example in examples],
         paired=paired,
+        reference=torch.tensor(reference, dtype=torch.float32) if reference else None,
     )
 
 

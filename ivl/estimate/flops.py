@@ -10,9 +10,10 @@ in proportion to one of the counts of `Work`, and each block of a stack adds the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,16 +70,25 @@ def model_costs(config: Config, tune: Tune) -> Costs:
     return costs(config, TrainSetup(tune, attention="eager", efficient=False), chunk=2**30)
 
 
-def costs(config: Config, setup: TrainSetup, supervised: int = CHUNK, chunk: int = CHUNK) -> Costs:
+def forward_costs(config: Config, setup: TrainSetup) -> Costs:
+    """Operations of a forward of the plain model alone: of the reference in preference tuning."""
+    plain = Tune(vision_model="frozen", mlp1="full", language_model="frozen")  # without a LoRA; something has to train
+    return costs(config, replace(setup, tune=plain), backward=False)
+
+
+def costs(
+    config: Config, setup: TrainSetup, supervised: int = CHUNK, chunk: int = CHUNK, backward: bool = True
+) -> Costs:
     """Operations of this program's step, with those that backward computes again.
 
     `supervised`: supervised tokens of a micro-batch; above `chunk` most of their logits are computed again.
+    `backward`: False for a forward alone.
     """
     what_computes = ("tune", "attention", "efficient", "vision_checkpointing", "language_checkpointing")
     setup = TrainSetup(**{name: getattr(setup, name) for name in what_computes})
-    key = repr((config, setup, supervised, chunk))
+    key = repr((config, setup, supervised, chunk, backward))
     if key not in _COUNTED:
-        _COUNTED[key] = _costs(config, setup, supervised, chunk)
+        _COUNTED[key] = _costs(config, setup, supervised, partial(counted, chunk=chunk, backward=backward))
     return _COUNTED[key]
 
 
@@ -86,7 +96,7 @@ _COUNTED: dict[str, Costs] = {}
 """Costs that were counted in this process, by what they were asked for: a plan asks several times"""
 
 
-def _costs(config: Config, setup: TrainSetup, supervised: int, chunk: int) -> Costs:
+def _costs(config: Config, setup: TrainSetup, supervised: int, count: Callable[..., list[int]]) -> Costs:
     def shallow(tower: int, llm: int, last: int | None = None) -> InternVL:
         tune = setup.tune if last is None else replace(setup.tune, vision_model=Blocks(last))
         return shallow_copy(config, replace(setup, tune=tune), (tower, llm))
@@ -101,12 +111,12 @@ def _costs(config: Config, setup: TrainSetup, supervised: int, chunk: int) -> Co
         first = min(2, tower)
         base = shallow(first, few)
         deeper = [(tower - first, shallow(first + 1, few)), (llm - few, shallow(first, few + 1))]
-    targets = counted(base, BatchShape(1, TOKENS, 1, supervised), chunk)
-    fixed = counted(base, BatchShape(1, TOKENS, 1, 0), chunk)
+    targets = count(base, BatchShape(1, TOKENS, 1, supervised))
+    fixed = count(base, BatchShape(1, TOKENS, 1, 0))
     total = replace(_by_unit(fixed), supervised=(sum(targets) - sum(fixed)) / supervised)
     for blocks, model in deeper:
         if blocks:
-            total = total.plus(blocks, _by_unit(counted(model, BatchShape(1, TOKENS, 1, 0), chunk)), _by_unit(fixed))
+            total = total.plus(blocks, _by_unit(count(model, BatchShape(1, TOKENS, 1, 0))), _by_unit(fixed))
     return total
 
 
@@ -123,7 +133,7 @@ def _by_unit(products: list[int]) -> Costs:
     return Costs(sum(tiles), sum(tokens) / TOKENS, sum(pairs) / TOKENS**2, 0)
 
 
-def counted(model: InternVL, micro: BatchShape, chunk: int = CHUNK) -> list[int]:
+def counted(model: InternVL, micro: BatchShape, chunk: int = CHUNK, backward: bool = True) -> list[int]:
     """Operations of each matrix product in a forward and a backward of a model on the meta device."""
     products: list[int] = []
 
@@ -138,9 +148,11 @@ def counted(model: InternVL, micro: BatchShape, chunk: int = CHUNK) -> list[int]
     known = flop_registry | {operator: shape_wrapper(formula) for operator, formula in FORMULAS.items()}
     formulas = {operator: recorded(formula) for operator, formula in known.items()}
     with _without_numbers(model), FlopCounterMode(display=False, custom_mapping=formulas):
-        loss = model(**batch_of(model, micro), loss_chunk=chunk).loss_sum
+        with torch.set_grad_enabled(backward):
+            loss = model(**batch_of(model, micro), loss_chunk=chunk).loss_sum
         assert loss is not None, "the batch has labels"
-        loss.backward()
+        if backward:
+            loss.backward()
     return products
 
 

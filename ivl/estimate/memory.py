@@ -43,6 +43,7 @@ def memory_needed(sketch: ShallowModel, micro: BatchShape) -> MemoryEstimate:
     trained = sum(p.trainable for p in parts.values())
     gradients, states = float(trained * FP32), trained * state_bytes(setup.optimizer)
     n, buffers = setup.devices, CONTEXT if setup.on_gpu else 0.0
+    buffers += 2 * trained * FP32 * setup.keeps_start  # as it began, and as it is now while the reference computes
     if setup.strategy == "zero2":
         # DeepSpeed keeps half-precision weights whole, and a float32 copy of what trains shared out.
         states = (states + trained * FP32) / n

@@ -70,6 +70,8 @@ class TrainSetup:
     strategy: Strategy = "single"
     devices: int = 1
     on_gpu: bool = True
+    keeps_start: bool = False
+    """True if what trains is also kept as it began, for the reference of preference tuning"""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ivl.types import UserError
+from ivl.types import Conversation, UserError
 
 Reduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over all processes"""
@@ -69,6 +69,9 @@ class Preference:
     """Direct preference optimization."""
     mpo: MPO | None = None
     """Mixed preference optimization."""
+    reference: Literal["auto", "live", "stored"] = "auto"
+    """Log-probabilities by the model as training began. live: by a pass without the LoRA at each step; stored: computed
+    once before training, and kept on disk for later runs; auto: live where a LoRA alone trains, else stored."""
 
 
 def check(options: Preference) -> None:
@@ -110,9 +113,30 @@ class PairLogProbs(NamedTuple):
         return beta * (self.chosen - self.reference_chosen), beta * (self.rejected - self.reference_rejected)
 
 
+class PairOfAnswers(NamedTuple):
+    """Held-out pair with the log-probabilities of its answers."""
+
+    row: Conversation
+    rejected: Conversation
+    before: list[float]
+    """Of the chosen and the rejected answer, by the reference"""
+    now: list[float]
+    beta: float
+
+    @property
+    def rewards(self) -> tuple[float, float]:
+        """Rewards of the chosen and the rejected answer."""
+        chosen, rejected = (self.beta * (now - before) for now, before in zip(self.now, self.before))
+        return chosen, rejected
+
+
 MEASURES = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "kl")
 """Names of what a preference run logs beside its loss. `kl`: estimate of the divergence from the reference, by the mean
 log-ratio of a token of the answers"""
+
+
+HELD_OUT = ("objective", *MEASURES)
+"""Names of what is logged of held-out pairs. `objective`: the loss that is trained, by the mean of rewards so far"""
 
 
 class PreferenceObjective:

@@ -1,7 +1,8 @@
 """Reference of preference tuning: the model as training began, without a second copy of it.
 
 With a fresh LoRA it is the same model with the adapter off. An adapter that began as another one (`model.adapter`, or
-`init: pissa`) is kept as it was, and put in place for the pass; only the low-rank matrices are held twice.
+`init: pissa`) is kept as it was, and put in place for the pass; only the low-rank matrices are held twice. Where more
+than a LoRA trains, its log-probabilities are computed before training: `ivl.lit.training.reference_cache`.
 """
 
 from __future__ import annotations
@@ -19,31 +20,36 @@ if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
 
 
+def trained_beside_lora(model: nn.Module) -> str | None:
+    """Name of the first parameter that trains and belongs to no LoRA; None: a LoRA alone trains."""
+    return next((n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n), None)
+
+
 class Reference:
     """Reference pass of a model whose adapter alone trains."""
 
     def __init__(self, model: InternVL, is_fresh: bool) -> None:
         """`is_fresh`: the adapter changes nothing yet. Raises UserError where more than an adapter trains."""
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if others := [name for name in trained if "lora_" not in name]:
+        if other := trained_beside_lora(model):
             raise UserError(
-                f"model.objective: the reference is the model without its adapter, but {others[0]} trains too; "
-                "expected model.tune with frozen parts and LoRAs"
+                f"model.objective.reference: live is the model without its adapter, but {other} trains too; expected "
+                "stored (or auto), or model.tune with frozen parts and LoRAs"
             )
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._start = None if is_fresh else {name: p.detach().clone() for name, p in trained.items()}
 
     @torch.no_grad()
     def row_losses(self, model: InternVL, batch: Batch) -> Tensor:
         """Negative log-likelihood of each row: (rows,)."""
         place = _adapter_off(model) if self._start is None else _swapped(model, self._start)
-        with _evaluating(model), place:
+        with evaluating(model), place:
             losses = model(**batch).row_losses
         assert losses is not None, "a batch to learn from has labels"
         return losses
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, and no noise on embeddings."""
     training = [module for module in model.modules() if module.training]
     model.eval()

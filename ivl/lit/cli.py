@@ -144,7 +144,8 @@ class IvlCLI(LightningCLI):
         if self.subcommand != "fit" and config.get("ckpt_path") and config.model.adapter:
             if value_of(sys.argv, "--model.adapter"):
                 raise UserError("--ckpt_path and --model.adapter: expected one of them, found both")
-            config.model.adapter = None
+            if self.subcommand == "predict" or config.model.objective == "sft":
+                config.model.adapter = None  # else rewards are measured from it
 
     def _place_run(self, config: Namespace) -> None:
         """Choose the folder and checkpoint of a fit. Other experiments' runs are never overwritten."""

@@ -68,10 +68,10 @@ class IvlData(LightningDataModule):
     # -- rows ----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        module, options = getattr(self.trainer, "lightning_module", None), self.options
-        self.processor.pairs = stage != "predict" and getattr(module, "learns_pairs", False)
-        if self.processor.pairs and options.pack_tokens is None and options.max_length:  # room for both answers
-            self.options = replace(options, pack_tokens=2 * options.max_length)
+        if stage != "predict" and getattr(getattr(self.trainer, "lightning_module", None), "learns_pairs", False):
+            self.learn_pairs()
+        else:
+            self.processor.pairs = False
         # Files are read before the model is loaded, so that a mistake in them costs nothing.
         if stage == "fit":
             self._set_up_training()
@@ -82,6 +82,12 @@ class IvlData(LightningDataModule):
             self._set_up_prediction()
         else:
             self.rows({"validate": "val"}.get(stage, stage))
+
+    def learn_pairs(self) -> None:
+        """Take rows for pairs of answers, and give packs room for both."""
+        self.processor.pairs = True
+        if self.options.pack_tokens is None and self.options.max_length:
+            self.options = replace(self.options, pack_tokens=2 * self.options.max_length)
 
     def rows(self, name: str) -> RowDataset:
         """Return the rows of val, test or predict, in order. Raises UserError without a file."""
@@ -109,6 +115,13 @@ class IvlData(LightningDataModule):
             places: dict[str, Any] = {"root": options.media_root, "seed": options.seed, "limits": options.file_limits}
             self._rows[name] = RowDataset(row_files(files), processor, columns=options.columns, **places)
         return self._rows[name]
+
+    def rows_of(self, stage: str) -> list[RowDataset]:
+        """Rows that fit, validate or test reads: of fit those of each source, and the held-out ones."""
+        if stage != "fit":
+            return [self.rows({"validate": "val"}.get(stage, stage))]
+        held_out = [self.rows("val")] if self.options.holds_out and self.trainer.limit_val_batches else []
+        return [*(part.rows for part in self.training[0].parts), *held_out]
 
     def _set_up_training(self) -> None:
         if self._train is not None:

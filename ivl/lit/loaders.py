@@ -173,9 +173,11 @@ class ValidationRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, Example, Example]:
-        conversation = self.rows.conversation(index if index >= 0 else -1 - index)
-        process = self.rows.processor
-        return index, process(conversation.as_prompt()), process(conversation)
+        row = index if index >= 0 else -1 - index
+        conversation, process = self.rows.conversation(row), self.rows.processor
+        example = process(conversation)
+        example.reference = self.rows.reference(row)
+        return index, process(conversation.as_prompt()), example
 
 
 def validation_batch(processor: Processor, items: list) -> tuple[list[int], Batch, Batch]:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.processor import Processor
 from ivl.finetune import tune as tuning
-from ivl.finetune.objectives import MEASURES, Preference
+from ivl.finetune.objectives import HELD_OUT, PairOfAnswers, Preference
 from ivl.finetune.param_groups import param_groups, scale_rates, vectors
 from ivl.lit.callbacks.nonfinite import NonFiniteGuard
 from ivl.lit.loaders import data_rank
@@ -130,6 +130,7 @@ class LitInternVL(MemoryGuard):
         self.scores: dict[str, dict[str, float]] = {}
         self.scored_at = 0  # the optimizer step that the scores belong to
         self.answers: list[dict[str, Any]] = []
+        self.pairs: list[PairOfAnswers] = []
         check_metrics(metrics)
         self.metrics = metrics
         self._scores = Scores(metrics)
@@ -229,10 +230,10 @@ class LitInternVL(MemoryGuard):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # DeepSpeed and classic FSDP have read it by then
             check_tensors(self.model, checkpoint["state_dict"])
-        if not self.trainer.training:
-            return
         if self.preference is not None:
             self.preference.load_state_dict(checkpoint.get("objective", {}))
+        if not self.trainer.training:
+            return
         configured: Any = self.configure_optimizers()
         changes = apply_settings(checkpoint, self.rate_settings, configured["lr_scheduler"]["scheduler"])
         changes += self.changed_options
@@ -245,8 +246,8 @@ class LitInternVL(MemoryGuard):
 
     def validation_step(self, batch: Batch | tuple[list[int], Batch, Batch], batch_idx: int) -> None:
         if batch_idx == 0:
-            self._scores, self.answers, self._rows_done = Scores(self.metrics), [], 0
-            self._measures = torch.zeros(len(MEASURES) + 1, device=self.device)
+            self._scores, self.answers, self.pairs, self._rows_done = Scores(self.metrics), [], [], 0
+            self._measures = torch.zeros(len(HELD_OUT) + 1, device=self.device)
         indices, rows, prompts = batch if isinstance(batch, tuple) else (range(len(batch)), batch, None)
         self.batch = rows
         count = len(rows) // (2 if rows.paired else 1)
@@ -260,6 +261,8 @@ class LitInternVL(MemoryGuard):
             out = self.model(**rows)
             if self.preference is not None:
                 self._measures += self.preference.held_out(out, reference)
+                answered = self.preference.answered(rows.rows, out, reference)
+                self.pairs += [pair for index, pair in zip(indices, answered) if index >= 0]
             chosen = slice(None, None, 2 if rows.paired else 1)
             dtype = torch.float16 if str(self.trainer.precision).startswith("16") else self.model.dtype
             with name_rows(rows.rows):
@@ -285,7 +288,7 @@ class LitInternVL(MemoryGuard):
             self.scores, self.scored_at = scores, self.trainer.global_step
         stage = "test" if self.trainer.testing else "val"
         if self.preference is not None:
-            measures = means(self._measures, self.trainer.world_size)
+            measures = means(self._measures, self.trainer.world_size, HELD_OUT)
             self.log_dict({f"{stage}/{name}": value for name, value in measures.items()}, batch_size=1)
         for kind, values in scores.items():
             for name in ("loss", *self.metrics):

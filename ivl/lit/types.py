@@ -48,6 +48,8 @@ class RunModule(Protocol):
     feature_store: FeatureStore | None
     answers: list[dict[str, Any]]
     """Answers of the last validation"""
+    pairs: list[Any]
+    """Pairs of the last validation, with the log-probabilities of their answers"""
     on_rows: Callable[[list[Row]], None] | None
     """Receiver of predicted rows as they end"""
 
@@ -62,6 +64,7 @@ class RunData(Protocol):
     """Indices of rows to predict whose answers are on disk already"""
 
     def rows(self, name: str) -> RowDataset: ...
+    def rows_of(self, stage: str) -> list[RowDataset]: ...
     def training_index(self) -> Index: ...
     def total_steps(self) -> int: ...
     def batches_of_epoch(self) -> int: ...

@@ -12,10 +12,13 @@ from ivl.__main__ import main as command
 from ivl.__main__ import run_command
 from ivl.architecture.families import find_model
 from ivl.commands.export import export
-from ivl.commands.plan import _size, report
+from ivl.commands.plan import _size, checkpoint_config, report
+from ivl.estimate import flops
+from ivl.estimate.training_step import TrainSetup
 from ivl.lit.datamodule import IvlData
+from ivl.options import LoRA, Tune
 from ivl.types import UserError
-from tests.lit.rows import write_rows
+from tests.lit.rows import write_pairs, write_rows
 from tests.lit.test_runs import config
 from tests.tiny import write_checkpoint
 
@@ -124,6 +127,65 @@ def test_rows_at_hand_are_read(base, tmp_path, packed, capsys):
         assert (batch["rows"], batch["length"], batch["tiles"]) == (4, max(tokens), sum(sorted(tiles)[-4:]))
         assert batch["supervised"] == -(-4 * sum(supervised) // 18)
         assert epoch["steps"] == steps == 5
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_both_answers_of_a_pair_are_counted(base, tmp_path, packed, capsys):
+    path = write_pairs(base / "data", 8, "pairs.jsonl")
+    data = IvlData(str(base / "model"), train=str(path), num_workers=0, max_length=300)
+    data.learn_pairs()
+    index = data.training_index()
+    settings = {"data__packing": True, "data__batch_size": None} if packed else {"data__batch_size": 2}
+    changes = {"data__train": str(path), "data__val": None, "data__max_length": 300, **settings}
+    tune = {"vision_model": "frozen", "mlp1": "frozen", "language_model": {"rank": 4}}
+    argv = ["--config", str(config(base, tmp_path, **changes, model__tune=tune, model__objective={"mpo": {}}))]
+    plan = planned(argv, capsys)
+    computed = [-(-(int(row["tokens"]) + int(row["supervised"])) // 2) for row in index.records]  # the prompt once
+    total = sum(computed)
+    tiles = int(index.tiles.sum())
+    assert plan["rows"] == f"read: 8 pairs, {total} tokens of prompts and both answers, {tiles} tiles"
+    assert plan["epoch"]["tokens"] == total < int(index.tokens.sum())
+    if packed:
+        assert plan["epoch"]["steps"] == -(-int(index.tokens.sum()) // (0.95 * 600))
+        assert 300 < plan["batch"]["length"] < 600
+    else:
+        most = sum(sorted(index.tiles.tolist())[-2:])
+        assert [plan["batch"][name] for name in ("rows", "length", "tiles")] == [2, max(computed), most]
+        assert plan["epoch"]["steps"] == 4
+    live = plan["reference"]
+    work = flops.Work(0, total, sum(n * n for n in computed), int(index.supervised.sum()))
+    forward = flops.forward_costs(checkpoint_config(str(base / "model")), TrainSetup(Tune(language_model=LoRA(4))))
+    assert live["how"] == "live" and live["flops_per_epoch"] == pytest.approx(forward.total(work), rel=1e-6)
+    assert main(argv) == 0
+    assert "the reference: a forward without the LoRA in each batch" in capsys.readouterr().out
+    stored = planned([*argv, "--model.tune.mlp1", "full"], capsys)
+    assert stored["reference"]["how"] == "stored" and stored["reference"]["flops_before_training"] > forward.total(work)
+    assert main([*argv, "--model.tune.mlp1", "full"]) == 0
+    assert "the reference: a forward of all rows once, before training" in capsys.readouterr().out
+    sft = planned([*argv, "--model.objective", "sft"], capsys)
+    assert "reference" not in sft and sft["epoch"]["tokens"] < total
+
+
+def test_pairs_that_are_not_at_hand_are_assumed(capsys):
+    def batch(*options: str) -> dict:
+        return planned(["--config", CONFIG, "--data.max_length", "1000", *options], capsys)["batch"]
+
+    for size in (["--data.batch_size", "2"], []):
+        answers, pairs = batch(*size), batch(*size, "--model.objective", "{mpo: {}}")
+        assert (pairs["rows"], pairs["tiles"]) == (answers["rows"], answers["tiles"]), "two answers share their tiles"
+        assert pairs["supervised"] == 2 * answers["supervised"]
+        assert pairs["length"] == answers["length"] + answers["supervised"] // answers["rows"] > 1000
+    packed = batch("--model.objective", "{dpo: {}}", "--data.pack_tokens", "4000")
+    assert 2000 < packed["length"] < 4000
+
+
+def test_an_adapter_that_goes_on_is_kept_as_it_began(base, tmp_path, capsys):
+    tune = {"vision_model": "frozen", "mlp1": "frozen", "language_model": {"rank": 4}}
+    argv = ["--config", str(config(base, tmp_path, model__tune=tune, model__objective={"mpo": {}}))]
+    argv += ["--data.train", str(write_pairs(base / "data", 8, "pairs.jsonl"))]
+    fresh, going_on = (planned([*argv, *more], capsys) for more in ([], ["--model.adapter", "DIR"]))
+    trained = sum(part["trainable"] for part in fresh["parts"].values())
+    assert going_on["memory"]["buffers"] - fresh["memory"]["buffers"] == 8 * trained
 
 
 def test_why_rows_are_assumed(base, tmp_path, capsys):

@@ -32,7 +32,9 @@ MODES = {
 }
 
 
-def counted(model: InternVL, tiles: int, lengths: list[int], supervised: int) -> tuple[int, Work]:
+def counted(
+    model: InternVL, tiles: int, lengths: list[int], supervised: int, backward: bool = True
+) -> tuple[int, Work]:
     """What torch counts in a forward and backward of rows that are packed where they differ in length."""
     per_tile, size = model.config.tokens_per_tile, model.config.image_size
     total = sum(lengths)
@@ -47,8 +49,10 @@ def counted(model: InternVL, tiles: int, lengths: list[int], supervised: int) ->
         batch["tiles_per_row"] = torch.tensor([tiles] + [0] * (len(lengths) - 1))
     if tiles:
         batch["tiles"] = torch.zeros(tiles, 3, size, size, dtype=torch.uint8)
-    with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as counter:
-        model(**batch).loss.backward()
+    with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as counter, torch.set_grad_enabled(backward):
+        loss = model(**batch).loss
+        if backward:
+            loss.backward()
     return counter.get_total_flops(), Work(tiles, total, sum(n * n for n in lengths), supervised)
 
 
@@ -139,6 +143,13 @@ def test_the_last_blocks_of_a_tower():
     frozen = model_costs(config, Tune(language_model=LORA)).tile
     assert frozen < tiles[0] < tiles[1] < tiles[2] < tiles[3] < 3 * frozen
     assert tiles[2] - tiles[1] == pytest.approx(2 * (tiles[1] - tiles[0]))
+
+
+def test_the_reference_costs_a_forward_of_the_plain_model():
+    raw, setup = tiny(), TrainSetup(MODES["lora everywhere"])
+    model = InternVL.from_config(Config.from_dict(raw), image_token_id=IMAGE)
+    total, work = counted(model, 3, [40, 25], 20, backward=False)
+    assert flops.forward_costs(Config.from_dict(raw), setup).total(work) == pytest.approx(total, rel=1e-6)
 
 
 def test_counting_draws_no_random_numbers():

@@ -1,6 +1,6 @@
 """Records what TRL's DPO trainer computes on transformers' own InternVL, for `test_objectives.py`.
 
-    pip install trl datasets && python -m tests.finetune.record_trl        # writes trl.json
+    pip install -e '.[trl]' && python -m tests.finetune.record_trl        # writes trl.json
 
 Two models of random weights stand for the policy and the reference; the loss, the rewards and the gradient of each
 batch of pairs are TRL's own (`DPOTrainer._compute_loss`).

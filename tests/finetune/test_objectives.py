@@ -53,7 +53,7 @@ def test_losses_rewards_and_gradients_are_trl_s(models, name):
 
 @pytest.mark.slow
 def test_trl_still_computes_what_is_recorded(models):
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[trl]"')
     recorded = record()
     for name in CASES:
         check_against(recorded, models, name)

@@ -37,3 +37,19 @@ def write_rows(folder: Path, count: int = 12, name: str = "train.jsonl") -> Path
     path = folder / name
     path.write_text("".join(json.dumps(kinds[n % 4] | {"id": f"row{n}"}) + "\n" for n in range(count)))
     return path
+
+
+def write_pairs(folder: Path, count: int, name: str) -> Path:
+    """Rows of several kinds, each with an answer that another row has."""
+    path = write_rows(folder, count, name)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rejected = ["a cow", "It is a cat.", "<box> [[1, 2, 3, 4]] </box>", "seven or eight"]
+    for n, row in enumerate(rows):
+        row["rejected_response"] = rejected[n % 4]
+        if "objects" in row:
+            row["rejected_response"], row["rejected_objects"] = (
+                "<bbox>",
+                [{"caption": "the cat", "bbox": [1, 1, 9, 9], "bbox_type": "real", "image": 0}],
+            )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -7,6 +7,7 @@ The key of a row is its number over all files of a `RowDataset`, or over all par
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +72,8 @@ class RowDataset(Dataset[Example]):
         self.on_skip: Callable[[str], None] | None = None
         self.lengths: np.ndarray | None = None
         """(rows, 2) tokens and tiles that each Example must have by the index; -1: any; None: no index"""
+        self.references: np.ndarray | None = None
+        """(rows, 2) negative log-likelihoods of a pair's answers by the reference; NaN: unknown; None: none stored"""
         self._first = np.cumsum([0] + [len(file) for file in self.files])
         self._selection: np.ndarray | None = None
 
@@ -83,6 +86,7 @@ class RowDataset(Dataset[Example]):
         part.__dict__ = dict(self.__dict__)
         part._selection = numbers if self._selection is None else self._selection[numbers]
         part.lengths = None if self.lengths is None else self.lengths[numbers]
+        part.references = None if self.references is None else self.references[numbers]
         return part
 
     def per_file(self) -> list[RowDataset]:
@@ -90,7 +94,7 @@ class RowDataset(Dataset[Example]):
         parts = []
         for file in self.files:
             part = self.select(np.arange(0))
-            part.files, part._selection, part.lengths = [file], None, None
+            part.files, part._selection, part.lengths, part.references = [file], None, None, None
             part._first = np.array([0, len(file)])
             parts.append(part)
         return parts
@@ -151,7 +155,20 @@ class RowDataset(Dataset[Example]):
                     f"{self.where(i)}: {example.num_tokens} tokens and {example.num_tiles} tiles, but its index "
                     f"says {tokens} and {tiles}; a picture changed since then; start again"
                 )
+        example.reference = self.reference(i)
         return example
+
+    def reference(self, i: int) -> tuple[float, float] | None:
+        """Numbers of a pair by the reference, None where none are stored. Raises UserError for a pair without them."""
+        if self.references is None:
+            return None
+        chosen, rejected = (float(number) for number in self.references[i])
+        if not math.isfinite(chosen + rejected):
+            raise UserError(
+                f"{self.where(i)}: the reference has no finite log-probabilities for this pair, or the row could not "
+                "be read when they were made; leave it out, or start again"
+            )
+        return chosen, rejected
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
         """Examples of a batch; where `on_error` is skip, rows with an error are left out."""

@@ -1,4 +1,4 @@
-"""Panel of answered rows: picture with boxes, question, expected and generated answer."""
+"""Panels of answered rows and of pairs of answers: picture with boxes, question, answers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ivl.data.rows.grounding import parse_boxes, to_pixels
+from ivl.finetune.objectives import PairOfAnswers
 from ivl.types import Conversation
 
-SIDE, TEXT, MARGIN = 280, 90, 16
-ANSWERED, EXPECTED = (220, 40, 40), (30, 150, 60)
+Colour = tuple[int, int, int]
+Line = tuple[str, Colour, int]
+
+SIDE, TEXT, PAIR_TEXT, MARGIN = 280, 90, 132, 16
+ANSWERED, EXPECTED, BLACK = (220, 40, 40), (30, 150, 60), (0, 0, 0)
 
 
 def panel(cells: list[tuple[Image.Image, Conversation, str]], columns: int = 4) -> Image.Image:
@@ -28,20 +32,52 @@ def grid(cells: Sequence[Image.Image], columns: int = 4) -> Image.Image:
     return to_pil_image(make_grid([pil_to_tensor(cell) for cell in cells], columns, MARGIN, pad_value=255))
 
 
+def pair_panel(cells: list[tuple[Image.Image, PairOfAnswers]], columns: int = 4) -> Image.Image:
+    """Draw pairs of answers on one picture. The chosen answer and its boxes are green, the rejected one's red."""
+    return grid([_pair_cell(*cell) for cell in cells], columns)
+
+
 def _cell(image: Image.Image, row: Conversation, answer: str) -> Image.Image:
-    cell = Image.new("RGB", (SIDE, SIDE + TEXT), "white")
-    picture = scaled(image, SIDE, SIDE)
     last = row.messages[-1] if row.messages[-1].role == "user" else row.messages[-2]
-    for text in (last.text, row.reference or ""):
-        picture = with_boxes(picture, text, EXPECTED, width=5)  # visible around an equal generated box
-    picture = with_boxes(picture, answer, ANSWERED)
-    cell.paste(picture, (0, 0))
-    write = ImageDraw.Draw(cell)
-    lines = [
-        (f"Q: {last.text}", (0, 0, 0), 3),
+    boxes = [(text, EXPECTED, 5) for text in (last.text, row.reference or "")]  # visible around an equal generated box
+    lines: list[Line] = [
+        (f"Q: {last.text}", BLACK, 3),
         (f"expected: {row.reference}", EXPECTED, 2),
         (f"given: {answer}", ANSWERED if answer != row.reference else EXPECTED, 2),
     ]
+    return _written(image, [*boxes, (answer, ANSWERED, 2)], lines, TEXT)
+
+
+def _pair_cell(image: Image.Image, pair: PairOfAnswers) -> Image.Image:
+    question, chosen, rejected = pair.row.messages[-2].text, pair.row.messages[-1].text, pair.rejected.messages[-1].text
+    numbers = [reward_text(before, now, reward) for before, now, reward in zip(pair.before, pair.now, pair.rewards)]
+    margin = pair.rewards[0] - pair.rewards[1]
+    lines: list[Line] = [
+        (f"Q: {question}", BLACK, 3),
+        (f"chosen: {chosen}", EXPECTED, 2),
+        (numbers[0], BLACK, 1),
+        (f"rejected: {rejected}", ANSWERED, 2),
+        (numbers[1], BLACK, 1),
+        (f"margin {margin:+.3g}", EXPECTED if margin > 0 else ANSWERED, 1),
+    ]
+    return _written(image, [(question, EXPECTED, 5), (chosen, EXPECTED, 5), (rejected, ANSWERED, 2)], lines, PAIR_TEXT)
+
+
+def reward_text(before: float, now: float, reward: float) -> str:
+    """Log-probability of an answer by the reference and now, and its reward."""
+    return f"log p {before:.2f} → {now:.2f}, reward {reward:+.3g}"
+
+
+def _written(
+    image: Image.Image, boxes: Sequence[tuple[str, Colour, int]], lines: Sequence[Line], height: int
+) -> Image.Image:
+    """Draw a picture with the boxes of texts, and lines below it: text, colour, and most lines that it takes."""
+    cell = Image.new("RGB", (SIDE, SIDE + height), "white")
+    picture = scaled(image, SIDE, SIDE)
+    for text, colour, width in boxes:
+        picture = with_boxes(picture, text, colour, width)
+    cell.paste(picture, (0, 0))
+    write = ImageDraw.Draw(cell)
     y = picture.height + 2
     for text, colour, most in lines:
         font, text = lettering(text, 12)
@@ -105,7 +141,7 @@ def wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
     return [*lines, line]
 
 
-def with_boxes(picture: Image.Image, text: str, colour: tuple[int, int, int], width: int = 2) -> Image.Image:
+def with_boxes(picture: Image.Image, text: str, colour: Colour, width: int = 2) -> Image.Image:
     """Draw the boxes of a text (coordinates 0 to 1000) onto a copy of a picture."""
     boxes = [to_pixels(box, picture.size) for _, group in parse_boxes(text) for box in group]
     if not boxes:

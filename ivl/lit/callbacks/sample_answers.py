@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,14 +11,16 @@ from PIL.Image import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from ivl.data.media.load import load_image
-from ivl.lit.callbacks.images import panel
+from ivl.finetune.objectives import PairOfAnswers
+from ivl.lit.callbacks.images import pair_panel, panel, reward_text
 from ivl.lit.types import as_lit
 from ivl.types import Conversation
 
 
 class Pictures(Callback):
     """At validation, sample answers for TensorBoard and Weights & Biases: a panel of pictures with question, expected
-    and given answer and boxes drawn, and the same as text, rows without pictures included.
+    and given answer and boxes drawn, and the same as text, rows without pictures included. Of pairs of answers another
+    panel: both answers, their log-probabilities before training and now, and their rewards.
 
     Args:
         rows: Number of rows shown, evenly picked from those answered.
@@ -27,45 +30,69 @@ class Pictures(Callback):
         self.rows = rows
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        answers = as_lit(module).answers
-        if trainer.sanity_checking or not trainer.is_global_zero or not answers:
+        if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        illustrated = [a for a in answers if any(m.kind == "image" for m in a["row"].media)]
-        cells = [(_picture(a["row"]), a["row"], a["answer"]) for a in self._sample(illustrated)]
-        text = _as_text(self._sample(answers))
-        for logger in trainer.loggers:
-            _show(logger, panel(cells) if cells else None, text, trainer.global_step)
+        lit = as_lit(module)
+        if lit.answers:
+            illustrated = self._sample([a for a in lit.answers if _has_picture(a["row"])])
+            cells = [(_picture(a["row"]), a["row"], a["answer"]) for a in illustrated]
+            _show(trainer, "answers", panel(cells) if cells else None, _as_text(self._sample(lit.answers)))
+        if lit.pairs:
+            pairs = [(_picture(pair.row), pair) for pair in self._sample([p for p in lit.pairs if _has_picture(p.row)])]
+            _show(trainer, "pairs", pair_panel(pairs) if pairs else None, _pairs_as_text(self._sample(lit.pairs)))
 
-    def _sample(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _sample(self, answers: list[Any]) -> list[Any]:
         return answers[:: max(1, len(answers) // self.rows)][: self.rows]
 
 
-def _show(logger: Logger, picture: Image | None, text: str, step: int) -> None:
+def _show(trainer: Trainer, name: str, picture: Image | None, text: str) -> None:
+    for logger in trainer.loggers:
+        _log(logger, name, picture, text, trainer.global_step)
+
+
+def _log(logger: Logger, name: str, picture: Image | None, text: str, step: int) -> None:
     if hasattr(logger, "log_image"):  # Weights & Biases, MLflow and others take pictures as they are
         if picture is not None:
-            logger.log_image("answers", [picture], step=step)
+            logger.log_image(name, [picture], step=step)
         return
     board: Any = getattr(logger, "experiment", None)
     if not hasattr(board, "add_image"):
         return
-    board.add_text("answers", text, step)
+    board.add_text(name, text, step)
     if picture is not None:
-        board.add_image("answers", pil_to_tensor(picture), step)
+        board.add_image(name, pil_to_tensor(picture), step)
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Table as Markdown."""
+    lines = [titles, ["---"] * len(titles)]
+    lines += [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _as_text(answers: list[dict[str, Any]]) -> str:
-    """Table of question, expected and generated answer, as Markdown."""
-    lines = []
-    for answer in answers:
-        row = answer["row"]
-        cells = (row.where, row.messages[-1].text, row.reference or "", _answer(answer))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(["| row | question | expected | answer |", "| --- | --- | --- | --- |", *lines])
+    """Table of question, expected and generated answer."""
+    rows = [(a["row"].where, a["row"].messages[-1].text, a["row"].reference or "", _answer(a)) for a in answers]
+    return _table(("row", "question", "expected", "answer"), rows)
+
+
+def _pairs_as_text(pairs: list[PairOfAnswers]) -> str:
+    """Table of question, both answers and their numbers."""
+    rows = []
+    for pair in pairs:
+        texts = pair.row.messages[-2].text, pair.row.messages[-1].text, pair.rejected.messages[-1].text
+        numbers = [reward_text(*values) for values in zip(pair.before, pair.now, pair.rewards)]
+        rows.append((pair.row.where, texts[0], texts[1], numbers[0], texts[2], numbers[1]))
+    return _table(("row", "question", "chosen", "its numbers", "rejected", "its numbers"), rows)
 
 
 def _answer(answer: dict[str, Any]) -> str:
     """Format an answer with the reasoning before it."""
     return f"({answer['reasoning']}) {answer['answer']}" if answer["reasoning"] else answer["answer"]
+
+
+def _has_picture(row: Conversation) -> bool:
+    return any(medium.kind == "image" for medium in row.media)
 
 
 def _picture(row: Conversation) -> Image:

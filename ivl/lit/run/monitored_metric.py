@@ -8,7 +8,7 @@ from typing import Any, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from ivl.finetune.objectives import MEASURES
+from ivl.finetune.objectives import HELD_OUT, MEASURES
 from ivl.lit.metrics import CAPTIONS, Metric, score
 from ivl.lit.types import as_lit, data_of
 from ivl.types import UserError, first_few
@@ -90,7 +90,7 @@ def _held_out(trainer: Trainer, module: LightningModule) -> list[str]:
     if data is None or not data.options.holds_out or not trainer.limit_val_batches:
         return []
     keys: dict[str, None] = {"val/loss": None}
-    keys |= {f"val/{name}": None for name in MEASURES if as_lit(module).learns_pairs}
+    keys |= {f"val/{name}": None for name in HELD_OUT if as_lit(module).learns_pairs}
     rows = data.rows("val")
     for index in range(len(rows)):
         row = rows.conversation(index).as_prompt()

@@ -59,7 +59,7 @@ def _distributed(lit: RunModule, strategy: Strategy) -> InternVL:
 
 
 def _set_up_training(lit: RunModule, model: InternVL) -> None:
-    if lit.adapter and lit.trainer.training:
+    if lit.adapter and (lit.trainer.training or (lit.learns_pairs and not lit.trainer.predicting)):
         lit.tune = continue_adapter(model, lit.adapter, lit.pretrained, lit.tune)
     elif lit.adapter:
         adapting.load_adapter(model, lit.adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,12 +10,13 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from ivl.finetune.objectives import MEASURES, PairLogProbs, Preference, PreferenceObjective
-from ivl.finetune.reference import Reference
+from ivl.finetune.objectives import MEASURES, PairLogProbs, PairOfAnswers, Preference, PreferenceObjective
+from ivl.finetune.reference import Reference, trained_beside_lora
 from ivl.finetune.tune import PARTS, LoRA
+from ivl.lit.training.reference_cache import store_references
 from ivl.lit.types import RunModule
 from ivl.model.loss import Output
-from ivl.types import Batch, UserError
+from ivl.types import Batch, Conversation, UserError
 
 
 class PairLoss(NamedTuple):
@@ -32,22 +34,29 @@ class PreferenceTuning:
     """Loss of pairs by a preference objective, and the reference that it compares with."""
 
     def __init__(self, options: Preference) -> None:
-        self.objective = PreferenceObjective(options)
+        self.options, self.objective = options, PreferenceObjective(options)
         self._reference: Reference | None = None
         self._shares_features = False
 
     def set_up(self, lit: RunModule) -> None:
-        """Take the model, as training begins, for the reference. Raises UserError where it cannot be had again."""
+        """Take the model, as training begins, for the reference. All processes call it together.
+
+        Raises UserError where it cannot be had again.
+        """
         if lit.label_smoothing or lit.loss_reduction != "token":
             option = "label_smoothing" if lit.label_smoothing else "loss_reduction"
             raise UserError(f"model.{option}: is of objective sft; model.objective dpo or mpo weighs pairs alike")
         model = lit.model
         starts = {mode.init for part in PARTS if isinstance(mode := lit.tune.mode(part), LoRA)}
         is_fresh = lit.adapter is None and "pissa" not in starts
-        if not is_fresh and model.always_run_vision:
+        splits, how = model.always_run_vision and not is_fresh, self.options.reference
+        if how == "stored" or (how == "auto" and (splits or trained_beside_lora(model))):
+            store_references(lit, is_fresh)
+            return
+        if splits:
             raise UserError(
-                "model.objective: under a strategy that splits the model the reference is the base model; expected a "
-                "new LoRA (no model.adapter, no pissa), or trainer.strategy ddp"
+                "model.objective.reference: live, under a strategy that splits the model, is the base model; expected "
+                "stored (or auto), a new LoRA (no model.adapter, no pissa), or trainer.strategy ddp"
             )
         self._reference = Reference(model, is_fresh)
         frozen = [not any(p.requires_grad for p in part.parameters()) for part in (model.vision_model, model.mlp1)]
@@ -59,7 +68,13 @@ class PreferenceTuning:
         losses of its rows."""
         if not batch.paired:
             raise UserError("model.objective: expected batches of pairs; make them by a processor with pairs = True")
-        assert self._reference is not None, "set up with the model"
+        if batch.reference is not None:
+            return batch, batch.reference
+        if self._reference is None:
+            raise UserError(
+                "model.objective: where more than a LoRA trains, batches of a loader of your own need `reference`, the "
+                "losses of their rows by the untouched model (`model(**batch).row_losses`); IvlData brings them"
+            )
         if self._shares_features and batch.features is None and len(batch.tiles):
             with torch.no_grad():
                 batch = replace(batch, features=lit.model.tile_features(batch.tiles), tiles=batch.tiles[:0])
@@ -79,10 +94,19 @@ class PreferenceTuning:
         return PairLoss(losses.sum(), count, self.objective.measures(pairs))
 
     def held_out(self, out: Output, reference: Tensor | None) -> Tensor:
-        """Measures of held-out pairs, as in PairLoss; those of padding are left out."""
+        """Sums over held-out pairs of `ivl.finetune.objectives.HELD_OUT`, and their number; padding is left out."""
         pairs = _pairs(out, reference)
         used = pairs.chosen_tokens > 0
-        return self.objective.measures(PairLogProbs(*(values[used] for values in pairs)))
+        pairs = PairLogProbs(*(values[used] for values in pairs))
+        with torch.no_grad():
+            loss = self.objective.losses(pairs).sum()
+        return torch.cat([loss[None], self.objective.measures(pairs)])
+
+    def answered(self, rows: Sequence[Conversation], out: Output, reference: Tensor | None) -> list[PairOfAnswers]:
+        """Both answers of each held-out pair, for people."""
+        before, now = (losses.view(-1, 2).tolist() for losses in (-_given(reference), -_given(out.row_losses)))
+        beta = self.objective.beta
+        return [PairOfAnswers(*numbers, beta) for numbers in zip(rows[::2], rows[1::2], before, now)]
 
     def state_dict(self) -> dict[str, Any]:
         return self.objective.state_dict()
@@ -91,15 +115,19 @@ class PreferenceTuning:
         self.objective.load_state_dict(state)
 
 
+def _given(losses: Tensor | None) -> Tensor:
+    assert losses is not None, "there are labels"
+    return losses
+
+
 def _pairs(out: Output, reference: Tensor | None) -> PairLogProbs:
-    assert out.row_losses is not None and out.row_tokens is not None and reference is not None, "there are labels"
-    return PairLogProbs.of(out.row_losses, reference, out.row_tokens)
+    return PairLogProbs.of(_given(out.row_losses), _given(reference), _given(out.row_tokens))
 
 
-def means(sums: Tensor, ranks: int = 1) -> dict[str, float]:
-    """Means of MEASURES from their sums, over all processes (each must call it)."""
+def means(sums: Tensor, ranks: int = 1, names: Sequence[str] = MEASURES) -> dict[str, float]:
+    """Means of values of these names from their sums and number, over all processes (each must call it)."""
     sums = sums.clone()
     if ranks > 1:
         torch.distributed.all_reduce(sums)
     *values, count = sums.tolist()
-    return {name: value / count for name, value in zip(MEASURES, values)} if count else {}
+    return {name: value / count for name, value in zip(names, values)} if count else {}

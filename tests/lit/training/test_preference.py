@@ -1,6 +1,8 @@
 """Preference runs: pairs are learnt, packed as padded, resumed bit for bit, by two processes as by one."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,29 +16,13 @@ from ivl.finetune.reference import Reference
 from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
 from tests.lit.processes import finished, ranks
-from tests.lit.rows import write_rows
+from tests.lit.rows import write_pairs, write_rows
 from tests.lit.test_runs import REPO, config, scalars
 from tests.tiny import write_checkpoint
 
 TUNE = {"vision_model": "frozen", "mlp1": "frozen", "language_model": {"rank": 4}}
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.0}}
 MEASURED = [f"train/rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy")] + ["train/kl"]
-
-
-def write_pairs(folder: Path, count: int, name: str) -> Path:
-    """Rows of several kinds, each with an answer that another row has."""
-    path = write_rows(folder, count, name)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rejected = ["a cow", "It is a cat.", "<box> [[1, 2, 3, 4]] </box>", "seven or eight"]
-    for n, row in enumerate(rows):
-        row["rejected_response"] = rejected[n % 4]
-        if "objects" in row:
-            row["rejected_response"], row["rejected_objects"] = (
-                "<bbox>",
-                [{"caption": "the cat", "bbox": [1, 1, 9, 9], "bbox_type": "real", "image": 0}],
-            )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +75,43 @@ def test_pairs_are_learnt_and_watched(base, tmp_path, objective):
     held_out = scalars(tmp_path, "val/rewards/margin")
     assert held_out[-1] > held_out[0] and len(scalars(tmp_path, "val/loss")) == 2
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    images, texts = panels(tmp_path)
+    assert images == {"pairs": 2} and set(texts) == {"pairs"}
+    question, good, _, bad, numbers = texts["pairs"].splitlines()[2].split(" | ")[1:]
+    assert (question, good, bad) == ("<image>What is it?", "a cat", "a cow")
+    assert re.search(r"log p -[0-9.]+ → -[0-9.]+, reward [+-]", numbers)
+
+
+def panels(root: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Number of pictures by name, and the last text by name, of TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(root / "run"))
+    events.Reload()
+    images = {name: len(events.Images(name)) for name in events.Tags()["images"]}
+    texts = {name: events.Tensors(name)[-1].tensor_proto.string_val[0].decode() for name in events.Tags()["tensors"]}
+    return images, {name.partition("/")[0]: text for name, text in texts.items()}
+
+
+def test_a_run_is_judged_and_stopped_by_the_objective_of_held_out_pairs(base, tmp_path):
+    """Trained the wrong way round, so that each epoch is worse than the one before."""
+    rows = [json.loads(line) for line in (base / "data/train.jsonl").read_text().splitlines()]
+    rows = [row | {"response": row["rejected_response"], "rejected_response": row["response"]} for row in rows]
+    train = base / "data/reversed.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows if "objects" not in row))
+    changes = {"data__train": str(train), "data__val": str(base / "data/val.jsonl"), "trainer__max_epochs": 9}
+    stop = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/objective", "patience": 2}}
+    changes |= {"model__answer_rows": 0, "trainer__callbacks": [stop], "checkpoint__monitor": "val/objective"}
+    changes |= {"checkpoint__every_n_train_steps": None, "checkpoint__save_top_k": 1}
+    fit(base, tmp_path, **changes, model__objective={"dpo": {}})
+    values = scalars(tmp_path, "val/objective")
+    assert len(values) == 3 and values == sorted(values)
+    (best,) = (tmp_path / "run/checkpoints").glob("epoch=*.ckpt")
+    assert best.name.startswith("epoch=0-") and (tmp_path / "run/adapter-best").is_dir()
+    margins = scalars(tmp_path, "val/rewards/margin")
+    assert values[0] > math.log(2) > 0 > margins[0]
+    assert main(["validate", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(best)]) == 0
+    assert scalars(tmp_path, "val/objective")[-1] == pytest.approx(values[0], abs=1e-6)
 
 
 def test_a_cut_run_goes_on_bit_for_bit_with_its_mean_of_rewards(base, tmp_path):
@@ -124,9 +147,13 @@ def test_an_adapter_that_goes_on_is_its_own_reference(base, tmp_path):
     """After training on answers, preferences are measured from there."""
     fit(base, tmp_path / "sft", model__objective="sft")
     adapter = str(tmp_path / "sft/run/adapter")
-    fit(base, tmp_path / "dpo", model__adapter=adapter, model__tune=None, model__objective={"dpo": {}})
+    changes = {"data__val": str(base / "data/val.jsonl"), "model__answer_rows": 0, "model__objective": {"dpo": {}}}
+    fit(base, tmp_path / "dpo", model__adapter=adapter, model__tune=None, **changes)
     assert scalars(tmp_path / "dpo", "train/rewards/chosen")[0] == pytest.approx(0, abs=1e-5)
     assert abs(scalars(tmp_path / "dpo", "train/rewards/chosen")[-1]) > 1e-3
+    assert main(["validate", "--ckpt_path", str(tmp_path / "dpo/run/checkpoints/last.ckpt")]) == 0
+    *_, last, again = scalars(tmp_path / "dpo", "val/rewards/chosen")
+    assert again == pytest.approx(last, abs=1e-6) and abs(last) > 1e-3
 
 
 def test_the_reference_is_the_model_before_training(base):
@@ -156,7 +183,6 @@ def test_the_reference_is_the_model_before_training(base):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__tune": TUNE | {"mlp1": "full"}}, "the reference is the model without its adapter, but mlp1"),
         ({"model__label_smoothing": 0.1}, "model.label_smoothing: is of objective sft"),
         ({"model__objective": {"dpo": {"beta": -1.0}}}, "dpo.beta: expected above 0"),
         ({"data__train": "SFT"}, "no rejected answer to compare with; add rejected_response"),
