@@ -12,9 +12,11 @@ from ivl.__main__ import main as command
 from ivl.__main__ import run_command
 from ivl.architecture.families import find_model
 from ivl.commands.export import export
-from ivl.commands.plan import _size, checkpoint_config, report
+from ivl.commands.plan import _size, checkpoint_config, report, rows_of, setup_of
 from ivl.estimate import flops
-from ivl.estimate.training_step import TrainSetup
+from ivl.estimate.memory import memory_needed
+from ivl.estimate.training_step import BatchShape, ShallowModel, TrainSetup
+from ivl.lit.cli import read
 from ivl.lit.datamodule import IvlData
 from ivl.options import LoRA, Tune
 from ivl.types import UserError
@@ -156,36 +158,35 @@ def test_both_answers_of_a_pair_are_counted(base, tmp_path, packed, capsys):
     work = flops.Work(0, total, sum(n * n for n in computed), int(index.supervised.sum()))
     forward = flops.forward_costs(checkpoint_config(str(base / "model")), TrainSetup(Tune(language_model=LoRA(4))))
     assert live["how"] == "live" and live["flops_per_epoch"] == pytest.approx(forward.total(work), rel=1e-6)
-    assert main(argv) == 0
-    assert "the reference: a forward without the LoRA in each batch" in capsys.readouterr().out
-    stored = planned([*argv, "--model.tune.mlp1", "full"], capsys)
-    assert stored["reference"]["how"] == "stored" and stored["reference"]["flops_before_training"] > forward.total(work)
-    assert main([*argv, "--model.tune.mlp1", "full"]) == 0
-    assert "the reference: a forward of all rows once, before training" in capsys.readouterr().out
-    sft = planned([*argv, "--model.objective", "sft"], capsys)
-    assert "reference" not in sft and sft["epoch"]["tokens"] < total
+    assert "the reference: a forward without the LoRA in each batch" in report(plan)
+    if not packed:
+        stored = planned([*argv, "--model.tune.mlp1", "full"], capsys)
+        before = stored["reference"]["flops_before_training"]
+        assert stored["reference"]["how"] == "stored" and before > forward.total(work), "the tower computes as well"
+        assert "the reference: a forward of all rows once, before training" in report(stored)
 
 
-def test_pairs_that_are_not_at_hand_are_assumed(capsys):
-    def batch(*options: str) -> dict:
-        return planned(["--config", CONFIG, "--data.max_length", "1000", *options], capsys)["batch"]
+def test_pairs_that_are_not_at_hand_are_assumed():
+    def batch(*options: str) -> BatchShape:
+        fit = read(["--config", CONFIG, "--data.max_length", "1000", *options])
+        return rows_of(fit, checkpoint_config(fit.model.pretrained)).largest
 
     for size in (["--data.batch_size", "2"], []):
         answers, pairs = batch(*size), batch(*size, "--model.objective", "{mpo: {}}")
-        assert (pairs["rows"], pairs["tiles"]) == (answers["rows"], answers["tiles"]), "two answers share their tiles"
-        assert pairs["supervised"] == 2 * answers["supervised"]
-        assert pairs["length"] == answers["length"] + answers["supervised"] // answers["rows"] > 1000
-    packed = batch("--model.objective", "{dpo: {}}", "--data.pack_tokens", "4000")
-    assert 2000 < packed["length"] < 4000
+        assert (pairs.rows, pairs.tiles) == (answers.rows, answers.tiles), "two answers share their tiles"
+        assert pairs.supervised == 2 * answers.supervised
+        assert pairs.length == answers.length + answers.supervised // answers.rows > 1000
+    assert 2000 < batch("--model.objective", "{dpo: {}}", "--data.pack_tokens", "4000").length < 4000
 
 
-def test_an_adapter_that_goes_on_is_kept_as_it_began(base, tmp_path, capsys):
-    tune = {"vision_model": "frozen", "mlp1": "frozen", "language_model": {"rank": 4}}
-    argv = ["--config", str(config(base, tmp_path, model__tune=tune, model__objective={"mpo": {}}))]
-    argv += ["--data.train", str(write_pairs(base / "data", 8, "pairs.jsonl"))]
-    fresh, going_on = (planned([*argv, *more], capsys) for more in ([], ["--model.adapter", "DIR"]))
-    trained = sum(part["trainable"] for part in fresh["parts"].values())
-    assert going_on["memory"]["buffers"] - fresh["memory"]["buffers"] == 8 * trained
+def test_an_adapter_that_goes_on_is_kept_as_it_began(base):
+    argv = ["--config", CONFIG, "--model.objective", "{mpo: {}}", "--model.pretrained", str(base / "model")]
+    setups = [setup_of(read([*argv, *more]), 1, False) for more in ([], ["--model.adapter", "DIR"])]
+    assert [setup.keeps_start for setup in setups] == [False, True]
+    sketches = [ShallowModel(checkpoint_config(str(base / "model")), setup) for setup in setups]
+    fresh, going_on = (memory_needed(sketch, BatchShape(1, 64, 0, 8)).buffers for sketch in sketches)
+    trained = sum(part.trainable for part in sketches[0].parameters().values())
+    assert going_on - fresh == 8 * trained > 0
 
 
 def test_why_rows_are_assumed(base, tmp_path, capsys):

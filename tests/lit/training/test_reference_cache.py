@@ -127,9 +127,15 @@ def test_full_tuning_is_dpo_against_a_second_model(base, tmp_path, cache):
         torch.testing.assert_close(weights[name.removeprefix("model.")].data, tensor, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("tune", [FULL, {"vision_model": "frozen", "mlp1": "full", "language_model": {"rank": 4}}])
-def test_a_cut_run_goes_on_bit_for_bit_and_finds_the_numbers(base, tmp_path, cache, printed, tune):
-    changes = {"model__tune": tune, "data__val": str(base / "data/val.jsonl"), "model__answer_rows": 0}
+def test_a_projector_beside_a_lora_is_compared_with_the_model_before_training(base, tmp_path, cache):
+    tune = {"vision_model": "frozen", "mlp1": "full", "language_model": {"rank": 4}}
+    fit(base, tmp_path, model__tune=tune, trainer__max_epochs=1, data__batch_size=4)
+    first, last = scalars(tmp_path, "train/rewards/margin")
+    assert first == pytest.approx(0, abs=1e-5) and last > 1e-3
+
+
+def test_a_cut_run_goes_on_bit_for_bit_and_finds_the_numbers(base, tmp_path, cache, printed):
+    changes = {"model__tune": FULL, "data__val": str(base / "data/val.jsonl"), "model__answer_rows": 0}
     whole = fit(base, tmp_path / "whole", **changes)
     assert printed() == [(0, 8), (5, 5)], "the held-out rows are among the others"
     saved = str(next((tmp_path / "whole/run/checkpoints").glob("epoch=0-step=2*.ckpt")))
