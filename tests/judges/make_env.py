@@ -47,6 +47,7 @@ ENVIRONMENTS = {
     ),
     "lmdeploy": Environment(bare=("lmdeploy==0.18.0",)),
     "trl": Environment(packages=("trl==1.16.0",)),
+    "lmms-eval": Environment(packages=("loguru", "sqlitedict", "datasets", "evaluate"), bare=("lmms-eval==0.7.3",)),
     "gguf": Environment(packages=("gguf==0.19.0",)),
 }
 
