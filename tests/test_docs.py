@@ -3,6 +3,7 @@ somewhere, Python imports what is there. Nothing is trained, loaded or fetched."
 
 import ast
 import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -251,6 +252,11 @@ PYTHON = [(page, text) for page in PAGES for text in blocks(page, "python")]
 def test_python_reads_and_imports_what_is_there(text):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "ivl":
+            if node.module.startswith("ivl.harness."):  # imports a program that is not installed
+                source = Path(importlib.util.find_spec(node.module).origin).read_text(encoding="utf-8")
+                defined = {getattr(part, "name", None) for part in ast.parse(source).body}
+                assert {alias.name for alias in node.names} <= defined
+                continue
             module = importlib.import_module(node.module)
             assert all(hasattr(module, alias.name) for alias in node.names)
 
