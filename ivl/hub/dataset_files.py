@@ -15,15 +15,13 @@ from typing import Any
 import yaml
 
 from ivl.errors import UserError
-from ivl.hub.huggingface import custom_endpoint
+from ivl.hub import login
+from ivl.hub.files import Unreachable
+from ivl.hub.huggingface import custom_endpoint, hub_errors
 
 NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<subset>[^:#]*))?(?::(?P<split>[^:#]*))?")
 _ROWS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
-_CARD = "README.md"
-
-
-class Unreachable(UserError):
-    """The hub cannot be reached."""
+_CARD, _PAGES = "README.md", "datasets/"
 
 
 def dataset_files(name: str) -> list[Path]:
@@ -42,7 +40,8 @@ def dataset_files(name: str) -> list[Path]:
     listing = _listing(repo)
     card = _card(repo) if _CARD in listing else {}
     wanted = files_of(listing, card, subset, split, repo)
-    folder = _from_hub(repo, lambda: Path(snapshot_download(repo, allow_patterns=wanted, **_options())))
+    with hub_errors(repo, _PAGES):
+        folder = Path(snapshot_download(repo, allow_patterns=wanted, **_options()))
     return [folder / path for path in wanted]
 
 
@@ -88,8 +87,13 @@ def _splits(config: dict[str, Any]) -> dict[str, list[str]]:
     return splits
 
 
+def _token() -> str | None:
+    hub, token = login()
+    return token if hub == "huggingface" else None
+
+
 def _options() -> dict[str, Any]:
-    return {"repo_type": "dataset", "endpoint": custom_endpoint()}
+    return {"repo_type": "dataset", "endpoint": custom_endpoint(), "token": _token()}
 
 
 def _listing(repo: str) -> list[str]:
@@ -97,16 +101,18 @@ def _listing(repo: str) -> list[str]:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     def cached() -> list[str]:
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[], **_options()))
+        with hub_errors(repo, _PAGES):
+            folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[], **_options()))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
     if constants.HF_HUB_OFFLINE:
-        return _from_hub(repo, cached)
+        return cached()
     try:
-        return _from_hub(repo, lambda: HfApi(endpoint=custom_endpoint()).list_repo_files(repo, repo_type="dataset"))
+        with hub_errors(repo, _PAGES):
+            return HfApi(endpoint=custom_endpoint(), token=_token()).list_repo_files(repo, repo_type="dataset")
     except Unreachable:
         try:
-            return _from_hub(repo, cached)
+            return cached()
         except UserError:
             pass
         raise
@@ -115,30 +121,11 @@ def _listing(repo: str) -> list[str]:
 def _card(repo: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
-    text = Path(_from_hub(repo, lambda: hf_hub_download(repo, _CARD, **_options()))).read_text(encoding="utf-8")
+    with hub_errors(repo, _PAGES):
+        text = Path(hf_hub_download(repo, _CARD, **_options())).read_text(encoding="utf-8")
     front = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
     try:
         card = yaml.safe_load(front[1]) if front else {}
     except yaml.YAMLError:
         return {}
     return card if isinstance(card, dict) else {}
-
-
-def _from_hub(repo: str, request: Any) -> Any:
-    """Answer of the hub. Raises UserError where it refuses or cannot be reached."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return request()
-    except HfHubHTTPError as error:
-        code = error.response.status_code
-        if code in (401, 403, 404):
-            raise UserError(
-                f"{repo}: the hub has no such data set, or it is not yours to read (HTTP {code}); look at "
-                f"https://huggingface.co/datasets/{repo}, and set HF_TOKEN where a licence is to be accepted"
-            ) from error
-        raise UserError(f"{repo}: the hub answers HTTP {code}; try again later") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(f"{repo}: not in the cache, and the hub is not asked or not reached; go online once") from error
-    except (HTTPError, OSError) as error:
-        raise Unreachable(f"{repo}: the hub cannot be reached ({error}); try again, or give a file of rows") from error

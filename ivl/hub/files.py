@@ -88,21 +88,25 @@ def need_complete(folder: Path, repo_id: str) -> None:
         raise UserError(f"{repo_id}: not a checkpoint this program can read: it has no {', no '.join(missing)}")
 
 
-def refused(repo_id: str, hub: Hub, why: object, page: str, tokens: str, variable: str) -> UserError:
-    """Error for a model that does not exist or needs access: the document's `The request model does not exist!`.
+class Unreachable(UserError):
+    """A hub cannot be reached, or gives no answer."""
 
-    `page`: address to apply for the model; `tokens`: address to make a login, which goes in `variable`.
+
+def refused(repo_id: str, hub: Hub, why: object, page: str, tokens: str, variable: str) -> UserError:
+    """Error for what does not exist or needs access: the document's `The request model does not exist!`.
+
+    `page`: address to apply for it; `tokens`: address to make a login, which goes in `variable`.
     """
     return UserError(
         f"{repo_id}: {hub} says that it does not exist or that you may not have it ({why}). Check the name. Some "
-        f"models must be applied for: log in, open {page} and apply. Once approved, make a token at {tokens} and pass "
-        f"it with --token or in {variable}; or download the model by hand and give the path of the local folder"
+        f"must be applied for: log in, open {page} and apply. Once approved, make a token at {tokens} and pass it with "
+        f"--token or in {variable}; or download it by hand and give the path of the local folder"
     )
 
 
-def unreachable(repo_id: str, hub: Hub, error: Exception) -> UserError:
+def unreachable(repo_id: str, hub: Hub, error: Exception) -> Unreachable:
     first = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError(
+    return Unreachable(
         f"{repo_id}: cannot download from {hub}: {first[0]}; run again to go on where it stopped, "
         "or give the path of a local folder"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +53,13 @@ def download(repo_id: str, revision: str | None, token: str | None, subfolder: s
     `subfolder`: folder of the checkpoint in a repository of several. Returns the folder of the repository.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HTTPError,  # of httpx or httpx2, whichever this version is built on
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     endpoint = custom_endpoint()
     storage = _storage(repo_id)
     storage.mkdir(parents=True, exist_ok=True)
     (storage / UNFINISHED).touch()
     inside = f"{subfolder}/" if subfolder else ""
-    try:
+    with hub_errors(repo_id, revision=revision):
         folder = Path(
             snapshot_download(
                 repo_id,
@@ -78,18 +72,6 @@ def download(repo_id: str, revision: str | None, token: str | None, subfolder: s
         )
         api = HfApi(endpoint=endpoint, token=token)
         _check(folder, api.verify_repo_checksums(repo_id, revision=folder.name, local_dir=folder).mismatches)
-    except RevisionNotFoundError as error:
-        raise UserError(
-            f"{repo_id}: huggingface has no revision {revision!r}; leave it out or name a branch"
-        ) from error
-    except (GatedRepoError, RepositoryNotFoundError) as error:
-        raise _refused(repo_id, type(error).__name__) from error
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403, 404):
-            raise _refused(repo_id, error.response.status_code) from error
-        raise unreachable(repo_id, "huggingface", error) from error
-    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
-        raise unreachable(repo_id, "huggingface", error) from error
     (storage / UNFINISHED).unlink(missing_ok=True)
     need_complete(folder / subfolder, repo_id)
     return folder
@@ -106,9 +88,40 @@ def _check(folder: Path, mismatches: list[Any]) -> None:
         raise corrupt(file["path"], str(folder), file["expected"], file["actual"])
 
 
-def _refused(repo_id: str, why: object) -> UserError:
-    page, tokens = f"https://huggingface.co/{repo_id}", "https://huggingface.co/settings/tokens"
-    return refused(repo_id, "huggingface", why, page, tokens, "HF_TOKEN")
+@contextmanager
+def hub_errors(repo_id: str, folder: str = "", revision: str | None = None) -> Iterator[None]:
+    """Turn the hub's refusals, and its silence, into errors a person can act on.
+
+    `folder`: beginning of its page's address, such as datasets/. Raises UserError, of which Unreachable where the hub
+    gives no answer.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # of httpx or httpx2, whichever this version is built on
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,  # a gated one, too
+        RevisionNotFoundError,
+    )
+
+    page, tokens = f"https://huggingface.co/{folder}{repo_id}", "https://huggingface.co/settings/tokens"
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{repo_id}: huggingface has no revision {revision!r}; leave it out or name a branch"
+        ) from error
+    except HfHubHTTPError as error:
+        code = error.response.status_code
+        if code not in (401, 403, 404):
+            raise unreachable(repo_id, "huggingface", error) from error
+        why = type(error).__name__ if isinstance(error, RepositoryNotFoundError) else code
+        raise refused(repo_id, "huggingface", why, page, tokens, "HF_TOKEN") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(f"{repo_id}: not in the cache, and offline; go online once (HF_HUB_OFFLINE=0)") from error
+        raise unreachable(repo_id, "huggingface", error) from error
 
 
 def lock(repo_id: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ivl.errors import UserError, note
 from ivl.hub import login
-from ivl.hub.huggingface import custom_endpoint
+from ivl.hub.huggingface import custom_endpoint, hub_errors
 from ivl.storage.files import file_digest
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -107,7 +107,8 @@ def licence_of(name: str) -> str | None:
     from huggingface_hub import HfApi
 
     try:
-        info = _asked(name, lambda: HfApi(endpoint=custom_endpoint(), token=login()[1]).model_info(name))
+        with hub_errors(name):
+            info = HfApi(endpoint=custom_endpoint(), token=login()[1]).model_info(name)
     except UserError as error:
         note(f"the licence of the base is not known: {error}")
         return None

@@ -5,6 +5,7 @@ import json
 import pytest
 from huggingface_hub import constants
 
+import ivl.hub
 from ivl.data.sets.dataset import Mixture
 from ivl.data.sets.sources import is_meta, open_sources
 from ivl.hub.dataset_files import dataset_files, files_of
@@ -162,14 +163,21 @@ def test_a_data_set_of_the_hub_by_name(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.log.clear()
     assert [path.name for path in dataset_files("me/set")] == ["t1.jsonl", "t2.jsonl"] and not hub.log
-    with pytest.raises(UserError, match="me/other: not in the cache, and the hub is not asked or not reached"):
+    with pytest.raises(UserError, match="me/other: not in the cache, and offline; go online once"):
         dataset_files("me/other")
 
 
+def test_the_token_of_the_command_opens_a_data_set(hub, monkeypatch):
+    monkeypatch.setattr(ivl.hub, "_settings", ivl.hub._HubSettings())
+    monkeypatch.setattr(hub, "token", "secret")
+    with pytest.raises(UserError, match="me/set: huggingface says that it does not exist or that you may not have it"):
+        dataset_files("me/set")
+    ivl.hub.choose(token="secret")
+    assert len(dataset_files("me/set")) == 2
+
+
 def test_a_data_set_that_is_not_there(hub):
-    with pytest.raises(
-        UserError, match=r"me/gone: the hub has no such data set, or it is not yours to read \(HTTP 404\)"
-    ):
+    with pytest.raises(UserError, match=r"me/gone: huggingface says that it does not exist .*datasets/me/gone and"):
         open_sources("me/gone", Stub())
     with pytest.raises(UserError, match=r"me/set:: no split dev; name one as me/set:default:SPLIT: train"):
         open_sources("me/set::dev", Stub())
