@@ -109,7 +109,7 @@ def run_command(command: str, argv: list[str]) -> int:
     """Run a command that is not Lightning's. Help and mistakes in options are answered before torch is imported."""
     from ivl.cli import command_line
 
-    options = command_line.read(command, argv) if command in command_line.COMMAND_OPTIONS else argv
+    options = command_line.read(command, argv)
     return 0 if options is None else importlib.import_module(COMMANDS[command][0]).main(options)
 
 

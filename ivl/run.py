@@ -64,6 +64,14 @@ class Run:
         folders = [Path(path), *Path(path).parents[:3]]
         return next((cls(folder) for folder in folders if (folder / CONFIG).is_file()), None)
 
+    @classmethod
+    def named(cls, path: Path | str, option: str = "") -> Run:
+        """Return the run of a path, which an option may name. Raises UserError where there is none."""
+        if (run := cls.of(path)) is None:
+            where = f"{option} {path}".strip()
+            raise UserError(f"{where}: no {CONFIG} in it; expected the folder of a run, such as runs/version_0")
+        return run
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Options of the fit, by section."""

@@ -10,6 +10,7 @@ from PIL import Image
 from ivl.__main__ import main
 from ivl.commands.chat import chat
 from ivl.data.processor import Processor
+from ivl.options import ChatSessionOptions
 from ivl.reasoning import BEGUN, split_reasoning
 from ivl.system_text import R1
 from tests.tiny import write_checkpoint
@@ -78,7 +79,7 @@ def test_predict_keeps_thoughts_apart(run):
 
 def test_export_and_chat_ask_as_the_run_did(run):
     assert main(["export", "--run", str(run / "runs/version_0"), "--out", str(run / "merged")]) == 0
-    session = chat(ckpt_path=str(run / "runs/version_0"))
+    session = chat(ChatSessionOptions(ckpt_path=str(run / "runs/version_0")))
     exported = Processor.from_pretrained(run / "merged")
     for processor in (exported, session.chat.processor):
         text = processor.prompt_text(processor.parse({"query": "How many?"}))

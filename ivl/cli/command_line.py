@@ -15,24 +15,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from ivl.cli.help import entry, readable, topic_of
+from ivl.cli.help import entry, first_option, group_page, readable, topic_of
 from ivl.cli.option_index import Option, field_options
-from ivl.cli.preflight import check, check_names
+from ivl.cli.preflight import check, check_data, check_names
 from ivl.errors import UserError
 from ivl.options import commands
 
 COMMAND_OPTIONS: dict[str, type] = {
+    "chat": commands.ChatSessionOptions,
+    "check": commands.CheckOptions,
+    "export": commands.ExportOptions,
     "models": commands.ModelsOptions,
     "pairs": commands.PairsOptions,
     "plan": commands.PlanOptions,
+    "reproduce": commands.ReproduceOptions,
     "score": commands.ScoreOptions,
 }
 
 
 def read(command: str, argv: Sequence[str]) -> Any:
     """Return the options of a command as typed; None where help was asked for, which is printed."""
-    if topic_of(argv) is not None:
-        print(page(command), end="")
+    if (topic := topic_of(argv)) is not None:
+        print(page(command, topic), end="")
         return None
     return parse(command, argv)
 
@@ -58,7 +62,7 @@ class Argument:
         """Names as typed; that of a positional argument is the field's."""
         if self.form.get("positional"):
             return [self.option.name]
-        return [f"--{name}" for name in self.form.get("names", [self.option.name])]
+        return [name if name[0] == "-" else f"--{name}" for name in self.form.get("names", [self.option.name])]
 
     @property
     def is_flag(self) -> bool:
@@ -115,7 +119,7 @@ def _converted(kind: Any, text: str) -> Any:
 
 
 def arguments(kind: type) -> Iterator[Argument]:
-    """Yield the fields of a dataclass of options as arguments: positional ones, required ones, others."""
+    """Yield the fields of a dataclass of options as arguments: positional, required, its own, inherited ones."""
     hints, options = get_type_hints(kind), {option.name: option for option in field_options(kind)}
     found = []
     for field in dataclasses.fields(kind):
@@ -126,7 +130,12 @@ def arguments(kind: type) -> Iterator[Argument]:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         one = next(part for part in types if part is not NoneType) if optional else hints[field.name]
         found.append(Argument(options[field.name], one, optional, required, field.metadata))
-    yield from sorted(found, key=lambda one: (not one.form.get("positional"), not one.required))
+    bases = [base for base in kind.__bases__ if dataclasses.is_dataclass(base)]
+    inherited = {field.name for base in bases for field in dataclasses.fields(base)}
+    yield from sorted(
+        found,
+        key=lambda one: (not one.form.get("positional"), not one.required, one.option.name in inherited),
+    )
 
 
 # -- parser ------------------------------------------------------------------------------------------------------------
@@ -144,27 +153,38 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     parser = _Parser(add_help=False, allow_abbrev=False)
     for one in known.values():
         one.add_to(parser)
-    rest = next((field.name for field in dataclasses.fields(kind) if field.metadata.get("rest")), None)
+    names = [name.lstrip("-") for name in parser._option_string_actions]
+    rest = _rest(kind)
     if rest is None:
-        check_names(command, argv, parser)
+        check_names(command, argv, names)
     typed, others = parser.parse_known_args(list(argv))
+    values = {name: known[name].value(value) for name, value in vars(typed).items()}
     if rest is None and others:
         raise UserError(f"{others[0]}: not expected (python -m ivl {command} --help)")
-    values = {name: known[name].value(value) for name, value in vars(typed).items()}
-    if rest is not None and not any(known[name].form.get("alone") for name in values):
-        check(command, others, [name.lstrip("-") for name in parser._option_string_actions])
+    if rest == "data":
+        check_data(command, others, names)
+    elif rest == "fit" and not any(known[name].form.get("alone") for name in values):
+        check(command, others, names)
     for name, one in known.items():
         if one.required and name not in values:
             raise UserError(f"{command} needs {one.title}: {one.option.help}")
     return kind(**values, **({rest: others} if rest else {}))
 
 
+def _rest(kind: type) -> str | None:
+    """Return the name of the field that takes further options, those of fit or of a group; None: there is none."""
+    names = [field.name for field in dataclasses.fields(kind) if field.metadata.get("rest") == field.name]
+    return names[0] if names else None
+
+
 # -- help page ---------------------------------------------------------------------------------------------------------
 
 
-def page(command: str) -> str:
-    """Return the help page of a command."""
+def page(command: str, topic: str = "") -> str:
+    """Return the help page of a command. `topic`: a group of fit's options, where the command takes them."""
     kind = COMMAND_OPTIONS[command]
+    if topic not in ("", "full") and _rest(kind):
+        return group_page(command, topic)
     purpose, example, *notes = (inspect.getdoc(kind) or "").split("\n\n")
     shown = list(arguments(kind))
     required = [one.title for one in shown if one.required]
@@ -174,8 +194,15 @@ def page(command: str) -> str:
     for one in shown:
         plain = dataclasses.replace(one.option, default="") if one.is_flag else one.option
         lines += entry(plain, title=one.title)
+    lines += [line for name in _FROM_FIT.get(command, ()) for line in entry(first_option(name), short=True)]
     notes += [note() for name, note in _LISTS.items() if name == command]
     return "\n".join([*lines, *(line for note in notes for line in ("", note))]) + "\n"
+
+
+_FROM_FIT = {
+    "check": ("data.train", "data.val", "data.media_root", "data.columns", "data.max_length", "data.max_tiles"),
+}
+"""Command → options of fit that its page shows as well"""
 
 
 def _benchmarks() -> str:

@@ -107,7 +107,7 @@ def first_page(command: str) -> str:
     lines = [f"usage: python -m ivl {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]", ""]
     lines += [PURPOSES[command], "", f"  {EXAMPLES[command]}"]
     for heading, names in FIRST_PAGES[command].items():
-        lines += ["", f"{heading}:", *(line for name in names for line in entry(_first(name), short=True))]
+        lines += ["", f"{heading}:", *(line for name in names for line in entry(first_option(name), short=True))]
     lines += [
         "",
         f"more: {command} --help GROUP, with {', '.join(groups_of())} or a group in one, such as data.video;",
@@ -116,7 +116,7 @@ def first_page(command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _first(name: str) -> Option:
+def first_option(name: str) -> Option:
     """Return an option as a first page has it."""
     return Option(name, *_WORDS[name]) if name in _WORDS else option_index()[name]
 

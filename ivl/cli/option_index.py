@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import docstring_parser
 
 import ivl.options
-from ivl.options import DataOptions, data, media
+from ivl.options import DataOptions, commands, data, media
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PLAIN = {
@@ -130,7 +130,7 @@ def _options(name: str, annotation: str, default: str, text: str) -> Iterator[Op
 
 _CHOICES = {
     alias: f"Literal{list(get_args(value))}"
-    for module in (data, media)
+    for module in (commands, data, media)
     for alias, value in vars(module).items()
     if get_origin(value) is Literal
 }

@@ -5,17 +5,15 @@ The full parser checks all of it again. What is refused here takes under a secon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ivl.cli.help import readable
 from ivl.cli.option_index import Option, closest, option_index
 from ivl.cli.other_trainers import equivalent
 from ivl.errors import UserError
-
-if TYPE_CHECKING:
-    from argparse import ArgumentParser
 
 CONFIG = ("--config", "-c")
 
@@ -27,9 +25,7 @@ def check(command: str, argv: Sequence[str], further: Sequence[str] = ()) -> Non
     """
     typed = list(typed_options(argv))
     names = {name for name, _ in typed}
-    for name in names - {*further}:
-        if not is_known(name):
-            raise UserError(unknown(command, name, further))
+    check_names(command, argv, {*option_index(), *further})
     for name, value in typed:
         if name == "model" and value and "{" not in value and not Path(value).is_file():
             raise UserError(f"--model {value}: --model.pretrained takes a model's folder or name")
@@ -50,12 +46,17 @@ def check(command: str, argv: Sequence[str], further: Sequence[str] = ()) -> Non
         raise UserError("fit needs --data.train: a file of rows (jsonl or json), or the name of a data set")
 
 
-def check_names(command: str, argv: Sequence[str], parser: ArgumentParser) -> None:
-    """Raise UserError for a typed option that the parser of another command does not have."""
-    known = {option.lstrip("-") for option in parser._option_string_actions}
+def check_names(command: str, argv: Sequence[str], names: Collection[str]) -> None:
+    """Raise UserError for a typed option that is not among the names of a command's options."""
     for name, _ in typed_options(argv):
-        if name not in known:
-            raise UserError(f"--{name}: no such option of {command}{closest(name, known)} ({command} --help)")
+        if not is_known(name, names):
+            raise UserError(unknown(command, name, names))
+
+
+def check_data(command: str, argv: Sequence[str], further: Sequence[str]) -> None:
+    """Raise UserError for typed options that are neither of data nor `further` ones of the command, and for values."""
+    check_names(command, argv, {*further, *(name for name in option_index() if name.split(".")[0] == "data")})
+    check_values(list(typed_options(argv)))
 
 
 def check_values(typed: Sequence[tuple[str, str]]) -> None:
@@ -100,21 +101,21 @@ def typed_options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield option[2:].rstrip("+"), value
 
 
-def is_known(name: str) -> bool:
-    """True for the name of an option, or of a part of one."""
-    index = option_index()
-    if name in index or name.removesuffix(".help") in index:
+def is_known(name: str, names: Collection[str] = ()) -> bool:
+    """True for the name of an option, or of a part of one. `names`: those of a command, by default of fit."""
+    index, names = option_index(), names or option_index()
+    if name in names or name.removesuffix(".help") in names:
         return True
     parents = [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
-    return any(parent in index and index[parent].has_parts for parent in parents)
+    return any(parent in names and parent in index and index[parent].has_parts for parent in parents)
 
 
-def unknown(command: str, name: str, further: Sequence[str] = ()) -> str:
-    """Message about an option that there is not, with its name here, or the closest ones, `further` ones included."""
-    if answer := equivalent(name):
+def unknown(command: str, name: str, names: Collection[str]) -> str:
+    """Message about an option that there is not: its name here, or the closest ones of the command's."""
+    answer = equivalent(name)
+    if answer and (not answer.startswith("--") or is_known(re.split(r"[ ,]", answer)[0][2:], names)):
         return f"--{name} is {answer}"
-    nearest = closest(name, {*option_index(), *further})
-    return f"--{name}: no such option of {command}{nearest} (python -m ivl {command} --help)"
+    return f"--{name}: no such option of {command}{closest(name, names)} (python -m ivl {command} --help)"
 
 
 def config_options(config: str) -> Iterator[tuple[str, Any]]:

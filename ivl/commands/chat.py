@@ -3,8 +3,6 @@
     a typed line → a word of command, or a question with its media → the answer, token by token
 
 Ctrl-C stops an answer, or drops the line that is being typed; Ctrl-D ends the session.
-
-Long: chat, since each option of the command is an argument, and its help stands in the docstring.
 """
 
 from __future__ import annotations
@@ -12,22 +10,19 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 import torch
 
 from ivl.architecture.families import find_model
-from ivl.chat import Chat, Settings
-from ivl.cli.preflight import check_names
+from ivl.chat import Chat
 from ivl.commands.export import Trained, read_run
 from ivl.data.processor import Processor
 from ivl.finetune.adapter import peft_adapter as adapting
 from ivl.hub import resolve
 from ivl.model.internvl import InternVL
-from ivl.options import FetchPolicy, MediaPolicy
+from ivl.options import ChatSessionOptions, FetchPolicy, MediaPolicy
 from ivl.parallel.devices import device_of
 from ivl.reasoning import ReasoningStream
 from ivl.system_text import system_text
@@ -240,113 +235,53 @@ def _remember(line: str) -> None:
 # -- the command -------------------------------------------------------------------------------------------------
 
 
-def chat(
-    model: str | None = None,
-    adapter: str | None = None,
-    ckpt_path: str | None = None,
-    system: str | None = None,
-    thinking: bool | None = None,
-    settings: Settings | None = None,
-    max_tiles: int | None = None,
-    max_length: int | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto",
-    quantize: Literal["int8", "nf4"] | None = None,
-    device: str = "auto",
-    devices: int | None = None,
-    device_max_memory: list[str] | None = None,
-    device_map: str | None = None,
-) -> Session:
-    """Load a model for a session in the terminal.
-
-    Args:
-        model: Model's name, or a checkpoint folder; --model.pretrained is the same. Default: the one that the run or
-            the adapter names.
-        adapter: PEFT adapter folder to put on it.
-        ckpt_path: Fitted run: its folder (the last checkpoint is taken), or one of its .ckpt files.
-        system: System message instead of the checkpoint's; `none` for no system turn, `r1` for the thinking prompt of
-            InternVL3.5.
-        thinking: true begins each answer with a thought, false with an empty one. Default: as in the run, or as the
-            checkpoint says.
-        settings: How answers are made.
-        max_tiles: Most tiles of one image, the thumbnail not counted. Default: the checkpoint's.
-        max_length: Most tokens of a conversation with its last question. Default: the model's context.
-        dtype: What is computed in; auto is bfloat16 on a GPU and float32 elsewhere.
-        attention: Attention kernel; auto takes the fastest that is installed and runs here.
-        quantize: int8 or nf4: linear layers of the language model in 8 or 4 bits. Default: as in the run.
-        device: cpu, cuda, cuda:1 and so on; auto is the GPU where there is one.
-        devices: How many GPUs share the model, layer by layer.
-        device_max_memory: What may be used of each, such as `15GB 15GB`; layers that do not fit stay with the host.
-        device_map: File (JSON or YAML) from names of modules to devices, instead of a plan.
-    """
-    trained = _trained(model, adapter, ckpt_path)
+def chat(options: ChatSessionOptions) -> Session:
+    """Load a model for a session in the terminal."""
+    trained = _trained(options)
     gpu = torch.cuda.is_available()
-    where = ("cuda" if gpu else "cpu") if device == "auto" else device
-    split = any(option is not None for option in (devices, device_max_memory, device_map))
+    where = ("cuda" if gpu else "cpu") if options.device == "auto" else options.device
+    split = any(one is not None for one in (options.devices, options.device_max_memory, options.device_map))
     on_cpu = not split and device_of(where).type == "cpu"
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
+    dtype = ("float32" if on_cpu else "bfloat16") if options.dtype == "auto" else options.dtype
     loaded = InternVL.from_pretrained(
         resolve(trained.base),
         dtype,
         where,
-        attention,
-        quantize or trained.quantize,
-        devices,
-        device_max_memory,
-        device_map,
+        options.attention,
+        options.quantize or trained.quantize,
+        options.devices,
+        options.device_max_memory,
+        options.device_map,
     )
     loaded = trained.onto(loaded)
     if split:
         print(f"layers over devices: {loaded.hf_device_map}")
     processor = Processor.from_pretrained(
         trained.base,
-        max_tiles=trained.max_tiles if max_tiles is None else max_tiles,
+        max_tiles=trained.max_tiles if options.max_tiles is None else options.max_tiles,
         max_length=None,
         policy=MediaPolicy(fetch=FETCHING),
-        **trained.processing | ({} if thinking is None else {"thinking": thinking}),
+        **trained.processing | ({} if options.thinking is None else {"thinking": options.thinking}),
     )
     # A folder that was downloaded by hand keeps the model's name, and with it the model's abilities.
     processor.released = processor.released or find_model(Path(trained.base).name)
-    return Session(Chat(loaded, processor, system, settings, max_length))
+    return Session(Chat(loaded, processor, options.system, options.settings, options.max_length))
 
 
-def _trained(model: str | None, adapter: str | None, ckpt_path: str | None) -> Trained:
-    if ckpt_path is not None and adapter is not None:
-        raise UserError("--ckpt_path and --adapter: expected one of them, found both")
-    if ckpt_path is not None:
-        return read_run(ckpt_path, "--ckpt_path", model)
-    if adapter is not None:
-        base = adapting.base_of(adapter, model, "--model")
-        if note := adapting.other_base(adapter, base):
+def _trained(options: ChatSessionOptions) -> Trained:
+    if options.ckpt_path is not None:
+        return read_run(options.ckpt_path, "--ckpt_path", options.model)
+    if options.adapter is not None:
+        base = adapting.base_of(options.adapter, options.model, "--model")
+        if note := adapting.other_base(options.adapter, base):
             print(f"note: {printable(note, ' ')}")
-        return Trained(base, adapter=Path(adapter), where=adapter)
-    if model is None:
-        raise UserError("chat: expected --model NAME or a folder, --adapter DIR, or --ckpt_path RUN")
-    return Trained(model)
+        return Trained(base, adapter=Path(options.adapter), where=options.adapter)
+    return Trained(str(options.model))
 
 
-def main(argv: Sequence[str]) -> int:
+def main(options: ChatSessionOptions) -> int:
     """Run the command. Returns 0. Raises UserError for a user's mistake."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m ivl chat", description="Talk to a model.", exit_on_error=False)
-    parser.add_function_arguments(chat, as_positional=False, skip={"settings", "device_max_memory"})
-    parser.add_class_arguments(Settings)
-    parser.add_argument(
-        "--device_max_memory",
-        type=str,
-        nargs="+",
-        default=None,
-        help="What may be used of each device, such as `15GB 15GB`; layers that do not fit stay with the host.",
-    )
-    # the other commands' name for it
-    words = [re.sub(r"^--model\.pretrained(?==|$)", "--model", word) for word in argv]
-    check_names("chat", words, parser)
-    options = vars(parser.parse_args(words))
-    settings = Settings(**{name: options.pop(name) for name in vars(Settings())})
-    session = chat(**options, settings=settings)
+    session = chat(options)
     _recall()
     session.run()
     return 0

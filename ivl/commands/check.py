@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser
 
-from ivl.cli.preflight import check_names
 from ivl.commands.rendered import rendered
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, MixtureSource
 from ivl.data.sets.index import Index, answers_needed, build_index, concat, progress_bar, reasons
 from ivl.data.sets.sources import open_sources
-from ivl.options import DataOptions
+from ivl.options import CheckOptions, DataOptions
+from ivl.run import Run
 from ivl.storage.files import atomic_path
 from ivl.types import UserError, plural, printable
 
@@ -42,35 +41,35 @@ class OptionRows:
         return self.index.records["usable"]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(options: CheckOptions) -> int:
     """Check data. Returns 0, or 2 where anything is wrong."""
-    args = _arguments(list(sys.argv[1:] if argv is None else argv))
-    processor = _processor(args)
-    out = Path(args.out)
+    options, data = read_options(options)
+    processor = _processor(options, data)
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    sources = {name: files for name in SPLITS if (files := getattr(args.data, name))}
-    if args.data.mixture:
+    sources = {name: files for name in SPLITS if (files := getattr(data, name))}
+    if data.mixture:
         if "train" in sources:
             raise UserError("--data.train and --data.mixture: expected one of them, found both")
-        sources = {"train": args.data.mixture} | sources
+        sources = {"train": data.mixture} | sources
     if not sources:
-        raise UserError("nothing to check; give --data.train FILE (val, test, predict), or --config FILE")
+        raise UserError("nothing to check; give --data.train FILE (val, test, predict), --config FILE or --run RUN")
     option_rows, errors = [], []
     for name, files in sources.items():
-        parts, problems = _parts(name, files, processor, args)
+        parts, problems = _parts(name, files, processor, data, options.cache_dir)
         errors += problems
         if parts:
-            option_rows.append(_index_rows(name, parts, args))
+            option_rows.append(_index_rows(name, parts, options))
     with atomic_path(out / "report.txt") as path, open(path, "w", encoding="utf-8") as report:
         for problem in errors:
             _emit(problem, report)
         for one in option_rows:
-            _report_rows(one, args.show, report)
-        overlap = _report_overlap(option_rows, args.show, report)
+            _report_rows(one, options.show, report)
+        overlap = _report_overlap(option_rows, options.show, report)
     wrong = len(errors) + overlap + sum(len(one.index.problems) for one in option_rows)
     good = [one for one in option_rows if one.usable.any()]
     if good:
-        _draw_examples(good[0], processor, out / "sheet.png", args.data.seed)
+        _draw_examples(good[0], processor, out / "sheet.png", data.seed)
     print(f"\n{wrong or 'no'} problem{'s' * (wrong != 1)}; all of it is in {out / 'report.txt'}")
     return 2 if wrong else 0
 
@@ -78,76 +77,78 @@ def main(argv: list[str] | None = None) -> int:
 # Options
 
 
-def _arguments(argv: list[str]) -> Namespace:
-    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    configs.add_argument("-c", "--config", action="append", default=[])
-    known, rest = configs.parse_known_args(argv)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="python -m ivl check",
-        usage="python -m ivl check --config FILE | --data.train FILE --model.pretrained NAME [--OPTION VALUE ...]",
-        description="Look for mistakes in data: problems with file:line, lengths, duplicates, how a row is trained on.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", type=str, default="", help="A config of `fit`; may be given several times.")
-    parser.add_argument(
-        "--model.pretrained", type=str, default="", help="Checkpoint whose tokenizer, template and tiling are used."
-    )
+def read_options(options: CheckOptions) -> tuple[CheckOptions, DataOptions]:
+    """Return options with what the run and the configs say of model and objective, and the options of data.
+
+    A later config counts more than one before it, and what is typed more than all.
+    """
+    sections = [_sections(Run.named(options.run, "--run").config, f"--run {options.run}")] if options.run else []
+    sections += [_sections(_config(path), f"--config {path}") for path in options.config]
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DataOptions, "data")
-    parser.add_argument(
-        "--pairs", action="store_true", help="Rows are pairs of answers; a config with objective dpo or mpo says so."
-    )
-    parser.add_argument("--media", action="store_true", help="Decode all media, not only read their headers.")
-    parser.add_argument("--probe_urls", action="store_true", help="Fetch media behind URLs.")
-    parser.add_argument("--out", type=str, default="check", help="Folder of the report and the contact sheet.")
-    parser.add_argument("--show", type=int, default=20, help="Most problems printed of each option.")
-    parser.add_argument("--workers", type=int | None, default=None, help="Processes. Default: one for each core.")
-    parser.add_argument("--cache_dir", type=str | None, default=None, help="Default: ~/.cache/ivl")
-    check_names("check", rest, parser)
     start = parser.get_defaults()
-    for path in known.config:
-        start = parser.merge_config(parser.parse_object(_config(path), defaults=False), start)
-    return parser.instantiate(parser.parse_args(rest, namespace=start))
+    for section in sections:
+        start = parser.merge_config(parser.parse_object({"data": section.data}, defaults=False), start)
+    pretrained = [name for name in (*(section.pretrained for section in sections), options.pretrained) if name]
+    options = replace(
+        options,
+        pretrained=pretrained[-1] if pretrained else "",
+        pairs=options.pairs or any(section.pairs for section in sections),
+    )
+    return options, parser.instantiate(parser.parse_args(options.data, namespace=start)).data
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Sections of a fit's config that describe the data."""
+
+    data: dict[str, Any]
+    pretrained: str | None
+    pairs: bool
 
 
 def _config(path: str) -> dict[str, Any]:
-    """Sections of a fit's config that describe the data. Writes the demo where the config asks for it."""
-    import yaml
-
+    """Return the content of a config."""
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"--config {path}: expected a fit's config, found {type(config).__name__}")
+    return config
+
+
+def _sections(config: dict[str, Any], where: str) -> Sections:
+    """Return what a config says of the data. Writes the demo where the config asks for it."""
     model, data = config.get("model") or {}, config.get("data") or {}
     options = [one.name for one in fields(DataOptions)]
     if unknown := sorted(set(data) - {*options, "pretrained"}):
-        raise UserError(f"--config {path}: data.{unknown[0]}: no such option; expected one of {', '.join(options)}")
+        raise UserError(f"{where}: data.{unknown[0]}: no such option; expected one of {', '.join(options)}")
     if config.get("demo"):
         from ivl.demo import prepare
 
         prepare(Path(config["demo"]))
-    values: dict[str, Any] = {
-        "data": {key: value for key, value in data.items() if key in options and value is not None}
-    }
-    pretrained = model.get("pretrained") or data.get("pretrained")
-    values |= {"pairs": True} if model.get("objective", "sft") != "sft" else {}
-    return values | ({"model": {"pretrained": pretrained}} if pretrained else {})
+    return Sections(
+        {key: value for key, value in data.items() if key in options and value is not None},
+        model.get("pretrained") or data.get("pretrained"),
+        model.get("objective", "sft") != "sft",
+    )
 
 
-def _processor(args: Namespace) -> Processor:
-    if not args.model.pretrained:
+def _processor(options: CheckOptions, data: DataOptions) -> Processor:
+    if not options.pretrained:
         raise UserError("--model.pretrained: not given; expected a checkpoint's folder or name, such as internvl2-2b")
-    processor = Processor.load(args.model.pretrained, args.data)
-    processor.pairs = args.pairs
+    processor = Processor.load(options.pretrained, data)
+    processor.pairs = options.pairs
     return processor
 
 
 # Reading
 
 
-def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tuple[list[MixtureSource], list[str]]:
+def _parts(
+    name: str, files: Any, processor: Processor, data: DataOptions, cache_dir: str | None
+) -> tuple[list[MixtureSource], list[str]]:
     """Sources of an option, and the errors of those that cannot be read at all."""
     parts, errors = [], []
     for source in [files] if isinstance(files, str) else files:
@@ -155,24 +156,24 @@ def _parts(name: str, files: Any, processor: Processor, args: Namespace) -> tupl
             parts += open_sources(
                 source,
                 processor,
-                args.data.media_root,
+                data.media_root,
                 as_prompt=name == "predict",
-                seed=args.data.seed,
-                cache_dir=args.cache_dir,
-                limits=args.data.file_limits,
-                columns=args.data.columns,
+                seed=data.seed,
+                cache_dir=cache_dir,
+                limits=data.file_limits,
+                columns=data.columns,
             )
         except UserError as error:
             errors.append(f"data.{name}: {error}")
     return parts, errors
 
 
-def _index_rows(name: str, parts: list[MixtureSource], args: Namespace) -> OptionRows:
+def _index_rows(name: str, parts: list[MixtureSource], options: CheckOptions) -> OptionRows:
     indexes = []
     for part in parts:
         with progress_bar(f"{name}: lengths of {part.name}", part.rows) as progress:
-            media: Literal["header", "decode"] = "decode" if args.media else "header"
-            index = build_index(part.rows, args.workers, media, args.probe_urls, args.cache_dir, progress)
+            media: Literal["header", "decode"] = "decode" if options.media else "header"
+            index = build_index(part.rows, options.workers, media, options.probe_urls, options.cache_dir, progress)
         indexes.append(index if name == "predict" else answers_needed(part.rows, index))
     return OptionRows(name, Mixture(parts), concat(indexes))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.hf_layout import hf_tensor
 from ivl.checkpoint.quantization import Quantize
 from ivl.checkpoint.weights import save_weights
-from ivl.cli.preflight import check_names
 from ivl.commands.export_files import Settings, hf_rows, write_hf, write_released
 from ivl.commands.export_push import REPORT, Push
 from ivl.commands.export_target import beside, check_target
@@ -37,13 +36,12 @@ from ivl.finetune.tune import PARTS, How
 from ivl.hub import resolve
 from ivl.hub.hints import is_run
 from ivl.model.internvl import InternVL
-from ivl.options import LoRA, Tune
+from ivl.options import DType, ExportOptions, LoRA, Tune
 from ivl.parallel.devices import check_at_hand, device_of, parse_size
 from ivl.run import Run, run_and_checkpoint, weights_of
 from ivl.storage.files import write_json, write_text
 from ivl.types import UserError, printable
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 PROCESSING = ("system_message", "thinking", "dynamic_image_size", "pad2square")
 
 
@@ -110,83 +108,47 @@ class Trained:
         return model.eval().requires_grad_(False)
 
 
-def export(
-    out: str,
-    run: str | None = None,
-    adapter: str | None = None,
-    base: str | None = None,
-    layout: Layout | None = None,
-    max_shard_size: str = "5GB",
-    dtype: DType = "auto",
-    device: str = "cpu",
-    adapter_only: bool = False,
-    overwrite: bool = False,
-    push: str | None = None,
-    private: bool = False,
-    push_replace: bool = False,
-) -> Path:
+def export(out: str, **options: Any) -> Path:
     """Write a trained model as a checkpoint folder, and verify it. Returns the folder.
 
-    Args:
-        out: Folder to write.
-        run: Run to export: its folder (the last checkpoint is taken), or one of its .ckpt files.
-        adapter: PEFT adapter folder to merge, instead of a run.
-        base: Checkpoint it belongs to, a folder or a name. Default: the one the run or the adapter names. Alone:
-            that checkpoint is written again, in another layout, dtype or shard size.
-        layout: released is the layout of the OpenGVLab releases; hf is transformers' InternVLForConditionalGeneration.
-            Default: released, and of an adapter the layout of its base, so that it loads onto it.
-        max_shard_size: Largest weight file, such as 5GB or 800MB.
-        dtype: Dtype of the stored weights; auto is the base's.
-        device: Device the model is merged and tried out on, such as cpu or cuda.
-        adapter_only: Write the LoRA of a run as a PEFT adapter folder, not merged.
-        overwrite: Replace an existing checkpoint folder, once the new one is complete.
-        push: Repository on the Hugging Face hub, OWNER/NAME, that the folder is uploaded to. Without run, adapter and
-            base: the folder of an earlier export is.
-        private: Make that repository private, where it is new.
-        push_replace: Replace the files of a repository that holds others, in a new commit.
-
-    Raises:
-        UserError: for a user's mistake; nothing is left behind then.
+    `options`: as in ExportOptions. Raises UserError for a user's mistake; nothing is left behind then.
     """
-    shard_bytes = parse_size(max_shard_size, "max_shard_size")
-    target = Path(out)
-    pushing = Push.of(push, private, push_replace)
-    if pushing is None or (run, adapter, base) != (None, None, None):
-        trained = _trained(run, adapter, base)
-        if adapter_only and (trained.tune is None or not trained.lora_parts):
+    return _export(ExportOptions(out=out, **options))
+
+
+def _export(options: ExportOptions) -> Path:
+    shard_bytes = parse_size(options.max_shard_size, "max_shard_size")
+    target = Path(options.out)
+    pushing = Push.of(options.push, options.private, options.push_replace)
+    if options.sources:
+        trained = _trained(options)
+        if options.adapter_only and (trained.tune is None or not trained.lora_parts):
             raise UserError("--adapter_only: expected --run with the run of a LoRA; there is none to write here")
-        check_target(target, [p for p in (run, adapter, trained.base) if p], overwrite)
+        check_target(target, [p for p in (options.run, options.adapter, trained.base) if p], options.overwrite)
         if pushing is not None:
             pushing.check_empty()
-        written = layout, shard_bytes, device, adapter_only
-        report = _write(target, trained, _settings(trained, dtype), push or target.name, *written)
+        report = _write(target, trained, options, shard_bytes)
         print(printable(_summary(target, report)))
-        if run and (best := best_beside(trained.where)):
+        if options.run and (best := best_beside(trained.where)):
             print(printable(f"  {trained.where}: {best}"))
     if pushing is not None:
         pushing.push(target)
     return target
 
 
-def _write(
-    target: Path,
-    trained: Trained,
-    settings: Settings,
-    name: str,
-    layout: Layout | None,
-    shard_bytes: int,
-    device: str,
-    adapter_only: bool,
-) -> dict[str, Any]:
-    """Write and verify the folder, with a card under `name`. Returns its report."""
+def _write(target: Path, trained: Trained, options: ExportOptions, shard_bytes: int) -> dict[str, Any]:
+    """Write and verify the folder, with a card. Returns its report."""
+    settings, device = _settings(trained, options.dtype), options.device
     with beside(target) as temporary:
         probe = Probe.of(settings.processor, str(device_of(device)))
-        if adapter_only:
-            report = _write_adapter(trained, settings, probe, temporary, device, layout)
+        if options.adapter_only:
+            report = _write_adapter(trained, settings, probe, temporary, device, options.layout)
         else:
-            report = _write_model(trained, settings, probe, temporary, device, layout or "released", shard_bytes)
+            layout = options.layout or "released"
+            report = _write_model(trained, settings, probe, temporary, device, layout, shard_bytes)
         write_json(temporary / REPORT, report)
-        write_text(temporary / CARD, model_card(name, report, settings.base, trained.run, adapter_only))
+        name = options.push or target.name
+        write_text(temporary / CARD, model_card(name, report, settings.base, trained.run, options.adapter_only))
     return report
 
 
@@ -316,16 +278,13 @@ def _summary(target: Path, report: dict[str, Any]) -> str:
 # -- trained weights ---------------------------------------------------------------------------------------------
 
 
-def _trained(run: str | None, adapter: str | None, base: str | None) -> Trained:
-    if run is not None and adapter is not None:
-        raise UserError("--run and --adapter: expected one of them, found both")
-    if run is not None:
-        return read_run(run, "--run", base)
-    if adapter is not None:
-        return Trained(adapting.base_of(adapter, base, "--base"), adapter=Path(adapter), where=adapter)
-    if base is not None:
-        return Trained(base)
-    raise UserError("nothing to export: expected --run RUN, --adapter DIR, or --base NAME")
+def _trained(options: ExportOptions) -> Trained:
+    if options.run is not None:
+        return read_run(options.run, "--run", options.base)
+    if options.adapter is not None:
+        base = adapting.base_of(options.adapter, options.base, "--base")
+        return Trained(base, adapter=Path(options.adapter), where=options.adapter)
+    return Trained(str(options.base))
 
 
 def read_run(path: str | Path, option: str, base: str | None = None) -> Trained:
@@ -361,21 +320,7 @@ def _copy_into(model: InternVL, state: dict[str, Tensor], where: str) -> None:
         tensors[name].copy_(tensor)
 
 
-def main(argv: list[str]) -> int:
+def main(options: ExportOptions) -> int:
     """Run the command. Returns 0. Raises UserError for a user's mistake."""
-    from jsonargparse import ArgumentParser
-
-    flags: set[str | int] = {"adapter_only", "overwrite", "private", "push_replace"}
-    parser = ArgumentParser(
-        prog="python -m ivl export", description="Write a trained model as a checkpoint folder.", exit_on_error=False
-    )
-    parser.add_function_arguments(export, as_positional=False, skip=flags)
-    parser.add_argument("--adapter_only", "--adapter-only", action="store_true", help="write the LoRA of a run only")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint folder")
-    parser.add_argument("--private", action="store_true", help="with --push: make a new repository private")
-    parser.add_argument(
-        "--push_replace", action="store_true", help="with --push: replace the files of a repository that holds others"
-    )
-    check_names("export", argv, parser)
-    export(**vars(parser.parse_args(argv)))
+    _export(options)
     return 0

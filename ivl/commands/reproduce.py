@@ -5,7 +5,6 @@ The exit status is 0 where rows, base and versions are those of the run, and 1 w
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 from collections.abc import Iterator
@@ -13,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ivl.cli.preflight import check_names
 from ivl.data.sets.dataset import open_file
 from ivl.lit.run.record import base_identity, versions
-from ivl.run import CONFIG, RECORD, Run
+from ivl.options import ReproduceOptions
+from ivl.run import RECORD, Run
 from ivl.types import UserError, plural, printable, text_table
 
 SAME, MISSING = "the same", "missing"
@@ -24,9 +23,7 @@ SAME, MISSING = "the same", "missing"
 
 def reproduce(run: str) -> int:
     """Print the commands of a run and what has changed since. Returns the number of changes."""
-    found = Run.of(run)
-    if found is None:
-        raise UserError(f"{run}: no {CONFIG} in it; expected the folder of a run, such as runs/version_0")
+    found = Run.named(run)
     _ = found.config  # a damaged one is refused
     fits = found.fits
     print(printable(f"{found.folder}: {_summary(found, fits[0][1])}\n"))
@@ -114,13 +111,6 @@ def _versions(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def main(argv: list[str]) -> int:
+def main(options: ReproduceOptions) -> int:
     """Run the command. Returns 0 where nothing has changed since, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ivl reproduce",
-        description="Print the command of a run, and what has changed since: base, rows, versions. Exit status 1 where "
-        "one of them differs or is missing.",
-    )
-    parser.add_argument("run", help="folder of a run, such as runs/version_0")
-    check_names("reproduce", argv, parser)
-    return 1 if reproduce(parser.parse_args(argv).run) else 0
+    return 1 if reproduce(options.run) else 0

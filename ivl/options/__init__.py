@@ -7,10 +7,15 @@ command line (jsonargparse) finds the fields there. Nothing here imports torch, 
 
 from __future__ import annotations
 
+from ivl.options.commands import ChatSessionOptions as ChatSessionOptions
+from ivl.options.commands import CheckOptions as CheckOptions
+from ivl.options.commands import DType as DType
+from ivl.options.commands import ExportOptions as ExportOptions
 from ivl.options.commands import ModelsOptions as ModelsOptions
 from ivl.options.commands import PairRule as PairRule
 from ivl.options.commands import PairsOptions as PairsOptions
 from ivl.options.commands import PlanOptions as PlanOptions
+from ivl.options.commands import ReproduceOptions as ReproduceOptions
 from ivl.options.commands import ScoreOptions as ScoreOptions
 from ivl.options.data import DataOptions as DataOptions
 from ivl.options.data import FileLimits as FileLimits

@@ -7,23 +7,157 @@ options. The text under a field is its help.
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ivl.errors import UserError
+from ivl.options.generation import ChatOptions
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def argument(default: Any = MISSING, **form: Any) -> Any:
     """Field with a form of its own on the command line.
 
     `metavar`: word for its value. `positional`: given without a name. `repeated`: a list with one value each time it is
-    given. `names`: its names, where they are not the field's. `rest`: options of `fit`, which no other field takes;
-    `alone`: none of them is needed beside it.
+    given. `names`: its names, where they are not the field's. `rest`: options of `fit`, which no other field takes, or
+    its group of this name; `alone`: none of them is needed beside it.
     """
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=form)
     return field(default=default, metadata=form)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Look for mistakes in data: problems with file:line, lengths, duplicates, how a row is trained on.
+
+        python -m ivl check --config internvl2-2b --data.train rows.jsonl
+
+    more: check --help data for all options of data, or a group in it, such as data.video.
+    """
+
+    config: list[str] = argument([], repeated=True, names=("config", "-c"), metavar="FILE")
+    """Config of `fit`, in YAML; may be given several times: the later ones count."""
+    run: str | None = argument(None, metavar="RUN")
+    """Run whose own data is checked: its folder, such as runs/version_0."""
+    pretrained: str = argument("", names=("model.pretrained",), metavar="NAME")
+    """Checkpoint whose tokenizer, template and tiling are used, a folder or a name."""
+    pairs: bool = False
+    """Rows are pairs of answers; a config with objective dpo or mpo says so."""
+    media: bool = False
+    """Decode all media, not only read their headers."""
+    probe_urls: bool = False
+    """Fetch media behind URLs."""
+    out: Path = argument(Path("check"), metavar="FOLDER")
+    """Folder of the report and the contact sheet."""
+    show: int = 20
+    """Most problems printed of each option."""
+    workers: int | None = None
+    """Number of processes. Default: one for each core."""
+    cache_dir: str | None = argument(None, metavar="FOLDER")
+    """Folder of remembered lengths. Default: ~/.cache/ivl."""
+    data: list[str] = argument([], rest="data")
+    """Options of data, as typed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSessionOptions(ChatOptions):
+    """Talk to a model in the terminal.
+
+    python -m ivl chat --model internvl2-2b
+    """
+
+    model: str | None = argument(None, names=("model", "model.pretrained"), metavar="NAME")
+    """Model's name, or a checkpoint folder. Default: the one that the run or the adapter names."""
+    adapter: str | None = argument(None, metavar="FOLDER")
+    """PEFT adapter folder to put on it."""
+    ckpt_path: str | None = argument(None, metavar="RUN")
+    """Run's folder, of which the last checkpoint is taken, or one of its .ckpt files."""
+    system: str | None = argument(None, metavar="TEXT")
+    """System message; `none`: no system turn, `r1`: the thinking prompt of InternVL3.5. Default: the checkpoint's."""
+    thinking: bool | None = None
+    """true begins each answer with a thought, false with an empty one. Default: the run's, or the checkpoint's."""
+    max_tiles: int | None = None
+    """Most tiles of one image, the thumbnail not counted. Default: the checkpoint's."""
+    max_length: int | None = None
+    """Most tokens of a conversation with its last question. Default: the model's context."""
+    dtype: DType = "auto"
+    """Dtype of the computation; auto is bfloat16 on a GPU and float32 elsewhere."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; auto takes the fastest that is installed and runs here."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Linear layers of the language model in 8 or 4 bits. Default: as in the run."""
+    device: str = "auto"
+    """Device: cpu, cuda, cuda:1 and so on; auto is the GPU where there is one."""
+    devices: int | None = None
+    """Number of GPUs that share the model, layer by layer."""
+    device_max_memory: list[str] | None = argument(None, metavar="SIZE")
+    """Memory to use of each, such as `15GB 15GB`; layers that do not fit stay with the host."""
+    device_map: str | None = argument(None, metavar="FILE")
+    """JSON or YAML from names of modules to devices, instead of a plan."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ckpt_path is not None and self.adapter is not None:
+            raise UserError("--ckpt_path and --adapter: expected one of them, found both")
+        if self.ckpt_path is None and self.adapter is None and self.model is None:
+            raise UserError("chat: expected --model NAME or a folder, --adapter DIR, or --ckpt_path RUN")
+
+    @property
+    def settings(self) -> ChatOptions:
+        """Length and sampling of the answers alone."""
+        return ChatOptions(**{one.name: getattr(self, one.name) for one in fields(ChatOptions)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a trained model as a checkpoint folder, and verify it.
+
+    python -m ivl export --run runs/version_0 --out merged
+    """
+
+    out: str = argument(metavar="FOLDER")
+    """Folder to write."""
+    run: str | None = argument(None, metavar="RUN")
+    """Run to export: its folder (the last checkpoint is taken), or one of its .ckpt files."""
+    adapter: str | None = argument(None, metavar="FOLDER")
+    """PEFT adapter folder to merge, instead of a run."""
+    base: str | None = argument(None, metavar="NAME")
+    """Checkpoint it belongs to, a folder or a name. Default: the one the run or the adapter names. Alone: that
+    checkpoint is written again, in another layout, dtype or shard size."""
+    layout: Literal["released", "hf"] | None = None
+    """Layout of the OpenGVLab releases, or of transformers' InternVLForConditionalGeneration (hf). Default: released,
+    and of an adapter the layout of its base, so that it loads onto it."""
+    max_shard_size: str = argument("5GB", metavar="SIZE")
+    """Largest weight file, such as 5GB or 800MB."""
+    dtype: DType = "auto"
+    """Dtype of the stored weights; auto is the base's."""
+    device: str = "cpu"
+    """Device the model is merged and tried out on, such as cpu or cuda."""
+    adapter_only: bool = argument(False, names=("adapter_only", "adapter-only"))
+    """Write the LoRA of a run as a PEFT adapter folder, not merged."""
+    overwrite: bool = False
+    """Replace an existing checkpoint folder, once the new one is complete."""
+    push: str | None = argument(None, metavar="OWNER/NAME")
+    """Repository on the Hugging Face hub that the folder is uploaded to. Without --run, --adapter and --base: the
+    folder of an earlier export is."""
+    private: bool = False
+    """Make that repository private, where it is new."""
+    push_replace: bool = False
+    """Replace the files of a repository that holds others, in a new commit."""
+
+    @property
+    def sources(self) -> list[str]:
+        """Run, adapter and base, as far as they are named."""
+        return [one for one in (self.run, self.adapter, self.base) if one is not None]
+
+    def __post_init__(self) -> None:
+        if self.run is not None and self.adapter is not None:
+            raise UserError("--run and --adapter: expected one of them, found both")
+        if not self.sources and self.push is None:
+            raise UserError("nothing to export: expected --run RUN, --adapter DIR, or --base NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +260,21 @@ class PlanOptions:
     """Write the memory into the configs in this folder instead."""
     json: bool = False
     """Print the plan as JSON."""
-    fit: list[str] = argument([], rest=True)
+    fit: list[str] = argument([], rest="fit")
     """Options of `fit`, as typed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions:
+    """Print a run's command, and what has changed since: rows, base, versions.
+
+        python -m ivl reproduce runs/version_0
+
+    Exit status 1: one of them differs or is missing.
+    """
+
+    run: str = argument(positional=True, metavar="RUN")
+    """Folder of the run, such as runs/version_0."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,16 @@
 """Options of the commands beside Lightning's: short pages, values, and mistakes in our words."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ivl.__main__ import main
+from ivl.__main__ import COMMANDS, main
 from ivl.cli.command_line import COMMAND_OPTIONS, arguments, parse
 from ivl.errors import UserError
-from ivl.options import ModelsOptions, PairsOptions, ScoreOptions
+from ivl.options import ChatOptions, ExportOptions, ModelsOptions, PairsOptions, ScoreOptions
 
 
 @pytest.fixture(params=sorted(COMMAND_OPTIONS))
@@ -49,6 +50,31 @@ def test_values_have_their_types():
     )
     assert parse("models", []) == ModelsOptions(text="")
     assert parse("score", ["a", "--task", "pope", "--html", "null"]).html is None
+    options = parse(
+        "chat",
+        ["--model.pretrained=x", "--thinking", "true", "--device_max_memory", "1GB", "2GB", "--max_tiles", "null"],
+    )
+    assert (options.model, options.thinking, options.device_max_memory) == ("x", True, ["1GB", "2GB"])
+    assert options.max_tiles is None and options.settings == ChatOptions()
+    assert parse("export", ["--base", "x", "--out", "y", "--adapter-only", "--layout", "hf"]) == ExportOptions(
+        base="x", out="y", adapter_only=True, layout="hf"
+    )
+    words = [
+        "-c",
+        "a",
+        "--config",
+        "b",
+        "--data.train",
+        "c",
+        "--show=3",
+        "--data.columns.query",
+        "q",
+        "--model.pretrained",
+        "m",
+    ]
+    options = parse("check", words)
+    assert (options.config, options.show, options.pretrained) == (["a", "b"], 3, "m")
+    assert options.data == ["--data.train", "c", "--data.columns.query", "q"]
     options = parse("plan", ["--config", "{model: {pretrained: x}}", "--devices", "2", "--data.max_tiles", "3"])
     assert (options.devices, options.fit) == (2, ["--config", "{model: {pretrained: x}}", "--data.max_tiles", "3"])
 
@@ -58,7 +84,7 @@ def test_values_have_their_types():
     [
         ("score a", "score needs --task NAME: Benchmark"),
         ("score --task pope", "score needs FILE ...: Answers, one JSON object a line"),
-        ("score a --tsak pope", "--tsak: no such option of score; did you mean --task? (score --help)"),
+        ("score a --tsak pope", "--tsak: no such option of score; did you mean --task? (python -m ivl score --help)"),
         ("score a --task", "--task: expected one argument"),
         ("score a --task pope --mode old", "--mode: expected compat or strict, found 'old'"),
         ("score a --task pope --resamples many", "--resamples: expected int, found 'many'"),
@@ -70,6 +96,15 @@ def test_values_have_their_types():
         ("plan --devcie T4", "--devcie: no such option of plan; did you mean --device"),
         ("plan --learning_rate 1", "--learning_rate is --model.optimizer.lr here"),
         ("plan", "plan needs --model.pretrained"),
+        ("chat --model x --thinking maybe", "--thinking: expected bool, found 'maybe'"),
+        ("chat --model x --dtype half", "--dtype: expected auto or float32 or bfloat16 or float16, found 'half'"),
+        ("chat --model x --temperature -1", "temperature: expected at least 0, found -1.0"),
+        ("export --base x", "export needs --out FOLDER: Folder to write."),
+        ("export --out x", "nothing to export: expected --run RUN, --adapter DIR, or --base NAME"),
+        ("check --dataset x", "--dataset is --data.train here"),
+        ("check --learning_rate 1", "--learning_rate: no such option of check"),
+        ("check --trainer.max_epochs 1", "--trainer.max_epochs: no such option of check"),
+        ("check --data.max_tiles six", "--data.max_tiles: expected int, found 'six'"),
     ],
 )
 def test_a_mistake_is_told_in_our_words(argv, message):
@@ -77,6 +112,11 @@ def test_a_mistake_is_told_in_our_words(argv, message):
     with pytest.raises(UserError) as error:
         parse(command, words)
     assert message in str(error.value)
+
+
+def test_every_command_is_one_or_the_other():
+    assert COMMAND_OPTIONS.keys() == {name for name, (module, _) in COMMANDS.items() if module != "ivl.lit.cli"}
+    assert all(dataclasses.is_dataclass(kind) for kind in COMMAND_OPTIONS.values())
 
 
 def test_help_and_mistakes_come_before_torch():
@@ -94,3 +134,9 @@ def test_answers_are_scored_without_torch(tmp_path):
     argv = ["score", str(file), "--task", "docvqa", "--html", str(tmp_path / "page.html")]
     done = subprocess.run([sys.executable, "-c", code.format(argv)], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+
+
+@pytest.mark.parametrize(("command", "topic"), [("check", "data"), ("check", "data.video"), ("plan", "model.tune")])
+def test_groups_of_fit_have_a_page_here_too(capsys, command, topic):
+    assert main([command, "--help", topic]) == 0
+    assert capsys.readouterr().out.startswith(f"options of {command}: {topic}\n")

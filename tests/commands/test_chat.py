@@ -22,7 +22,7 @@ from ivl.chat import Settings
 from ivl.commands.chat import LINE, Session, chat, printable
 from ivl.finetune.adapter.peft_adapter import save_adapter
 from ivl.finetune.tune import apply
-from ivl.options import FetchPolicy, LoRA, MediaPolicy, Tune
+from ivl.options import ChatSessionOptions, FetchPolicy, LoRA, MediaPolicy, Tune
 from ivl.types import Conversation, Message
 from tests import tiny
 from tests.test_chat import fresh, picture
@@ -290,7 +290,7 @@ def test_an_adapter_is_put_on_its_model(folder, tmp_path):
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     save_adapter(model, made, tmp_path / "adapter", str(folder))
     adapted = Chat(model.eval(), processor, settings=Settings(8)).ask("How many sheep?")
-    session = chat(adapter=str(tmp_path / "adapter"), device="cpu", settings=Settings(8))
+    session = chat(ChatSessionOptions(adapter=str(tmp_path / "adapter"), device="cpu", max_new_tokens=8))
     assert session.chat.ask("How many sheep?") == adapted != plain
 
 
@@ -329,6 +329,6 @@ def test_thoughts_are_dimmed_or_folded(folder, monkeypatch, capsys, words, termi
 
 
 def test_options_of_thinking_and_of_no_system_turn(folder, tmp_path):
-    session = chat(str(folder), system="none", thinking=True)
+    session = chat(ChatSessionOptions(model=str(folder), system="none", thinking=True))
     assert session.chat.system == "none" and session.chat.processor.template.prefill == "<think>\n"
     assert "system" not in session.chat.processor.prompt_text(Conversation((Message("user", ("q",)),), "none"))

@@ -192,6 +192,27 @@ def test_the_config_that_a_run_left(base, tmp_path, capsys):
     assert re.search(r"rows that max_length changes: fewer tiles \d", out), out
 
 
+def test_the_data_of_a_run(base, tmp_path, capsys):
+    """By its folder or a file in it; what is typed counts more."""
+    train = write(tmp_path / "train.jsonl", GOOD)
+    folder = tmp_path / "runs/version_0"
+    (folder / "checkpoints").mkdir(parents=True)
+    data = {"train": train, "media_root": str(base), "max_length": 100}
+    config = {"model": {"pretrained": str(base / "model")}, "data": data, "trainer": {"max_steps": 3}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    argv = ["--out", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--workers", "0"]
+    for path in (folder, folder / "checkpoints/last.ckpt"):
+        assert main(["check", "--run", str(path), *argv]) == 0
+        assert "# data.train: 5 rows, 0 with a problem" in capsys.readouterr().out
+    limit = ["--data.on_too_long", "error"]
+    assert main(["check", "--run", str(folder), *argv, *limit]) == 2
+    assert "but max_length is 100" in capsys.readouterr().out
+    assert main(["check", "--run", str(folder), *argv, *limit, "--data.max_length", "null"]) == 0
+    capsys.readouterr()
+    assert main(["check", "--run", str(tmp_path / "nowhere"), *argv]) == 2
+    assert "nowhere: no config.yaml in it; expected the folder of a run" in capsys.readouterr().err
+
+
 def test_mistakes_of_the_command_line(base, tmp_path, capsys):
     gone, rows = str(tmp_path / "gone.jsonl"), write(tmp_path / "train.jsonl", GOOD)
     for argv, words in (

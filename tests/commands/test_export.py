@@ -11,7 +11,8 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 import ivl.commands.export as exporting
-from ivl.commands.export import export, main
+from ivl.__main__ import run_command
+from ivl.commands.export import export
 from ivl.commands.export_verify import Probe, difference
 from ivl.data.processor import Processor
 from ivl.finetune import tune
@@ -137,7 +138,10 @@ def test_merging_into_bfloat16_rounds_once(base):
 
 def test_what_the_released_folder_says(base, tmp_path):
     write_run(tmp_path / "run", base, data={"max_tiles": 4, "system_message": "Be brief."})
-    assert main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert (
+        run_command("export", ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"])
+        == 0
+    )
     out = tmp_path / "out"
     raw = json.loads((out / "config.json").read_text())
     assert (raw["use_llm_lora"], raw["use_backbone_lora"], raw["vision_config"]["drop_path_rate"]) == (0, 0, 0.0)
@@ -175,7 +179,7 @@ def test_an_adapter_is_merged_into_the_base_it_names(base, tmp_path, layout):
 def test_only_the_adapter(base, tmp_path):
     model = write_run(tmp_path / "run", base)
     arguments = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--adapter-only"]
-    assert main(arguments) == 0
+    assert run_command("export", arguments) == 0
     again = InternVL.from_pretrained(base)
     adapter.load_adapter(again, tmp_path / "out")
     torch.testing.assert_close(logits(again.eval()), logits(model), atol=1e-5, rtol=0)
