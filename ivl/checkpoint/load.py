@@ -10,11 +10,11 @@ import torch
 
 from ivl.checkpoint import quantization as quant
 from ivl.checkpoint.folder import Checkpoint
-from ivl.checkpoint.quantization import Quantize
 from ivl.checkpoint.weights import load_weights
 from ivl.hub import resolve
-from ivl.model.attention import AttentionKernel, choose_kernel
+from ivl.model.attention import choose_kernel
 from ivl.model.parts import ModelParts
+from ivl.options import AttentionKernel, Quantize
 from ivl.parallel import device_map as splitting
 from ivl.parallel.devices import as_dtype, device_of, supported_dtype
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import safe_open
@@ -22,10 +22,10 @@ from ivl.checkpoint.quantized_experts import QuantizedExperts
 from ivl.checkpoint.weights import Files, Where, check, device_of, place, tie
 from ivl.model.moe.experts import GroupedLinear
 from ivl.model.parts import ModelParts
+from ivl.options import Quantize
 from ivl.types import UserError
 
 T = TypeVar("T")
-Quantize = Literal["int8", "nf4"]
 
 SCALES, FORMAT = "SCB", "weight_format"
 """Names that bitsandbytes stores beside an int8 weight: the largest magnitude of each row, the order of its numbers"""

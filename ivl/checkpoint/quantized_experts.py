@@ -7,7 +7,7 @@ and once more in backward. Inputs are not quantised, in either.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ivl.model.layers import autocast_dtype
 from ivl.model.moe.experts import GroupedLinear
 from ivl.model.moe.grouped import grouped_linear, input_gradient
+from ivl.options import Quantize
 
 BLOCK = 64
 """Weights that share a scale in nf4"""
@@ -42,7 +43,7 @@ class QuantizedExperts(nn.Module):
 
     bias = None
 
-    def __init__(self, like: GroupedLinear, weight: Tensor, scales: Tensor, kind: Literal["int8", "nf4"]) -> None:
+    def __init__(self, like: GroupedLinear, weight: Tensor, scales: Tensor, kind: Quantize) -> None:
         super().__init__()
         self.num_experts, self.in_features, self.out_features = like.num_experts, like.in_features, like.out_features
         self.kind = kind
@@ -51,7 +52,7 @@ class QuantizedExperts(nn.Module):
         self.scales: Tensor
 
     @classmethod
-    def of(cls, like: GroupedLinear, weight_EOI: Tensor, kind: Literal["int8", "nf4"]) -> QuantizedExperts:
+    def of(cls, like: GroupedLinear, weight_EOI: Tensor, kind: Quantize) -> QuantizedExperts:
         """Quantise a weight, on its device."""
         if kind == "nf4":
             from bitsandbytes.functional import quantize_4bit

@@ -63,7 +63,6 @@ _WORDS = {
     "data.train": ("str|list", "", "Training rows: files, folders, OpenGVLab meta files, or names of data sets."),
     "data.predict": ("str|list", "", "Files of rows; they need no response."),
     "data.split": ("str", "", "Rows instead of files: run-validation, those that the run of --ckpt_path held out."),
-    "model.attention": ("auto|sdpa|eager|flash_attention_2", "'auto'", "Attention kernel; auto is the fastest here."),
     "model.checkpointing.language_model": ("bool", "False", "Less memory in the language model for a third more time."),
     "model.compile": ("bool", "False", "Compile the decoding step: the first steps take minutes, the others less."),
     "model.optimizer.lr": ("float", "0.0001", "Peak learning rate (of AdamW)."),

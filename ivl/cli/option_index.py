@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import docstring_parser
 
 import ivl.options
-from ivl.options import DataOptions, commands, data, media
+from ivl.options import DataOptions, data, media, model
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PLAIN = {
@@ -37,7 +37,7 @@ _PLAIN = {
     "Optional",
     "Union",
 }
-_PLAIN |= {"_PRECISION_INPUT", "_PATH", "_LITERAL_WARN", "timedelta", "Metric", "Reduction"}
+_PLAIN |= {"_PRECISION_INPUT", "_PATH", "_LITERAL_WARN", "timedelta", "Metric"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _options(name: str, annotation: str, default: str, text: str) -> Iterator[Op
 
 _CHOICES = {
     alias: f"Literal{list(get_args(value))}"
-    for module in (commands, data, media)
+    for module in (data, media, model)
     for alias, value in vars(module).items()
     if get_origin(value) is Literal
 }

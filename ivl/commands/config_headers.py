@@ -19,12 +19,11 @@ from tqdm import tqdm
 
 from ivl.architecture.config import Config
 from ivl.architecture.families import MODELS, ReleasedModel, config_for, find_model
-from ivl.checkpoint.quantization import Quantize
 from ivl.commands.models import TABLE, config_of, memory
 from ivl.estimate.hardware import TILES, TOKENS
 from ivl.estimate.memory import memory_needed
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
-from ivl.options import LoRA, Tune
+from ivl.options import LoRA, Quantize, Tune
 
 SUPERVISED = 1024
 """Supervised tokens, of the TOKENS of a row."""

@@ -21,7 +21,6 @@ from ivl.architecture.families import llm_family
 from ivl.checkpoint.ckpt_file import best_beside, trained_state
 from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.hf_layout import hf_tensor
-from ivl.checkpoint.quantization import Quantize
 from ivl.checkpoint.weights import save_weights
 from ivl.commands.export_files import Settings, hf_rows, write_hf, write_released
 from ivl.commands.export_push import REPORT, Push
@@ -36,7 +35,7 @@ from ivl.finetune.tune import PARTS, How
 from ivl.hub import resolve
 from ivl.hub.hints import is_run
 from ivl.model.internvl import InternVL
-from ivl.options import DType, ExportOptions, LoRA, Tune
+from ivl.options import DType, ExportOptions, LoRA, Quantize, Tune
 from ivl.parallel.devices import check_at_hand, device_of, parse_size
 from ivl.run import Run, run_and_checkpoint, weights_of
 from ivl.storage.files import write_json, write_text

@@ -24,12 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ivl.architecture.config import Config
-from ivl.checkpoint.quantization import Quantize
 from ivl.finetune import tune as tuning
-from ivl.model.attention import AttentionKernel
 from ivl.model.internvl import InternVL
 from ivl.model.loss import CHUNK
-from ivl.options import Tune
+from ivl.options import AttentionKernel, Quantize, Tune
 from ivl.types import SequenceLayout, UserError
 
 DEPTH = 3

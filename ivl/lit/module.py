@@ -39,9 +39,19 @@ from ivl.lit.training.out_of_memory import MemoryGuard, out_of_memory
 from ivl.lit.training.preference import PreferenceTuning, means
 from ivl.lit.types import IvlTrainer, data_of
 from ivl.model.internvl import InternVL
-from ivl.model.loss import Reduction, loss_weights
+from ivl.model.loss import loss_weights
 from ivl.model.moe.experts import balancing_loss
-from ivl.options import Batching, Checkpointing, GenerationOptions, Rates, Tune
+from ivl.options import (
+    AttentionKernel,
+    Batching,
+    Checkpointing,
+    DType,
+    GenerationOptions,
+    Quantize,
+    Rates,
+    Reduction,
+    Tune,
+)
 from ivl.reasoning import split_reasoning
 from ivl.types import Batch, UserError, first_few
 
@@ -88,9 +98,9 @@ class LitInternVL(MemoryGuard):
         pretrained: str,
         tune: Tune = Tune(),
         adapter: str | None = None,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        quantize: Literal["int8", "nf4"] | None = None,
-        attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto",
+        dtype: DType = "auto",
+        quantize: Quantize | None = None,
+        attention: AttentionKernel = "auto",
         checkpointing: Checkpointing = Checkpointing(),
         efficient: bool = True,
         compile: bool = False,  # noqa: A002  (the option's name)

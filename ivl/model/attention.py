@@ -15,16 +15,16 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ivl.model.layers import autocast_dtype
+from ivl.options import AttentionKernel
 from ivl.types import SequenceLayout, UserError
 
-AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 KERNELS = get_args(AttentionKernel)
 Layout = SequenceLayout | Tensor | None
 Join = Callable[..., Tensor]

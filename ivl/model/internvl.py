@@ -19,7 +19,7 @@ from torch import Tensor
 from ivl.architecture.config import Config
 from ivl.architecture.families import llm_family
 from ivl.finetune.neftune import add_noise
-from ivl.model.attention import AttentionKernel, choose_kernel
+from ivl.model.attention import choose_kernel
 from ivl.model.decoder import DecoderConfig, LanguageModel
 from ivl.model.efficient import install
 from ivl.model.image_tokens import check_image_tokens
@@ -29,11 +29,11 @@ from ivl.model.parts import ModelParts
 from ivl.model.projector import build_projector, pixel_shuffle
 from ivl.model.sequence_layout import layout_of
 from ivl.model.vision import InternViT, normalize
+from ivl.options import AttentionKernel, Quantize
 from ivl.parallel.devices import as_dtype
 from ivl.types import Batch, SequenceLayout, UserError, nonzero_indices
 
 if TYPE_CHECKING:
-    from ivl.checkpoint.quantization import Quantize
     from ivl.inference.sampling import Answer, FinishReason
     from ivl.parallel.device_map import Sizes
 

@@ -8,16 +8,14 @@ here the output layer may carry a LoRA.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from ivl.options import Reduction
 from ivl.types import IGNORE, supervised_indices
-
-Reduction = Literal["token", "sample", "square"]
 
 CHUNK = 512
 """Supervised tokens whose logits exist at the same time"""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from ivl.options.commands import ChatSessionOptions as ChatSessionOptions
 from ivl.options.commands import CheckOptions as CheckOptions
-from ivl.options.commands import DType as DType
 from ivl.options.commands import ExportOptions as ExportOptions
 from ivl.options.commands import ModelsOptions as ModelsOptions
 from ivl.options.commands import PairRule as PairRule
@@ -29,6 +28,10 @@ from ivl.options.media import FetchPolicy as FetchPolicy
 from ivl.options.media import MediaPolicy as MediaPolicy
 from ivl.options.media import Sampling as Sampling
 from ivl.options.media import VideoOptions as VideoOptions
+from ivl.options.model import AttentionKernel as AttentionKernel
+from ivl.options.model import DType as DType
+from ivl.options.model import Quantize as Quantize
+from ivl.options.model import Reduction as Reduction
 from ivl.options.tuning import Blocks as Blocks
 from ivl.options.tuning import Checkpointing as Checkpointing
 from ivl.options.tuning import LoRA as LoRA

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from ivl.errors import UserError
 from ivl.options.generation import ChatOptions
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+from ivl.options.model import AttentionKernel, DType, Quantize
 
 
 def argument(default: Any = MISSING, **form: Any) -> Any:
@@ -85,9 +84,9 @@ class ChatSessionOptions(ChatOptions):
     """Most tokens of a conversation with its last question. Default: the model's context."""
     dtype: DType = "auto"
     """Dtype of the computation; auto is bfloat16 on a GPU and float32 elsewhere."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: AttentionKernel = "auto"
     """Attention kernel; auto takes the fastest that is installed and runs here."""
-    quantize: Literal["int8", "nf4"] | None = None
+    quantize: Quantize | None = None
     """Linear layers of the language model in 8 or 4 bits. Default: as in the run."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1 and so on; auto is the GPU where there is one."""

@@ -23,10 +23,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.weights import Files, check, tie
 from ivl.finetune import tune as tuning
-from ivl.model.attention import AttentionKernel, choose_kernel
+from ivl.model.attention import choose_kernel
 from ivl.model.internvl import InternVL
 from ivl.model.parts import ADAPTER
-from ivl.options import LoRA, Tune
+from ivl.options import AttentionKernel, LoRA, Tune
 from ivl.parallel.devices import as_dtype
 from ivl.types import UserError
 
