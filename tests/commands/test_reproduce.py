@@ -10,7 +10,8 @@ import yaml
 
 from ivl.__main__ import main
 from ivl.lit.run.record import without_secrets
-from tests.lit.test_runs import base, config  # noqa: F401  (a fixture)
+from tests.lit.conftest import base  # noqa: F401  (a fixture)
+from tests.lit.test_runs import config
 
 
 @pytest.fixture

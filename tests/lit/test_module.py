@@ -19,20 +19,9 @@ from ivl.lit.module import LitInternVL
 from ivl.lit.schedule import Warmup
 from ivl.options import GenerationOptions, Tune
 from ivl.types import UserError
-from tests.lit.rows import write_rows
 from tests.lit.test_runs import REPO, config
-from tests.tiny import write_checkpoint
 
 FULL = Tune("frozen", "full", "full")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    write_checkpoint(folder / "model")
-    write_rows(folder / "data")
-    write_rows(folder / "data", 5, "val.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

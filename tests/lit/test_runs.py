@@ -23,15 +23,6 @@ from tests.tiny import write_checkpoint
 REPO = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    write_checkpoint(folder / "model")
-    write_rows(folder / "data")
-    write_rows(folder / "data", 5, "val.jsonl")
-    return folder
-
-
 def config(base: Path, root: Path, **changes) -> Path:
     """A config for a short run on a CPU; `changes` are dotted keys with dots written as double underscores."""
     value = {

@@ -9,7 +9,7 @@ import yaml
 from ivl.__main__ import main
 from ivl.checkpoint.weights import Files, save_weights
 from ivl.model.internvl import InternVL
-from tests.lit.test_runs import REPO, base, config, fit, scalars  # noqa: F401  (a fixture)
+from tests.lit.test_runs import REPO, config, fit, scalars
 from tests.tiny import write_checkpoint
 
 FUSED = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003, "weight_decay": 0.1, "fused": True}}
@@ -23,7 +23,7 @@ def events(root):
     return found
 
 
-def test_what_is_watched_and_that_what_trains_stays_float32_under_bf16_true(base, tmp_path, capsys):  # noqa: F811
+def test_what_is_watched_and_that_what_trains_stays_float32_under_bf16_true(base, tmp_path, capsys):
     state = fit(
         base,
         tmp_path,
@@ -79,7 +79,7 @@ def spoilt(folder):
     return folder
 
 
-def test_rows_that_are_not_finite_are_named_skipped_and_in_the_end_stop_the_run(base, tmp_path, capsys, caplog):  # noqa: F811
+def test_rows_that_are_not_finite_are_named_skipped_and_in_the_end_stop_the_run(base, tmp_path, capsys, caplog):
     common = {
         "model__pretrained": str(spoilt(tmp_path / "spoilt")),
         "model__tune": {"language_model": {"rank": 2}},
@@ -98,7 +98,7 @@ def test_rows_that_are_not_finite_are_named_skipped_and_in_the_end_stop_the_run(
     assert "not finite 3 steps in a row, up to step 2; rows: " in error and "train.jsonl:3 (row2)" in error
 
 
-def test_out_of_memory_names_rows_and_what_to_lower(base, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_out_of_memory_names_rows_and_what_to_lower(base, tmp_path, capsys, monkeypatch):
     def forward(self, **batch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -116,7 +116,7 @@ def test_out_of_memory_names_rows_and_what_to_lower(base, tmp_path, capsys, monk
         assert words in error
 
 
-def test_moments_of_eight_bits_stack_on_a_released_models_optimizer(base, tmp_path):  # noqa: F811
+def test_moments_of_eight_bits_stack_on_a_released_models_optimizer(base, tmp_path):
     pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
     path = config(base, tmp_path, trainer__max_steps=2, trainer__limit_val_batches=0)
     raw = yaml.safe_load(path.read_text())
@@ -128,7 +128,7 @@ def test_moments_of_eight_bits_stack_on_a_released_models_optimizer(base, tmp_pa
     assert any(t.dtype == torch.uint8 for t in tensors(state))
 
 
-def test_a_released_models_optimizer_is_fused_but_under_a_loss_scale(base, tmp_path, caplog):  # noqa: F811
+def test_a_released_models_optimizer_is_fused_but_under_a_loss_scale(base, tmp_path, caplog):
     raw = yaml.safe_load((REPO / "configs/internvl2_2b.yaml").read_text())["model"]["optimizer"]
     for precision, fused in (("bf16-mixed", True), ("16-mixed", False)):
         path = config(base, tmp_path / precision, model__optimizer=raw, trainer__max_steps=1, data__val=None)
