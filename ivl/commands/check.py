@@ -129,7 +129,7 @@ def _sections(config: dict[str, Any], where: str) -> Sections:
 
         prepare(Path(config["demo"]))
     return Sections(
-        {key: value for key, value in data.items() if key in options and value is not None},
+        {key: value for key, value in data.items() if key in options},
         model.get("pretrained") or data.get("pretrained"),
         model.get("objective", "sft") != "sft",
     )

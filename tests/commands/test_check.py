@@ -10,11 +10,11 @@ import yaml
 from PIL import Image
 
 from ivl.__main__ import main
-from ivl.commands.check import _lengths
+from ivl.commands.check import _lengths, read_options
 from ivl.commands.rendered import rendered
 from ivl.data.processor import Processor
 from ivl.data.sets.index import RECORD, Index
-from ivl.options import DataOptions
+from ivl.options import CheckOptions, DataOptions
 from tests.tiny import write_checkpoint
 
 
@@ -197,7 +197,7 @@ def test_the_data_of_a_run(base, tmp_path, capsys):
     train = write(tmp_path / "train.jsonl", GOOD)
     folder = tmp_path / "runs/version_0"
     (folder / "checkpoints").mkdir(parents=True)
-    data = {"train": train, "media_root": str(base), "max_length": 100}
+    data = {"train": train, "media_root": str(base), "max_length": 205}
     config = {"model": {"pretrained": str(base / "model")}, "data": data, "trainer": {"max_steps": 3}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     argv = ["--out", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--workers", "0"]
@@ -206,8 +206,10 @@ def test_the_data_of_a_run(base, tmp_path, capsys):
         assert "# data.train: 5 rows, 0 with a problem" in capsys.readouterr().out
     limit = ["--data.on_too_long", "error"]
     assert main(["check", "--run", str(folder), *argv, *limit]) == 2
-    assert "but max_length is 100" in capsys.readouterr().out
+    assert "but max_length is 205" in capsys.readouterr().out
     assert main(["check", "--run", str(folder), *argv, *limit, "--data.max_length", "null"]) == 0
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"data": data | {"max_length": None}}))
+    assert read_options(CheckOptions(run=str(folder)))[1].max_length is None, "no limit, and not the default one"
     capsys.readouterr()
     assert main(["check", "--run", str(tmp_path / "nowhere"), *argv]) == 2
     assert "nowhere: no config.yaml in it; expected the folder of a run" in capsys.readouterr().err
