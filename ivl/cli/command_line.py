@@ -190,7 +190,8 @@ def page(command: str, topic: str = "") -> str:
     required = [one.title for one in shown if one.required]
     optional = [f"[{one.title}]" for one in shown if one.form.get("positional") and not one.required]
     words = " ".join([*optional, *required, *["[--OPTION VALUE ...]"] * (len(shown) > len(optional + required))])
-    lines = [f"usage: python -m ivl {command} {words}", "", purpose, "", textwrap.indent(textwrap.dedent(example), "  "), ""]
+    examples = textwrap.indent(textwrap.dedent(example), "  ")
+    lines = [f"usage: python -m ivl {command} {words}", "", purpose, "", examples, ""]
     for one in shown:
         plain = dataclasses.replace(one.option, default="") if one.is_flag else one.option
         lines += entry(plain, title=one.title)

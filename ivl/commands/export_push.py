@@ -28,11 +28,7 @@ class Push:
     @classmethod
     def of(cls, name: str | None, private: bool, replace: bool) -> Push | None:
         """Return the push to a repository as it is now; None without a name. Raises UserError as `look_up`."""
-        if name is not None:
-            return cls(look_up(name, private), replace)
-        if private or replace:
-            raise UserError(f"--{'private' if private else 'push_replace'}: expected --push OWNER/NAME with it")
-        return None
+        return None if name is None else cls(look_up(name, private), replace)
 
     def check_empty(self) -> None:
         """Raise UserError where the repository holds files that are not to be replaced."""

@@ -155,6 +155,9 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.run is not None and self.adapter is not None:
             raise UserError("--run and --adapter: expected one of them, found both")
+        if self.push is None and (self.private or self.push_replace):
+            option = "private" if self.private else "push_replace"
+            raise UserError(f"--{option}: expected --push OWNER/NAME with it")
         if not self.sources and self.push is None:
             raise UserError("nothing to export: expected --run RUN, --adapter DIR, or --base NAME")
 
