@@ -47,7 +47,9 @@ ENVIRONMENTS = {
     ),
     "lmdeploy": Environment(bare=("lmdeploy==0.18.0",)),
     "trl": Environment(packages=("trl==1.16.0",)),
-    "lmms-eval": Environment(packages=("loguru", "sqlitedict", "datasets", "evaluate"), bare=("lmms-eval==0.7.3",)),
+    "lmms-eval": Environment(
+        packages=("loguru", "sqlitedict", "datasets", "evaluate", "pytz"), bare=("lmms-eval==0.7.3",)
+    ),
     "gguf": Environment(packages=("gguf==0.19.0",)),
 }
 
