@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ivl.__main__ import main
 from ivl.data import cache
 from ivl.data.rows import row_file
-from ivl.data.sets import index
+from ivl.data.sets import index_file
 from ivl.storage.files import atomic_file, atomic_path, disk_fault, write_text
 from tests.commands.test_export import write_run
 from tests.lit.rows import write_rows
@@ -109,7 +109,7 @@ def test_a_cache_that_becomes_full(base, tmp_path, monkeypatch, capfd):
     real = cache.atomic_file
     argv = ["check", "--model.pretrained", str(base / "model"), "--data.train", str(rows), "--workers", "0"]
     argv += ["--data.media_root", str(base / "data"), "--out", str(tmp_path / "check")]
-    for module in (row_file, index):
+    for module in (row_file, index_file):
 
         @contextmanager
         def full(path):

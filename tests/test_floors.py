@@ -49,7 +49,7 @@ ALLOWED = {
     "ivl.parallel": {*FLOOR_0, *MODEL_SIDE},
     "ivl.estimate": {*FLOOR_0, *MODEL_SIDE, "ivl.estimate"},
     "ivl.data.text": {*FLOOR_0, "ivl.data.text"},
-    "ivl.data.rows": {*FLOOR_0, "ivl.data.rows", "ivl.data.media", "ivl.data.cache"},
+    "ivl.data.rows": {*FLOOR_0, "ivl.data.rows", "ivl.data.media", "ivl.data.cache", "ivl.data.mapped_array"},
     "ivl.data.media": {*FLOOR_0, "ivl.data.media", "ivl.data.rows", "ivl.data.cache", "ivl.data.workers", "ivl.data"},
     "ivl.data": {*FLOOR_0, "ivl.data"},
     "ivl.cli": {"ivl.errors", "ivl.options", "ivl.cli", "ivl.eval.tasks", "ivl.estimate.hardware"},

@@ -13,7 +13,8 @@ from jsonargparse import ArgumentParser
 from ivl.commands.rendered import rendered
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, MixtureSource
-from ivl.data.sets.index import Index, answers_needed, build_index, concat, progress_bar, reasons
+from ivl.data.sets.index import Index, answers_needed, concat, progress_bar, reasons
+from ivl.data.sets.index_build import build_index
 from ivl.data.sets.sources import open_sources
 from ivl.options import CheckOptions, DataOptions
 from ivl.run import Run

@@ -53,3 +53,8 @@ def _end_with_parent() -> None:
         sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
         if parent is None or sender == parent.pid:
             os._exit(0)
+
+
+def cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,12 +17,15 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
+from ivl.data.cache import default_cache
 from ivl.data.media.feature_store import FeatureStore
+from ivl.data.process_group import all_processes
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, RowDataset, split
 from ivl.data.sets.holdout import open_split, remember
 from ivl.data.sets.index import Index, answers_needed, concat, drop_unusable, write_report
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
+from ivl.data.sets.sections import SECTION, RowCosts
 from ivl.data.sets.sources import open_sources, row_files
 from ivl.lit.callbacks.row_report import index_rows, report_changed, report_left_out, report_unread
 from ivl.lit.loaders import (
@@ -39,8 +42,9 @@ from ivl.lit.prediction.benchmark import rows_file
 from ivl.lit.prediction.prompts import PromptGroups, Prompts, processor_of_prompts, report_prompts
 from ivl.lit.run.position import micro_batches_pending
 from ivl.lit.training.feature_cache import bytes_needed_by, open_store, read_features
+from ivl.lit.training.row_costs import row_costs
 from ivl.lit.types import as_lit
-from ivl.options import DataOptions
+from ivl.options import DataOptions, Tune
 from ivl.run import Run
 from ivl.types import UserError
 
@@ -61,6 +65,7 @@ class IvlData(LightningDataModule):
         self.processor = Processor.load(pretrained, self.options)
         self._rows: dict[str, RowDataset] = {}
         self._train: tuple[Mixture, Index] | None = None
+        self._packs: dict[tuple, PackedBatches] = {}
         self.feature_store: FeatureStore | None = None
         self.answered: set[int] = set()
         """Indices of rows to predict whose answers are on disk already"""
@@ -145,16 +150,19 @@ class IvlData(LightningDataModule):
             parts = [replace(parts[0], rows=train_rows)]
         elif data.val:
             self.rows("val")
-        read = [index_rows(part.rows, part.name, data.probe_urls) for part in parts]
+        with all_processes() as group:
+            read = [index_rows(part.rows, part.name, group, data.probe_urls) for part in parts]
         checked, indexes = [answers_needed(part.rows, index) for part, index in zip(parts, read)], []
         full_index = concat(checked)
         if data.report and self.trainer.is_global_zero:
             write_report(data.report, full_index)
         for n, part in enumerate(parts):
-            rows, index = drop_unusable(part.rows, checked[n], data.max_bad, data.report, written=True)
+            cache = default_cache()
+            rows, index = drop_unusable(part.rows, checked[n], data.max_bad, data.report, written=True, cache=cache)
             parts[n] = replace(part, rows=rows)
             indexes.append(index)
         mixture, index = Mixture(parts, data.seed), concat(indexes)
+        index.share(default_cache())
         report_left_out(full_index, data.report)
         report_changed(full_index)
         report_unread(index, mixture.where)
@@ -164,9 +172,10 @@ class IvlData(LightningDataModule):
 
     def _set_up_prediction(self) -> None:
         rows = self.rows("predict")
-        rows = self._rows["predict"] = rows.select(np.arange(len(rows)))
+        rows = self._rows["predict"] = rows.select(None)
         rows.as_prompt = True
-        index = index_rows(rows, "questions")
+        with all_processes() as group:
+            index = index_rows(rows, "questions", group)
         report_prompts(index, keep_errors=self.options.on_error == "skip")
         report_unread(index, rows.where)
         # Long rows first: rows of like length are answered together, and none is left over at the end.
@@ -219,16 +228,33 @@ class IvlData(LightningDataModule):
         data = self.options
         order = mixture.order if data.shuffle else lambda epoch: np.arange(len(mixture))
         common: dict[str, Any] = {"order": order, "seed": data.seed, "rank": rank, "ranks": ranks}
+        common |= {"costs": self._row_costs(ranks), "supervised": index.supervised}
+        common |= {"background": self._pace().workers > 0, "cache": default_cache()}
+        # Parts of an unshuffled epoch say nothing of the others: it is planned as a whole.
+        common |= {"section": SECTION if data.shuffle else len(mixture)}
         if data.is_packed:
-            most = data.tokens_per_pack, data.pack_tiles
-            packs = partial(PackedBatches, index.tokens, index.tiles, *most, **common)
-            epochs = self._epochs()
+            key = rank, ranks, common["costs"]
+            if key not in self._packs:
+                most = data.tokens_per_pack, data.pack_tiles
+                self._packs[key] = PackedBatches(
+                    index.tokens, index.tiles, *most, same_rows=mixture.same_rows, **common
+                )
+            packs, epochs = self._packs[key], self._epochs()
             if self.trainer.max_steps > 0:  # whichever of the two limits comes first
-                needed = math.ceil(self.trainer.max_steps / max(1, self._steps(self._limited(len(packs())))))
+                needed = math.ceil(self.trainer.max_steps / max(1, self._steps(self._limited(len(packs)))))
                 epochs = needed if epochs == 1 else min(epochs, needed)
-            return packs(epochs=epochs)
+            longer = self._packs.setdefault((*key, epochs), packs.fresh(epochs))
+            len(longer)  # counted once
+            return longer.fresh()
         window = 64 if data.group_by_length else 1
         return GroupedBatches(index.tokens, index.tiles, data.rows_per_batch, window=window, **common)
+
+    def _row_costs(self, ranks: int) -> RowCosts | None:
+        """Costs of rows by which the batches of a step are chosen; one rank waits for none."""
+        tune = getattr(getattr(self.trainer, "lightning_module", None), "tune", None)
+        if ranks == 1 or not isinstance(tune, Tune):
+            return None
+        return row_costs(self.processor.config, tune, bool(self.options.feature_cache))
 
     def _open_feature_store(self, folder: str) -> None:
         """Open the feature cache for training rows. Held-out rows are few, and are answered from their pixels."""

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import cores
 from ivl.data.worker_loader import WorkerLoader
+from ivl.data.workers import cores
 from ivl.types import IGNORE, Batch, Example
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from ivl.data.cache import default_cache, written
 from ivl.data.rows.json_line import loads
+from ivl.data.rows.row_table import MOST_BYTES, RowTable, remembered, row_table
 from ivl.options.data import FileLimits
 from ivl.storage.files import atomic_file, file_digest
 from ivl.types import UserError, printable
@@ -49,16 +50,16 @@ class RowFile:
         try:
             self._plain = _decompressed(self.path, Path(cache_dir or default_cache()), self.limits.max_expansion)
             with open(self._plain, "rb") as opened:
-                listed = _is_list(opened, self.path)
-                scan = _scan_list if listed else _scan_lines
-                self._starts, self._ends, self._lines, self.digest = scan(opened, self.path)
+                self._listed = _is_list(opened, self.path)
+                scan = _scan_list if self._listed else _scan_lines
+                table = remembered(self._plain, Path(cache_dir or default_cache()), lambda: scan(opened, self.path))
+            self._starts, self._sizes, self._lines, self.digest = table
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; expected rows as jsonl or a JSON list") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         if not len(self._starts):
             raise UserError(f"{path}: no rows; expected at least one JSON object")
-        self._listed = listed
         self._descriptor: int | None = None
 
     def __len__(self) -> int:
@@ -70,15 +71,15 @@ class RowFile:
 
     def raw(self, i: int) -> bytes:
         """Bytes of row `i` in the file. Raises UserError with `file:line` where it is longer than the limit."""
-        start, end = int(self._starts[i]), int(self._ends[i])
-        if end - start > self.limits.max_row_bytes:
+        start, size = int(self._starts[i]), int(self._sizes[i])
+        if size > self.limits.max_row_bytes or size == MOST_BYTES:
             raise UserError(
-                f"{self.where(i)}: a row of {end - start:,} bytes, but the limit is {self.limits.max_row_bytes:,}; "
+                f"{self.where(i)}: a row of {size:,} bytes, but the limit is {self.limits.max_row_bytes:,}; "
                 f"name media by their paths, or raise data.file_limits.max_row_bytes"
             )
         if self._descriptor is None:
             self._descriptor = os.open(self._plain, os.O_RDONLY)
-        return os.pread(self._descriptor, end - start, start)
+        return os.pread(self._descriptor, size, start)
 
     def __getitem__(self, i: int) -> Any:
         """Row `i`. Raises UserError with `file:line` where it is not JSON."""
@@ -137,8 +138,8 @@ def _is_list(opened: BinaryIO, path: Path) -> bool:
     return False
 
 
-def _scan_lines(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, str]:
-    """Start, end and number of each line that is not blank (None where no line is), and a digest of the file."""
+def _scan_lines(opened: BinaryIO, path: Path) -> RowTable:
+    """Lines that are not blank; no numbers of lines where no line is blank."""
     digest = hashlib.blake2b(digest_size=16)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     begin, line, size = 0, 1, 0  # start and number of the open line, and bytes read
@@ -155,10 +156,10 @@ def _scan_lines(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, n
     if size - begin >= _BLANK or _read(opened, begin, size).strip():
         parts.append((np.array([begin]), np.array([size]), np.array([line])))
     if not parts:
-        return np.empty(0, np.int64), np.empty(0, np.int64), None, digest.hexdigest()
+        return row_table([], [], None, digest.hexdigest())
     start, end, numbers = (np.concatenate(columns) for columns in zip(*parts))
     counted = bool(len(numbers)) and numbers[-1] == len(numbers)
-    return start, end, None if counted else numbers, digest.hexdigest()
+    return row_table(start, end, None if counted else numbers, digest.hexdigest())
 
 
 def _not_blank(opened: BinaryIO, data: np.ndarray, starts: np.ndarray, stops: np.ndarray, size: int) -> np.ndarray:
@@ -177,8 +178,8 @@ def _read(opened: BinaryIO, start: int, end: int) -> bytes:
     return os.pread(opened.fileno(), end - start, start)
 
 
-def _scan_list(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """Start, end and line of each element of a JSON list, without parsing them."""
+def _scan_list(opened: BinaryIO, path: Path) -> RowTable:
+    """Elements of a JSON list, without parsing them."""
     starts, ends, lines = array("q"), array("q"), array("q")  # lists of numbers take five times the memory
     with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -212,7 +213,7 @@ def _scan_list(opened: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray, np
             line += data[at:start].count(b"\n")
             at = start
             lines.append(line)
-    return np.array(starts), np.array(ends), np.array(lines), digest
+    return row_table(starts, ends, lines, digest)
 
 
 def _not_a_list(data: mmap.mmap, at: int, path: Path) -> UserError:

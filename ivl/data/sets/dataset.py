@@ -80,10 +80,12 @@ class RowDataset(Dataset[Example]):
     def __len__(self) -> int:
         return int(self._first[-1]) if self._selection is None else len(self._selection)
 
-    def select(self, numbers: np.ndarray) -> RowDataset:
-        """Rows of these numbers, in this order."""
+    def select(self, numbers: np.ndarray | None) -> RowDataset:
+        """Rows of these numbers, in this order; None: the same rows."""
         part = object.__new__(type(self))
         part.__dict__ = dict(self.__dict__)
+        if numbers is None:
+            return part
         part._selection = numbers if self._selection is None else self._selection[numbers]
         part.lengths = None if self.lengths is None else self.lengths[numbers]
         part.references = None if self.references is None else self.references[numbers]
@@ -98,6 +100,14 @@ class RowDataset(Dataset[Example]):
             part._first = np.array([0, len(file)])
             parts.append(part)
         return parts
+
+    @property
+    def complete(self) -> bool:
+        """True where these are all rows of the files, in their order."""
+        every = int(self._first[-1])
+        return self._selection is None or (
+            len(self._selection) == every and np.array_equal(self._selection, np.arange(every))
+        )
 
     @property
     def numbers(self) -> np.ndarray:
@@ -319,6 +329,11 @@ class Mixture(Dataset[Example]):
         drawn = [self._draw(n, epoch) for n in range(len(self.parts))]
         numbers = np.concatenate(drawn)
         return numbers[permutation(len(numbers), self.seed, "order", epoch)]
+
+    @property
+    def same_rows(self) -> bool:
+        """True where each epoch has the same rows, in another order."""
+        return all(count % len(part.rows) == 0 for part, count in zip(self.parts, self.counts))
 
     def _draw(self, part: int, epoch: int) -> np.ndarray:
         rows, count = len(self.parts[part].rows), self.counts[part]

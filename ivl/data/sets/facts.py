@@ -8,8 +8,9 @@ import os
 from ivl.data.rows.grounding import parse_boxes
 from ivl.types import Conversation
 
-FIELDS = [("turns", "<i4"), ("media", "<i4"), ("boxes", "<i4"), ("same", "<u8")]
-"""Answers, images and videos, boxes in all texts; `same` is equal for rows of equal text and media"""
+FIELDS = [("turns", "<u2"), ("media", "<u2"), ("boxes", "<u2"), ("same", "<u8")]
+"""Answers, images and videos, boxes in all texts (at most 65535 of each); `same` is equal for rows of equal text and
+media"""
 
 
 def facts_of(conversation: Conversation) -> tuple[int, int, int, int]:
@@ -21,7 +22,8 @@ def facts_of(conversation: Conversation) -> tuple[int, int, int, int]:
         digest.update(f"\0{message.role}\0{message.text}".encode())
     for medium in conversation.media:
         digest.update(f"\0{medium.start}\0{medium.end}\0".encode() + _source(medium.source))
-    return answers, len(conversation.media), boxes, int.from_bytes(digest.digest(), "little")
+    turns, media, groups = (min(count, 0xFFFF) for count in (answers, len(conversation.media), boxes))
+    return turns, media, groups, int.from_bytes(digest.digest(), "little")
 
 
 def _source(source: object) -> bytes:

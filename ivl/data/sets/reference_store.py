@@ -18,7 +18,8 @@ import numpy as np
 
 from ivl.data.cache import default_cache, go_without, optional
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import Index, build_index, concat
+from ivl.data.sets.index import Index, concat
+from ivl.data.sets.index_build import build_index
 from ivl.storage.files import atomic_file
 
 KEY = "S32"
@@ -91,6 +92,7 @@ def indexed(rows: RowDataset, probe_urls: bool = False) -> tuple[np.ndarray, Ind
     for n in range(len(rows)):
         digest = hashlib.blake2b(settings, digest_size=16)
         digest.update(rows.raw(n).strip())
-        digest.update(index.media.stamps[order[first[n] : last[n]]].tobytes())
+        files = index.media.uses["file"][order[first[n] : last[n]]]
+        digest.update(index.media.stamps[files].tobytes())
         keys[n] = digest.hexdigest()
     return keys, index.select(numbers)

@@ -3,195 +3,35 @@
 Batches are decided from lengths alone, before any Example is made. They are the same for the same seed and epoch on
 every rank and with any number of workers. Their number is the same for each rank and epoch. Each row comes once.
 
-Packing: the epoch's rows, in their shuffled order, are cut into windows of equal size. The rows of a window are taken
-longest first, those with tiles before those without. Each goes into the open pack that it fills best, or opens a new
-one. At the end of a window its packs are closed as they are. Where the number of packs is no multiple of the ranks, or
-below that of the epoch that needs most, the packs with most rows are split in two until it is. Then packs are shuffled
-over the epoch.
+An epoch is planned in sections (`ivl.data.sets.sections`). Packs of a section are those of `ivl.data.sets.packing`.
+Where their number is no multiple of the ranks, or below the number that the section must have, the packs with most rows
+are split in two until it is. Then packs are shuffled within the section, so that those of one step, one a rank, take
+about the same time.
+
+An epoch of one section has as many packs as the epoch that needs most. The packs of longer ones are estimated from
+pieces spread over the epoch, with a margin of several standard deviations, since counting them takes as long as
+planning all. Rows for which a section finds no room would be told by a warning.
 """
 
 from __future__ import annotations
 
-import hashlib
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+import math
+import warnings
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
 
-from ivl.data.sets.dataset import permutation
-from ivl.types import UserError
+from ivl.data.sets.packing import fill_packs
+from ivl.data.sets.sections import Order, PlannedBatches, RowCosts
 
-Order = Callable[[int], np.ndarray]
-"""Epoch → the numbers of its rows, shuffled; `Mixture.order` is one"""
-
-_BLOCK = 16
-
-
-def fill_packs(
-    tokens: np.ndarray, tiles: np.ndarray, max_tokens: int, max_tiles: int | None = None, window: int = 8192
-) -> list[list[int]]:
-    """Fill packs of rows, each within both limits, by the rule at the top of this file.
-
-    `tokens`, `tiles`: (rows,) in the order of the epoch. A pack lists positions in that order, ascending.
-    Raises UserError where a row is above a limit by itself.
-    """
-    limit = int(tiles.sum()) if max_tiles is None else max_tiles
-    for name, lengths, most in (("tokens", tokens, max_tokens), ("tiles", tiles, limit)):
-        if len(lengths) and lengths.max() > most:
-            raise UserError(
-                f"packing: a row of {lengths.max()} {name} is above the {most} of a pack; "
-                f"allow larger packs or shorter rows"
-            )
-    packs: list[list[int]] = []
-    for places in np.array_split(np.arange(len(tokens)), max(1, -(-len(tokens) // window))):
-        packs += _fill(places.tolist(), tokens[places], tiles[places], max_tokens, limit)
-    for pack in packs:
-        pack.sort()
-    return packs
+_PIECE, _PIECES = 1 << 14, 16
+"""Rows and number of the pieces of an epoch from which its packs are estimated"""
+_DEVIATIONS = 4
+"""Standard deviations of the number of packs of a section that it may need above the estimate"""
 
 
-def _fill(places: list[int], tokens: np.ndarray, tiles: np.ndarray, max_tokens: int, max_tiles: int) -> list[list[int]]:
-    """Best fit, longest first; packs hold `places`. Rows with tiles come first, those without fill the room left."""
-    scale = max(max_tiles, 1)
-    sizes, areas = tokens * scale, tiles * max_tokens  # in these units a pack has the same capacity for both
-    capacity = max_tokens * scale
-    costs = np.maximum(sizes, areas)
-    packs: list[list[int]] = []
-    left: list[tuple[int, int]] = []
-    for with_tiles in (True, False):
-        room = sorted((min(left[n]) if with_tiles else left[n][0], n) for n in range(len(packs)))
-        order = np.flatnonzero((tiles > 0) == with_tiles)
-        order = order[np.argsort(-costs[order], kind="stable")]
-        for at, cost, size, area in zip(*(x.tolist() for x in (order, costs[order], sizes[order], areas[order]))):
-            place = bisect_left(room, (cost, -1))
-            if place < len(room):
-                _, pack = room.pop(place)
-            else:
-                pack = len(packs)
-                packs.append([])
-                left.append((capacity, capacity))
-            packs[pack].append(places[at])
-            tokens_left, tiles_left = left[pack][0] - size, left[pack][1] - area
-            left[pack] = tokens_left, tiles_left
-            insort(room, (min(tokens_left, tiles_left) if with_tiles else tokens_left, pack))
-    return packs
-
-
-class _Batches(Sampler[list[tuple[int, int]]]):
-    """Base of the batch samplers of one rank. A batch is a list of keys (epoch, row) of a `RowDataset` or `Mixture`."""
-
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        tiles: np.ndarray,
-        order: Order | None,
-        rank: int,
-        ranks: int,
-        seed: int,
-        epochs: int = 1,
-    ):
-        if len(tokens) == 0:
-            raise UserError("batches: no rows; expected at least one")
-        if not 0 <= rank < ranks:
-            raise UserError(f"batches: rank {rank} of {ranks}; expected 0 to {ranks - 1}")
-        self.tokens, self.tiles = np.asarray(tokens, np.int64), np.asarray(tiles, np.int64)
-        self.rank, self.ranks, self.seed = rank, ranks, seed
-        self.epochs = epochs
-        self.epoch = 0
-        self.done = 0
-        """Number of batches of this epoch already used; the next pass begins there"""
-        self.sampler = self
-        """Attribute whose `set_epoch` Lightning calls"""
-        self._order = order
-        self._cached: tuple[int, list[list[int]]] | None = None
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch whose batches the next pass yields."""
-        self.epoch = epoch
-
-    def batches(self, epoch: int) -> list[list[int]]:
-        """Batches of an epoch for all ranks, as rows; rank r has those at r, r + ranks, …"""
-        if self._cached is None or self._cached[0] != epoch:
-            order = self._rows(epoch)
-            groups = self._groups(self.tokens[order], self.tiles[order])
-            _divide(groups, self.count)
-            costs = np.array([self._cost(order[group]) for group in groups])
-            self._cached = epoch, [order[groups[n]].tolist() for n in self._dealt(costs, epoch)]
-        return self._cached[1]
-
-    @cached_property
-    def count(self) -> int:
-        """Number of batches of all ranks in an epoch: that of the epoch that needs most, rounded up to a multiple of
-        the ranks.
-        """
-        orders = (self._rows(epoch) for epoch in range(self.epochs))
-        most = max(len(self._groups(self.tokens[order], self.tiles[order])) for order in orders)
-        count = most + -most % self.ranks
-        if count > (rows := len(self._rows(0))):  # raised before training begins, not at its first batch
-            raise UserError(
-                f"batches: {rows} rows cannot be spread over {count} batches; give more rows or fewer processes"
-            )
-        return count
-
-    def __len__(self) -> int:
-        """Number of batches of this rank in an epoch."""
-        return self.count // self.ranks
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, start = self.epoch, self.done
-        self.done = 0
-        for rows in self.batches(epoch)[self.rank + start * self.ranks :: self.ranks]:
-            yield [(epoch, row) for row in rows]
-
-    def state_dict(self, used: int) -> dict[str, Any]:
-        """Position after `used` batches of this epoch; a loader's workers have fetched more than were used."""
-        return {"epoch": self.epoch, "done": used, "settings": self._settings()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position. Raises UserError where, inside an epoch, rows, limits, seed or ranks have changed."""
-        changed = {
-            k: (v, state["settings"].get(k)) for k, v in self._settings().items() if v != state["settings"].get(k)
-        }
-        if changed and state["done"]:
-            changes = ", ".join(f"{name} was {was!r} and is now {now!r}" for name, (now, was) in changed.items())
-            raise UserError(
-                f"batches: cannot go on in the middle of an epoch: {changes}; restore it or begin a new run"
-            )
-        self.epoch, self.done = state["epoch"], state["done"]
-
-    def _rows(self, epoch: int) -> np.ndarray:
-        if self._order is None:
-            return permutation(len(self.tokens), self.seed, "order", epoch)
-        return np.asarray(self._order(epoch), np.int64)
-
-    def _settings(self) -> dict[str, Any]:
-        lengths = hashlib.blake2b(self.tokens.tobytes() + self.tiles.tobytes(), digest_size=8).hexdigest()
-        return {"lengths": lengths, "ranks": self.ranks, "seed": self.seed}
-
-    def _dealt(self, costs: np.ndarray, epoch: int) -> np.ndarray:
-        """Order of the batches in which those of one step, one a rank, cost about the same."""
-        order = permutation(len(costs), self.seed, "batches", epoch)
-        if self.ranks == 1:
-            return order
-        draw = np.random.default_rng([self.seed, epoch])
-        for start in range(0, len(order), _BLOCK * self.ranks):
-            block = order[start : start + _BLOCK * self.ranks]
-            steps = block[np.argsort(costs[block], kind="stable")].reshape(-1, self.ranks)
-            draw.shuffle(steps)
-            order[start : start + len(block)] = draw.permuted(steps, axis=1).ravel()
-        return order
-
-    def _groups(self, tokens: np.ndarray, tiles: np.ndarray) -> list[list[int]]:
-        raise NotImplementedError
-
-    def _cost(self, rows: np.ndarray) -> int:
-        raise NotImplementedError
-
-
-class PackedBatches(_Batches):
+class PackedBatches(PlannedBatches):
     """Batch sampler of packs of at most `max_tokens` and `max_tiles`; rows are not cut, one pack a batch."""
 
     def __init__(
@@ -206,6 +46,8 @@ class PackedBatches(_Batches):
         seed: int = 0,
         window: int = 8192,
         epochs: int = 1,
+        same_rows: bool = False,
+        **options: Any,
     ) -> None:
         """
         Args:
@@ -214,9 +56,13 @@ class PackedBatches(_Batches):
             order: epoch → rows; None: each row once, shuffled.
             window: rows that are packed together, at most.
             epochs: number of epochs; all get as many packs as the one that needs most.
+            same_rows: True where all epochs have the same rows, so that long ones need not be looked at one by one.
+            options: `section`, rows that are planned at a time; `costs` and `supervised` (rows,), by which steps are
+                balanced (None: by tiles); `background`, whether another process plans; `cache`, folder of long orders.
         """
-        super().__init__(tokens, tiles, order, rank, ranks, seed, epochs)
+        super().__init__(tokens, tiles, order, rank, ranks, seed, epochs, **options)
         self.max_tokens, self.max_tiles, self.window = max_tokens, max_tiles, window
+        self.same_rows = same_rows or order is None
 
     def efficiency(self, epoch: int = 0) -> float:
         """Share of the tokens of an epoch's packs, each `max_tokens` long, that belong to rows."""
@@ -227,14 +73,92 @@ class PackedBatches(_Batches):
         sizes = {"max_tokens": self.max_tokens, "max_tiles": self.max_tiles, "window": self.window, "packs": self.count}
         return super()._settings() | sizes
 
-    def _groups(self, tokens: np.ndarray, tiles: np.ndarray) -> list[list[int]]:
-        return fill_packs(tokens, tiles, self.max_tokens, self.max_tiles, self.window)
+    def _groups(self, tokens: np.ndarray, tiles: np.ndarray, count: int | None) -> list[list[int]]:
+        limits = self.max_tokens, self.max_tiles
+        if self.sections == 1 or count is None:
+            return fill_packs(tokens, tiles, *limits, self.window, carry=self.sections > 1)
+        packs = fill_packs(tokens, tiles, *limits, self.window, carry=True)
+        if len(packs) > count:
+            packs = fill_packs(tokens, tiles, *limits, len(tokens))  # slower, and fuller
+        if len(packs) > count:
+            packs.sort(key=lambda pack: -int(tokens[pack].sum()))
+            rows = sum(len(pack) for pack in packs[count:])
+            warnings.warn(f"packs: {rows} of {len(tokens)} rows of a section found no room in its packs", stacklevel=2)
+            packs = packs[:count]
+        return packs
 
-    def _cost(self, rows: np.ndarray) -> int:
-        return int(self.tiles[rows].sum())
+    def _volumes(self, rows: np.ndarray) -> np.ndarray:
+        """(rows,) share of a pack that each row takes, by tokens or, where tiles are scarcer, by tiles."""
+        return self._lengths[rows] / self._limit
+
+    @cached_property
+    def _by_tiles(self) -> bool:
+        totals = self.tokens.sum(dtype=np.int64) / self.max_tokens, self.tiles.sum(dtype=np.int64)
+        return bool(self.max_tiles) and totals[1] / (self.max_tiles or 1) > totals[0]
+
+    @property
+    def _lengths(self) -> np.ndarray:
+        return self.tiles if self._by_tiles else self.tokens
+
+    @property
+    def _limit(self) -> int:
+        return (self.max_tiles or 0) if self._by_tiles else self.max_tokens
+
+    @cached_property
+    def _ratio(self) -> tuple[float, float]:
+        """Packs for a volume of 1, and the margin of a section, from pieces spread over the first epoch."""
+        order = self._rows(0)
+        starts = np.linspace(0, len(order) - _PIECE, _PIECES).astype(int) if len(order) > _PIECE else np.array([0])
+        pieces = [order[start : start + _PIECE] for start in starts]
+        packs = np.array([len(self._groups(self.tokens[piece], self.tiles[piece], None)) for piece in pieces])
+        volumes = np.array([self._volumes(piece).sum() for piece in pieces])
+        ratio = packs.sum() / volumes.sum()
+        deviation = np.std(packs - ratio * volumes)
+        times = (self._num_rows / self.sections) / len(pieces[0])
+        # The pieces of a section differ independently; the error of the ratio is the same for all of them.
+        variance = deviation**2 * (times + times**2 / len(pieces))
+        return float(ratio), float(_DEVIATIONS * math.sqrt(variance))
+
+    def _count_sections(self) -> int:
+        ratio, margin = self._ratio
+        looked_at = range(1 if self.same_rows else self.epochs)
+        volume = max(float(self._volumes(self._rows(epoch)).sum()) for epoch in looked_at)
+        return self._multiple(min(math.ceil(ratio * volume + margin * self.sections), self._num_rows))
+
+    def _counts(self, epoch: int) -> np.ndarray:
+        if self.sections == 1:
+            return super()._counts(epoch)
+        return np.diff(self._ends) * self.ranks
+
+    @property
+    def _ends(self) -> np.ndarray:
+        """(sections + 1,) steps before each section, and all."""
+        return np.arange(self.sections + 1) * len(self) // self.sections
+
+    def _bounds(self, epoch: int) -> np.ndarray:
+        """Sections take a share of the epoch's volume that is in proportion to their steps."""
+        if self.sections == 1:
+            return super()._bounds(epoch)
+        if self._bounded is None or self._bounded[0] != epoch:
+            volumes = np.cumsum(self._volumes(self._rows(epoch)))
+            bounds = np.searchsorted(volumes, volumes[-1] * self._ends / len(self))
+            if self.count > 0.9 * self._num_rows:  # nearly each row is a pack
+                bounds = (bounds + self.ranks // 2) // self.ranks * self.ranks
+            bounds[0], bounds[-1] = 0, self._num_rows
+            self._bounded = epoch, bounds
+        return self._bounded[1]
+
+    _bounded: tuple[int, np.ndarray] | None = None
+
+    def _group_costs(
+        self, groups: list[list[int]], tokens: np.ndarray, tiles: np.ndarray, supervised: np.ndarray
+    ) -> np.ndarray:
+        rows = tiles if self.costs is None else self.costs.of(tokens, tiles, supervised)
+        ends = np.cumsum([len(group) for group in groups])
+        return np.add.reduceat(rows[np.concatenate(groups)], np.concatenate([[0], ends[:-1]]))
 
 
-class GroupedBatches(_Batches):
+class GroupedBatches(PlannedBatches):
     """Batch sampler of `batch_size` rows of like length, to be padded to the longest."""
 
     def __init__(
@@ -247,13 +171,14 @@ class GroupedBatches(_Batches):
         ranks: int = 1,
         seed: int = 0,
         window: int = 64,
+        **options: Any,
     ) -> None:
-        """`window`: batches whose rows are sorted by length together; 1: no grouping.
+        """`window`: batches whose rows are sorted by length together; 1: no grouping. `options`: see `PackedBatches`.
 
         Without grouping the batches of a step are the next rows of the order, however many ranks or micro-batches
         share the step.
         """
-        super().__init__(tokens, tiles, order, rank, ranks, seed)
+        super().__init__(tokens, tiles, order, rank, ranks, seed, **options)
         self.batch_size, self.window = batch_size, window
 
     def efficiency(self, epoch: int = 0) -> float:
@@ -265,28 +190,44 @@ class GroupedBatches(_Batches):
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"batch_size": self.batch_size, "window": self.window}
 
-    def _dealt(self, costs: np.ndarray, epoch: int) -> np.ndarray:
-        return np.arange(len(costs)) if self.window == 1 else super()._dealt(costs, epoch)
+    @cached_property
+    def sections(self) -> int:
+        return len(self._bounds(0)) - 1
 
-    def _groups(self, tokens: np.ndarray, tiles: np.ndarray) -> list[list[int]]:
+    def _bounds(self, epoch: int) -> np.ndarray:
+        if self._num_rows <= self.section:
+            return super()._bounds(epoch)
+        block = self.batch_size * self.window * self.ranks
+        return np.append(np.arange(0, self._num_rows, -(-self.section // block) * block), self._num_rows)
+
+    def _count_sections(self) -> int:
+        return self._multiple(int(self._counts(0).sum()))
+
+    def _counts(self, epoch: int) -> np.ndarray:
+        if self.sections == 1:
+            return super()._counts(epoch)
+        steps = -(-np.diff(self._bounds(epoch)) // (self.batch_size * self.ranks))
+        return steps * self.ranks
+
+    def _dealt(self, costs: np.ndarray, epoch: int, section: int) -> np.ndarray:
+        return np.arange(len(costs)) if self.window == 1 else super()._dealt(costs, epoch, section)
+
+    def _groups(self, tokens: np.ndarray, tiles: np.ndarray, count: int | None) -> list[list[int]]:
         groups, size = [], self.batch_size * self.window
         for start in range(0, len(tokens), size):
             block = start + np.argsort(-tokens[start : start + size], kind="stable")
             groups += [block[n : n + self.batch_size].tolist() for n in range(0, len(block), self.batch_size)]
         return groups
 
-    def _cost(self, rows: np.ndarray) -> int:
-        return int(self.tokens[rows].max())
-
-
-def _divide(groups: list[list[int]], count: int) -> None:
-    """Split groups with most rows, in place, until there are `count`."""
-    missing = count - len(groups)
-    while missing > 0:
-        largest = sorted(range(len(groups)), key=lambda n: -len(groups[n]))[:missing]
-        for n in largest:
-            if len(groups[n]) > 1:
-                half = len(groups[n]) // 2
-                groups[n], rest = groups[n][:half], groups[n][half:]
-                groups.append(rest)
-                missing -= 1
+    def _group_costs(
+        self, groups: list[list[int]], tokens: np.ndarray, tiles: np.ndarray, supervised: np.ndarray
+    ) -> np.ndarray:
+        starts = np.concatenate([[0], np.cumsum([len(group) for group in groups])[:-1]])
+        rows = np.concatenate(groups)
+        longest = np.maximum.reduceat(tokens[rows], starts)
+        if self.costs is None:
+            return longest
+        sizes = np.array([len(group) for group in groups])
+        sums = [np.add.reduceat(values[rows], starts) for values in (tiles, supervised)]
+        flat = RowCosts(self.costs.tile, 0, 0, self.costs.supervised).of(longest, *sums)
+        return flat + sizes * (self.costs.token * longest + self.costs.pair * longest.astype(np.float64) ** 2)

@@ -9,7 +9,8 @@ import numpy as np
 from ivl.types import printable
 
 Names = tuple[str, ...]
-_MOST = 4096
+MOST = 4096
+"""Sets of names from which one stands for all further ones, as where keys are built from names or dates"""
 _OTHERS: Names = ("keys that differ from row to row",)
 
 
@@ -18,15 +19,15 @@ def number_of(names: Names, sets: list[Names]) -> int:
     return int(merged(sets, [names])[0])
 
 
-def merged(sets: list[Names], others: Sequence[Names]) -> np.ndarray:
+def merged(sets: list[Names], others: Sequence[Names], most: int = MOST) -> np.ndarray:
     """Numbers, (others,) uint16, of other sets in `sets`, to which new ones are added.
 
-    Beyond 4096 sets, as where keys are built from names or dates, one set stands for all further ones.
+    Beyond `most` sets one stands for all further ones.
     """
     known = {names: number for number, names in enumerate(sets)}
     numbers = np.empty(len(others), np.uint16)
     for at, names in enumerate(others):
-        names = names if names in known or len(sets) < _MOST else _OTHERS
+        names = names if names in known or len(sets) < most else _OTHERS
         if names not in known:
             known[names] = len(sets)
             sets.append(names)

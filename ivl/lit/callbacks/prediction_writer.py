@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from ivl.data.sets.index import fingerprint
+from ivl.data.sets.index_build import fingerprint
 from ivl.lit.prediction.prediction_rows import Row
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.types import RunModule, as_data, as_lit, data_of

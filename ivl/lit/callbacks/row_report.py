@@ -6,15 +6,17 @@ from collections.abc import Callable
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from ivl.data.process_group import ProcessGroup
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import Index, build_index, progress_bar, reasons
+from ivl.data.sets.index import Index, progress_bar, reasons
+from ivl.data.sets.index_build import build_index
 from ivl.data.sets.unread_keys import describe
 
 
-def index_rows(rows: RowDataset, name: str, probe_urls: bool = False) -> Index:
-    """Build the index of rows, with a progress bar on the terminal."""
+def index_rows(rows: RowDataset, name: str, group: ProcessGroup, probe_urls: bool = False) -> Index:
+    """Build the index of rows, each process of a group its share, with a progress bar on the terminal."""
     with progress_bar(f"index {name}", rows) as progress:
-        return build_index(rows, probe_urls=probe_urls, progress=progress)
+        return build_index(rows, probe_urls=probe_urls, progress=progress, group=group)
 
 
 def report_left_out(index: Index, report: str | None) -> None:

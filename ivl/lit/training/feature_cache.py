@@ -5,7 +5,6 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import replace
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -47,7 +46,7 @@ def read_features(mixture: Mixture, processor: Processor, store: FeatureStore) -
     processor = copy(processor)
     processor.features = store
     for n, part in enumerate(mixture.parts):
-        rows = part.rows.select(np.arange(len(part.rows)))
+        rows = part.rows.select(None)
         rows.processor = processor
         mixture.parts[n] = replace(part, rows=rows)
 

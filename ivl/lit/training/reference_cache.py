@@ -22,11 +22,11 @@ from tqdm import tqdm
 import ivl
 from ivl.checkpoint.fingerprint import fingerprint
 from ivl.data.processor import Processor
-from ivl.data.sets import index as indexing
+from ivl.data.sets import index_build as indexing
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index import Index
+from ivl.data.sets.packing import fill_packs
 from ivl.data.sets.reference_store import ReferenceStore, indexed
-from ivl.data.sets.samplers import fill_packs
 from ivl.data.worker_loader import WorkerLoader
 from ivl.finetune.reference import evaluating
 from ivl.lit.loaders import Pace, data_rank

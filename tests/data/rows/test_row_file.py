@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import os
 import pickle
 import random
 import sys
 import time
 import tracemalloc
 
+import numpy as np
 import pytest
 
+from ivl.data.rows import row_file, row_table
 from ivl.data.rows.row_file import RowFile, load_rows
 from ivl.options import FileLimits
 from ivl.types import UserError
@@ -205,3 +208,36 @@ def test_a_string_without_an_end_is_scanned_once(tmp_path):
         return time.process_time() - start
 
     assert min(seconds(40_000) for _ in range(2)) < 8 * min(seconds(10_000) for _ in range(3)) + 0.05
+
+
+def test_the_table_of_a_large_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
+    """Also where a change keeps the size and sets the time of the content back."""
+    monkeypatch.setattr(row_table, "LARGE", 100)
+    cache, path = tmp_path / "cache", written(tmp_path, "a.jsonl", "\n" + lines())
+    scans = []
+    real = row_file._scan_lines
+    monkeypatch.setattr(row_file, "_scan_lines", lambda *given: (scans.append(1), real(*given))[1])
+
+    def opened():
+        file = RowFile(path, cache)
+        assert [file[i] for i in range(20)] == ROWS and file.where(3).endswith(":5")
+        return file
+
+    opened()
+    assert not cache.exists(), "a file that has just been written may be written again within the clock's tick"
+    monkeypatch.setattr(row_table, "_SETTLED", -1.0)
+    first, second = opened(), opened()
+    assert len(scans) == 2 and second.digest == first.digest and isinstance(second._starts, np.memmap)
+    assert len(pickle.dumps(second)) < 3000 and pickle.loads(pickle.dumps(second))[7] == ROWS[7]
+    stat = path.stat()
+    text = path.read_text()
+    path.write_text(text.replace("q7 ", "Q7 "))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    assert RowFile(path, cache)[7]["query"].startswith("Q7") and len(scans) == 3
+    path.write_text(text)
+    opened()
+    for file in cache.rglob("*.npy"):
+        file.write_bytes(file.read_bytes()[:150])
+    opened()
+    assert len(scans) == 5

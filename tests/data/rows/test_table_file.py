@@ -16,7 +16,7 @@ from ivl.data.processor import Processor  # noqa: E402
 from ivl.data.rows.row_file import FileLimits  # noqa: E402
 from ivl.data.rows.table_file import TableFile  # noqa: E402
 from ivl.data.sets.dataset import RowDataset  # noqa: E402
-from ivl.data.sets.index import build_index  # noqa: E402
+from ivl.data.sets.index_build import build_index  # noqa: E402
 from ivl.types import UserError  # noqa: E402
 from tests.tiny import write_checkpoint  # noqa: E402
 

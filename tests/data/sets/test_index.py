@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from ivl.data.processor import Processor
-from ivl.data.sets import index as indexing
+from ivl.data.sets import index_build as indexing
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import Index, build_index, concat, drop_unusable, fingerprint, reasons
+from ivl.data.sets.index import RECORD, Index, concat, drop_unusable, reasons
+from ivl.data.sets.index_build import build_index, fingerprint
 from ivl.data.truncation import changes
 from ivl.types import UserError
 from tests.tiny import write_checkpoint
@@ -259,7 +260,7 @@ def test_urls_are_not_asked(checkpoint, tmp_path):
 
 
 def test_select_and_join_keep_problems():
-    records = np.zeros(4, indexing.RECORD)
+    records = np.zeros(4, RECORD)
     records["tokens"] = [1, 2, 3, 4]
     index = Index(records, {1: "bad"}, {3: "long"})
     part = index.select(np.array([3, 0, 1]))
@@ -272,7 +273,7 @@ def test_select_and_join_keep_problems():
 def test_fingerprint_is_the_same_in_every_process(checkpoint):
     here = fingerprint(Processor.from_pretrained(checkpoint))
     code = (
-        "import sys; from ivl.data.processor import Processor; from ivl.data.sets.index import fingerprint;"
+        "import sys; from ivl.data.processor import Processor; from ivl.data.sets.index_build import fingerprint;"
         "p = Processor.from_pretrained(sys.argv[1]); p.tokenizer.encode('a cat <img>'); print(fingerprint(p))"
     )
     for seed in "12":

@@ -1,5 +1,6 @@
 """Packs and grouped batches: whole rows, within limits, the same everywhere, resumable, full."""
 
+import hashlib
 import json
 import pickle
 import time
@@ -10,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ivl.data.sets.dataset import Mixture, MixtureSource, RowDataset
-from ivl.data.sets.samplers import GroupedBatches, PackedBatches, fill_packs
+from ivl.data.sets.packing import fill_packs
+from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.types import UserError
 from tests.data.sets.test_dataset import Stub
 
@@ -205,3 +207,21 @@ def test_the_global_generators_are_left_alone():
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(PackedBatches(*mixed(100), 8192))
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "ranks", "digest"),
+    [
+        (PackedBatches, 1, "d0fee3a063b33fea"),
+        (PackedBatches, 4, "9ff7ac44ef87b6c7"),
+        (GroupedBatches, 1, "c5ca0f0231f58d76"),
+        (GroupedBatches, 4, "9b08fdcf5abb9741"),
+    ],
+)
+def test_batches_and_positions_are_those_of_earlier_versions(make, ranks, digest):
+    """Recorded before long epochs were planned in sections, so that a run that was begun then goes on."""
+    tokens, tiles = mixed(3000, 3)
+    limits = {"max_tokens": 8192, "max_tiles": 32, "epochs": 2, "window": 1024}
+    sampler = make(tokens, tiles, **(limits if make is PackedBatches else {"batch_size": 4}), ranks=ranks, seed=7)
+    planned = json.dumps([[sampler.batches(epoch) for epoch in (0, 1)], sampler.state_dict(3)])
+    assert hashlib.sha256(planned.encode()).hexdigest()[:16] == digest
