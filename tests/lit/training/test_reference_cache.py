@@ -2,8 +2,10 @@
 model."""
 
 import json
+import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,11 @@ def cache(tmp_path, monkeypatch) -> Path:
     """Folder of the references of one test, which begins without any."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/ivl/reference"
+
+
+def caching_in(folder: str) -> None:
+    """For `prepare` of processes, whose environment is older than the test's."""
+    os.environ["XDG_CACHE_HOME"] = folder
 
 
 def counts(printed: str) -> list[tuple[int, int]]:
@@ -238,7 +245,7 @@ def test_two_processes_are_one(base, tmp_path, cache, strategy, tune):
     shutil.rmtree(cache)
     path = config(base, tmp_path / "two", **full() | changes | {"data__batch_size": 1})
     argv = ["fit", "--config", str(path), "--config", str(REPO / f"configs/strategy/{strategy}.yaml")]
-    finished(ranks(argv, tmp_path / "two"), tmp_path / "two")
+    finished(ranks(argv, tmp_path / "two", prepare=partial(caching_in, str(tmp_path / "cache"))), tmp_path / "two")
     assert scalars(tmp_path / "two", "train/loss") == pytest.approx(scalars(tmp_path / "one", "train/loss"), abs=1e-4)
     assert_equal(state(tmp_path / "two"), one, atol=1e-4)
     assert {path.parent for path in numbers} == {path.parent for path in cache.glob("*/*.npy")}, "one name of the model"
