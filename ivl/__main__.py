@@ -20,7 +20,7 @@ COMMANDS = {
     "plan": ("ivl.commands.plan", "memory and time before a weight is read  --config FILE.yaml --device H100-80GB"),
     "export": ("ivl.commands.export", "merge and write a checkpoint          --run RUN --out DIR"),
     "reproduce": ("ivl.commands.reproduce", "a run's command, and what changed since  RUN"),
-    "score": ("ivl.eval.score", "score answers by a benchmark's rules  FILE... --task docvqa --html report.html"),
+    "score": ("ivl.eval.score", "score answers with references       FILE... --html report.html, or --task docvqa"),
     "pairs": ("ivl.commands.pairs", "right and wrong answers as pairs      ANSWERS.jsonl --rows ROWS.jsonl"),
     "models": ("ivl.commands.models", "the models this program knows"),
 }

@@ -124,7 +124,7 @@ STOPS = {
     "pairs": ("ivl.commands.pairs", "atomic_file"),
     "plan": ("ivl.commands.plan", "rows_of"),
     "reproduce": ("ivl.commands.reproduce", "reproduce"),
-    "score": ("ivl.eval.score", "task"),
+    "score": ("ivl.eval.score", "main"),
 }
 """The first thing each command does with its options"""
 

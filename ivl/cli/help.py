@@ -109,7 +109,7 @@ def first_page(command: str) -> str:
         lines += ["", f"{heading}:", *(line for name in names for line in entry(first_option(name), short=True))]
     lines += [
         "",
-        f"more: {command} --help GROUP, with {', '.join(groups_of())} or a group in one, such as data.video;",
+        f"more: {command} --help GROUP, with {', '.join(groups_of())} or a part such as data.video;",
         f"      {command} --help full for all. Options that are typed go before those of configs.",
     ]
     return "\n".join(lines) + "\n"

@@ -66,6 +66,7 @@ def option_index() -> dict[str, Option]:
             (lightning / "callbacks/model_checkpoint.py", "ModelCheckpoint"),
         ],
         "predictions": [(_PACKAGE / "lit/callbacks/prediction_writer.py", "PredictionWriter")],
+        "report": [(_PACKAGE / "lit/callbacks/held_out_report.py", "HeldOutReport")],
     }
     options = [Option(*row) for row in _COMMON]
     for group, places in sources.items():

@@ -8,7 +8,7 @@ are a row's place and the number of rows of the run; the fields of `RUN` say how
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,22 @@ RUN = ("model", "max_tiles", "frames", "decoding")
 _TRUTH = (*TRUTH, "images", "videos")
 
 
-def read(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
+def read(
+    path: Path, names: Mapping[str, str] | None = None, fill: Callable[[Row, Path], None] | None = None
+) -> list[Row]:
     """Read the rows of a file, each with `where` (file:row), `id` as text, and the answer's thought as `reasoning`.
 
-    `names`: field of this program → field of another tool. Raises UserError, naming the rows, for a file that was cut
-    off, for rows that come twice, lack an answer, or were made by different models or settings.
+    `names`: field of this program → field of another tool; `fill` does so for names that are known.
+    Raises UserError, naming the rows, for a file that was cut off, for rows that come twice, lack an answer, or were
+    made by different models or settings.
     """
     rows = _read_records(path)
     for row in rows:
         if row.get("error") is not None and row.get("response") is None:
             raise UserError(f"{row['where']}: was not answered ({row['error']}); mend it and predict again")
         row.update({field: row.get(foreign) for field, foreign in (names or {}).items()})
+        if fill is not None:
+            fill(row, path.parent)
         if not isinstance(row.get("response"), str):
             kind = "none" if row.get("response") is None else type(row["response"]).__name__
             raise UserError(
@@ -115,12 +120,15 @@ def _check_one_run(rows: Sequence[Row]) -> None:
                 )
 
 
-def join(path: Path, rows: list[Row], truth: Path, task: Task, partial: bool = False) -> list[Row]:
+def join(path: Path, rows: list[Row], truth: Path, task: Task | None, partial: bool = False) -> list[Row]:
     """Join the ground truth by id from a file of data rows, or from the folder of the benchmark's official files.
 
-    `partial`: answers to some of the questions only are enough. Raises UserError naming rows that one side lacks.
+    `task`: None for rows of the user's own. `partial`: answers to some of the questions only are enough. Raises
+    UserError naming rows that one side lacks.
     """
-    records = task.rows(truth) if truth.is_dir() else _read_records(truth)
+    if task is None and truth.is_dir():
+        raise UserError(f"--rows {truth}: expected a file of rows; a folder of official files takes --task")
+    records = task.rows(truth) if task is not None and truth.is_dir() else _read_records(truth)
     known = {str(row.get("id", row.get("line"))): row for row in records}
     unknown = [row["id"] for row in rows if row["id"] not in known]
     if unknown:
@@ -137,9 +145,15 @@ def join(path: Path, rows: list[Row], truth: Path, task: Task, partial: bool = F
 
 def _with_truth(row: Row, known: Row) -> Row:
     truth = {key: known[key] for key in _TRUTH if known.get(key) is not None}
-    gold = known.get("response") or known.get("reference")
+    gold = known.get("response") or known.get("reference") or _last_answer(known)
     gold = without_reasoning(gold) if isinstance(gold, str) else gold
     return row | truth | ({} if gold is None else {"reference": gold})
+
+
+def _last_answer(row: Row) -> Any:
+    """Last answer of a row of `messages`; None for other rows."""
+    answers = [m for m in row.get("messages") or [] if isinstance(m, dict) and m.get("role") == "assistant"]
+    return answers[-1].get("content") if answers else None
 
 
 def align(first: Sequence[Row], path: Path, rows: Sequence[Row]) -> list[Row]:

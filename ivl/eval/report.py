@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import ImageOps
 
+from ivl.eval import own
 from ivl.eval.rules import Scored
 from ivl.storage.files import write_text
 from ivl.storage.picture_file import check_jpeg, check_size, open_picture, open_regular
@@ -28,42 +29,95 @@ PAGE = Path(__file__).with_name("report.html")
 """Page with the places @TITLE@, @FACTS@, @ROWS@ and @PICTURES@"""
 SIDE = 192
 """Longest side of a picture on the page, in pixels"""
-_BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
+MOST_PICTURES = 4
+"""Pictures of a row on the page, the last ones; boxes are drawn on the last"""
 
 
 def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Scored) -> None:
-    """Write the page of one file's answers; `record` as `ivl.eval.score.record` makes it."""
-    pictures: dict[str, int] = {}
-    shown: list[str | None] = []
+    """Write the page of one file's answers to a benchmark; `record` as `ivl.eval.score.record` makes it."""
+    pictures = _Pictures()
     lines = []
     for row, score, parsed in zip(rows, scored.scores, scored.parsed):
-        source = next((image for image in row.get("images") or [] if isinstance(image, str)), None)
-        if source is not None and source not in pictures:
-            pictures[source] = len(shown)
-            shown.append(thumbnail(source))
-        lines.append(
-            {
-                "id": row["id"],
-                "category": str(row.get("category") or ""),
-                "prompt": short_prompt(str(row.get("prompt") or row.get("query") or "")),
-                "response": row["response"],
-                "reasoning": row.get("reasoning") or "",
-                "parsed": parsed if parsed != row["response"].strip() else "",
-                "gold": _gold(row),
-                "score": round(score, 4),
-                "picture": None if source is None else pictures[source],
-                "found": _boxes(row["response"]),
-                "wanted": _wanted(row),
-            }
-        )
+        more = {"parsed": f"read as: {parsed}" if parsed != row["response"].strip() else ""}
+        lines.append(_line(row, score, pictures) | more)
     file = record["files"][0]
     head = f"{record['title']}: {record['metric']} {file['score']:.2f} [{file['low']:.2f}, {file['high']:.2f}]"
     facts = f"{file['file']} · {record['mode']} · {len(rows)} rows · {record['post_processing']}"
+    _write(path, head, facts, lines, pictures)
+
+
+def write_own(
+    path: Path,
+    title: str,
+    totals: Mapping[str, Any],
+    rows: Sequence[Sequence[Row]],
+    scores: Sequence[Sequence[own.Scores]],
+) -> None:
+    """Write the page of the user's own rows, of one file of answers, or of two in the same order.
+
+    `totals`: value and ends of each metric, as `ivl.eval.own.summarized` has them of all rows.
+    """
+    pictures = _Pictures()
+    lines = []
+    for n, row in enumerate(rows[0]):
+        line = _line(row, own.main_score(scores[0][n]), pictures) | {"parsed": _described(scores[0][n])}
+        if len(rows) > 1:
+            other = rows[1][n]
+            gap = own.main_score(scores[1][n]) - own.main_score(scores[0][n])
+            line |= {"other": other["response"], "otherFound": own.boxes_in(other["response"]), "gap": round(gap, 4)}
+            line["otherParsed"] = _described(scores[1][n])
+        lines.append(line)
+    numbers = ", ".join(
+        f"{name} {totals[key]['value']:.1f} [{totals[key]['low']:.1f}, {totals[key]['high']:.1f}]"
+        for key, name in own.TITLES.items()
+        if key in totals
+    )
+    facts = f"{numbers} · times 100, with 95 % intervals · score of a row: IoU of its boxes, else exact"
+    _write(path, f"{title}: {totals['rows']} rows", facts, lines, pictures)
+
+
+def _described(scores: own.Scores) -> str:
+    return ", ".join(f"{own.TITLES[name]} {value:.2f}" for name, value in scores.items())
+
+
+class _Pictures:
+    """Pictures of a page, each once."""
+
+    def __init__(self) -> None:
+        self.thumbnails: list[str | None] = []
+        self._places: dict[str, int] = {}
+
+    def place(self, source: str) -> int:
+        """Number of a picture among those of the page."""
+        if source not in self._places:
+            self._places[source] = len(self.thumbnails)
+            self.thumbnails.append(thumbnail(source))
+        return self._places[source]
+
+
+def _line(row: Row, score: float, pictures: _Pictures) -> dict[str, Any]:
+    """Entry of a row, as the page's script reads it."""
+    sources = [image for image in row.get("images") or [] if isinstance(image, str)][-MOST_PICTURES:]
+    return {
+        "id": row["id"],
+        "category": str(row.get("category") or row.get("source") or ""),
+        "prompt": short_prompt(str(row.get("prompt") or row.get("query") or "")),
+        "response": row["response"],
+        "reasoning": row.get("reasoning") or "",
+        "gold": _gold(row),
+        "score": round(score, 4),
+        "pictures": [pictures.place(source) for source in sources],
+        "found": own.boxes_in(row["response"]),
+        "wanted": _wanted(row),
+    }
+
+
+def _write(path: Path, head: str, facts: str, lines: list[dict[str, Any]], pictures: _Pictures) -> None:
     parts = {
         "TITLE": html.escape(head),
         "FACTS": html.escape(facts),
         "ROWS": _script(lines),
-        "PICTURES": _script(shown),
+        "PICTURES": _script(pictures.thumbnails),
     }
     page = re.sub("@(TITLE|FACTS|ROWS|PICTURES)@", lambda match: parts[match[1]], PAGE.read_text(encoding="utf-8"))
     write_text(path, page)
@@ -109,13 +163,8 @@ def _gold(row: Row) -> str:
     return str(row.get("reference") or "")
 
 
-def _boxes(text: str) -> list[list[float]]:
-    """Boxes written in thousandths, as fractions."""
-    return [[int(value) / 1000 for value in match] for match in _BOX.findall(text)]
-
-
 def _wanted(row: Row) -> list[list[float]]:
     if row.get("box") and row.get("size"):
         width, height = row["size"]
         return [[round(value / side, 4) for value, side in zip(row["box"], (width, height) * 2)]]
-    return _boxes(str(row.get("reference") or ""))
+    return own.boxes_in(_gold(row))

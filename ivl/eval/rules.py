@@ -74,7 +74,7 @@ class Rule:
 # -- combining counts -------------------------------------------------------------------------------------------------
 
 
-def _share(counts: np.ndarray) -> np.ndarray:
+def pooled(counts: np.ndarray) -> np.ndarray:
     """100 · right / all; counts (right, all)."""
     summed = counts.sum(-2)
     return 100 * summed[..., 0] / summed[..., 1]
@@ -135,7 +135,7 @@ def _categories(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     return np.array([place[name] for name in names]), order
 
 
-def _by_answer(judge: Callable[[Row, Mode], tuple[float, str]], combine: Combine = _share) -> Callable:
+def _by_answer(judge: Callable[[Row, Mode], tuple[float, str]], combine: Combine = pooled) -> Callable:
     """Make a rule that scores each answer by itself. `judge`: row → score, reading of the answer."""
 
     def run(rows: Sequence[Row], mode: Mode) -> Scored:
@@ -281,7 +281,7 @@ def _circular(rows: Sequence[Row], mode: Mode) -> Scored:
     category, names = _categories([str(first[u].get("category") or "") for u in range(len(groups))])
     counts = np.stack([right, np.ones(len(groups))], axis=1)
     vanilla = {"every rotation by itself": 100 * float(np.mean(scores))}
-    return Scored(scores, parsed, unit.tolist(), counts, category, names, _share, vanilla)
+    return Scored(scores, parsed, unit.tolist(), counts, category, names, pooled, vanilla)
 
 
 def _mme_rule(rows: Sequence[Row], mode: Mode) -> Scored:
@@ -334,7 +334,7 @@ def _captions(rows: Sequence[Row], mode: Mode) -> Scored:
     extra = {f"BLEU-{n}": 100 * value for n, value in enumerate(captions.bleu, 1)} | {"ROUGE-L": 100 * captions.rouge}
     units = list(range(len(rows)))
     category = np.zeros(len(rows), dtype=int)
-    return Scored(captions.cider.tolist(), captions.tokens, units, counts, category, [""], _share, extra)
+    return Scored(captions.cider.tolist(), captions.tokens, units, counts, category, [""], pooled, extra)
 
 
 RULES: dict[str, Rule] = {

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import printable
-from ivl.eval import predictions, report, stats
+from ivl.eval import own, predictions, report, stats
+from ivl.eval.own_fields import fill
 from ivl.eval.rules import RULES, Scored
 from ivl.eval.tasks import DECODING, TASKS, Task, fingerprint, task
 from ivl.options import ScoreOptions
@@ -24,9 +25,10 @@ _PUBLISHED = (
 
 def main(options: ScoreOptions) -> int:
     """Score files of answers. Returns 0. Raises UserError for a user's mistake."""
+    if options.task == "own":
+        return _score_own(options)
     benchmark, files = task(options.task), options.files
-    names = dict(pair.split("=", 1) for pair in options.field)
-    rows = [predictions.read(path, names) for path in files]
+    rows = [predictions.read(path, options.fields_of(n)) for n, path in enumerate(files, 1)]
     if options.rows:
         rows = [
             predictions.join(path, answers, options.rows, benchmark, options.partial)
@@ -35,14 +37,36 @@ def main(options: ScoreOptions) -> int:
     rows = [rows[0], *(predictions.align(rows[0], path, answers) for path, answers in zip(files[1:], rows[1:]))]
     scored = [RULES[benchmark.rule].run(answers, options.mode) for answers in rows]
     summary = record(options.task, options.mode, files, rows, scored, options.resamples, options.seed)
-    out = options.out or files[0].with_suffix(".scores.json")
-    write_text(out, json.dumps(summary, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-    print(printable(table(summary)))
-    print(f"\n{out}")
+    _save(options, summary, table(summary))
     if options.html:
         report.write(options.html, summary, rows[0], scored[0])
         print(options.html)
     return 0
+
+
+def _score_own(options: ScoreOptions) -> int:
+    files = options.files
+    rows = [predictions.read(path, options.fields_of(n), fill) for n, path in enumerate(files, 1)]
+    if options.rows:
+        truth = options.rows
+        rows = [predictions.join(path, answers, truth, None, options.partial) for path, answers in zip(files, rows)]
+    rows = [rows[0], *(own.align(rows[0], path, answers) for path, answers in zip(files[1:], rows[1:]))]
+    scores = [own.score_rows(answers) for answers in rows]
+    summary = own.record(files, rows, scores, options.resamples, options.seed)
+    _save(options, summary, own.table(summary))
+    if options.html:
+        names = " and ".join(path.name for path in files)
+        report.write_own(options.html, names, summary["files"][0]["scores"][own.ALL], rows, scores)
+        print(options.html)
+    return 0
+
+
+def _save(options: ScoreOptions, summary: dict[str, Any], text: str) -> None:
+    """Write the record, and print it."""
+    out = options.out or options.files[0].with_suffix(".scores.json")
+    write_text(out, json.dumps(summary, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    print(printable(text))
+    print(f"\n{out}")
 
 
 def record(

@@ -23,6 +23,7 @@ from ivl.cli.help import PURPOSES
 from ivl.hub import with_revision
 from ivl.lit.arguments import run_config, value_of, with_lists, with_todays_classes
 from ivl.lit.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
+from ivl.lit.callbacks.held_out_report import PAGE, HeldOutReport
 from ivl.lit.callbacks.monitor import Progress, Watch
 from ivl.lit.callbacks.prediction_writer import PredictionWriter
 from ivl.lit.callbacks.sample_answers import Pictures
@@ -106,6 +107,7 @@ class IvlCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 1})
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(HeldOutReport, "report")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -227,6 +229,8 @@ class IvlCLI(LightningCLI):
             add_scores(Path(folder), self.model.scored_at, self.model.scores)
         checkpoints = self._checkpoints()
         lines = [f"  tensorboard --logdir {folder}"]
+        if folder and (Path(folder) / PAGE).is_file():
+            lines.append(f"  open {Path(folder) / PAGE}  # answers to held-out rows, in a browser")
         for path, description in checkpoints.next_checkpoints(self.trainer):
             command = f"python -m ivl predict --ckpt_path {weights_beside(path)} --data.predict FILE.jsonl"
             lines.append(f"  {command}  # {description}")

@@ -164,15 +164,16 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Score answers by a benchmark's published rules.
+    """Score answers with references, your own or those to a benchmark by its published rules.
 
+    python -m ivl score answers.jsonl --html report.html
     python -m ivl score answers.jsonl --task docvqa --html report.html
     """
 
     files: list[Path] = argument(positional=True, metavar="FILE")
     """Answers, one JSON object a line; several: a comparison."""
-    task: str = argument(metavar="NAME")
-    """Benchmark; the list is below."""
+    task: str = argument("own", metavar="NAME")
+    """own: exact, ANLS, F1 of words, IoU of boxes, CIDEr where it is installed; or a benchmark of the list below."""
     mode: Literal["compat", "strict"] = "compat"
     """compat: as the published script, its defects included; strict: those mended."""
     rows: Path | None = argument(None, metavar="FILE")
@@ -180,7 +181,8 @@ class ScoreOptions:
     partial: bool = False
     """Answers to some of the questions of --rows are enough."""
     field: list[str] = argument([], repeated=True, metavar="OURS=THEIRS")
-    """Another tool's name of a field, e.g. response=prediction; may be given several times."""
+    """Another tool's name of a field, e.g. response=prediction, or 2:response=text of the second file alone; may be
+    given several times."""
     out: Path | None = argument(None, metavar="FILE")
     """Record of the scores. Default: the first file's name with .scores.json."""
     html: Path | None = argument(None, metavar="FILE")
@@ -191,11 +193,18 @@ class ScoreOptions:
     """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
-        if self.html and len(self.files) > 1:
-            raise UserError(f"--html: expected one file of answers, found {len(self.files)}; make a report for each")
+        most = 2 if self.task == "own" else 1
+        if self.html and len(self.files) > most:
+            expected = "one file of answers" if most == 1 else "at most two files of answers"
+            raise UserError(f"--html: expected {expected}, found {len(self.files)}; make a report for each")
         for pair in self.field:
-            if not re.fullmatch(r"\w+=.+", pair):
+            if not re.fullmatch(r"(\d+:)?\w+=.+", pair):
                 raise UserError(f"--field: expected OURS=THEIRS, found {pair!r}")
+
+    def fields_of(self, number: int) -> dict[str, str]:
+        """Field of this program → field of the file of this number, counted from 1."""
+        pairs = (re.fullmatch(r"(?:(\d+):)?(\w+)=(.+)", pair, re.DOTALL) for pair in self.field)
+        return {match[2]: match[3] for match in pairs if match and match[1] in (None, str(number))}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def test_values_have_their_types():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("score a", "score needs --task NAME: Benchmark"),
+        ("pairs a", "pairs needs --rows FILE ...: Rows that were answered"),
         ("score --task pope", "score needs FILE ...: Answers, one JSON object a line"),
         ("score a --tsak pope", "--tsak: no such option of score; did you mean --task? (python -m ivl score --help)"),
         ("score a --task", "--task: expected one argument"),

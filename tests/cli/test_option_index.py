@@ -12,6 +12,7 @@ def parsed() -> set[str]:
     from lightning.pytorch.trainer import Trainer
 
     from ivl.lit.callbacks.checkpoint import Checkpoints
+    from ivl.lit.callbacks.held_out_report import HeldOutReport
     from ivl.lit.callbacks.prediction_writer import PredictionWriter
     from ivl.lit.datamodule import IvlData
     from ivl.lit.module import LitInternVL
@@ -20,6 +21,7 @@ def parsed() -> set[str]:
     for kind, name in ((LitInternVL, "model"), (IvlData, "data"), (Trainer, "trainer"), (Checkpoints, "checkpoint")):
         parser.add_lightning_class_args(kind, name)
     parser.add_lightning_class_args(PredictionWriter, "predictions")
+    parser.add_lightning_class_args(HeldOutReport, "report")
     names = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     return {name for name in names if not name.endswith((".help", "+"))} - {"h", "help", "print_shtab"}
 

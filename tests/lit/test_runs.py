@@ -287,8 +287,19 @@ def test_an_existing_file_of_predictions_is_not_overwritten(base, tmp_path, caps
 def test_validation_reports_scores_and_pictures(base, tmp_path, capsys):
     fit(base, tmp_path)
     printed = capsys.readouterr().out
-    for word in ("held-out rows", "grounding", "mean IoU", "tensorboard --logdir", "predict --ckpt_path"):
+    for word in (
+        "held-out rows",
+        "grounding",
+        "mean IoU",
+        "tensorboard --logdir",
+        "predict --ckpt_path",
+        "held_out.html",
+    ):
         assert word in printed
+    page = (tmp_path / "run/held_out.html").read_text()
+    assert "held-out rows after step 3: 5 rows" in page and "IoU 0.0 [" in page and "data:image/jpeg" in page
+    (entry,) = json.loads((tmp_path / "run/scores.json").read_text())["fits"]
+    assert entry["step"] == 3 and entry["scores"][""]["rows"] == 5
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0})
