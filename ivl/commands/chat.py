@@ -12,12 +12,14 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 import torch
 
 from ivl.architecture.families import find_model
 from ivl.chat import Chat
 from ivl.commands.export import Trained, read_run
+from ivl.data.media.source import is_url
 from ivl.data.processor import Processor
 from ivl.finetune.adapter import peft_adapter as adapting
 from ivl.hub import resolve
@@ -30,10 +32,10 @@ from ivl.types import UserError, printable
 
 WORDS = """Type a question; <image> or <video> in it asks for a path or URL, <img>PATH</img> names one.
 clear: a new conversation   reset-system: another system message   multi-line, single-line: how questions end
-/think on, /think off: thoughts shown or folded
+/think on, /think off: thoughts shown or folded   /help: these lines
 exit or quit: leave (also Ctrl-D)   Ctrl-C: stop an answer"""
 
-WORDS_ALONE = ("exit", "quit", "clear", "reset-system", "single-line", "/think on", "/think off")
+WORDS_ALONE = ("exit", "quit", "clear", "reset-system", "single-line", "/think on", "/think off", "/help")
 """Words of command that need no end of a question of several lines."""
 
 LINE = "-" * 50
@@ -87,6 +89,8 @@ class Session:
             system = self._read("<<<[S] ")
             self.chat.clear()
             self.chat.system = system_text(system)
+        elif word in ("/help", "/?"):
+            print(WORDS)
         elif word.split() in (["/think", "on"], ["/think", "off"]):
             self.shows_thoughts = word.endswith("on")
         elif word in ("multi-line", "single-line"):
@@ -134,13 +138,28 @@ class Session:
             print(f"note: {CUT[reason].format(self.chat.settings.max_new_tokens)}")
 
     def _path(self, prompt: str, needed: str = "") -> str:
-        line = input(prompt).strip()
-        _remember(line)
-        if len(line) > 1 and line[0] == line[-1] and line[0] in "'\"":
-            line = line[1:-1]
-        if not line and needed:
-            raise UserError(f"no path given, and {needed}; ask again")
-        return str(Path(line).expanduser()) if line.startswith("~") else line
+        """Ask for a path or URL until there is such a file, so that the question need not be typed again."""
+        while True:
+            line = input(prompt)
+            _remember(line)
+            path = typed_path(line)
+            if not path and needed:
+                raise UserError(f"no path given, and {needed}; ask again")
+            if not path or is_url(path) or path.startswith("data:") or os.path.exists(path):
+                return path
+            print(f"error: {printable(path, ' ')}: no such file; give another path, or none to drop the question")
+
+
+def typed_path(line: str) -> str:
+    """Path in a typed or dragged line: in quotes, with `\\ ` for a blank, with `~`, or as a file: URL."""
+    line = line.strip()
+    if len(line) > 1 and line[0] == line[-1] and line[0] in "'\"":
+        line = line[1:-1]
+    elif line.startswith("file://"):
+        line = unquote(urlsplit(line).path)
+    elif os.sep == "/" and "\\" in line and not os.path.exists(line):
+        line = re.sub(r"\\(.)", r"\1", line)
+    return str(Path(line).expanduser()) if line.startswith("~") else line
 
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"

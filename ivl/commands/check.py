@@ -316,7 +316,7 @@ def _draw_examples(one: OptionRows, processor: Processor, sheet: Path, seed: int
                 if example.rejected is not None:
                     print(f"\nits rejected answer:\n{rendered(example.rejected, processor)}")
             about = f"{Path(rows.where(inner)).name}  {_lengths(one.index, int(number))}"
-            cells.append(cell(conversation, about, processor))
+            cells.append(cell(conversation, about, processor, rows.max_tiles))
         except UserError as error:  # a fault that only decoding shows; --media counts it as a problem
             print(f"\nnot shown: {error}")
     if cells:

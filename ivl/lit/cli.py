@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -37,6 +35,7 @@ from ivl.lit.run.lock import run_lock
 from ivl.lit.run.record import add_scores, record_of, save_record
 from ivl.lit.run.resume import check_checkpoint, resolve_last, use_free_folder
 from ivl.lit.run.signals import STOP
+from ivl.lit.screen import clear_screen
 from ivl.lit.strategies.deepspeed import check_installed, weights_beside
 from ivl.lit.strategies.peers import Peers
 from ivl.lit.strategies.precision import choose_precision, device_has_bf16
@@ -137,7 +136,20 @@ class IvlCLI(LightningCLI):
             if value_of(sys.argv, "--data.max_length") and config.data.max_prompt_length is None:
                 config.data.max_prompt_length = config.data.max_length  # a config's is of training
             config.return_predictions = False  # they are written as they come
+        self._settle_screen(config)
         self._choose_precision(config)
+
+    def _settle_screen(self, config: Namespace) -> None:
+        """One table of scores, and no folder of a logger that holds nothing else."""
+        if self.subcommand in ("validate", "test"):
+            config.verbose = False  # `_report` prints the table
+        holds_answers = self.subcommand == "predict" and not config.predictions.file
+        writes_files = str(getattr(config.trainer.logger, "class_path", "")).endswith(
+            ("TensorBoardLogger", "CSVLogger")
+        )
+        typed = any(word.startswith("--trainer.logger") for word in sys.argv)
+        if self.subcommand != "fit" and writes_files and not holds_answers and not typed:
+            config.trainer.logger = False
 
     def _settle_tune(self, config: Namespace) -> None:
         """Fill in the defaults of model.tune; a checkpoint replaces the adapter that its run began with."""
@@ -250,11 +262,20 @@ class IvlCLI(LightningCLI):
         step, data, last = self.model.scored_at, self.datamodule, self.trainer.global_step
         if self.model.scores:
             when = f" (after step {step} of {last})" if self.subcommand == "fit" and step != last else ""
-            print(f"\n{scores_table(self.model.scores)}{when}")
+            print(f"\n{scores_table(self.model.scores, with_loss=self.subcommand != 'fit')}{when}")
+            self._report_measures()
         elif self.subcommand == "fit" and data.options.holds_out:
             print(
                 f"\nheld-out rows: no validation fell into the run's {last} steps; `python -m ivl validate` scores them"
             )
+
+    def _report_measures(self) -> None:
+        """Print the numbers of a validation or test that are not scores of kinds of rows, such as rewards of pairs."""
+        known = {f"{kind}/{name}".strip("/") for kind, values in self.model.scores.items() for name in values}
+        for name, value in self.trainer.callback_metrics.items() if self.subcommand != "fit" else ():
+            stage, _, short = name.partition("/")
+            if stage in ("val", "test") and short not in known:
+                print(f"{short}  {float(value):.4g}")
 
     @rank_zero_only
     def _say(self, text: str) -> None:
@@ -300,17 +321,8 @@ def data_options(fit: Namespace) -> DataOptions:
 
 def main(argv: list[str], prepare_demo: Callable[[Path], None]) -> int:
     """Run one of Lightning's commands. Errors are raised: `ivl.__main__` prints them."""
-    # Parts that do not train are in eval mode on purpose (ivl.finetune.tune.apply).
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
-    # Lightning's own use of torch.
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    unwanted = ("litlogger", "`weights_only` was not set")  # an advertisement; a remark on a default of Lightning's
-    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").addFilter(
-            lambda record: not any(words in record.getMessage() for words in unwanted)
-        )
     IvlCLI.prepare_demo = staticmethod(prepare_demo)
-    with STOP:
+    with STOP, clear_screen():
         _cli(IvlCLI, argv)
     return 0
 

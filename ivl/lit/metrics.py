@@ -154,9 +154,10 @@ _TITLES = {
 }  # fmt: skip
 
 
-def scores_table(scores: dict[str, dict[str, float]]) -> str:
+def scores_table(scores: dict[str, dict[str, float]], with_loss: bool = False) -> str:
     """Table of held-out scores per kind of row, as text; shares in percent, the others as they are."""
-    names = [name for name in get_args(Metric) if any(name in values for values in scores.values())]
+    columns = [*(["loss"] if with_loss else []), *get_args(Metric)]
+    names = [name for name in columns if any(name in values for values in scores.values())]
     rows = [["held-out rows", "rows", *(_TITLES.get(name, name) for name in names)]]
     for kind, values in sorted(scores.items(), key=lambda item: (item[0] == "", item[0])):
         cells = [_cell(name, values.get(name)) for name in names]

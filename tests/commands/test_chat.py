@@ -19,7 +19,7 @@ import torch
 from ivl import Chat, InternVL, Processor
 from ivl.__main__ import main
 from ivl.chat import Settings
-from ivl.commands.chat import LINE, Session, chat, printable
+from ivl.commands.chat import LINE, Session, chat, printable, typed_path
 from ivl.finetune.adapter.peft_adapter import save_adapter
 from ivl.finetune.tune import apply
 from ivl.options import ChatSessionOptions, FetchPolicy, LoRA, MediaPolicy, Tune
@@ -158,8 +158,15 @@ def test_words_of_command_and_what_goes_wrong(folder, tmp_path):
     history.write_text("typed long ago\n")
     chat = Chat(InternVL.from_pretrained(folder), Processor.from_pretrained(folder), settings=Settings(8))
     terminal = start(folder, tmp_path, "--max_new_tokens", "8", "--max_length", "400")
+    terminal.type("<image>What?")
+    terminal.until("path or URL <<< ")
+    terminal.type("/nowhere/cat.jpg")
+    assert "/nowhere/cat.jpg: no such file" in terminal.until("path or URL <<< ")  # the question is kept
+    terminal.type("")
+    assert "no path given" in terminal.until("<<< ")
+    terminal.type("/help")
+    assert "<image> or <video> in it asks for a path" in terminal.until("<<< ")
     for mark, path, message in (
-        ("<image>", "/nowhere/cat.jpg", "/nowhere/cat.jpg"),
         ("<image>", str(tmp_path / "text.jpg"), "text.jpg"),
         ("<video>", str(tmp_path / "empty.mp4"), "empty.mp4"),
         ("<image>", "", "no path given, and the <image> of the question needs one"),
@@ -194,6 +201,22 @@ def test_words_of_command_and_what_goes_wrong(folder, tmp_path):
     terminal.press(b"\x04")
     assert terminal.status() == 0
     assert history.read_text().startswith("typed long ago\n<image>What?\n/nowhere/cat.jpg\n")
+
+
+def test_dragged_paths_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a b.jpg").touch()
+    (tmp_path / "back\\slash.jpg").touch()
+    for line in (
+        f"{tmp_path}/a\\ b.jpg ",
+        f"'{tmp_path}/a b.jpg'",
+        f'"{tmp_path}/a b.jpg"',
+        "~/a\\ b.jpg",
+        "~/a b.jpg",
+    ):
+        assert typed_path(line) == f"{tmp_path}/a b.jpg", line
+    assert typed_path(f"file://{tmp_path}/a%20b.jpg") == f"{tmp_path}/a b.jpg"
+    assert typed_path(f"{tmp_path}/back\\slash.jpg") == f"{tmp_path}/back\\slash.jpg"
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_session(folder, tmp_path):

@@ -309,9 +309,11 @@ def test_validation_reports_scores_and_pictures(base, tmp_path, capsys):
     wanted = {"train/loss", "val/loss", "val/exact", "speed/tokens_per_s", "speed/samples_per_s", "speed/data_wait"}
     assert wanted <= set(tags["scalars"])
     argv = ["--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt"), "--data.test", str(base / "data/val.jsonl")]
+    before = set(Path().rglob("version_*"))
     assert main(["test", *argv]) == 0
     printed = capsys.readouterr().out
-    assert "test/exact" in printed and "val/" not in printed
+    assert printed.count("exact") == 1 and "loss" in printed, "one table"
+    assert set(Path().rglob("version_*")) == before, "no folder without anything in it"
     assert any(tag.startswith("lr/") for tag in tags["scalars"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from ivl.estimate.flops import Work, model_costs
@@ -77,6 +78,8 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._step = trainer.global_step
+        if 0 < as_lit(module).total_steps < as_lit(module).trainer.log_every_n_steps:
+            as_lit(module).trainer.log_every_n_steps = 1  # nothing would be logged
         devices = {module.device, *(p.device for p in as_lit(module).model.parameters())}
         self._devices = sorted((device for device in devices if device.type == "cuda"), key=str)
         self._peak = device_row(module.device)
@@ -193,21 +196,33 @@ def memory(devices: Sequence[torch.device]) -> dict[str, float]:
 
 
 class Progress(TQDMProgressBar):
-    """Progress bar of an epoch, with loss, tokens/s and time left of the run, as of the last log step."""
+    """Progress bar of an epoch, with time left of the run, loss and tokens/s, as of the last log step.
+
+    The time left comes first, as what does not fit into the terminal's width is cut off at the end.
+    """
+
+    TRAINING = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.bar_format = self.TRAINING
+        return bar
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
-        items = super().get_metrics(trainer, module)
-        items.pop("v_num", None)
         watch = next((callback for callback in as_lit(module).trainer.callbacks if isinstance(callback, Watch)), None)
         shown, total = watch.shown if watch else {}, as_lit(module).total_steps
+        items: dict[str, int | str | float | dict] = {}
         if "loss" in shown:
+            items["left"] = clock((total - trainer.global_step) * shown["s/step"])
             items["loss"] = f"{shown['loss']:.4g}"
             items["tokens/s"] = f"{shown['tokens/s']:,.0f}"
             if "busiest" in shown:
                 items["busiest expert"] = f"{100 * shown['busiest']:.0f} %"
             for name in ("margin", "accuracy"):
                 items |= {name: f"{shown[name]:.3g}"} if name in shown else {}
-            items["left"] = clock((total - trainer.global_step) * shown["s/step"])
+        for name, value in super().get_metrics(trainer, module).items():
+            if name != "v_num":  # texts: tqdm fills up numbers with zeros
+                items[name] = value if isinstance(value, str) else f"{value:.4g}"
         return items
 
 

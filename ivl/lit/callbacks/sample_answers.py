@@ -12,18 +12,18 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ivl.data.media.load import load_image
 from ivl.finetune.objectives import PairOfAnswers
-from ivl.lit.callbacks.images import pair_panel, panel, reward_text
+from ivl.lit.callbacks.answer_panel import answer_panel, in_true_share
+from ivl.lit.callbacks.images import pair_panel, reward_text
 from ivl.lit.types import as_lit
-from ivl.types import Conversation
 
 
 class Pictures(Callback):
-    """At validation, sample answers for TensorBoard and Weights & Biases: a panel of pictures with question, expected
-    and given answer and boxes drawn, and the same as text, rows without pictures included. Of pairs of answers another
-    panel: both answers, their log-probabilities before training and now, and their rewards.
+    """At validation, sample answers for TensorBoard and Weights & Biases: a panel of pictures and frames with question,
+    expected and given answer and boxes drawn, and the same as text, rows without pictures included. Of pairs of answers
+    another panel: both answers, their log-probabilities before training and now, and their rewards.
 
     Args:
-        rows: Number of rows shown, evenly picked from those answered.
+        rows: Number of rows shown, right and wrong ones in the share that they have of all answers.
     """
 
     def __init__(self, rows: int = 8):
@@ -34,15 +34,15 @@ class Pictures(Callback):
             return
         lit = as_lit(module)
         if lit.answers:
-            illustrated = self._sample([a for a in lit.answers if _has_picture(a["row"])])
-            cells = [(_picture(a["row"]), a["row"], a["answer"]) for a in illustrated]
-            _show(trainer, "answers", panel(cells) if cells else None, _as_text(self._sample(lit.answers)))
+            text = _as_text(in_true_share(lit.answers, self.rows))
+            _show(trainer, "answers", answer_panel(lit.answers, self.rows), text)
         if lit.pairs:
             pairs = [(_picture(pair.row), pair) for pair in self._sample([p for p in lit.pairs if _has_picture(p.row)])]
             _show(trainer, "pairs", pair_panel(pairs) if pairs else None, _pairs_as_text(self._sample(lit.pairs)))
 
-    def _sample(self, answers: list[Any]) -> list[Any]:
-        return answers[:: max(1, len(answers) // self.rows)][: self.rows]
+    def _sample(self, pairs: list[PairOfAnswers]) -> list[PairOfAnswers]:
+        """Pairs evenly picked, at most `rows` of them."""
+        return pairs[:: max(1, len(pairs) // self.rows)][: self.rows]
 
 
 def _show(trainer: Trainer, name: str, picture: Image | None, text: str) -> None:

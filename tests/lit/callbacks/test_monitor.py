@@ -1,7 +1,11 @@
 """Losses per source, and the time left."""
 
+import io
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tqdm import tqdm
 
 from ivl.architecture.config import Config
 from ivl.estimate.flops import Work
@@ -62,6 +66,32 @@ def test_a_run_on_a_known_device_logs_its_utilisation_and_is_the_same_run(tmp_pa
     llm = Config.load(base / "model").llm
     width, inner, layers = llm["hidden_size"], llm["intermediate_size"], llm["num_hidden_layers"]
     assert all(2 * layers * 3 * width * inner < each < 10**8 for each in per_token)
+
+
+def test_the_bar_keeps_the_time_left_in_80_columns_and_invents_no_digits(monkeypatch):
+    watch = monitor.Watch()
+    watch.shown = {"loss": 0.5, "tokens/s": 12345.6, "s/step": 3.0}
+    run = SimpleNamespace(total_steps=1200, global_step=0, loggers=[])
+    run.trainer = run.progress_bar_metrics = run
+    run.callbacks = [watch]
+    metrics = {"val/loss": 6.22, "val/exact": 0.5, "val/rewards/margin": 1 / 3}
+    monkeypatch.setattr(monitor.TQDMProgressBar, "get_metrics", lambda *_: {"v_num": 3, **metrics})
+    items = monitor.Progress().get_metrics(run, run)
+    assert list(items)[:3] == ["left", "loss", "tokens/s"] and "v_num" not in items
+    assert items["loss"] == "0.5" and items["val/loss"] == "6.22" and items["val/rewards/margin"] == "0.3333"
+    bar = tqdm(total=300, desc="Epoch 12", ncols=80, file=io.StringIO(), bar_format=monitor.Progress.TRAINING)
+    bar.set_postfix(items)
+    line = str(bar)
+    assert "left=1:00:00" in line and "tokens/s=12,346" in line and len(line) <= 80
+    bar.close()
+
+
+def test_a_short_run_logs_every_step(tmp_path):
+    base = tmp_path / "base"
+    write_checkpoint(base / "model")
+    write_rows(base / "data", 4, "train.jsonl")
+    fit(base, tmp_path / "out", data__val=None, trainer__log_every_n_steps=10, trainer__max_steps=2)
+    assert len(scalars(tmp_path / "out", "train/loss")) == 2
 
 
 def test_clock():
