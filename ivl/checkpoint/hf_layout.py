@@ -8,7 +8,7 @@ Its config knows pixel shuffle v2 alone, and no template.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def llm_config(config: Config) -> Any:
     raw = config.llm
     family = llm_family(config.llm_architecture)
     kind = CONFIG_MAPPING[family.model_type]
-    names = {f.name for f in fields(kind) if f.init} & LLM_FIELDS.keys() & raw.keys() - set(_NOT_COPIED)
+    names = signature(kind).parameters.keys() & LLM_FIELDS.keys() & raw.keys() - set(_NOT_COPIED)
     values = {n: float(raw[n]) if LLM_FIELDS[n].kind is float else raw[n] for n in names if raw[n] is not None}
     values |= {new: raw[old] for old, new in family.renamed if old in raw}
     # The classes' defaults are ids of some other vocabulary.

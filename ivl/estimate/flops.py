@@ -171,11 +171,16 @@ def _without_numbers(model: InternVL) -> Iterator[None]:
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return sdpa_flop_count(query, *_by_head(query, key, value))
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    return sdpa_backward_flop_count(grad, query, *_by_head(query, key, value))
+
+
+def _by_head(query: Any, *groups: Any) -> list[Any]:
+    """Shapes of keys and values once for each head of queries: before torch 2.13 its formulas know no groups."""
+    return [(shape[0], query[1], *shape[2:]) for shape in groups]
 
 
 def _product(added: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -176,7 +176,7 @@ class LitInternVL(MemoryGuard):
         if self.preference is not None and not self.trainer.predicting:
             self.preference.set_up(self)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build("model.optimizer", self.make_optimizer, param_groups(self.model, self.rates, self._vectors))
         scale_rates(optimizer)
         if optimizer.defaults.get("fused") and getattr(self.trainer.precision_plugin, "scaler", None) is not None:

@@ -91,6 +91,8 @@ def token_losses(head: nn.Module, hidden_MD: Tensor, labels_M: Tensor, chunk: in
     def nll(hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), labels, reduction="none", label_smoothing=smoothing)
 
+    if len(labels_M) <= chunk:  # none at all, too, which shapes alone cannot be split into (before torch 2.13)
+        return nll(hidden_MD, labels_M)
     *chunks, last = zip(hidden_MD.split(chunk), labels_M.split(chunk))
     return torch.cat([*(recomputed(nll, h, t, use_reentrant=False) for h, t in chunks), nll(*last)])
 

@@ -5,7 +5,6 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 from ivl.model.internvl import InternVL
-from ivl.model.vision import normalize
 from ivl.types import UserError
 from tests.checkpoint.test_hf_layout import export
 from tests.model.rows import padded, rows
@@ -25,17 +24,16 @@ def test_beams_equal_those_of_transformers(tmp_path, architecture):
         found = ours.generate(padded(made), max_new_tokens=10, eos_ids=eos, num_beams=4)
         for row, answer in zip(made, found):
             batch = padded([row])
-            pixels = {"pixel_values": normalize(batch.tiles)} if len(batch.tiles) else {}
+            # Given tiles, their class before transformers 5.24 gives all beams but the first those of the wrong places.
             whole = theirs.generate(
-                input_ids=batch.input_ids,
+                inputs_embeds=ours.embed(batch.input_ids, batch.tiles, batch.tiles_per_row),
                 attention_mask=batch.attention_mask.long(),
                 max_new_tokens=10,
                 num_beams=4,
                 do_sample=False,
                 eos_token_id=end,
                 pad_token_id=0,
-                **pixels,
-            )[0, batch.input_ids.shape[1] :].tolist()
+            )[0].tolist()
             assert answer == (whole[: whole.index(end) + 1] if end in whole else whole)
         differing += found != greedy
     assert differing, "beams found nothing that greedy search does not"
