@@ -10,11 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, dict_to_namespace, set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ivl.cli.help import PURPOSES
@@ -39,6 +41,7 @@ from ivl.lit.screen import clear_screen
 from ivl.lit.strategies.deepspeed import check_installed, weights_beside
 from ivl.lit.strategies.peers import Peers
 from ivl.lit.strategies.precision import choose_precision, device_has_bf16
+from ivl.lit.trackers import Tracked, csv
 from ivl.lit.types import IvlTrainer, as_data, as_lit
 from ivl.options import DataOptions, Tune
 from ivl.run import Run
@@ -67,6 +70,9 @@ class SaveConfig(SaveConfigCallback):
         ending = next(ending for ending in endings if not (Path(folder) / f"config{ending}.yaml").exists())
         with atomic_path(Path(folder) / f"config{ending}.yaml") as path:
             self.parser.save(self.config, path, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, Tracked):
+                logger.log_options(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
         record = record_of(trainer, as_data(trainer), as_lit(module).pretrained, self.config.seed_everything)
         save_record(Path(folder) / f"versions{ending}.json", record)
         self.already_saved = True
@@ -240,7 +246,11 @@ class IvlCLI(LightningCLI):
         if folder and self.model.scores and self.trainer.is_global_zero:
             add_scores(Path(folder), self.model.scored_at, self.model.scores)
         checkpoints = self._checkpoints()
-        lines = [f"  tensorboard --logdir {folder}"]
+        lines = [
+            f"  {logger.viewer}" if isinstance(logger, csv | Tracked) else f"  tensorboard --logdir {logger.log_dir}"
+            for logger in self.trainer.loggers
+            if isinstance(logger, csv | TensorBoardLogger)
+        ]
         if folder and (Path(folder) / PAGE).is_file():
             lines.append(f"  open {Path(folder) / PAGE}  # answers to held-out rows, in a browser")
         for path, description in checkpoints.next_checkpoints(self.trainer):

@@ -24,7 +24,7 @@ def test_beams_equal_those_of_transformers(tmp_path, architecture):
         found = ours.generate(padded(made), max_new_tokens=10, eos_ids=eos, num_beams=4)
         for row, answer in zip(made, found):
             batch = padded([row])
-            # Given tiles, their class before transformers 5.24 gives all beams but the first those of the wrong places.
+            # Embeddings, since transformers 5.17 mixes up the pictures of beams where it is given tiles.
             whole = theirs.generate(
                 inputs_embeds=ours.embed(batch.input_ids, batch.tiles, batch.tiles_per_row),
                 attention_mask=batch.attention_mask.long(),

@@ -1,4 +1,4 @@
-"""Panels of answered rows and of pairs of answers: picture with boxes, question, answers."""
+"""Panel of pairs of answers; what it shares with the panel of answers: lettering, boxes, a grid of pictures."""
 
 from __future__ import annotations
 
@@ -13,18 +13,12 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ivl.data.rows.grounding import parse_boxes, to_pixels
 from ivl.finetune.objectives import PairOfAnswers
-from ivl.types import Conversation
 
 Colour = tuple[int, int, int]
 Line = tuple[str, Colour, int]
 
 SIDE, TEXT, PAIR_TEXT, MARGIN = 280, 90, 132, 16
 ANSWERED, EXPECTED, BLACK = (220, 40, 40), (30, 150, 60), (0, 0, 0)
-
-
-def panel(cells: list[tuple[Image.Image, Conversation, str]], columns: int = 4) -> Image.Image:
-    """Draw all cells on one picture. Boxes of the expected answer are green, those of the generated answer red."""
-    return grid([_cell(*cell) for cell in cells], columns)
 
 
 def grid(cells: Sequence[Image.Image], columns: int = 4) -> Image.Image:
@@ -35,17 +29,6 @@ def grid(cells: Sequence[Image.Image], columns: int = 4) -> Image.Image:
 def pair_panel(cells: list[tuple[Image.Image, PairOfAnswers]], columns: int = 4) -> Image.Image:
     """Draw pairs of answers on one picture. The chosen answer and its boxes are green, the rejected one's red."""
     return grid([_pair_cell(*cell) for cell in cells], columns)
-
-
-def _cell(image: Image.Image, row: Conversation, answer: str) -> Image.Image:
-    last = row.messages[-1] if row.messages[-1].role == "user" else row.messages[-2]
-    boxes = [(text, EXPECTED, 5) for text in (last.text, row.reference or "")]  # visible around an equal generated box
-    lines: list[Line] = [
-        (f"Q: {last.text}", BLACK, 3),
-        (f"expected: {row.reference}", EXPECTED, 2),
-        (f"given: {answer}", ANSWERED if answer != row.reference else EXPECTED, 2),
-    ]
-    return _written(image, [*boxes, (answer, ANSWERED, 2)], lines, TEXT)
 
 
 def _pair_cell(image: Image.Image, pair: PairOfAnswers) -> Image.Image:

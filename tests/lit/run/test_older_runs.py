@@ -30,10 +30,11 @@ def old_run(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(old_run, capsys):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(old_run, caplog):
     checkpoint = str(old_run / "checkpoints/last.ckpt")
-    assert main(["fit", "--config", str(old_run / "config.yaml"), "--ckpt_path", checkpoint]) == 0
-    assert "resumed at step 3" in "".join(capsys.readouterr())
+    with caplog.at_level("INFO"):
+        assert main(["fit", "--config", str(old_run / "config.yaml"), "--ckpt_path", checkpoint]) == 0
+    assert "resumed at step 3" in caplog.text
     resumed = load_file("begun/version_1/adapter/adapter_model.safetensors")
     expected = load_file(OLD / "adapter_of_four_steps/adapter_model.safetensors")
     assert resumed.keys() == expected.keys()
