@@ -264,8 +264,9 @@ class mlflow(Tracked):
 
         self.goes_on = identity is not None
         Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
-        place = {"tracking_uri": self.tracking_uri, "artifact_location": self.artifacts}
-        logger = MLFlowLogger(self.project, run_name, run_id=identity, **place)
+        logger = MLFlowLogger(
+            self.project, run_name, self.tracking_uri, artifact_location=self.artifacts, run_id=identity
+        )
         try:
             return logger, str(logger.run_id)  # begins the run
         except (MlflowException, OSError) as error:
@@ -324,8 +325,8 @@ class swanlab(Tracked):
         identity = identity or secrets.token_hex(11)[:21]  # its ids have so many letters
         folder = Path(self.log_dir) / "swanlab"
         folder.mkdir(parents=True, exist_ok=True)
-        run = {"mode": "offline" if self.offline else None, "id": identity, "resume": "allow"}
-        logger = SwanLabLogger(self.project, experiment_name=run_name, logdir=str(folder), **run)
+        run = {"project": self.project, "experiment_name": run_name, "logdir": str(folder), "id": identity}
+        logger = SwanLabLogger(**run, mode="offline" if self.offline else None, resume="allow")
         try:
             _ = logger.experiment
         except (OSError, ValueError, RuntimeError) as error:
