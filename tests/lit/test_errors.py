@@ -9,12 +9,9 @@ import torch
 from ivl.__main__ import main
 from ivl.lit.module import LitInternVL
 from ivl.types import UserError
-from tests.lit import test_runs
 from tests.lit.callbacks.test_checkpoint import COMMON, assert_same, run
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config, scalars
-
-base = test_runs.base
 
 
 def settings(base, **more) -> dict:

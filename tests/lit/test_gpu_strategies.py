@@ -14,12 +14,10 @@ import torch
 import yaml
 
 from ivl.__main__ import main
-from tests.lit import test_runs
 from tests.lit.processes import finished, ranks
 from tests.lit.test_runs import config, losses
 from tests.lit.test_strategies import STRATEGIES, one, settings, state
 
-base = test_runs.base
 TRANSFORMER = "[ivl.model.vision.Layer,transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer]"
 WHOLE = ["--trainer.strategy.init_args.auto_wrap_policy", TRANSFORMER]
 IN_MEMORY = [f"--trainer.strategy.init_args.offload_{what}=false" for what in ("optimizer", "parameters")]

@@ -4,10 +4,7 @@ import pytest
 
 from ivl.__main__ import main
 from ivl.lit.ranges import OF_PARTS, RANGES
-from tests.lit import test_runs
 from tests.lit.test_runs import config
-
-base = test_runs.base
 
 
 @pytest.mark.parametrize("option", RANGES)

@@ -8,11 +8,8 @@ import torch
 from ivl.__main__ import main
 from ivl.lit.run.lock import run_lock
 from ivl.types import UserError
-from tests.lit import test_runs
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config
-
-base = test_runs.base
 
 
 def _holds(folder, held, done):

@@ -10,12 +10,9 @@ import yaml
 from safetensors.torch import load_file
 
 from ivl.__main__ import main
-from tests.lit import test_runs
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config
 from tests.tiny import write_checkpoint
-
-base = test_runs.base
 
 TUNE = {"vision_model": {"last": 1}, "mlp1": "full", "language_model": {"rank": 3, "alpha": 5, "dropout": 0.1}}
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}

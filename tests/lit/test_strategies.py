@@ -9,12 +9,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ivl.__main__ import main
-from tests.lit import test_runs
 from tests.lit.processes import finished, ranks, wait
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import REPO, config, losses
-
-base = test_runs.base
 
 STRATEGIES = REPO / "configs/strategy"
 TUNES = {

@@ -8,10 +8,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from ivl.__main__ import main
 from ivl.lit import trackers
-from tests.lit import test_runs
 from tests.lit.test_runs import config
 
-base = test_runs.base
 OPTIONS = {"model__tune": {"vision_model": "frozen", "mlp1": "full", "language_model": "frozen"}}
 
 

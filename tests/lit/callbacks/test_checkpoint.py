@@ -26,8 +26,6 @@ from tests.lit.processes import started, wait
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config, losses
 
-base = test_runs.base
-
 LORA = {"vision_model": "full", "mlp1": "full", "language_model": {"rank": 2, "dropout": 0.3}}
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
 COMMON = {"model__tune": LORA, "model__optimizer": ADAM, "trainer__max_epochs": 3, "trainer__gradient_clip_val": 1.0}

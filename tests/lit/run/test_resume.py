@@ -15,8 +15,6 @@ from tests.lit import test_runs
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config, losses
 
-base = test_runs.base
-
 LORA = {"vision_model": "frozen", "mlp1": "frozen", "language_model": {"rank": 2}}
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001, "weight_decay": 0.1}}
 COSINE = {"class_path": "ivl.lit.schedule.Warmup", "init_args": {"warmup": 1, "decay": "cosine"}}

@@ -13,13 +13,10 @@ import torch
 from ivl.__main__ import main
 from ivl.checkpoint.ckpt_file import damage
 from ivl.lit.module import LitInternVL
-from tests.lit import test_runs
 from tests.lit.callbacks.test_checkpoint import COMMON, EACH, assert_same, run
 from tests.lit.processes import CTRL_C, Terminal, in_own_group, on_terminal, started, wait
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config, losses, scalars
-
-base = test_runs.base
 
 
 def settings(base: Path, workers: int = 2, validated: bool = False, **more) -> dict:

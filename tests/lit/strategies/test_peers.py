@@ -7,13 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.lit import test_runs
 from tests.lit.processes import finished, ranks, wait
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import config
 from tests.lit.test_strategies import STRATEGIES
-
-base = test_runs.base
 
 
 def argv_of(base: Path, root: Path, **changes) -> list[str]:
