@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +29,14 @@ def clear_screen() -> Iterator[None]:
     loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_wanted)
-    with logging_redirect_tqdm([logging.getLogger(), *loggers]):
+    with logging_redirect_tqdm([logger for logger in (logging.getLogger(), *loggers) if _is_shown(logger)]):
         yield
+
+
+def _is_shown(logger: logging.Logger) -> bool:
+    """Return whether a logger itself writes to the terminal; another would get a second handler, and say all twice."""
+    streams = [handler.stream for handler in logger.handlers if isinstance(handler, logging.StreamHandler)]
+    return any(stream in (sys.stdout, sys.stderr) for stream in streams)
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

@@ -90,7 +90,7 @@ def test_a_short_run_logs_every_step(tmp_path):
     base = tmp_path / "base"
     write_checkpoint(base / "model")
     write_rows(base / "data", 4, "train.jsonl")
-    fit(base, tmp_path / "out", data__val=None, trainer__log_every_n_steps=10, trainer__max_steps=2)
+    fit(base, tmp_path / "out", data__val=None, trainer__log_every_n_steps=10, trainer__max_epochs=2)
     assert len(scalars(tmp_path / "out", "train/loss")) == 2
 
 
