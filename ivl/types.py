@@ -51,7 +51,8 @@ class Media:
 class Message:
     """Turn of one speaker. `parts` holds text and media in reading order, so a mark can never be miscounted later.
 
-    `trained`: True if an assistant's message is learnt from; a user's message never is.
+    `trained`: True if an assistant's message is learnt from; a user's message never is. `marked`: True if its row says
+    so itself, which goes before `data.learn`.
     """
 
     role: Literal["user", "assistant"]
@@ -59,6 +60,7 @@ class Message:
     trained: bool = True
     reasoning: str | None = None
     """Thought before an assistant's answer, where the row has it apart; the template writes the marks around it."""
+    marked: bool = False
 
     @property
     def text(self) -> str:
@@ -94,6 +96,12 @@ class Conversation:
     """Number of boxes of `objects` that were turned with their pictures, as EXIF blocks say."""
     rejected: Conversation | None = None
     """The same with a worse answer, for preference tuning: most often only the last message differs."""
+    tools: str = ""
+    """Text of the tools that may be called, behind the system text"""
+    uses_tools: bool = False
+    """True if there are tools, or calls and results of them"""
+    weight: float = 1.0
+    """Weight of the row in the loss: that of its key `weight` times that of its source"""
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -310,6 +318,8 @@ class Batch:
     They are computed on the host: a device must finish its queue before it can tell their number."""
     supervised_positions: Tensor | None = None
     """Indices in the flattened (B, T) whose next token is supervised, (M,) int64."""
+    row_weights: Tensor | None = None
+    """Weight of each row in the loss, (rows,) float32; None: all are 1."""
     tile_index: Tensor | None = None
     """Tile of each place for one, in order, where rows share tiles: (sum of tiles_per_row,) int64; None: none do."""
     features: Tensor | None = None
@@ -328,7 +338,7 @@ class Batch:
 
     _tensors = (
         "input_ids", "attention_mask", "position_ids", "labels", "tiles", "tiles_per_row", "row_ids", "lengths",
-        "layout", "image_positions", "supervised_positions", "tile_index", "features",
+        "layout", "image_positions", "supervised_positions", "row_weights", "tile_index", "features",
     )  # fmt: skip
     _stay = ("tiles_per_row", "lengths")
 

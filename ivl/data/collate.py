@@ -54,6 +54,7 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
         layout=SequenceLayout.of(torch.tensor(lengths), T, packed, _shared_prompts(examples)),
         image_positions=None if image_id is None else nonzero_indices(batch["input_ids"] == image_id),
         supervised_positions=supervised_indices(batch["labels"]),
+        row_weights=_row_weights(examples),
         tile_index=_tile_index(examples),
         features=torch.cat(cached) if cached else None,
         stored=[(key, tiles, features is not None) for key, tiles, features in references],
@@ -62,6 +63,11 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False, imag
         paired=paired,
         reference=torch.tensor(reference, dtype=torch.float32) if reference else None,
     )
+
+
+def _row_weights(rows: Sequence[Example]) -> Tensor | None:
+    weights = [row.conversation.weight for row in rows]
+    return None if all(weight == 1 for weight in weights) else torch.tensor(weights, dtype=torch.float32)
 
 
 def _tile_index(rows: Sequence[Example]) -> Tensor | None:

@@ -38,7 +38,12 @@ class EncodedPair:
 def last_answer_alone(conversation: Conversation) -> Conversation:
     """The same conversation, of which only the last answer is learnt from."""
     *before, last = conversation.messages
-    messages = (*(replace(message, trained=False) for message in before), replace(last, trained=True))
+    if last.marked and not last.trained:
+        raise UserError(
+            "the last answer says that it is not learnt from, and pairs are compared by it; remove that key"
+        )
+    before = [replace(message, trained=False, marked=True) for message in before]
+    messages = (*before, replace(last, trained=True, marked=True))
     return replace(conversation, messages=messages, rejected=None)
 
 

@@ -16,12 +16,14 @@ from ivl.architecture.families import ReleasedModel, find_model, line_of
 from ivl.architecture.hf_config import read_config
 from ivl.data import collate as collating
 from ivl.data import truncation
+from ivl.data.learnt_turns import nothing_learnt, with_learnt_turns
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.media.tiler import ImageTiler, MediaCache
 from ivl.data.pairs import EncodedPair, encode_pair
 from ivl.data.row_checks import check_abilities, prefix_errors
 from ivl.data.rows import formats
 from ivl.data.rows.box_frames import BoxFrames
+from ivl.data.rows.tools import CALL
 from ivl.data.text import template
 from ivl.data.text.jinja_template import recognised, thoughts_of
 from ivl.data.text.tokenizer import Tokenizer
@@ -71,7 +73,7 @@ class Processor:
         self.template = replace(row, prefill=prefill, thoughts=thoughts or row.thoughts)
         self.max_tiles = config.max_dynamic_patch if options.max_tiles is None else options.max_tiles
         self.share_tiles, self.compact_boxes = options.share_tiles, options.compact_boxes
-        self.max_length, self.on_too_long = options.max_length, options.on_too_long
+        self.max_length, self.on_too_long, self.learn = options.max_length, options.on_too_long, options.learn
         self.tiler = ImageTiler(config, options)
         self.released = released
         self.line = line_of(config)
@@ -274,6 +276,12 @@ class Processor:
     ) -> EncodedRow:
         if self.abilities is not None:
             check_abilities(conversation, self.abilities, self.released.name if self.released else None)
+        if conversation.uses_tools and CALL not in self.tokenizer.added:
+            raise UserError(
+                f"tools: the vocabulary of this checkpoint has no {CALL}, so its template has no words for them; write "
+                "calls and results as texts of the turns, or take a model on Qwen2.5 or Qwen3 such as internvl3-2b"
+            )
+        conversation = with_learnt_turns(conversation, self.learn)
         limit = self.max_tiles if max_tiles is None else max_tiles
         if self.share_tiles:
             images = sum(medium.kind == "image" for medium in conversation.media)
@@ -288,8 +296,7 @@ class Processor:
             encoded.labels = [IGNORE] * len(encoded.ids)
         elif not encoded.num_supervised:
             cut = any(note.startswith("text") for note in encoded.notes)
-            left_out = not any(m.trained for m in conversation.messages if m.role == "assistant")
-            reason = "its turns say that none is learnt from" if left_out else "the answers are empty"
+            reason = nothing_learnt(conversation, self.learn) or "the answers are empty"
             reason = f"the answer begins after token {self.max_length}" if cut else reason
             raise UserError(f"no token is left to train on: {reason}; mend the row or leave it out")
         return encoded

@@ -207,7 +207,7 @@ class LitInternVL(MemoryGuard):
             out = self.model(**batch, loss_weights=weights, **settings)
             loss_sum, weight, measures = out.loss_sum, out.weight_sum, None
             if self.preference is not None:
-                loss_sum, weight, measures = self.preference.loss(self.trainer, out, reference)
+                loss_sum, weight, measures = self.preference.loss(self.trainer, out, reference, batch.row_weights)
         terms, load = [], out.router_load
         if load is not None and experts is not None and self.router_aux_loss:
             terms.append(self.router_aux_loss * balancing_loss(load, experts.per_token))

@@ -111,6 +111,7 @@ class InternVL(ModelParts):
         layout: SequenceLayout | None = None,
         image_positions: Tensor | None = None,
         supervised_positions: Tensor | None = None,
+        row_weights: Tensor | None = None,
         tile_index: Tensor | None = None,
         features: Tensor | None = None,
         loss_weights: Tensor | None = None,
@@ -121,10 +122,10 @@ class InternVL(ModelParts):
     ) -> Output:
         """The fields of `ivl.types.Batch`, whose shapes apply; logits on request or where there are no labels.
 
-        `loss_weights` (B, T): how much each supervised token counts. `loss_chunk`: supervised tokens whose logits
-        exist at the same time, so memory does not grow with vocabulary x length. `label_smoothing`: share of each
-        target that is spread evenly over the vocabulary. `return_router_load`: count how tokens, padding left out, go
-        to the experts of a mixture (`ivl.model.moe.experts.balancing_loss` takes it).
+        `loss_weights` (B, T): how much each supervised token counts, times its row's `row_weights`. `loss_chunk`:
+        supervised tokens whose logits exist at the same time, so memory does not grow with vocabulary x length.
+        `label_smoothing`: share of each target that is spread evenly over the vocabulary. `return_router_load`: count
+        how tokens, padding left out, go to the experts of a mixture (`ivl.model.moe.experts.balancing_loss` takes it).
         Raises UserError where image tokens and tiles disagree.
         """
         language = self.language_model
@@ -145,7 +146,7 @@ class InternVL(ModelParts):
         output = Output()  # hidden: (B, T, D), or of the positions that are read alone, (M, D)
         if labels is not None:
             rows = len(input_ids) if tiles_per_row is None else len(tiles_per_row)
-            settings = (loss_weights, loss_chunk, label_smoothing, supervised_positions)
+            settings = (loss_weights, loss_chunk, label_smoothing, supervised_positions, row_weights)
             output = losses(language.lm_head, hidden, labels, row_ids, rows, *settings)
         if labels is None or return_logits:
             output.logits = language.lm_head(hidden)

@@ -54,11 +54,12 @@ def losses(
     chunk: int = CHUNK,
     smoothing: float = 0.0,
     at_M: Tensor | None = None,
+    row_weights_R: Tensor | None = None,
 ) -> Output:
     """The losses of a batch of `count` rows; a position is predicted from the one before it.
 
     `hidden`: (B, T, D), or (M, D) at `supervised_indices` alone. `at_M`: those places, computed where None; labels
-    there may have become IGNORE since.
+    there may have become IGNORE since. `row_weights_R`: factor of the weights of each row's tokens.
     """
     at_M = supervised_indices(labels_BT) if at_M is None else at_M
     hidden_MD = hidden if hidden.ndim == 2 else hidden.flatten(0, 1).index_select(0, at_M)
@@ -67,6 +68,8 @@ def losses(
     ones_M = (labels_M != IGNORE).to(nll_M)
     weights_M = ones_M if weights_BT is None else _select(weights_BT, at_M + 1).to(nll_M)
     rows_M = _select(rows_of(labels_BT, row_ids_BT), at_M + 1)
+    if row_weights_R is not None:
+        weights_M = weights_M * row_weights_R.to(nll_M)[rows_M]
     loss_sum, weight_sum = (nll_M * weights_M).sum(), weights_M.sum()
     return Output(
         loss=loss_sum / torch.where(weight_sum > 0, weight_sum, 1),

@@ -9,6 +9,7 @@ from ivl.errors import UserError
 from ivl.options.media import MediaPolicy, VideoOptions
 
 OnTooLong = Literal["fit", "truncate_text", "drop", "error"]
+Learn = Literal["all", "last_answer", "marked"]
 Resize = Literal["exact", "fast"]
 
 
@@ -42,6 +43,8 @@ class Source:
     """Times that each row is seen in an epoch; 0.1 is a tenth of the rows, another tenth each epoch."""
     ratio: float | None = None
     """Share of the epoch's rows, relative to the other sources."""
+    loss_weight: float = 1.0
+    """Weight of this source's token losses, times a row's own `weight`; rows are seen as often as before."""
     media_root: str | None = None
     """Folder that this source's relative media paths start from."""
     max_tiles: int | None = None
@@ -88,6 +91,9 @@ class ProcessorOptions:
 
     max_length: int | None = 4096
     """Most tokens of a row, image tokens included (of fit, validate and test). Unset: no limit."""
+    learn: Learn = "all"
+    """Answers that are learnt from: all of a row, last_answer, or those marked in it (`loss: true` of a turn). What a
+    turn says itself goes before."""
     max_tiles: int | None = None
     """Most tiles of an image, thumbnail not counted. Default: the checkpoint's."""
     share_tiles: bool = False
@@ -121,7 +127,8 @@ class ProcessorOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected at least 1, found {value}")
-        for name, values in (("on_too_long", get_args(OnTooLong)), ("resize", get_args(Resize))):
+        choices = {"on_too_long": OnTooLong, "resize": Resize, "learn": Learn}
+        for name, values in ((name, get_args(choice)) for name, choice in choices.items()):
             if (value := getattr(self, name)) not in values:
                 raise UserError(f"{name}: expected one of {', '.join(values)}, found {value!r}")
 

@@ -50,6 +50,25 @@ def test_reductions_are_the_published_ones(reduction, smoothing, packed):
     assert out.loss.item() == pytest.approx(total.item() / count, rel=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("reduction", ["token", "sample", "square"])
+def test_weights_of_rows_multiply_losses_and_count_in_the_denominator(reduction, packed):
+    head, hidden, labels, ids, rows, each = batch(packed=packed)
+    of_row = torch.tensor([0.25, 1.0, 3.0])
+    out = losses(head, hidden, labels, ids, 3, loss_weights(labels, ids, 3, reduction), chunk=4, row_weights_R=of_row)
+    total = count = 0.0
+    for row, label, factor in zip(rows, each, of_row.tolist()):
+        nll = F.cross_entropy(head(row[:-1]), label[1:], reduction="sum", ignore_index=IGNORE)
+        tokens = int((label[1:] != IGNORE).sum())
+        weight = factor * {"token": 1, "sample": 1 / tokens, "square": tokens**-0.5}[reduction]
+        total, count = total + weight * nll, count + weight * tokens
+    assert out.loss_sum.item() == pytest.approx(total.item(), rel=1e-5)
+    assert out.weight_sum.item() == pytest.approx(count, rel=1e-5)
+    assert out.loss.item() == pytest.approx(total.item() / count, rel=1e-5)
+    plain = losses(head, hidden, labels, ids, 3)
+    assert torch.equal(out.row_losses, plain.row_losses) and torch.equal(out.row_tokens, plain.row_tokens)
+
+
 def test_nothing_supervised_is_a_loss_of_zero_with_a_gradient():
     head, hidden, labels, ids, *_ = batch()
     hidden.requires_grad_()

@@ -2,8 +2,11 @@
 
 Each format is one function; the keys of a row tell its format.
 - `query` (ms-swift): query, response, history, system, images, videos, objects
-- `conversations` (OpenGVLab, LLaVA): from human / gpt / system, image, video
+- `conversations` (OpenGVLab, LLaVA): from human / gpt / system, image, video (`ivl.data.rows.dialogues`)
 - `messages` (OpenAI): role user / assistant / system, content a text or a list of parts, images, videos
+- `question` (OpenGVLab's MMPR): question, chosen, rejected
+
+Calls of tools and their results become texts (`ivl.data.rows.tools`).
 
 Media replace the marks `<image>` and `<video>` in users' texts, in order over the whole conversation. Without any mark
 they come first in the last user's turn (`conversations`: in the first, as OpenGVLab has it). `<img>path</img>` in a
@@ -16,54 +19,25 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ivl.data.rows import grounding
-from ivl.data.rows.keys import REFUSED, check_row_weight, is_prefix, is_trained, thought_of
+from ivl.data.rows.dialogues import from_conversations, from_messages
+from ivl.data.rows.draft import Draft, Turn, system_of, thought_parts
+from ivl.data.rows.keys import REFUSED, is_prefix, weight_of
 from ivl.data.rows.preferences import answers, has_answers
-from ivl.data.rows.row_reader import Kind, Row, RowReader, nothing, optional_name, optional_text, text_of
-from ivl.system_text import NONE, system_text
+from ivl.data.rows.row_reader import Row, RowReader, nothing, optional_name, text_of
+from ivl.data.rows.tools import tools_text
+from ivl.system_text import system_text
 from ivl.types import TRUTH, Conversation, Media, Message, UserError, plural
 from ivl.types import shortened as short
 
-Role = Literal["user", "assistant"]
 Size = Callable[[Any], tuple[int, int]]
 Reorient = Callable[[Any, grounding.Box, bool], grounding.Box]
 
 _MARK = re.compile(r"(<image>|<video>)")
-
-
-@dataclass
-class _Turn:
-    role: Role
-    content: list[str | Media]
-    trained: bool = True
-    is_prefix: bool = False
-    """True for the beginning of the answer that is asked for"""
-    thought: list[str | Media] = field(default_factory=list)
-    """Text of the thought before an answer, if any"""
-
-    @property
-    def reasoning(self) -> str | None:
-        return "".join(part for part in self.thought if isinstance(part, str)) if self.thought else None
-
-
-@dataclass
-class _Draft:
-    """Conversation as a format reads it, before media and boxes are put in place."""
-
-    turns: list[_Turn]
-    system: str | None = None
-    media_first: bool = False
-    """Put media without marks into the first user's turn, not the last"""
-    media: dict[str, list[Media]] = field(default_factory=dict)
-
-    @property
-    def is_prompt(self) -> bool:
-        """True if an answer, or the rest of one, is asked for."""
-        return self.turns[-1].role == "user" or self.turns[-1].is_prefix
 
 
 def parse(
@@ -114,7 +88,6 @@ def _parse(
         )
     reader = RowReader(root)
     reader.keys.look(kinds[0], row)
-    check_row_weight(row)
     draft = _FORMATS[kinds[0]](row, reader)
     draft.media = {"image": reader.media(row, "image"), "video": reader.media(row, "video")}
     if not draft.media["video"]:
@@ -124,16 +97,23 @@ def _parse(
     _place(draft, reader)
     _ground(draft, row.get("objects"), size, compact, reader, reorient)
     _check_turns(draft)
-    messages = tuple(Message(turn.role, _joined(turn.content), turn.trained, turn.reasoning) for turn in draft.turns)
+    messages = tuple(_message(turn) for turn in draft.turns)
     messages, prefix = (messages[:-1], messages[-1].text) if draft.turns[-1].is_prefix else (messages, "")
     truth = {key: row[key] for key in TRUTH if row.get(key) is not None}
     name, source = optional_name(row, "id"), optional_name(row, "source") or ""
     unread = tuple(sorted(reader.keys.unread))
     named: dict[str, Any] = {"id": name, "where": where, "source": source, "truth": truth, "unread": unread}
+    named |= {"weight": weight_of(row), "tools": tools_text(row.get("tools"))}
+    named["uses_tools"] = bool(named["tools"]) or any(turn.is_tool for turn in draft.turns)
     return Conversation(messages, system_text(draft.system), prefix=prefix, **named)
 
 
-def _all_media(draft: _Draft) -> Iterator[Media]:
+def _message(turn: Turn) -> Message:
+    marked = turn.learnt is not None
+    return Message(turn.role, _joined(turn.content), turn.learnt is not False, turn.reasoning, marked)
+
+
+def _all_media(draft: Draft) -> Iterator[Media]:
     for media in draft.media.values():
         yield from media
     for turn in draft.turns:
@@ -154,7 +134,7 @@ def _joined(content: list[str | Media]) -> tuple[str | Media, ...]:
 # Formats
 
 
-def _from_query(row: Row, reader: RowReader) -> _Draft:
+def _from_query(row: Row, reader: RowReader) -> Draft:
     turns = []
     history = row.get("history") or []
     if not isinstance(history, list):
@@ -162,156 +142,32 @@ def _from_query(row: Row, reader: RowReader) -> _Draft:
     for n, pair in enumerate(history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise UserError(f"history[{n}]: expected [query, response], found {short(pair)}")
-        turns.append(_Turn("user", reader.user_text(pair[0], f"history[{n}][0]")))
-        turns.append(_Turn("assistant", [text_of(pair[1], f"history[{n}][1]")]))
-    turns.append(_Turn("user", reader.user_text(row["query"], "query")))
+        turns.append(Turn("user", reader.user_text(pair[0], f"history[{n}][0]")))
+        turns.append(Turn("assistant", [text_of(pair[1], f"history[{n}][1]")]))
+    turns.append(Turn("user", reader.user_text(row["query"], "query")))
     begins = is_prefix(row, "", row.get("response"))
     if row.get("response") is not None:
-        turns.append(_Turn("assistant", [text_of(row["response"], "response")], is_prefix=begins))
-    turns[-1].thought = _thought(row, "", turns[-1])
-    return _Draft(turns, _system(row))
+        turns.append(Turn("assistant", [text_of(row["response"], "response")], is_prefix=begins))
+    turns[-1].thought = thought_parts(row, "", turns[-1])
+    return Draft(turns, system_of(row))
 
 
-def _from_question(row: Row, reader: RowReader) -> _Draft:
+def _from_question(row: Row, reader: RowReader) -> Draft:
     if row.get("chosen") is None:
         raise UserError("chosen: not given; expected the better answer, beside question and rejected")
-    turns = [_Turn("user", reader.user_text(row["question"], "question"))]
-    return _Draft([*turns, _Turn("assistant", [text_of(row["chosen"], "chosen")])], _system(row))
+    turns = [Turn("user", reader.user_text(row["question"], "question"))]
+    return Draft([*turns, Turn("assistant", [text_of(row["chosen"], "chosen")])], system_of(row))
 
 
-def _from_conversations(row: Row, reader: RowReader) -> _Draft:
-    roles: dict[str, Role | Literal["system"]] = {
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "assistant": "assistant",
-        "system": "system",
-    }
-    entries = _entries(row, "conversations")
-    system, turns = _system(row), list[_Turn]()
-    for n, entry in enumerate(entries):
-        name = f"conversations[{n}]"
-        role = roles.get(str(entry.get("from")))
-        text = text_of(entry.get("value"), f"{name}.value")
-        if role is None:
-            raise UserError(f"{name}.from: expected human, gpt or system, found {short(entry.get('from'))}")
-        reader.keys.look("conversations turn", entry, name)
-        trained = is_trained(entry, name, role)
-        if role == "system":
-            if n:
-                raise UserError(f"{name}: a system message can only come first")
-            thought_of(entry, name, None)
-            system = _one_system(system, text, name)
-            continue
-        begins = is_prefix(entry, f"{name}.", text, _is_last_answer(role, n, entries))
-        turns.append(_Turn(role, reader.content(text, role, f"{name}.value"), trained, begins))
-        turns[-1].thought = _thought(entry, name, turns[-1])
-    return _Draft(turns, system, media_first=True)
-
-
-def _from_messages(row: Row, reader: RowReader) -> _Draft:
-    system, turns = _system(row), list[_Turn]()
-    entries = _entries(row, "messages")
-    for n, entry in enumerate(entries):
-        name, role, content = f"messages[{n}]", entry.get("role"), entry.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise UserError(f"{name}.role: expected system, user or assistant, found {short(role)}")
-        reader.keys.look("messages turn", entry, name)
-        trained = is_trained(entry, name, role)
-        begins = is_prefix(entry, f"{name}.", content, _is_last_answer(role, n, entries))
-        if role == "assistant" and content is None and n == len(entries) - 1:
-            thought_of(entry, name, None)
-            break
-        parts = list(_parts(content, f"{name}.content", row, role, reader))
-        if role != "assistant":
-            thought_of(entry, name, None)
-        if role == "user":
-            turns.append(_Turn(role, parts))
-        elif len(texts := [part for part in parts if isinstance(part, str)]) < len(parts):
-            raise UserError(f"{name}.content: only a user's message can hold images or videos")
-        elif role == "assistant":
-            turns.append(_Turn(role, ["".join(texts)], trained, begins))
-            turns[-1].thought = _thought(entry, name, turns[-1])
-        elif n:
-            raise UserError(f"{name}: a system message can only come first")
-        else:
-            system = _one_system(system, "".join(texts), name)
-    return _Draft(turns, system)
-
-
-def _is_last_answer(role: str, n: int, entries: list[Row]) -> bool:
-    return role == "assistant" and n == len(entries) - 1
-
-
-def _thought(entry: Row, name: str, turn: _Turn) -> list[str | Media]:
-    """Content of a turn's thought: none, or one text."""
-    answer = "".join(part for part in turn.content if isinstance(part, str)) if turn.role == "assistant" else None
-    thought = thought_of(entry, name, answer)
-    if thought is not None and turn.is_prefix:
-        raise UserError(f"{name or 'row'}: a thought apart, and the beginning of an answer; write both in its text")
-    return [] if thought is None else [text_of(thought, f"{name}: thought")]
-
-
-def _system(row: Row) -> str | None:
-    """Text of the row's key `system`, None where it has none; false: no system turn."""
-    return NONE if row.get("system") is False else optional_text(row, "system")
-
-
-def _one_system(of_row: str | None, of_turn: str, name: str) -> str:
-    """System message of a turn. Raises UserError where the row's key `system` differs from it."""
-    if of_row and of_row != of_turn:
-        raise UserError(f"system and {name}: two system messages, {short(of_row)} and {short(of_turn)}; keep one")
-    return of_turn
-
-
-_FORMATS: dict[str, Callable[[Row, RowReader], _Draft]] = {
+_FORMATS: dict[str, Callable[[Row, RowReader], Draft]] = {
     "query": _from_query,
-    "conversations": _from_conversations,
-    "messages": _from_messages,
+    "conversations": from_conversations,
+    "messages": from_messages,
     "question": _from_question,
 }
 
 
-def _parts(content: Any, name: str, row: Row, role: str, reader: RowReader) -> Iterator[str | Media]:
-    """Parts of a message's content; a part that names no medium becomes a mark for the row's next medium."""
-    if isinstance(content, str):
-        yield from reader.content(content, role, name)
-        return
-    if not isinstance(content, list):
-        raise UserError(f"{name}: expected a text or a list of parts, found {short(content)}")
-    after_medium = False
-    for n, part in enumerate(content):
-        where = f"{name}[{n}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            reader.keys.look("text part", part, where)
-            text = text_of(part.get("text"), f"{where}.text")
-            # Parts have no line break between them, and the models were trained with one after a medium
-            text = "\n" * (after_medium and not text.startswith("\n")) + text
-            yield from reader.content(text, role, f"{where}.text")
-        elif kind in ("image", "image_url", "video", "video_url"):
-            word: Kind = "image" if kind.startswith("image") else "video"
-            reader.keys.look(f"{word} part", part, where)
-            source = next((part[key] for key in (kind, "url", "path", word) if not nothing(part.get(key))), None)
-            if source is None and nothing(row.get(word)) and nothing(row.get(f"{word}s")):
-                raise UserError(f"{where}: names no {word}, and the row has no {word}s; add its path or URL")
-            yield f"<{word}>" if source is None else reader.part_medium(word, part, source, where)
-        else:
-            raise UserError(f"{where}: expected a part of type text, image, image_url or video, found {short(part)}")
-        after_medium = kind != "text"
-
-
-def _entries(row: Row, key: str) -> list[Row]:
-    entries = row[key]
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{key}: expected a list of turns, found {short(entries)}")
-    for n, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise UserError(f"{key}[{n}]: expected an object, found {short(entry)}")
-    return entries
-
-
-def _place(draft: _Draft, reader: RowReader) -> None:
+def _place(draft: Draft, reader: RowReader) -> None:
     """Put the row's media in place of the marks, or at the default place."""
     users = [turn for turn in draft.turns if turn.role == "user"]
     if not users:
@@ -346,7 +202,7 @@ def _mismatch(kind: str, marks: int, media: int) -> str:
 
 
 def _ground(
-    draft: _Draft, objects: Any, size: Size | None, compact: bool, reader: RowReader, reorient: Reorient | None
+    draft: Draft, objects: Any, size: Size | None, compact: bool, reader: RowReader, reorient: Reorient | None
 ) -> None:
     """Replace grounding marks in all turns, in reading order."""
     objects = grounding.read(objects)
@@ -382,7 +238,7 @@ def _header_size(source: Any) -> tuple[int, int]:
     return image_size(source)
 
 
-def _check_turns(draft: _Draft) -> None:
+def _check_turns(draft: Draft) -> None:
     """Check that user and assistant alternate, and that no text is empty.
 
     The assistant may come first; not all templates write such a turn.

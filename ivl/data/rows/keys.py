@@ -20,6 +20,11 @@ LOSS = (
 )
 """Keys of several programs that say if a turn is trained on"""
 
+WEIGHT = ("weight", "loss_weight", "loss_scale")
+"""Keys of a row for its weight in the loss"""
+
+_MOST_WEIGHT = 1e6
+
 THOUGHT = ("reasoning_content", "reasoning", "thinking", "thinking_content")
 """Keys of several programs for the thought before an answer"""
 
@@ -29,7 +34,7 @@ PREFIX = "prefix"
 REJECTED = ("rejected_response", "rejected_messages", "rejected_images", "rejected_objects")
 """Keys of the rejected answer in ms-swift's rows; `rejected_objects` are boxes for it that are not those of the row"""
 
-_ROW = ("id", "source", "system", "image", "images", "video", "videos", "start", "end", "objects", *TRUTH)
+_ROW = ("id", "source", "system", "tools", "image", "images", "video", "videos", "start", "end", "objects", *TRUTH)
 READ: dict[str, frozenset[str]] = {
     level: frozenset(keys)
     for level, keys in {
@@ -39,6 +44,8 @@ READ: dict[str, frozenset[str]] = {
         "question": (*_ROW, "question", "chosen", "rejected", *LOSS),
         "conversations turn": ("from", "value", PREFIX, *THOUGHT, *LOSS),
         "messages turn": ("role", "content", PREFIX, *THOUGHT, *LOSS),
+        "assistant's message": ("role", "content", "tool_calls", PREFIX, *THOUGHT, *LOSS),
+        "tool turn": ("role", "content", "from", "value", "name", "tool_call_id", *LOSS),
         "text part": ("type", "text"),
         "image part": ("type", "image", "image_url", "url", "path"),
         "video part": ("type", "video", "video_url", "url", "path", "start", "end"),
@@ -52,7 +59,7 @@ READ: dict[str, frozenset[str]] = {
 }
 
 _THOUGHT = "a row has several answers; write the thought beside its answer, in the turn, or remove the key"
-_TOOLS = "tools are not written into the prompt; write them into the system message, or remove the key"
+_TOOLS = "this spelling is not read; write tools as `tools` of the row, calls as `tool_calls` of the assistant's turn"
 _SOUND = "sound is not read; remove the key"
 _FRAMES = "frames are chosen for all videos by data.video, a part of a video by start and end; remove the key"
 _NAMED_TWICE = "media of a turn are not read; name them in the row, or as parts of the content"
@@ -75,7 +82,8 @@ _WEIGHED = dict.fromkeys(LOSS, _PART)
 REFUSED: dict[str, dict[str, str]] = {
     "query": _CALLS | _AUDIO,
     **dict.fromkeys(("conversations", "messages", "question"), _THINKING | _CALLS | _AUDIO),
-    **dict.fromkeys(("conversations turn", "messages turn"), _CALLS | _AUDIO | _MEDIA | _MASKED),
+    **dict.fromkeys(("conversations turn", "messages turn", "tool turn"), _CALLS | _AUDIO | _MEDIA | _MASKED),
+    "assistant's message": _CALLS | _AUDIO | _MEDIA | _MASKED,
     "text part": _WEIGHED,
     "image part": _WEIGHED,
     "video part": _WEIGHED | _SAMPLING,
@@ -122,8 +130,8 @@ def says_nothing(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (bytes, list, tuple, dict)) and len(value) == 0)
 
 
-def is_trained(entry: Mapping[str, Any], name: str, role: Literal["user", "assistant", "system"]) -> bool:
-    """True if a turn is learnt from, by its keys of LOSS; without such a key an assistant's turn is.
+def is_trained(entry: Mapping[str, Any], name: str, role: Literal["user", "assistant", "system"]) -> bool | None:
+    """True if a turn is to be learnt from, by its keys of LOSS; None where it has no such key.
 
     Raises UserError for a value between 0 and 1, and where a turn by another speaker is to be learnt.
     """
@@ -132,7 +140,7 @@ def is_trained(entry: Mapping[str, Any], name: str, role: Literal["user", "assis
         raise UserError(f"{name}: {' and '.join(flags)} do not agree; keep one")
     if role != "assistant" and any(flags.values()):
         raise UserError(f"{name}.{next(iter(flags))}: only an assistant's turn is learnt from; remove the key")
-    return all(flags.values())
+    return all(flags.values()) if flags else None
 
 
 def thought_of(entry: Mapping[str, Any], name: str, answer: str | None) -> str | None:
@@ -173,21 +181,49 @@ def is_prefix(entry: Mapping[str, Any], name: str, text: Any, last_answer: bool 
     return True
 
 
-def check_row_weight(row: Mapping[str, Any]) -> None:
-    """Raise UserError where a row has a weight other than 1."""
+def weight_of(row: Mapping[str, Any]) -> float:
+    """Weight of a row in the loss, by its keys of WEIGHT; 1 where it has none.
+
+    Raises UserError for a weight that is not above 0, and where another key of LOSS says that a row is not learnt.
+    """
     for key in LOSS:
-        if row.get(key) is not None and not (isinstance(row[key], (int, float)) and row[key] == 1):
+        if key not in WEIGHT and row.get(key) is not None and not _is_one(row[key]):
             raise UserError(
-                f"{key}: a row is not weighed by itself, expected 1, found {shortened(row[key])}; write it in a turn, "
-                f"weigh sources by data.mixture, or remove the key"
+                f"{key}: expected 1 or true, found {shortened(row[key])}; write it beside a turn, give the row a "
+                "weight above 0, or leave it out"
             )
+    weights = {key: _number(row[key]) for key in WEIGHT if row.get(key) is not None}
+    for key, weight in weights.items():
+        if weight is None or not 0 < weight <= _MOST_WEIGHT:
+            raise UserError(
+                f"{key}: expected a number above 0, at most {_MOST_WEIGHT:,.0f}, found {shortened(row[key])}; leave "
+                "out a row that is not to be learnt"
+            )
+    if len(set(weights.values())) > 1:
+        raise UserError(f"{' and '.join(weights)} do not agree; keep one")
+    return next((weight for weight in weights.values() if weight is not None), 1.0)
+
+
+def _is_one(value: Any) -> bool:
+    return _number(value) == 1 or value is True
+
+
+def _number(value: Any) -> float | None:
+    """Number of a cell, which is a text in csv files; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _zero_or_one(value: Any, name: str) -> bool:
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     raise UserError(
-        f"{name}: expected 0 or 1 (true or false), found {shortened(value)}; a turn is learnt from or it is not"
+        f"{name}: expected 0 or 1 (true or false), found {shortened(value)}; a turn is learnt from or it is not, "
+        "a weight is of the whole row"
     )
 
 

@@ -43,6 +43,7 @@ class RowDataset(Dataset[Example]):
         cache_dir: str | Path | None = None,
         limits: FileLimits | None = None,
         columns: dict[str, str] | None = None,
+        loss_weight: float = 1.0,
     ) -> None:
         """
         Args:
@@ -57,6 +58,7 @@ class RowDataset(Dataset[Example]):
             seed: seed of random choices inside rows, together with epoch and number.
             cache_dir, limits: see `RowFile` and `TableFile`.
             columns: key of our formats → key that the files have instead, such as query → question.
+            loss_weight: weight of these rows in the loss, times that of each row.
         """
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
@@ -69,6 +71,12 @@ class RowDataset(Dataset[Example]):
         self.processor = processor
         self.root, self.as_prompt, self.source = root, as_prompt, source
         self.on_error, self.max_tiles, self.seed = on_error, max_tiles, seed
+        self.loss_weight = loss_weight
+        if not 0 < loss_weight < 1e6:
+            raise UserError(
+                f"{source or paths[0]}: loss_weight: expected above 0, found {loss_weight}; leave the source out to "
+                "learn nothing from it"
+            )
         self.on_skip: Callable[[str], None] | None = None
         self.lengths: np.ndarray | None = None
         """(rows, 2) tokens and tiles that each Example must have by the index; -1: any; None: no index"""
@@ -157,7 +165,10 @@ class RowDataset(Dataset[Example]):
         """Example of a row. Raises UserError with `file:line`, also where its lengths are not those of the index."""
         epoch, i = key if isinstance(key, tuple) else (0, key)
         generator = torch.Generator().manual_seed(_seed(self.seed, epoch, self._number(i)))
-        example = self.processor(self.conversation(i), max_tiles=self.max_tiles, generator=generator)
+        conversation = self.conversation(i)
+        if self.loss_weight != 1:
+            conversation = replace(conversation, weight=conversation.weight * self.loss_weight)
+        example = self.processor(conversation, max_tiles=self.max_tiles, generator=generator)
         if self.lengths is not None:
             tokens, tiles = (int(n) for n in self.lengths[i])
             if tokens >= 0 and (tokens, tiles) != (example.num_tokens, example.num_tiles):
@@ -364,10 +375,13 @@ class Mixture(Dataset[Example]):
     def describe(self) -> str:
         """Table of rows, repeats and effective share of each part."""
         total = sum(self.counts)
-        lines = ["| source | rows | rows an epoch | times | share |", "| --- | --- | --- | --- | --- |"]
+        weighed = any(part.rows.loss_weight != 1 for part in self.parts)
+        columns = ["source", "rows", "rows an epoch", "times", "share", *["weight in the loss"] * weighed]
+        lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
         for n, (part, count) in enumerate(zip(self.parts, self.counts)):
             name, rows = part.name or part.rows.source or f"source {n}", len(part.rows)
-            lines.append(f"| {name} | {rows} | {count} | {count / rows:.3g} | {count / total:.1%} |")
+            weight = f" {part.rows.loss_weight:g} |" * weighed
+            lines.append(f"| {name} | {rows} | {count} | {count / rows:.3g} | {count / total:.1%} |{weight}")
         return "\n".join(lines)
 
 

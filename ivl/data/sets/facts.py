@@ -8,22 +8,24 @@ import os
 from ivl.data.rows.grounding import parse_boxes
 from ivl.types import Conversation
 
-FIELDS = [("turns", "<u2"), ("media", "<u2"), ("boxes", "<u2"), ("same", "<u8")]
+FIELDS = [("turns", "<u2"), ("media", "<u2"), ("boxes", "<u2"), ("same", "<u8"), ("weight", "<f4")]
 """Answers, images and videos, boxes in all texts (at most 65535 of each); `same` is equal for rows of equal text and
-media"""
+media; `weight`: of the row in the loss, without its source's"""
 
 
-def facts_of(conversation: Conversation) -> tuple[int, int, int, int]:
+def facts_of(conversation: Conversation) -> tuple[int, int, int, int, float]:
     """Values of FIELDS of a row."""
     answers = sum(message.role == "assistant" for message in conversation.messages)
     boxes = sum(len(group) for message in conversation.messages for _, group in parse_boxes(message.text))
     digest = hashlib.blake2b(digest_size=8)
     for message in conversation.messages:
         digest.update(f"\0{message.role}\0{message.text}".encode())
+    digest.update(conversation.tools.encode())
     for medium in conversation.media:
         digest.update(f"\0{medium.start}\0{medium.end}\0".encode() + _source(medium.source))
     turns, media, groups = (min(count, 0xFFFF) for count in (answers, len(conversation.media), boxes))
-    return turns, media, groups, int.from_bytes(digest.digest(), "little")
+    same = int.from_bytes(digest.digest(), "little")
+    return turns, media, groups, same, conversation.weight
 
 
 def _source(source: object) -> bytes:

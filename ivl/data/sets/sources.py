@@ -55,6 +55,7 @@ def _parts(
         parts = _parts(replace(source, path=counted[1]), processor, root, options)
         return [_sampled(part, int(counted[2]), source.path) for part in parts]
     options = options | {"source": source.name, "root": source.media_root or root, "max_tiles": source.max_tiles}
+    options["loss_weight"] = source.loss_weight
     if source.columns:
         options["columns"] = source.columns
     if is_meta(path):

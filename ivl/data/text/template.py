@@ -155,13 +155,15 @@ def spans(
     system = conversation.system
     if system is None:
         system = template.system_message if system_message is None else system_message
+    if conversation.tools:
+        system = conversation.tools if system in ("", NONE) else f"{system}\n\n{conversation.tools}"
     if system != NONE:
         yield "template", template.system, False
         yield "user", system, False
         yield "template", template.after_user, False
     messages = conversation.messages
     training = messages[-1].role == "assistant"
-    last_question = max((n for n, message in enumerate(messages) if message.role == "user"), default=-1)
+    last_question = max((n for n, message in enumerate(messages) if _asks(message)), default=-1)
     for n, message in enumerate(messages):
         if n == 0 and message.role == "assistant" and not template.every_turn:
             continue
@@ -182,6 +184,12 @@ def spans(
         yield "template", template.answer + ("" if conversation.prefix else template.prefill), False
         if conversation.prefix:
             yield "answer", template.lead + conversation.prefix, False
+
+
+def _asks(message: Message) -> bool:
+    """True for a user's question, False for an answer and for a tool's result, as Qwen3's chat template has it."""
+    text = message.text
+    return message.role == "user" and not (text.startswith("<tool_response>") and text.endswith("</tool_response>"))
 
 
 def _with_thought(text: str, thought: str | None, rules: Thoughts, earlier: bool) -> str:

@@ -28,7 +28,10 @@ Experiment = dict[str, Any]
 
 WEIGHTS = ("model.pretrained", "model.tune", "model.adapter", "model.quantize")
 ROWS = ("data.train", "data.mixture", "data.val_fraction", "data.seed", "data.shuffle", "seed_everything")
-LENGTHS = (*("data.max_length", "data.max_tiles", "data.share_tiles", "data.dynamic_image_size", "data.on_too_long"),)
+LENGTHS = (
+    *("data.max_length", "data.max_tiles", "data.share_tiles", "data.dynamic_image_size", "data.on_too_long"),
+    "data.learn",
+)
 """Options that the order of rows or batches depends on, as the above"""
 BATCHES = (
     *("data.batch_size", "data.packing", "data.pack_tokens", "data.pack_tiles", "data.group_by_length"),
@@ -41,6 +44,8 @@ COUNTED = (
     *("data.video", "data.resize", "data.exif", "data.pad2square", "data.thinking"),
 )
 """Options that a resumed run may change"""
+_ADDED = {"model.objective": "sft", "data.learn": "all"}
+"""Options that older checkpoints do not have, and their meaning there"""
 
 
 def experiment_of(config: Namespace) -> Experiment:
@@ -55,7 +60,7 @@ def experiment_of(config: Namespace) -> Experiment:
     train = experiment["data.train"]
     experiment["data.train"] = [_rows(path) for path in ([train] if isinstance(train, str) else train or ())]
     experiment["data.mixture"] = [
-        source | {"path": _rows(source["path"])} for source in experiment["data.mixture"] or ()
+        _source(source) | {"path": _rows(source["path"])} for source in experiment["data.mixture"] or ()
     ]
     return experiment
 
@@ -73,9 +78,7 @@ def differences(there: Experiment, here: Experiment, options: Iterable[str]) -> 
     """Describe the options that differ between a checkpoint's experiment (`there`) and this one (`here`)."""
     lines = []
     for option in options:
-        before, now = there.get(option), here.get(option)
-        if option == "model.objective" and option not in there:  # an older checkpoint
-            before = "sft"
+        before, now = there.get(option, _ADDED.get(option)), here.get(option)
         if _compared(before) == _compared(now):
             continue
         if isinstance(before, dict) and isinstance(now, dict) and "digest" not in (*before, *now):
@@ -100,6 +103,11 @@ def check_same(path: str, there: Experiment, here: Experiment, epoch_ended: bool
             "begin anew without --ckpt_path (--model.adapter RUN/adapter goes on training its LoRA)"
         )
     return differences(there, here, (*(BATCHES if epoch_ended else ()), *COUNTED))
+
+
+def _source(source: dict[str, Any]) -> dict[str, Any]:
+    """Options of a source, without those that older checkpoints do not have where they change nothing."""
+    return {key: value for key, value in source.items() if (key, value) != ("loss_weight", 1.0)}
 
 
 def _compared(value: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def is_zero(strategy: Strategy, stage: int | None = None) -> bool:
 def micro_batch_mean(trainer: Trainer, loss_sum: Tensor, weight_sum: Tensor) -> Tensor:
     """Mean of a micro-batch over what all processes learn from in it: DeepSpeed keeps gradients to itself."""
     weight = trainer.strategy.reduce(weight_sum.clone(), reduce_op="sum")
-    return loss_sum * trainer.world_size / weight.clamp(min=1)
+    return loss_sum * trainer.world_size / torch.where(weight > 0, weight, 1.0)
 
 
 def check_installed(strategy: Any) -> None:

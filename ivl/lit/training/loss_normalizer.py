@@ -59,7 +59,7 @@ class LossNormalizer(Callback):
         if ranks > 1:
             torch.distributed.all_reduce(totals)
         loss, weight = totals
-        weight = weight.clamp(min=1)  # no row weighs less, so this is where nothing is supervised
+        weight = torch.where(weight > 0, weight, 1.0)  # 0 where nothing is supervised
         self.norm, bad = None, ~torch.isfinite(loss)
         if (grads := gradients(module)) and not is_zero(trainer.strategy):
             scale(grads, LOSS_UNIT * ranks / weight)

@@ -23,9 +23,9 @@ class PairLoss(NamedTuple):
     """Loss of a batch of pairs."""
 
     loss_sum: Tensor
-    """Sum over its pairs"""
+    """Sum over its pairs, each times the weight of its row"""
     pairs: Tensor
-    """Number of its pairs"""
+    """Number of its pairs, each counted by its weight"""
     measures: Tensor
     """Sums over its pairs of `ivl.finetune.objectives.MEASURES`, and their number, (6,)"""
 
@@ -80,7 +80,9 @@ class PreferenceTuning:
                 batch = replace(batch, features=lit.model.tile_features(batch.tiles), tiles=batch.tiles[:0])
         return batch, self._reference.row_losses(lit.model, batch)
 
-    def loss(self, trainer: Trainer, out: Output, reference: Tensor | None) -> PairLoss:
+    def loss(
+        self, trainer: Trainer, out: Output, reference: Tensor | None, row_weights: Tensor | None = None
+    ) -> PairLoss:
         """Loss of a batch, from the model's forward. All processes call it together."""
 
         def total(values: Tensor) -> Tensor:
@@ -90,8 +92,8 @@ class PreferenceTuning:
 
         pairs = _pairs(out, reference)
         losses = self.objective.losses(pairs, total)
-        count = torch.full((), float(len(losses)), device=losses.device)
-        return PairLoss(losses.sum(), count, self.objective.measures(pairs))
+        weights = torch.ones_like(losses) if row_weights is None else row_weights[::2].to(losses)
+        return PairLoss((losses * weights).sum(), weights.sum(), self.objective.measures(pairs))
 
     def held_out(self, out: Output, reference: Tensor | None) -> Tensor:
         """Sums over held-out pairs of `ivl.finetune.objectives.HELD_OUT`, and their number; padding is left out."""

@@ -6,7 +6,7 @@ import pytest
 
 from ivl.data.processor import Processor
 from ivl.data.rows.formats import parse
-from ivl.data.rows.keys import LOSS
+from ivl.data.rows.keys import LOSS, WEIGHT
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.index_build import build_index
 from ivl.data.sets.unread_keys import counts, describe, merged, number_of
@@ -63,7 +63,7 @@ def test_keys_that_are_not_read_are_gathered(row, names):
 
 
 REFUSED = [
-    (query(tools='[{"name": "w"}]'), "tools: tools are not written"),
+    (query(functions='[{"name": "w"}]'), "functions: this spelling is not read; write tools as `tools`"),
     (messages(audios=["a.wav"]), "audios: sound is not read"),
     (query(reasoning_content=["x"]), "reasoning_content: expected the text of a thought, found"),
     (query(response=None, thinking="x"), "thinking: a thought comes before an answer"),
@@ -75,13 +75,17 @@ REFUSED = [
         messages(USER, {"role": "assistant", "content": None, "reasoning_content": "x"}),
         r"messages\[3\].reasoning_content: a thought comes before",
     ),
-    (messages({"role": "user", "content": "q"}, ANSWER | {"tool_calls": [{}]}), r"messages\[3\].tool_calls: tools"),
+    (messages(USER, ANSWER | {"function_call": {"name": "f"}}), r"messages\[3\].function_call: this spelling"),
     (messages({"role": "user", "content": "q", "images": ["a.jpg"]}, ANSWER), r"messages\[2\].images: media of a turn"),
     (query(videos=[{"path": "a.mp4", "fps": 1}]), r"videos\[0\].fps: frames are chosen"),
     (content({"type": "video", "video": "a.mp4", "nframes": 4}), r"messages\[0\].content\[0\].nframes"),
     (content({"type": "text", "text": "x", "loss": 0}), r"content\[0\].loss: a part is not weighed"),
-    (query(weight=0.5), "weight: a row is not weighed by itself, expected 1, found 0.5"),
-    (query(loss=False), "loss: a row is not weighed"),
+    (query(weight=0), "weight: expected a number above 0, at most 1,000,000, found 0; leave out a row"),
+    (query(weight=float("nan")), "weight: expected a number above 0"),
+    (query(loss_weight="much"), "loss_weight: expected a number above 0"),
+    (query(weight=True), "weight: expected a number above 0"),
+    (query(weight=2, loss_scale=3), "weight and loss_scale do not agree; keep one"),
+    (query(loss=False), "loss: expected 1 or true, found False; write it beside a turn"),
     (query(videos=["a.mp4"], fps=2), "fps: frames are chosen"),
     (content({"type": "video", "video": "a.mp4"}, num_frames=2), "num_frames: frames are chosen"),
     (query(videos=[{"path": "a.mp4", "start_time": 1}]), r"videos\[0\].start_time: frames are chosen"),
@@ -157,7 +161,15 @@ def test_what_is_learnt_is_said_by_turn(key):
     with pytest.raises(UserError, match=rf"messages\[0\].{key}: only an assistant's turn"):
         parse({"messages": [USER | {key: 1}, ANSWER]})
     assert parse({"messages": [USER | {key: 0}, ANSWER]}).messages[1].trained
-    assert not parse(query(**{key: 1})).unread
+    assert not parse(query(**{key: 1})).unread and parse(query(**{key: 1})).weight == 1
+
+
+@pytest.mark.parametrize("key", WEIGHT)
+def test_the_weight_of_a_row(key):
+    assert [parse(row | {key: 0.25}).weight for row in (query(), messages(), conversations())] == [0.25] * 3
+    assert parse(query(**{key: "2.5"})).weight == 2.5  # a cell of a csv file is a text
+    pair = parse(query(**{key: 2}, rejected_response="b"))
+    assert (pair.weight, pair.rejected.weight) == (2, 2)
 
 
 def test_a_path_between_img_tags_is_an_image_in_every_format():
