@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ivl.commands.rendered import rendered
+from ivl.data.learnt_turns import check_pairs
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, MixtureSource
 from ivl.data.sets.index import Index, answers_needed, concat, progress_bar, reasons
@@ -141,6 +142,8 @@ def _processor(options: CheckOptions, data: DataOptions) -> Processor:
         raise UserError("--model.pretrained: not given; expected a checkpoint's folder or name, such as internvl2-2b")
     processor = Processor.load(options.pretrained, data)
     processor.pairs = options.pairs
+    if options.pairs:
+        check_pairs(data.learn)
     return processor
 
 
@@ -225,12 +228,29 @@ def _report_rows(one: OptionRows, show: int, report: TextIO) -> None:
         _emit(
             f"\nrows with media behind URLs, counted with the most tiles there can be: {unsure} (--probe_urls)", report
         )
+    _report_weights(one, report)
     if one.usable.any():
         _emit("\n" + distributions(one.index), report)
         longest = np.argsort(-one.index.tokens, kind="stable")[: min(5, int(one.usable.sum()))]
         lengths = [f"{_lengths(one.index, int(n)):>24}  {one.where(int(n))}" for n in longest]
         _emit("\nlongest rows:\n" + "\n".join(lengths), report)
     _report_duplicates(one, report)
+
+
+def _report_weights(one: OptionRows, report: TextIO) -> None:
+    """Report weights in the loss, where one of a row or a source is not 1."""
+    usable, of_rows = one.usable, one.index.records["weight"]
+    of_sources = np.concatenate([np.full(len(part.rows), part.rows.loss_weight) for part in one.rows.parts])
+    weights = (of_rows * of_sources)[usable]
+    if not len(weights) or (weights == 1).all():
+        return
+    tokens = one.index.supervised[usable]
+    share = float((weights * tokens)[weights != 1].sum() / (weights * tokens).sum())
+    _emit(
+        f"\nrows whose weight in the loss is not 1: {int((weights != 1).sum())}, from {weights.min():g} to "
+        f"{weights.max():g}; they are {share:.1%} of the loss of an epoch in which each row is seen once",
+        report,
+    )
 
 
 def _list(title: str, lines: list[str], report: TextIO) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from ivl.data.cache import default_cache
+from ivl.data.learnt_turns import check_pairs
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.process_group import all_processes
 from ivl.data.processor import Processor
@@ -90,6 +91,7 @@ class IvlData(LightningDataModule):
 
     def learn_pairs(self) -> None:
         """Take rows for pairs of answers, and give packs room for both."""
+        check_pairs(self.options.learn)
         self.processor.pairs = True
         if self.options.pack_tokens is None and self.options.max_length:
             self.options = replace(self.options, pack_tokens=2 * self.options.max_length)
