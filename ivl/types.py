@@ -38,13 +38,17 @@ class Media:
     """Image or video of a row, not yet opened.
 
     `source` is a local path, an http(s) URL, a `data:` URI, bytes, or a PIL image (images),
-    a folder of frames (videos). `start` and `end` cut a video, in seconds.
+    a folder of frames (videos). `start` and `end` cut a video, in seconds. `fps`, `num_frames` and `max_frames` are its
+    own, and go before those of `data.video`.
     """
 
     kind: Literal["image", "video"]
     source: Any
     start: float | None = None
     end: float | None = None
+    fps: float | None = None
+    num_frames: int | None = None
+    max_frames: int | None = None
 
 
 @dataclass(frozen=True)

@@ -321,6 +321,7 @@ class Processor:
             self.config.tokens_per_tile,
             self.system_message,
             self.tiler.video.frame_prefix,
+            [shape.times for shape in shapes],
         )
         return EncodedRow(conversation, list(shapes), list(most), counts, ids, labels)
 

@@ -21,6 +21,8 @@ class Shape(NamedTuple):
     frames: int
     width: int
     height: int
+    times: tuple[float, ...] = ()
+    """Seconds of the frames of a video, where they are written into the prompt"""
 
 
 @dataclass

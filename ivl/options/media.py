@@ -37,6 +37,11 @@ class Sampling:
             raise UserError(f"video sampling: fps must be above 0, found {self.fps}")
 
 
+def frame_text(prefix: str, i: int, seconds: float) -> str:
+    """Text before frame `i`, counted from 1, at a time."""
+    return prefix.format(i=i, time=f"{seconds:.1f}s")
+
+
 @dataclass(frozen=True)
 class VideoOptions(Sampling):
     """Sampling of a video's frames, and their tiles."""
@@ -44,7 +49,32 @@ class VideoOptions(Sampling):
     max_tiles: int = 1
     """Most tiles of one frame"""
     frame_prefix: str = "Frame{i}: "
-    """Text before each frame; `Frame-{i}: ` is the other spelling of the releases"""
+    """Text before each frame; `Frame-{i}: ` is the other spelling of the releases. `{time}` is the frame's second in
+    the video, as in `Frame{i} ({time}): ` → `Frame1 (0.5s): `"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.prefix_of(1, 0.0)
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise UserError(
+                f"video sampling: frame_prefix {self.frame_prefix!r}: expected a text with {{i}} for the number of a "
+                "frame, and {time} for its second"
+            ) from None
+        if self.writes_times and self.sample == "random":
+            raise UserError(
+                "video sampling: frame_prefix has {time}, and sample is random: the length of a row would differ from "
+                "epoch to epoch; take sample middle, or leave {time} out"
+            )
+
+    @property
+    def writes_times(self) -> bool:
+        """True if the times of frames stand in the prompt."""
+        return self.prefix_of(1, 0.0) != self.prefix_of(1, 1.0)
+
+    def prefix_of(self, i: int, seconds: float) -> str:
+        """Text before frame `i`, counted from 1, at a time."""
+        return frame_text(self.frame_prefix, i, seconds)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,21 @@ def video_frame_count(
         return len(sample_indices(_info(video, sampling, start, end), sampling, start, end, where=where))
 
 
+def video_times(
+    source: Any,
+    sampling: Sampling = Sampling(),
+    start: float | None = None,
+    end: float | None = None,
+    policy: MediaPolicy = _DEFAULT,
+) -> list[float]:
+    """Seconds, from the beginning of the video, of the frames that `load_video` returns."""
+    where = describe(source)
+    with _video(source, where, policy) as video:
+        indices = sample_indices(_info(video, sampling, start, end), sampling, start, end, where=where)
+        info = video.timed() if isinstance(video, _Animation) else video.info
+        return [i / info.fps if info.times is None else info.times[i] for i in indices]
+
+
 def _info(
     video: VideoFile | _Animation | _Stills, sampling: Sampling, start: float | None, end: float | None
 ) -> VideoInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,9 +15,11 @@ from ivl.data.media import tiling as tiles
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.media.source import is_url
 from ivl.data.truncation import Shape
-from ivl.options import ProcessorOptions
+from ivl.options import ProcessorOptions, VideoOptions
 from ivl.types import Media, UserError
 
+_LATEST = 99_999.9
+"""Second of a frame that is not known, for the longest text"""
 _PIXELS = 2
 """Version of the pixels: raise it where the same file gives other pixels, so that cached features are not used"""
 
@@ -50,17 +53,35 @@ class ImageTiler:
     def shape(self, medium: Media, probe_urls: bool = True) -> Shape:
         """Frames and size of an image or a video; behind a URL that is not probed, the most frames there can be."""
         if not probe_urls and isinstance(medium.source, str) and is_url(medium.source):
-            return Shape(1 if medium.kind == "image" else self._video_frames(), 0, 0)
+            if medium.kind == "image":
+                return Shape(1, 0, 0)
+            video = self._sampling(medium)
+            frames = video.num_segments if video.fps is None else video.max_frames
+            return Shape(frames, 0, 0, (_LATEST,) * frames if video.writes_times else ())
         if medium.kind == "image":
             return Shape(1, *media.image_size(medium.source, self.exif, self.policy))
-        frames = media.video_frame_count(medium.source, self.video, medium.start, medium.end, self.policy)
+        video = self._sampling(medium)
+        cut = (medium.source, video, medium.start, medium.end, self.policy)
+        times = tuple(media.video_times(*cut)) if video.writes_times else ()
+        frames = len(times) or media.video_frame_count(*cut)
         if self.video.max_tiles == 1:
-            return Shape(frames, 1, 1)
+            return Shape(frames, 1, 1, times)
         info = media.video_info(medium.source, self.policy)
-        return Shape(frames, info.width, info.height)
+        return Shape(frames, info.width, info.height, times)
 
-    def _video_frames(self) -> int:
-        return self.video.num_segments if self.video.fps is None else self.video.max_frames
+    def _sampling(self, medium: Media) -> VideoOptions:
+        """Sampling of a video: by `data.video`, and by what its row says of it."""
+        video = self.video
+        if medium.fps is None and medium.num_frames is None and medium.max_frames is None:
+            return video
+        most = min(video.max_frames, medium.max_frames or video.max_frames)
+        if (medium.num_frames or 0) > most:
+            raise UserError(
+                f"{media.describe(medium.source)}: num_frames {medium.num_frames} is above max_frames {most}; "
+                "lower it, or raise the other (of the video, or data.video.max_frames)"
+            )
+        fps = None if medium.num_frames is not None else medium.fps or video.fps
+        return replace(video, fps=fps, num_segments=medium.num_frames or min(video.num_segments, most), max_frames=most)
 
     def count(self, shape: Shape, limit: int) -> int:
         """Tiles of an image of this shape, or of each frame; of an unknown one, the most there can be."""
@@ -88,7 +109,8 @@ class ImageTiler:
         if medium.kind == "image":
             images = [media.load_image(medium.source, self.exif, self.policy)]
         else:
-            images = media.load_video(medium.source, self.video, medium.start, medium.end, generator, self.policy)
+            video = self._sampling(medium)
+            images = media.load_video(medium.source, video, medium.start, medium.end, generator, self.policy)
         low = min(config.min_dynamic_patch, limit)
         parts = [
             tiles.cut(image, S, low, limit, config.use_thumbnail, exact=self.resize == "exact")

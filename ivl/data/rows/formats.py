@@ -26,7 +26,7 @@ from typing import Any
 from ivl.data.rows import grounding
 from ivl.data.rows.dialogues import from_conversations, from_messages
 from ivl.data.rows.draft import Draft, Turn, system_of, thought_parts
-from ivl.data.rows.keys import REFUSED, is_prefix, weight_of
+from ivl.data.rows.keys import REFUSED, SAMPLING, is_prefix, weight_of
 from ivl.data.rows.preferences import answers, has_answers
 from ivl.data.rows.row_reader import Row, RowReader, nothing, optional_name, text_of
 from ivl.data.rows.tools import tools_text
@@ -91,7 +91,7 @@ def _parse(
     draft = _FORMATS[kinds[0]](row, reader)
     draft.media = {"image": reader.media(row, "image"), "video": reader.media(row, "video")}
     if not draft.media["video"]:
-        reader.keys.look("row without video", {key: row.get(key) for key in ("start", "end")})
+        reader.keys.look("row without video", {key: row.get(key) for keys in SAMPLING.values() for key in keys})
     if any(medium.kind == "video" for medium in _all_media(draft)):
         reader.keys.look("row with video", {key: row[key] for key in REFUSED["row with video"] if key in row})
     _place(draft, reader)

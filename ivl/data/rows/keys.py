@@ -34,34 +34,44 @@ PREFIX = "prefix"
 REJECTED = ("rejected_response", "rejected_messages", "rejected_images", "rejected_objects")
 """Keys of the rejected answer in ms-swift's rows; `rejected_objects` are boxes for it that are not those of the row"""
 
-_ROW = ("id", "source", "system", "tools", "image", "images", "video", "videos", "start", "end", "objects", *TRUTH)
+SAMPLING = {
+    "start": ("start", "video_start"),
+    "end": ("end", "video_end"),
+    "fps": ("fps",),
+    "num_frames": ("num_frames", "nframes"),
+    "max_frames": ("max_frames",),
+}
+"""Setting of one video → its keys, in our spelling and in Qwen's"""
+
+_CUT = tuple(key for keys in SAMPLING.values() for key in keys)
+_ROW = ("id", "source", "system", "tools", "image", "images", "video", "videos", "objects", *TRUTH)
 READ: dict[str, frozenset[str]] = {
     level: frozenset(keys)
     for level, keys in {
-        "query": (*_ROW, "query", "response", "history", PREFIX, *THOUGHT, *REJECTED, *LOSS),
-        "conversations": (*_ROW, "conversations", *REJECTED, *LOSS),
-        "messages": (*_ROW, "messages", *REJECTED, *LOSS),
-        "question": (*_ROW, "question", "chosen", "rejected", *LOSS),
+        "query": (*_ROW, *_CUT, "query", "response", "history", PREFIX, *THOUGHT, *REJECTED, *LOSS),
+        "conversations": (*_ROW, *_CUT, "conversations", *REJECTED, *LOSS),
+        "messages": (*_ROW, *_CUT, "messages", *REJECTED, *LOSS),
+        "question": (*_ROW, *_CUT, "question", "chosen", "rejected", *LOSS),
         "conversations turn": ("from", "value", PREFIX, *THOUGHT, *LOSS),
         "messages turn": ("role", "content", PREFIX, *THOUGHT, *LOSS),
         "assistant's message": ("role", "content", "tool_calls", PREFIX, *THOUGHT, *LOSS),
         "tool turn": ("role", "content", "from", "value", "name", "tool_call_id", *LOSS),
         "text part": ("type", "text"),
         "image part": ("type", "image", "image_url", "url", "path"),
-        "video part": ("type", "video", "video_url", "url", "path", "start", "end"),
+        "video part": ("type", "video", "video_url", "url", "path", *_CUT),
         "image": ("bytes", "path", "url", "image"),
-        "video": ("bytes", "path", "url", "video", "start", "end"),
+        "video": ("bytes", "path", "url", "video", *_CUT),
         "object": ("caption", "bbox", "bbox_type", "image", "image_id"),
         "objects": ("ref", "bbox", "bbox_type", "image_id"),
         "row without video": (),
-        "row with video": (),
+        "row with video": _CUT,
     }.items()
 }
 
 _THOUGHT = "a row has several answers; write the thought beside its answer, in the turn, or remove the key"
 _TOOLS = "this spelling is not read; write tools as `tools` of the row, calls as `tool_calls` of the assistant's turn"
 _SOUND = "sound is not read; remove the key"
-_FRAMES = "frames are chosen for all videos by data.video, a part of a video by start and end; remove the key"
+_FRAMES = "of a video are read: start, end, fps, num_frames and max_frames; write it so, or remove the key"
 _NAMED_TWICE = "media of a turn are not read; name them in the row, or as parts of the content"
 _MASK = "write loss: 0 (not learnt) or 1 (learnt) beside the turn, and remove the key"
 _PART = "a part is not weighed by itself; write it beside the turn's role, or remove the key"
@@ -70,10 +80,7 @@ _THINKING = dict.fromkeys(THOUGHT, _THOUGHT)
 _CALLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS)
 _AUDIO = dict.fromkeys(("audio", "audios"), _SOUND)
 _SAMPLING = dict.fromkeys(
-    (
-        *("fps", "nframes", "num_frames", "max_frames", "min_frames", "video_fps", "sample_fps"),
-        *("video_start", "video_end", "start_time", "end_time", "start_frame", "end_frame"),
-    ),
+    (*("min_frames", "video_fps", "sample_fps", "start_time", "end_time", "start_frame", "end_frame"),),
     _FRAMES,
 )
 _MEDIA = dict.fromkeys(("image", "images", "video", "videos", "objects"), _NAMED_TWICE)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ivl.data.rows.keys import FOREIGN, Keys
+from ivl.data.rows.keys import FOREIGN, SAMPLING, Keys
 from ivl.types import Media, UserError
 from ivl.types import shortened as short
 
@@ -110,43 +112,79 @@ class RowReader:
         elif not isinstance(value, (list, tuple)):
             value = [value]
         media = [self.medium(kind, source, f"{name}[{n}]") for n, source in enumerate(value)]
-        if kind == "video" and any(row.get(key) is not None for key in ("start", "end")):
-            times = [_seconds(row.get(key), key, len(media)) for key in ("start", "end")]
-            media = [Media(kind, m.source, start, end) for m, start, end in zip(media, *times, strict=True)]
-        return media
+        if kind == "image":
+            return media
+        settings = _settings(row, "", len(media))
+        return [replace(medium, **of_row) if of_row else medium for medium, of_row in zip(media, settings, strict=True)]
 
     def medium(self, kind: Kind, source: Any, name: str) -> Media:
         """Read one image or video: a path, a URL, bytes, a picture, frames, or an object around one of them."""
-        start = end = None
+        settings: dict[str, Any] = {}
         if isinstance(source, dict):  # as Hugging Face datasets has it, and a video with its own times
             self.keys.look(kind, source, name)
             if kind == "video":
-                start, end = (_seconds(source.get(key), f"{name}.{key}", 1)[0] for key in ("start", "end"))
+                (settings,) = _settings(source, f"{name}.", 1)
             source = next((source[key] for key in ("bytes", "path", "url", kind) if source.get(key)), None)
         if kind == "video" and isinstance(source, (list, tuple)) and source:
             frames = [self.medium("image", frame, f"{name}[{n}]").source for n, frame in enumerate(source)]
-            return Media(kind, frames, start, end)
+            return Media(kind, frames, **settings)
         if nothing(source) or isinstance(source, (bool, int, float, dict, list, tuple)):
             raise UserError(f"{name}: expected a path, URL, data: URI, bytes or image, found {short(source)}")
         if isinstance(source, (str, os.PathLike)):
             source = self.resolved(text_of(os.fspath(source), name))
-        return Media(kind, source, start, end)
+        return Media(kind, source, **settings)
 
     def part_medium(self, kind: Kind, part: Row, source: Any, name: str) -> Media:
         """Medium that a part of a content names; a video's part may hold its times."""
         medium = self.medium(kind, source, name)
-        if kind == "image" or (part.get("start") is None and part.get("end") is None):
-            return medium
-        start, end = (_seconds(part.get(key), f"{name}.{key}", 1)[0] for key in ("start", "end"))
-        return Media(kind, medium.source, start, end)
+        return medium if kind == "image" else replace(medium, **_settings(part, f"{name}.", 1)[0])
 
 
-def _seconds(value: Any, name: str, count: int) -> list[float | None]:
-    """Time of each video, from one time for all or a list."""
-    values = value if isinstance(value, list) else [value] * count
-    if len(values) != count:
-        raise UserError(f"{name}: {len(values)} times but {count} videos")
-    for v in values:
-        if v is not None and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < 1e9):
-            raise UserError(f"{name}: expected seconds, found {short(v)}")
-    return [None if v is None else float(v) for v in values]
+def _settings(entry: Row, name: str, count: int) -> list[dict[str, Any]]:
+    """Settings of each of `count` videos, from the keys of an entry: one value for all, or a list.
+
+    Raises UserError that begins with the name of the key.
+    """
+    settings: list[dict[str, Any]] = [{} for _ in range(count)]
+    for setting, keys in SAMPLING.items():
+        present = [key for key in keys if entry.get(key) is not None]
+        if len(present) > 1:
+            raise UserError(f"{name}{present[0]} and {present[1]}: both are given; keep one")
+        for key in present:
+            values = entry[key] if isinstance(entry[key], list) else [entry[key]] * count
+            if len(values) != count:
+                raise UserError(f"{name}{key}: {len(values)} values but {count} videos")
+            for of_video, value in zip(settings, values, strict=True):
+                if value is not None:
+                    of_video[setting] = _EXPECTED[setting](value, f"{name}{key}")
+    if any("fps" in one and "num_frames" in one for one in settings):
+        raise UserError(f"{name}fps and num_frames: frames by their rate or by their number; keep one")
+    return settings
+
+
+def _seconds(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        raise UserError(f"{name}: expected seconds, found {short(value)}")
+    return float(value)
+
+
+def _rate(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e4:
+        raise UserError(f"{name}: expected frames per second above 0, found {short(value)}")
+    return float(value)
+
+
+def _frames(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 1e6 or value != int(value):
+        raise UserError(f"{name}: expected a number of frames, found {short(value)}")
+    return int(value)
+
+
+_EXPECTED: dict[str, Callable[[Any, str], Any]] = {
+    "start": _seconds,
+    "end": _seconds,
+    "fps": _rate,
+    "num_frames": _frames,
+    "max_frames": _frames,
+}
+"""Setting of a video → the check of its value"""

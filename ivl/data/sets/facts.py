@@ -22,7 +22,8 @@ def facts_of(conversation: Conversation) -> tuple[int, int, int, int, float]:
         digest.update(f"\0{message.role}\0{message.text}".encode())
     digest.update(conversation.tools.encode())
     for medium in conversation.media:
-        digest.update(f"\0{medium.start}\0{medium.end}\0".encode() + _source(medium.source))
+        cut = (medium.start, medium.end, medium.fps, medium.num_frames, medium.max_frames)
+        digest.update(f"\0{cut}\0".encode() + _source(medium.source))
     turns, media, groups = (min(count, 0xFFFF) for count in (answers, len(conversation.media), boxes))
     same = int.from_bytes(digest.digest(), "little")
     return turns, media, groups, same, conversation.weight

@@ -20,6 +20,7 @@ from typing import Literal
 
 from ivl.data.text.tokenizer import GROUNDING_TOKENS, IMAGE_TOKENS, Tokenizer
 from ivl.data.text.tokenizer import Span as Piece
+from ivl.options.media import frame_text
 from ivl.reasoning import BEGUN, CLOSING, OPENING
 from ivl.system_text import NONE
 from ivl.types import IGNORE, Conversation, Media, Message, UserError
@@ -143,15 +144,16 @@ def spans(
     tokens_per_tile: int,
     system_message: str | None = None,
     frame_prefix: str = "Frame{i}: ",
+    times: Sequence[Sequence[float]] = (),
 ) -> Iterator[Span]:
     """Spans of a conversation as a template writes it.
 
     `tiles`: for each medium the tiles of its image, or of each frame of its video. `system_message`: the checkpoint's,
-    used where the row has none; NONE: no system turn. A conversation that ends with an answer is written as the
-    reference's trainer does, a prompt as its chat does; they differ in blanks and empty answers (`Template.strip` and
-    `every_turn`).
+    used where the row has none; NONE: no system turn. `times`: for each medium the seconds of its frames, where
+    `frame_prefix` has them. A conversation that ends with an answer is written as the reference's trainer does, a
+    prompt as its chat does; they differ in blanks and empty answers (`Template.strip` and `every_turn`).
     """
-    counts = iter(tiles)
+    counts, seconds = iter(tiles), iter(times)
     system = conversation.system
     if system is None:
         system = template.system_message if system_message is None else system_message
@@ -170,7 +172,7 @@ def spans(
         parts = _stripped(message) if template.strip and training else message.parts
         if message.role == "user":
             yield "template", template.user, False
-            yield from _user_spans(parts, counts, tokens_per_tile, frame_prefix)
+            yield from _user_spans(parts, counts, tokens_per_tile, frame_prefix, seconds)
             yield "template", template.after_user, False
             continue
         yield "template", template.answer, False
@@ -206,16 +208,23 @@ def _with_thought(text: str, thought: str | None, rules: Thoughts, earlier: bool
 
 
 def _user_spans(
-    parts: Sequence[str | Media], counts: Iterator[Sequence[int]], tokens_per_tile: int, frame_prefix: str
+    parts: Sequence[str | Media],
+    counts: Iterator[Sequence[int]],
+    tokens_per_tile: int,
+    frame_prefix: str,
+    times: Iterator[Sequence[float]],
 ) -> Iterator[Span]:
     for n, part in enumerate(parts):
         if isinstance(part, str):
             yield "user", part, False
-        elif part.kind == "image":
+            continue
+        seconds = next(times, ())
+        if part.kind == "image":
             yield "image", sum(next(counts)) * tokens_per_tile, False
         else:
             for i, count in enumerate(next(counts), start=1):
-                yield "user", "\n" * (i > 1) + frame_prefix.format(i=i), False
+                text = frame_text(frame_prefix, i, seconds[i - 1] if seconds else 0.0)
+                yield "user", "\n" * (i > 1) + text, False
                 yield "image", count * tokens_per_tile, False
             following = parts[n + 1] if n + 1 < len(parts) else ""
             if not (isinstance(following, str) and following.startswith("\n")):
@@ -240,6 +249,7 @@ def encode(
     tokens_per_tile: int,
     system_message: str | None = None,
     frame_prefix: str = "Frame{i}: ",
+    times: Sequence[Sequence[float]] = (),
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels (IGNORE where not trained on), both of length T. Arguments as in `spans`.
 
@@ -251,7 +261,8 @@ def encode(
     read = {"template": everything, "user": user, "answer": everything - IMAGE_TOKENS}
     opening, context, closing = (tokenizer.token_id(t) for t in ("<img>", "<IMG_CONTEXT>", "</img>"))
     pieces: list[Piece] = []
-    for kind, content, trained in spans(conversation, tiles, template, tokens_per_tile, system_message, frame_prefix):
+    settings = (template, tokens_per_tile, system_message, frame_prefix, times)
+    for kind, content, trained in spans(conversation, tiles, *settings):
         if isinstance(content, str):
             pieces.append((content, read[kind], trained))
         else:
@@ -267,6 +278,7 @@ def written(
     tokens_per_tile: int,
     system_message: str | None = None,
     frame_prefix: str = "Frame{i}: ",
+    times: Sequence[Sequence[float]] = (),
 ) -> str:
     """Text that `encode` turns into ids, image tokens written out. Arguments as in `spans`.
 
@@ -276,6 +288,6 @@ def written(
         messages = (replace(message, parts=(message.text,)) for message in conversation.messages)
         conversation, tiles = replace(conversation, messages=tuple(messages)), ()
     out = ""
-    for _, content, _ in spans(conversation, tiles, template, tokens_per_tile, system_message, frame_prefix):
+    for _, content, _ in spans(conversation, tiles, template, tokens_per_tile, system_message, frame_prefix, times):
         out += content if isinstance(content, str) else "<img>" + "<IMG_CONTEXT>" * content + "</img>"
     return out
