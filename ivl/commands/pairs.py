@@ -73,7 +73,7 @@ def pairs(
             )
         file = max(k for k in range(len(files)) if first[k] <= index)
         row, place = files[file][index - first[file]], files[file].where(index - first[file])
-        conversation = _parsed(row, files[file].path.parent, place, line, where)
+        conversation = _parsed(row, files[file].folder, place, line, where)
         scored: dict[str, float] = {}
         for text in _texts(line, where, counts):
             values = score(conversation, text, [rule.metric])

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ivl.data.object_store import is_object
 from ivl.data.sets.dataset import open_file
 from ivl.lit.run.record import base_identity, versions
 from ivl.options import ReproduceOptions
@@ -92,8 +93,8 @@ def _rows(record: dict[str, Any]) -> list[list[str]]:
     for path, digest in record.get("data", {}).items():
         then = f"{plural(counts[path], 'row')}, {digest}" if path in counts else digest
         now = MISSING
-        if Path(path).is_file():
-            file = open_file(Path(path))
+        if is_object(path) or Path(path).is_file():
+            file = open_file(path)
             now = SAME if file.digest == digest else f"{plural(len(file), 'row')}, {file.digest}"
         rows.append([path, then, now])
     return rows

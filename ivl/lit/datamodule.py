@@ -197,7 +197,7 @@ class IvlData(LightningDataModule):
     def fingerprints(self) -> tuple[dict[str, str], dict[str, int]]:
         """Map each file of training and held-out rows to a digest of its contents, and to its number of rows."""
         parts = [part.rows for part in self._train[0].parts] if self._train else []
-        files = {str(file.path): file for rows in (*parts, *self._rows.values()) for file in rows.files}
+        files = {file.name: file for rows in (*parts, *self._rows.values()) for file in rows.files}
         return {path: file.digest for path, file in files.items()}, {path: len(file) for path, file in files.items()}
 
     # -- batches -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from ivl.data.media.download import fetch
+from ivl.data.object_store import fetch_object, is_object
 from ivl.options import FetchPolicy
 from ivl.storage.picture_file import open_regular
 from ivl.types import UserError
@@ -58,8 +59,8 @@ _MAGIC = (
 
 
 def is_url(source: str) -> bool:
-    """True for an http(s) URL, which must be fetched to be opened."""
-    return source[:8].lower().startswith(("http://", "https://"))
+    """True for an http(s) URL or an object in a store, which must be fetched to be opened."""
+    return source[:8].lower().startswith(("http://", "https://")) or is_object(source)
 
 
 def kind_of(head: bytes) -> str | None:
@@ -117,8 +118,12 @@ def open_source(source: Any, policy: FetchPolicy, check: Callable[[BinaryIO], No
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", text)
     if scheme and scheme[1].lower() in ("http", "https"):
         return open(fetch(text, policy, lambda path: _checked(path, check)), "rb")
+    if is_object(text):
+        return open(fetch_object(text, policy, lambda path: _checked(path, check)), "rb")
     if scheme:
-        raise UserError(f"{where}: {scheme[1]}:// is not opened; expected a local path, http(s):// or data:")
+        raise UserError(
+            f"{where}: {scheme[1]}:// is not opened; expected a local path, http(s)://, data:, s3://, gs:// or oss://"
+        )
     return open_regular(text, where)
 
 

@@ -46,6 +46,8 @@ class RowFile:
 
     def __init__(self, path: str | Path, cache_dir: str | Path | None = None, limits: FileLimits | None = None) -> None:
         self.path = Path(path)
+        self.name, self.folder = str(path), str(self.path.parent)
+        """Name for messages, and folder of relative media; of an object in a store, addresses"""
         self.limits = limits or FileLimits()
         try:
             self._plain = _decompressed(self.path, Path(cache_dir or default_cache()), self.limits.max_expansion)
@@ -67,7 +69,7 @@ class RowFile:
 
     def where(self, i: int) -> str:
         """`file:line` of row `i`, for messages."""
-        return f"{printable(str(self.path), ' ')}:{self._line(i)}"
+        return f"{printable(self.name, ' ')}:{self._line(i)}"
 
     def raw(self, i: int) -> bytes:
         """Bytes of row `i` in the file. Raises UserError with `file:line` where it is longer than the limit."""

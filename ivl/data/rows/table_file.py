@@ -40,6 +40,8 @@ class TableFile:
 
     def __init__(self, path: str | Path, cache_dir: str | Path | None = None, limits: FileLimits | None = None) -> None:
         self.path = Path(path)
+        self.name, self.folder = str(path), str(self.path.parent)
+        """Name for messages, and folder of relative media; of an object in a store, addresses"""
         self.limits = limits or FileLimits()
         import_pyarrow(str(path))
         cache = Path(cache_dir or default_cache())
@@ -70,7 +72,7 @@ class TableFile:
 
     def where(self, i: int) -> str:
         """`file:row` of row `i`, counted from 1, for messages."""
-        return f"{printable(str(self.path), ' ')}:{i + 1}"
+        return f"{printable(self.name, ' ')}:{i + 1}"
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Row `i`. Raises UserError with `file:row` where it is longer than the limit."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ivl.data.object_store import fetch_rows, is_object, parent_of
 from ivl.data.processor import Processor
 from ivl.data.rows.row_file import RowFile
 from ivl.data.rows.table_file import SUFFIXES, TableFile
@@ -63,7 +64,7 @@ class RowDataset(Dataset[Example]):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise UserError("rows: no files; expected one or more (jsonl or json)")
-        self.files = [open_file(Path(path), cache_dir, limits) for path in paths]
+        self.files = [open_file(path, cache_dir, limits) for path in paths]
         self.columns = columns or {}
         for table in self.files:
             if isinstance(table, TableFile):
@@ -150,7 +151,7 @@ class RowDataset(Dataset[Example]):
     def conversation(self, i: int) -> Conversation:
         """Row as a Conversation. Raises UserError with `file:line`."""
         file, at = self._at(i)
-        root = file.path.parent if self.root is None else self.root
+        root = file.folder if self.root is None else self.root
         conversation = self.processor.parse(self.row(i), file.where(at), root)
         if self.source and not conversation.source:
             conversation = replace(conversation, source=self.source)
@@ -196,8 +197,25 @@ class RowDataset(Dataset[Example]):
         return _gather(self, keys)
 
 
-def open_file(path: Path, cache_dir: str | Path | None = None, limits: FileLimits | None = None) -> RowFile | TableFile:
-    """Open a file of rows by its suffix. Raises UserError where it is none."""
+def open_file(
+    place: str | Path, cache_dir: str | Path | None = None, limits: FileLimits | None = None
+) -> RowFile | TableFile:
+    """Open a file of rows by its suffix; of an object in a store its local copy, named by its address.
+
+    Raises UserError where it is none.
+    """
+    if not isinstance(place, str) or not is_object(place):
+        return _open_local(Path(place), cache_dir, limits)
+    copy = fetch_rows(place, cache_dir)
+    try:
+        file = _open_local(copy, cache_dir, limits)
+    except UserError as error:
+        raise UserError(str(error).replace(str(copy), place)) from None
+    file.name, file.folder = place, parent_of(place)
+    return file
+
+
+def _open_local(path: Path, cache_dir: str | Path | None, limits: FileLimits | None) -> RowFile | TableFile:
     if ".tar" in path.suffixes:
         raise UserError(
             f"{path}: a tar file has no random access, which shuffling, packing and exact resume need; unpack it "
@@ -209,7 +227,7 @@ def open_file(path: Path, cache_dir: str | Path | None = None, limits: FileLimit
 def _check_columns(table: TableFile, columns: dict[str, str]) -> None:
     for key, name in columns.items():
         if name not in table.columns and key not in table.columns:
-            raise UserError(f"{table.path}: columns: no column {name!r}; it has {', '.join(table.columns)}")
+            raise UserError(f"{table.name}: columns: no column {name!r}; it has {', '.join(table.columns)}")
 
 
 def _renamed(row: Any, columns: dict[str, str], where: str) -> Any:

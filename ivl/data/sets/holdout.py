@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ivl.data.object_store import absolute
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset, digests
 from ivl.options import FileLimits
@@ -41,8 +42,8 @@ def remembered(folder: str | Path) -> Path | None:
 def save_split(path: str | Path, held: RowDataset, seed: int = 0) -> None:
     """Write the held-out rows of `ivl.data.sets.dataset.split`: their files, and a digest of each row's text."""
     record = {
-        "files": [str(file.path.absolute()) for file in held.files],
-        "root": None if held.root is None else str(Path(held.root).absolute()),
+        "files": [absolute(file.name) for file in held.files],
+        "root": None if held.root is None else absolute(held.root),
         "source": held.source,
         "max_tiles": held.max_tiles,
         "columns": held.columns,
@@ -80,7 +81,7 @@ def load_split(path: str | Path, rows: RowDataset) -> tuple[RowDataset, RowDatas
             left[digest] -= 1
             held[number] = True
     if missing := sum(left.values()):
-        names = ", ".join(str(file.path) for file in rows.files)
+        names = ", ".join(file.name for file in rows.files)
         raise UserError(
             f"{path}: {missing} of its {len(record['rows'])} held-out rows are not in {names}; they changed since. "
             f"Give the rows to be answered as a file"

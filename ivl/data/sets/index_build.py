@@ -27,6 +27,7 @@ import ivl
 from ivl.data.cache import default_cache
 from ivl.data.media.source import is_url
 from ivl.data.media.tiling import plain_pictures
+from ivl.data.object_store import absolute
 from ivl.data.process_group import ProcessGroup, folder_name
 from ivl.data.processor import TooLong
 from ivl.data.sets import facts, index_file
@@ -40,7 +41,7 @@ from ivl.data.worker_loader import WorkerLoader
 from ivl.data.workers import cores
 from ivl.types import UserError
 
-_FORMAT = 7
+_FORMAT = 8
 _CHUNK = 256
 _BLOCK = 64 * _CHUNK
 """Rows of a block: the share of work that a process takes, and that a build that was ended does not repeat"""
@@ -93,8 +94,8 @@ def build_index(
 
 
 def _key(part: RowDataset, settings: str, probe_urls: bool) -> str:
-    digest, root = part.files[0].digest, part.root or part.files[0].path.parent
-    parts = [_FORMAT, ivl.__version__, digest, settings, str(Path(root).absolute()), part.as_prompt, part.max_tiles]
+    digest, root = part.files[0].digest, part.root or part.files[0].folder
+    parts = [_FORMAT, ivl.__version__, digest, settings, absolute(root), part.as_prompt, part.max_tiles]
     parts += [sorted(part.columns.items())] if part.columns else []
     return _digest(json.dumps([*parts, probe_urls]).encode())
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ivl.data.object_store import is_object
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import MixtureSource, RowDataset
 from ivl.types import UserError
@@ -38,7 +39,7 @@ def read_meta(path: str | Path, processor: Processor, **options: Any) -> list[Mi
 _META = ("root", "annotation", "repeat_time", "max_dynamic_patch", "length", "data_augment")
 
 
-def _meta_source(entry: dict[str, Any], folder: Path, where: str) -> tuple[list[Path], dict[str, Any], float]:
+def _meta_source(entry: dict[str, Any], folder: Path, where: str) -> tuple[list[str | Path], dict[str, Any], float]:
     """Files, options of `RowDataset`, and repeats of one source of a meta file."""
     if unknown := sorted(entry.keys() - set(_META)):
         raise UserError(f"{where}: {unknown[0]} is not read; expected {', '.join(_META)}; remove it")
@@ -70,6 +71,8 @@ def _meta_source(entry: dict[str, Any], folder: Path, where: str) -> tuple[list[
     )
 
 
-def _existing(path: str, *folders: Path) -> Path:
+def _existing(path: str, *folders: Path) -> str | Path:
     """Path below the first of the folders that has it; relative to the working directory where none has."""
+    if is_object(path):
+        return path
     return next((folder / path for folder in folders if (folder / path).exists()), Path(path))

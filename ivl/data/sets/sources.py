@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ivl.data.object_store import is_object, object_files
 from ivl.data.processor import Processor
 from ivl.data.sets import hub_datasets as named
 from ivl.data.sets.dataset import MixtureSource, RowDataset, permutation
@@ -71,8 +72,9 @@ def _parts(
     return [MixtureSource(rows, source.name or Path(source.path).name, source.repeat, source.ratio)]
 
 
-def row_files(values: str | Path | Sequence[str | Path], cache_dir: str | Path | None = None) -> list[Path]:
-    """Files of rows that names stand for: a file, a folder or pattern of files, or a data set known by name.
+def row_files(values: str | Path | Sequence[str | Path], cache_dir: str | Path | None = None) -> list[str | Path]:
+    """Files of rows that names stand for: a file, a folder or pattern of files, a data set known by name, or objects in
+    a store.
 
     Raises UserError where a name stands for none.
     """
@@ -80,7 +82,9 @@ def row_files(values: str | Path | Sequence[str | Path], cache_dir: str | Path |
     return [file for value in values for file in _files(str(value), Path(value).expanduser(), cache_dir)]
 
 
-def _files(name: str, path: Path, cache_dir: str | Path | None) -> list[Path]:
+def _files(name: str, path: Path, cache_dir: str | Path | None) -> Sequence[str | Path]:
+    if is_object(name):
+        return object_files(name, _ROWS)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _ROWS.search(file.name))
         if not files:

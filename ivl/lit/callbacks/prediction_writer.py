@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
+from ivl.data.object_store import absolute
 from ivl.data.sets.index_build import fingerprint
 from ivl.lit.prediction.prediction_rows import Row
 from ivl.lit.run.signals import STOP, Stopped
@@ -253,7 +254,7 @@ class PredictionWriter(Callback):
         weights += [f"{module.adapter}/{name}" for name in _ADAPTER if module.adapter]
         weights += sorted(Path(module.pretrained).glob("*.safetensors"))  # none where it is a model's name
         return {
-            "rows": [[str(file.path.absolute()), file.digest] for file in rows.files],
+            "rows": [[absolute(file.name), file.digest] for file in rows.files],
             "chosen": None if len(rows.numbers) == sum(map(len, rows.files)) else rows.numbers.tolist(),
             "media_root": rows.root and str(rows.root),
             "processor": fingerprint(rows.processor),
