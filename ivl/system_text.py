@@ -1,9 +1,11 @@
-"""System texts by name: `none` for no system turn, `r1` for the thinking prompt of InternVL3.5.
+"""System texts by name: `none` or `false` for no system turn, `r1` for the thinking prompt of InternVL3.5.
 
 A name stands for its text wherever a system text is written: in a row, in an option, in the chat.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 NONE = "none"
 """No system turn at all; an empty text is a turn without words."""
@@ -21,10 +23,12 @@ Ensure that the thinking process is thorough but remains focused on the query. T
 and not reference the thinking section."""
 """R1_SYSTEM_PROMPT of OpenGVLab/InternVL, internvl_chat_gpt_oss, without blanks at its ends."""
 
-NAMED: dict[str, str] = {"none": NONE, "r1": R1}
+NAMED: dict[str, str] = {"none": NONE, "false": NONE, "r1": R1}
 """Name → text."""
 
 
-def system_text(value: str | None) -> str | None:
-    """Return the text that a name stands for; any other text, and None, as it is."""
+def system_text(value: str | Literal[False] | None) -> str | None:
+    """Return the text that a name stands for; any other text, and None, as it is. False: no system turn."""
+    if value is False:
+        return NONE
     return value if value is None else NAMED.get(value, value)

@@ -98,6 +98,7 @@ NAMES: dict[str, str] = {
     "preprocessing_num_workers": "--data.num_workers",
     "dataset_num_proc": "--data.num_workers",
     "data_seed": "--data.seed",
+    "streaming": "not needed: files of any size are read where they lie, and are",
     "load_dataset_config": "--data.split run-validation",
     "load_data_args": "--data.split run-validation",
     # batches and optimizer

@@ -27,7 +27,7 @@ from ivl.data.sets.holdout import open_split, remember
 from ivl.data.sets.index import Index, answers_needed, concat, drop_unusable, write_report
 from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.sets.sections import SECTION, RowCosts
-from ivl.data.sets.sources import open_sources, row_files
+from ivl.data.sets.sources import open_rows, open_sources
 from ivl.lit.callbacks.row_report import index_rows, report_changed, report_left_out, report_unread
 from ivl.lit.loaders import (
     Pace,
@@ -120,7 +120,7 @@ class IvlData(LightningDataModule):
             if not files:
                 raise UserError(f"--data.{name}: not given; expected one or more files of rows (jsonl or json)")
             places: dict[str, Any] = {"root": options.media_root, "seed": options.seed, "limits": options.file_limits}
-            self._rows[name] = RowDataset(row_files(files), processor, columns=options.columns, **places)
+            self._rows[name] = open_rows(files, processor, columns=options.columns, **places)
         return self._rows[name]
 
     def rows_of(self, stage: str) -> list[RowDataset]:

@@ -116,9 +116,9 @@ class ProcessorOptions:
     """Turn pictures upright as their EXIF block says; false: as stored, like the reference."""
     compact_boxes: bool = False
     """Write boxes as `<box>[[...]]</box>`, not as `<box> [[...]] </box>`."""
-    system_message: str | None = None
-    """For rows without one, instead of the checkpoint's: a text, `none` for no system turn, or `r1` for the thinking
-    prompt of InternVL3.5."""
+    system_message: str | Literal[False] | None = None
+    """For rows without one, instead of the checkpoint's: a text, `none` (or false) for no system turn, or `r1` for the
+    thinking prompt of InternVL3.5. Unset, or null: the checkpoint's."""
     thinking: bool | None = None
     """true begins each answer to a prompt with a thought, false with an empty one. Default: as the checkpoint says."""
 

@@ -432,6 +432,8 @@ def test_system_messages(make):
 
     assert system().startswith("你是由上海人工智能实验室")
     assert system(system_message="S") == "S"
+    nothing = [make(system_message=name)({"query": "Q"}).input_ids.tolist() for name in ("none", "false", False)]
+    assert nothing[0] == nothing[1] == nothing[2] and len(nothing[0]) < len(make()({"query": "Q"}).input_ids)
     assert system(system_message="") == ""
     assert system(row="R", system_message="S") == "R"
     assert system(row="") == ""

@@ -218,8 +218,10 @@ def open_file(
 def _open_local(path: Path, cache_dir: str | Path | None, limits: FileLimits | None) -> RowFile | TableFile:
     if ".tar" in path.suffixes:
         raise UserError(
-            f"{path}: a tar file has no random access, which shuffling, packing and exact resume need; unpack it "
-            f"(tar -xf {path.name}) and give its rows as jsonl or parquet"
+            f"{path}: a tar file (webdataset) has no random access, which shuffling, packing and exact resume need; "
+            f'convert it once: pip install datasets; python -c "from datasets import load_dataset; load_dataset('
+            f"'webdataset', data_files='{path}', split='train').to_parquet('{path.stem}.parquet')\"; then give that, "
+            "with its columns, such as {images: jpg, response: txt}"
         )
     return TableFile(path, cache_dir, limits) if path.suffix in SUFFIXES else RowFile(path, cache_dir, limits)
 

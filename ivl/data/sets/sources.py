@@ -50,11 +50,16 @@ def open_sources(
 def _parts(
     source: Source, processor: Processor, root: str | Path | None, options: dict[str, Any]
 ) -> list[MixtureSource]:
-    path = Path(source.path).expanduser()
-    counted = None if path.exists() else _COUNT.fullmatch(source.path)
-    if counted:
-        parts = _parts(replace(source, path=counted[1]), processor, root, options)
-        return [_sampled(part, int(counted[2]), source.path) for part in parts]
+    place, count = _counted(source.path)
+    path = Path(place).expanduser()
+    if count is not None:
+        if is_meta(path):
+            raise UserError(
+                f"{source.path}: a meta file says by repeat_time how much of its sources is seen; leave # out"
+            )
+        (part,) = _parts(replace(source, path=place), processor, root, options)
+        numbers = _sample(len(part.rows), count, part.rows.seed, part.name, source.path)
+        return [replace(part, rows=part.rows.select(numbers))]
     options = options | {"source": source.name, "root": source.media_root or root, "max_tiles": source.max_tiles}
     options["loss_weight"] = source.loss_weight
     if source.columns:
@@ -70,6 +75,32 @@ def _parts(
         options["root"] = None  # its pictures lie beside its rows
     rows = RowDataset(files, processor, **options)
     return [MixtureSource(rows, source.name or Path(source.path).name, source.repeat, source.ratio)]
+
+
+def open_rows(values: str | Path | Sequence[str | Path], processor: Processor, **options: Any) -> RowDataset:
+    """Open the rows of an option that is no mixture, in order; `#N` after a name takes N of its rows.
+
+    `options` go to `RowDataset`. Raises UserError naming the file.
+    """
+    names = [str(value) for value in ([values] if isinstance(values, (str, Path)) else values)]
+    counted = [_counted(name) for name in names]
+    files = [row_files(place, options.get("cache_dir")) for place, _ in counted]
+    rows = RowDataset([file for group in files for file in group], processor, **options)
+    if all(count is None for _, count in counted):
+        return rows
+    numbers, first, opened = [], 0, iter(rows.files)
+    for name, (place, count), group in zip(names, counted, files, strict=True):
+        total = sum(len(next(opened)) for _ in group)
+        chosen = np.arange(total) if count is None else _sample(total, count, rows.seed, Path(place).name, name)
+        numbers.append(first + chosen)
+        first += total
+    return rows.select(np.concatenate(numbers))
+
+
+def _counted(name: str) -> tuple[str, int | None]:
+    """Name without `#N`, and N; a file may have such a name itself."""
+    match = None if Path(name).expanduser().exists() else _COUNT.fullmatch(name)
+    return (match[1], int(match[2])) if match else (name, None)
 
 
 def row_files(values: str | Path | Sequence[str | Path], cache_dir: str | Path | None = None) -> list[str | Path]:
@@ -109,11 +140,13 @@ def _files(name: str, path: Path, cache_dir: str | Path | None) -> Sequence[str 
     return [path]
 
 
-def _sampled(part: MixtureSource, count: int, file: str) -> MixtureSource:
-    if not 0 < count <= len(part.rows):
-        raise UserError(f"{file}: asked for {count} rows of {len(part.rows)}; expected 1 to {len(part.rows)}")
-    numbers = sorted(permutation(len(part.rows), part.rows.seed, "sample", part.name)[:count])
-    return replace(part, rows=part.rows.select(np.array(numbers)))
+def _sample(total: int, count: int, seed: int, name: str, file: str) -> np.ndarray:
+    """Numbers of `count` rows of `total`, in order; the same for the same seed. Raises UserError naming `file`."""
+    if not 0 < count <= total:
+        raise UserError(
+            f"{file}: asked for {count} rows of {total}; expected 1 to {total} (repeat of a source sees rows again)"
+        )
+    return np.sort(permutation(total, seed, "sample", name)[:count])
 
 
 def is_meta(path: Path) -> bool:

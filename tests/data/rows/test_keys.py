@@ -121,7 +121,10 @@ def test_a_thought_apart_from_its_answer(row):
     assert last.reasoning is not None and last.reasoning.startswith("because") and "object>" not in last.reasoning
 
 
-@pytest.mark.parametrize(("system", "text"), [(False, NONE), ("none", NONE), ("r1", R1), ("", ""), ("None", "None")])
+SYSTEMS = [(False, NONE), ("none", NONE), ("false", NONE), ("r1", R1), ("", ""), ("None", "None")]
+
+
+@pytest.mark.parametrize(("system", "text"), SYSTEMS)
 def test_the_system_turn_of_a_row(system, text):
     assert parse(query(system=system)).system == text
     if isinstance(system, str):

@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 import ivl.hub
 from ivl.data.sets.dataset import Mixture
-from ivl.data.sets.sources import is_meta, open_sources
+from ivl.data.sets.sources import is_meta, open_rows, open_sources
 from ivl.hub.dataset_files import dataset_files, files_of
 from ivl.options import Source
 from ivl.types import UserError
@@ -63,6 +63,30 @@ def test_some_rows_of_a_file(tmp_path):
         open_sources([], Stub())
 
 
+def test_some_rows_of_several_names_in_order(tmp_path):
+    a, b = write(tmp_path / "d", "a.jsonl", 50), write(tmp_path, "b.jsonl", 5)
+    rows = open_rows([f"{a}#3", str(b), f"{tmp_path}/d/*.jsonl#2"], Stub())
+    texts = [query(rows, n) for n in range(len(rows))]
+    assert len(texts) == 10 and texts[3:8] == [f"b.jsonl {n}" for n in range(5)]
+    (trained,) = open_sources(f"{a}#3", Stub())
+    assert texts[:3] == [query(trained.rows, n) for n in range(3)]  # as in training and in `check`
+    assert len(open_rows(str(tmp_path / "d") + "#4", Stub())) == 4 and len(open_rows(a, Stub())) == 50
+    with pytest.raises(UserError, match=r"b\.jsonl#6: asked for 6 rows of 5"):
+        open_rows([str(a), f"{b}#6"], Stub())
+    odd = tmp_path / "b.jsonl#2"
+    odd.write_bytes(a.read_bytes())
+    assert len(open_rows(str(odd), Stub())) == 50  # a name with a # of its own
+
+
+def test_some_rows_of_a_table_and_of_a_meta_file(tmp_path):
+    (tmp_path / "a.csv").write_text("query,response\n" + "q,r\n" * 9)
+    assert len(open_rows(f"{tmp_path / 'a.csv'}#4", Stub())) == 4
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"a": {"annotation": str(tmp_path / "a.csv")}}))
+    with pytest.raises(UserError, match=r"meta\.json#2: a meta file says by repeat_time how much of its sources"):
+        open_sources(f"{meta}#2", Stub())
+
+
 def test_a_folder_and_a_pattern_stand_for_their_files(tmp_path):
     write(tmp_path / "data", "b.jsonl", 2)
     write(tmp_path / "data" / "deep", "a.jsonl", 3)
@@ -77,7 +101,7 @@ def test_a_folder_and_a_pattern_stand_for_their_files(tmp_path):
     with pytest.raises(UserError, match="a folder without rows; expected files named"):
         open_sources(str(tmp_path / "none"), Stub())
     (tmp_path / "shard.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"shard\.tar: a tar file has no random access.*tar -xf shard\.tar"):
+    with pytest.raises(UserError, match=r"shard\.tar: a tar file \(webdataset\).*to_parquet\('shard\.parquet'\)\""):
         open_sources(str(tmp_path / "shard.tar"), Stub())
 
 
