@@ -53,7 +53,7 @@ class TableFile:
             reader = self._open()
             self.columns: list[str] = reader.schema.names
             # (batches + 1,) number of the first row of each batch, and of all rows
-            self._first = np.cumsum([0] + [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)])
+            self._first = _first_rows(reader, self._arrow)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; expected rows as {', '.join(SUFFIXES)} or jsonl") from None
         except OSError as error:
@@ -96,6 +96,25 @@ class TableFile:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reader": None}
+
+
+def _first_rows(reader: pa.ipc.RecordBatchFileReader, arrow: Path) -> np.ndarray:
+    """Number of the first row of each batch, and of all rows: (batches + 1,) int64.
+
+    Kept in a file beside the table: a million rows have 16,000 batches, spread over all of a table of pictures.
+    """
+    note = arrow.with_suffix(".npy")
+    try:
+        first = np.load(note, allow_pickle=False)
+        if first.shape == (reader.num_record_batches + 1,) and first.dtype == np.int64:
+            return first
+    except (OSError, ValueError, EOFError):
+        pass
+    counts = [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)]
+    first = np.cumsum([0, *counts], dtype=np.int64)
+    with optional(note), atomic_file(note) as out:
+        np.save(out, first)
+    return first
 
 
 def _without_nulls(value: Any) -> Any:

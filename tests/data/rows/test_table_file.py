@@ -57,6 +57,21 @@ def test_any_row_of_any_row_group(tmp_path):
     assert other[200] == file[200] and other.digest == file.digest
 
 
+def test_the_rows_of_batches_are_read_once(tmp_path, monkeypatch):
+    rows = [{"query": f"q{n}"} for n in range(200)]
+    path, cache = parquet(tmp_path / "a.parquet", rows, group=70), tmp_path / "cache"
+    first = TableFile(path, cache)
+    (note,) = (cache / "tables").glob("*.npy")
+    counted = np.load(note).tolist()
+    assert counted[0] == 0 and counted[-1] == 200 and counted == sorted(set(counted))
+    with monkeypatch.context() as patch:
+        patch.setattr("ivl.data.rows.table_file.np.cumsum", lambda *_, **__: pytest.fail("counted again"))
+        again = TableFile(path, cache)
+    assert [again[n] for n in (0, 69, 70, 199)] == [first[n] for n in (0, 69, 70, 199)]
+    note.write_bytes(b"damaged")
+    assert len(TableFile(path, cache)) == 200 and np.load(note).tolist() == counted
+
+
 def test_a_cell_without_a_value_is_no_key(tmp_path):
     rows = [
         {"query": "q", "response": None, "images": [{"bytes": png("red"), "path": None}]},
