@@ -98,7 +98,6 @@ NAMES: dict[str, str] = {
     "preprocessing_num_workers": "--data.num_workers",
     "dataset_num_proc": "--data.num_workers",
     "data_seed": "--data.seed",
-    "streaming": "not needed: files of any size are read where they lie, and are",
     "load_dataset_config": "--data.split run-validation",
     "load_data_args": "--data.split run-validation",
     # batches and optimizer
@@ -160,4 +159,6 @@ def equivalent(name: str) -> str | None:
     name = name.replace("-", "_")
     if name in CHECKPOINT_FACTS:
         return "not needed here: it is read from the checkpoint"
+    if name == "streaming":
+        return "not needed here: files of any size are read where they lie (tar files are converted once)"
     return f"{NAMES[name]} here" if name in NAMES else None

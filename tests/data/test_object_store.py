@@ -132,7 +132,7 @@ def test_a_table(store, processor, tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a")
     store.pipe("/b/a.parquet", (tmp_path / "a").read_bytes())
     rows = RowDataset("memory://b/a.parquet", processor)
-    assert rows[0].num_tiles == 1 and rows.where(0) == "memory://b/a.parquet:1"
+    assert rows[0].num_tiles > 0 and rows.where(0) == "memory://b/a.parquet:1"
 
 
 def test_held_out_rows_are_found_again(store, processor, tmp_path):
@@ -167,7 +167,7 @@ def test_bytes_and_pixels_are_bounded(store):
     store.pipe("/b/1.png", png())
     with pytest.raises(UserError, match=r"above the limit of 10 \(max_bytes\)"):
         fetch_object("memory://b/1.png", FetchPolicy(max_bytes=10))
-    with pytest.raises(UserError, match="1200 pixels"):
+    with pytest.raises(UserError, match="max_pixels"):
         load_image("memory://b/1.png", policy=MediaPolicy(max_pixels=100))
     store.pipe("/b/2.png", b"no picture at all")
     with pytest.raises(UserError, match=r"memory://b/2\.png: expected an image"):

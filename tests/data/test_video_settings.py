@@ -45,8 +45,8 @@ def frames(processor, folder, **row):
         ({"nframes": 5.0}, 5),
         ({"fps": 10, "max_frames": 4}, 4),
         ({"max_frames": 3}, 3),
-        ({"fps": 10, "start": 1, "end": 2}, 11),
-        ({"fps": 10, "video_start": 1, "video_end": 2}, 11),
+        ({"fps": 4, "start": 1, "end": 1.9}, 4),
+        ({"fps": 4, "video_start": 1, "video_end": 1.9}, 4),
     ],
 )
 def test_a_video_says_its_own_frames(folder, settings, count):
@@ -109,7 +109,7 @@ def text_of(processor, row, folder):
 def test_times_of_frames_are_those_of_the_video(folder):
     processor = make(folder, video=TIMES)
     row = {"query": "Q", "videos": ["a.mp4"]}
-    expected = "Frame1 (0.4s): <img></img>\nFrame2 (1.4s): <img></img>\nFrame3 (2.4s): <img></img>\nQ"
+    expected = "Frame1 (0.4s): <img></img>\nFrame2 (1.4s): <img></img>\nFrame3 (2.3s): <img></img>\nQ"
     assert expected in text_of(processor, row, folder)
     assert expected in text_of(processor, row | {"response": "R"}, folder)  # training as prediction
     cut = {"query": "Q", "videos": [{"path": "a.mp4", "start": 1, "fps": 1}]}
@@ -135,7 +135,7 @@ def test_times_survive_dropped_turns(folder):
     processor = make(folder, video=TIMES, max_length=120)
     example = processor(row, root=folder)
     assert any(note.startswith("dropped") for note in example.notes)
-    assert "Frame3 (2.4s): " in processor.tokenizer.decode(example.input_ids)
+    assert "Frame3 (2.3s): " in processor.tokenizer.decode(example.input_ids)
 
 
 def test_a_prefix_that_cannot_be_written_is_refused():

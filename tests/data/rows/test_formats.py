@@ -307,7 +307,7 @@ def test_pixels_of_boxes_are_those_of_the_image(tmp_path):
         ({"query": "Q", "response": "R", "images": "a.jpg,,b.jpg"}, r"images\[1\]: expected a path"),
         ({"query": "Q", "response": "R", "images": ["a"], "image": "a"}, "image and images: both are given"),
         ({"query": "Q", "response": "R", "videos": ["a"], "start": "1"}, "start: expected seconds"),
-        ({"query": "Q", "response": "R", "videos": ["a"], "start": [1, 2]}, "start: 2 times but 1 videos"),
+        ({"query": "Q", "response": "R", "videos": ["a"], "start": [1, 2]}, "start: 2 values but 1 videos"),
         ({"query": "<bbox>", "response": "R"}, "1 <bbox> mark but 0 objects"),
         ({"query": "<bbox>", "response": "R", "objects": [{"bbox": [1, 2, 3, 4]}]}, "image index is 0, the row has 0"),
         ({"conversations": []}, "conversations: expected a list of turns"),
