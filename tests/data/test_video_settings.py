@@ -132,7 +132,7 @@ def test_without_times_the_prompt_is_the_releases(folder):
 def test_times_survive_dropped_turns(folder):
     history = [["word " * 40, "a"]]
     row = {"query": "<video>Q", "response": "R", "history": history, "videos": ["a.mp4"]}
-    processor = make(folder, video=TIMES, max_length=120)
+    processor = make(folder, video=TIMES, max_length=300)
     example = processor(row, root=folder)
     assert any(note.startswith("dropped") for note in example.notes)
     assert "Frame3 (2.3s): " in processor.tokenizer.decode(example.input_ids)
