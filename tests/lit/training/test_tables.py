@@ -31,6 +31,8 @@ def base(tmp_path_factory) -> Path:
         names = row.pop("images", [])
         row["images"] = [{"bytes": (folder / "data" / name).read_bytes(), "path": name} for name in names]
         row["objects"] = json.dumps(row["objects"]) if "objects" in row else None  # as ms-swift writes them
+    columns = {key for row in rows for key in row}  # a table takes its columns from its first row
+    rows = [{key: row.get(key) for key in sorted(columns)} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows), folder / "data/train.parquet", row_group_size=5)
     return folder
 
