@@ -8,7 +8,7 @@ import os
 from ivl.data.rows.grounding import parse_boxes
 from ivl.types import Conversation
 
-FIELDS = [("turns", "<u2"), ("media", "<u2"), ("boxes", "<u2"), ("same", "<u8"), ("weight", "<f4")]
+FIELDS = [("turns", "<u2"), ("media", "<u2"), ("boxes", "<u2"), ("same", "<u8"), ("weight", "<f2")]
 """Answers, images and videos, boxes in all texts (at most 65535 of each); `same` is equal for rows of equal text and
 media; `weight`: of the row in the loss, without its source's"""
 
@@ -26,7 +26,7 @@ def facts_of(conversation: Conversation) -> tuple[int, int, int, int, float]:
         digest.update(f"\0{cut}\0".encode() + _source(medium.source))
     turns, media, groups = (min(count, 0xFFFF) for count in (answers, len(conversation.media), boxes))
     same = int.from_bytes(digest.digest(), "little")
-    return turns, media, groups, same, conversation.weight
+    return turns, media, groups, same, min(conversation.weight, 65504.0)
 
 
 def _source(source: object) -> bytes:
