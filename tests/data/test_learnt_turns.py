@@ -6,7 +6,7 @@ import pytest
 
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import build_index
+from ivl.data.sets.index_build import build_index
 from ivl.types import IGNORE, UserError
 from tests.tiny import write_checkpoint
 

@@ -16,7 +16,7 @@ from ivl.data.object_store import fetch_object, fetch_rows, is_object
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.holdout import open_split, save_split
-from ivl.data.sets.index import build_index
+from ivl.data.sets.index_build import build_index
 from ivl.data.sets.sources import open_sources, row_files
 from ivl.options import FetchPolicy, MediaPolicy
 from ivl.types import UserError

@@ -9,7 +9,7 @@ import torch
 
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, RowDataset
-from ivl.data.sets.index import build_index
+from ivl.data.sets.index_build import build_index
 from ivl.data.sets.samplers import PackedBatches
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import fit, losses
