@@ -89,7 +89,7 @@ def pairs(
             yield _pair(row, conversation, right, wrong, folder)
 
 
-def _parsed(row: Any, root: Path, place: str, line: Row, where: str) -> Conversation:
+def _parsed(row: Any, root: str, place: str, line: Row, where: str) -> Conversation:
     """Prompt of a row with its reference. Raises UserError where there is none, or another one than was asked of."""
     conversation = parse(row, place, root).as_prompt()
     if conversation.reference is None:
