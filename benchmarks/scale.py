@@ -123,6 +123,7 @@ def build(folder: Path, count: int) -> None:
 
 
 def start(folder: Path, count: int) -> None:
+    multiprocessing.set_start_method(None, force=True)  # as in a program that was not spawned
     before, began = anonymous(), time.perf_counter()
     rows = open_rows(folder)
     opened = time.perf_counter()
@@ -135,7 +136,8 @@ def start(folder: Path, count: int) -> None:
     )
     len(packs)
     counted = time.perf_counter()
-    next(iter(packs))
+    batches = iter(packs)  # kept: its end would wait for the process that plans the next section
+    next(batches)
     ended = time.perf_counter()
     row(
         "start: rows, index, estimate of the packs",
