@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 
 from ivl.architecture.config import Config
+from ivl.data.index.index import drop_unusable
+from ivl.data.index.index_build import build_index
+from ivl.data.packing.samplers import GroupedBatches, PackedBatches
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import drop_unusable
-from ivl.data.sets.index_build import build_index
-from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.data.text.tokenizer import Tokenizer
 from ivl.options import ProcessorOptions
 

@@ -27,11 +27,11 @@ import torch
 
 from ivl.architecture.config import Config
 from ivl.architecture.families import config_for, find_model
-from ivl.data.sets import index_build, index_file
+from ivl.data.index import index_build, index_file
+from ivl.data.index.index import RECORD, Index, drop_unusable
+from ivl.data.index.media_stamps import MediaStamps, stamp
+from ivl.data.packing.samplers import PackedBatches
 from ivl.data.sets.dataset import Mixture, MixtureSource, RowDataset
-from ivl.data.sets.index import RECORD, Index, drop_unusable
-from ivl.data.sets.media_stamps import MediaStamps, stamp
-from ivl.data.sets.samplers import PackedBatches
 from ivl.lit.training.row_costs import row_costs
 from ivl.options import Tune
 

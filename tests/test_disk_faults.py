@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from ivl.__main__ import main
 from ivl.data import cache
-from ivl.data.rows import row_file
-from ivl.data.sets import index_file
+from ivl.data.index import index_file
+from ivl.data.row_files import row_file
 from ivl.storage.files import atomic_file, atomic_path, disk_fault, write_text
 from tests.commands.test_export import write_run
 from tests.lit.rows import write_rows

@@ -17,8 +17,8 @@ import yaml
 from ivl import shipped
 from ivl.__main__ import COMMANDS, run_command
 from ivl.cli import preflight
+from ivl.data.row_files.json_line import loads
 from ivl.data.rows.formats import parse
-from ivl.data.rows.json_line import loads
 from ivl.lit import cli
 from ivl.lit.cli import IvlCLI
 from tests.diffs import REPO, applied

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from ivl.commands.export import export, read_run
-from ivl.commands.export_verify import difference
+from ivl.export.verify import difference
 from ivl.finetune import tune
 from ivl.model.internvl import InternVL
 from ivl.options import Blocks, LoRA, Tune

@@ -59,7 +59,7 @@ ALLOWED = {
     },
     "ivl.data.media": {*FLOOR_0, "ivl.data.media", "ivl.data.rows", "ivl.data.cache", "ivl.data.workers", "ivl.data"},
     "ivl.data": {*FLOOR_0, "ivl.data"},
-    "ivl.cli": {"ivl.errors", "ivl.options", "ivl.cli", "ivl.eval.tasks", "ivl.estimate.hardware"},
+    "ivl.cli": {"ivl.errors", "ivl.options", "ivl.cli", "ivl.eval.benchmarks.tasks", "ivl.estimate.hardware"},
     "ivl.run": {"ivl.errors", "ivl.options", "ivl.checkpoint", "ivl.data"},
     "ivl.eval": {
         "ivl.errors",

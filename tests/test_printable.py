@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ivl.__main__ import main, run_command
-from ivl.data.rows.row_file import RowFile
+from ivl.data.row_files.row_file import RowFile
 from ivl.types import UserError, printable
 from tests.tiny import write_checkpoint
 

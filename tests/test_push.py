@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from ivl import hub
 from ivl.__main__ import main
-from ivl.commands import export_push
+from ivl.export import push as export_push
 from tests.commands.test_export import write_run
 from tests.hub_server import Hub, serve
 from tests.tiny import write_checkpoint

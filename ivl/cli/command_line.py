@@ -207,7 +207,7 @@ _FROM_FIT = {
 
 
 def _benchmarks() -> str:
-    from ivl.eval.tasks import TASKS
+    from ivl.eval.benchmarks.tasks import TASKS
 
     return _list("benchmarks", TASKS)
 

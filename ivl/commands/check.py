@@ -11,11 +11,11 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ivl.commands.rendered import rendered
+from ivl.data.index.index import Index, answers_needed, concat, progress_bar, reasons
+from ivl.data.index.index_build import build_index
 from ivl.data.learnt_turns import check_pairs
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, MixtureSource
-from ivl.data.sets.index import Index, answers_needed, concat, progress_bar, reasons
-from ivl.data.sets.index_build import build_index
 from ivl.data.sets.sources import open_sources
 from ivl.options import CheckOptions, DataOptions
 from ivl.run import Run

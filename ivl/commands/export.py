@@ -2,7 +2,7 @@
 
     trained tensors (of a run, an adapter, or none) + their base → merged → written beside DIR → verified → renamed
 
-DIR holds `export_report.json` with every check of `ivl.commands.export_verify`, and a model card, README.md. An export
+DIR holds `export_report.json` with every check of `ivl.export.verify`, and a model card, README.md. An export
 that fails leaves nothing. With `--push OWNER/NAME` DIR is uploaded to the Hugging Face hub.
 """
 
@@ -22,12 +22,12 @@ from ivl.checkpoint.ckpt_file import best_beside, trained_state
 from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.hf_layout import hf_tensor
 from ivl.checkpoint.weights import save_weights
-from ivl.commands.export_files import Settings, hf_rows, write_hf, write_released
-from ivl.commands.export_push import REPORT, Push
-from ivl.commands.export_target import beside, check_target
-from ivl.commands.export_verify import Check, Probe, stored_dtype, verify, verify_adapter
-from ivl.commands.model_card import CARD, model_card
 from ivl.data.processor import Processor
+from ivl.export.files import Settings, hf_rows, write_hf, write_released
+from ivl.export.model_card import CARD, model_card
+from ivl.export.push import REPORT, Push
+from ivl.export.target import beside, check_target
+from ivl.export.verify import Check, Probe, stored_dtype, verify, verify_adapter
 from ivl.finetune import tune as tuning
 from ivl.finetune.adapter import peft_adapter as adapting
 from ivl.finetune.adapter.adapter_writer import Layout

@@ -16,8 +16,8 @@ from random import Random
 from typing import Any
 
 from ivl.data.media.source import is_url
+from ivl.data.row_files.row_file import RowFile
 from ivl.data.rows.formats import parse
-from ivl.data.rows.row_file import RowFile
 from ivl.options import PairRule, PairsOptions
 from ivl.reasoning import CLOSING, OPENING
 from ivl.storage.files import atomic_file

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.data.object_store import is_object
-from ivl.data.rows.open_file import open_file
+from ivl.data.row_files.open_file import open_file
 from ivl.lit.run.record import base_identity, versions
 from ivl.options import ReproduceOptions
 from ivl.run import RECORD, Run

@@ -12,14 +12,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivl.eval.tasks import Task
+from ivl.eval.benchmarks.tasks import Task
 from ivl.reasoning import split_reasoning, without_reasoning
 from ivl.types import TRUTH, UserError, first_few
 
 Row = dict[str, Any]
 RUN = ("model", "max_tiles", "frames", "decoding")
 """Settings of the run that made the answers: the same in all rows of a file."""
+NAME = "predictions.jsonl"
+"""File that predict writes in the folder of a run."""
 _TRUTH = (*TRUTH, "images", "videos")
+
+
+def file_of(path: Path) -> Path:
+    """Return the file of answers: of a run's folder, the one that predict wrote there. Raises UserError."""
+    if not path.is_dir():
+        return path
+    if not (path / NAME).is_file():
+        raise UserError(f"{path}: no {NAME}; expected a file of answers, or a folder that predict wrote one in")
+    return path / NAME
 
 
 def read(

@@ -6,14 +6,15 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ivl.errors import printable
 from ivl.eval import own, predictions, report, stats
+from ivl.eval.benchmarks.tasks import DECODING, TASKS, Task, fingerprint, task
 from ivl.eval.own_fields import fill
 from ivl.eval.rules import RULES, Scored
-from ivl.eval.tasks import DECODING, TASKS, Task, fingerprint, task
 from ivl.options import ScoreOptions
 from ivl.storage.files import write_text
 
@@ -25,6 +26,7 @@ _PUBLISHED = (
 
 def main(options: ScoreOptions) -> int:
     """Score files of answers. Returns 0. Raises UserError for a user's mistake."""
+    options = replace(options, files=[predictions.file_of(path) for path in options.files])
     if options.task == "own":
         return _score_own(options)
     benchmark, files = task(options.task), options.files

@@ -18,15 +18,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from ivl.data.cache import default_cache
+from ivl.data.index.index import Index, answers_needed, concat, drop_unusable, write_report
 from ivl.data.learnt_turns import check_pairs
 from ivl.data.media.feature_store import FeatureStore
+from ivl.data.packing.samplers import GroupedBatches, PackedBatches
+from ivl.data.packing.sections import SECTION, RowCosts
 from ivl.data.process_group import all_processes
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, RowDataset, split
 from ivl.data.sets.holdout import open_split, remember
-from ivl.data.sets.index import Index, answers_needed, concat, drop_unusable, write_report
-from ivl.data.sets.samplers import GroupedBatches, PackedBatches
-from ivl.data.sets.sections import SECTION, RowCosts
 from ivl.data.sets.sources import open_rows, open_sources
 from ivl.lit.callbacks.row_report import index_rows, report_changed, report_left_out, report_unread
 from ivl.lit.loaders import (

@@ -7,10 +7,10 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ivl.data.index.index import Index
 from ivl.data.media.feature_store import FeatureStore
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import Index
 from ivl.lit.prediction.prediction_rows import Row
 from ivl.model.internvl import InternVL
 from ivl.options import Batching, DataOptions, GenerationOptions, Tune

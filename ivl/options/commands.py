@@ -171,7 +171,7 @@ class ScoreOptions:
     """
 
     files: list[Path] = argument(positional=True, metavar="FILE")
-    """Answers, one JSON object a line; several: a comparison."""
+    """Answers, one JSON object a line, or the folder of a run that predict answered in; several: a comparison."""
     task: str = argument("own", metavar="NAME")
     """own: exact, ANLS, F1 of words, IoU of boxes, CIDEr where it is installed; or a benchmark of the list below."""
     mode: Literal["compat", "strict"] = "compat"

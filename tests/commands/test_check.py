@@ -12,8 +12,8 @@ from PIL import Image
 from ivl.__main__ import main
 from ivl.commands.check import _lengths, read_options
 from ivl.commands.rendered import rendered
+from ivl.data.index.index import RECORD, Index
 from ivl.data.processor import Processor
-from ivl.data.sets.index import RECORD, Index
 from ivl.options import CheckOptions, DataOptions
 from tests.tiny import write_checkpoint
 

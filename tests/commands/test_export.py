@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 import ivl.commands.export as exporting
 from ivl.__main__ import run_command
 from ivl.commands.export import export
-from ivl.commands.export_verify import Probe, difference
 from ivl.data.processor import Processor
+from ivl.export.verify import Probe, difference
 from ivl.finetune import tune
 from ivl.finetune.adapter import peft_adapter as adapter
 from ivl.model.internvl import InternVL

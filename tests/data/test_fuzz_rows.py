@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ivl.data.processor import Processor
-from ivl.data.rows.json_line import loads
+from ivl.data.row_files.json_line import loads
 from ivl.types import UserError
 from tests.data.bounds import peak_bytes, within
 from tests.tiny import write_checkpoint

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from ivl.data.index.index_build import build_index
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index_build import build_index
 from ivl.types import IGNORE, UserError
 from tests.tiny import write_checkpoint
 

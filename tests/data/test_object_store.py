@@ -11,12 +11,12 @@ from PIL import Image
 
 from ivl.__main__ import main
 from ivl.data import object_store
+from ivl.data.index.index_build import build_index
 from ivl.data.media.load import load_image
 from ivl.data.object_store import fetch_object, fetch_rows, is_object
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
 from ivl.data.sets.holdout import open_split, save_split
-from ivl.data.sets.index_build import build_index
 from ivl.data.sets.sources import open_sources, row_files
 from ivl.options import FetchPolicy, MediaPolicy
 from ivl.types import UserError

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ivl.data.index.index_build import build_index
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index_build import build_index
 from ivl.model.internvl import InternVL
 from ivl.types import IGNORE, UserError
 from tests.lit.rows import write_rows

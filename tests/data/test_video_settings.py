@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
+from ivl.data.index.facts import facts_of
 from ivl.data.processor import Processor
 from ivl.data.rows.formats import parse
-from ivl.data.sets.facts import facts_of
 from ivl.options import VideoOptions
 from ivl.types import Media, UserError
 from tests.data.videos import write_video

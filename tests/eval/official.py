@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ivl.eval.convert import MME_TASKS, MVBENCH
+from ivl.eval.benchmarks.convert import MME_TASKS, MVBENCH
 
 
 def jpeg(size=(40, 30)) -> bytes:

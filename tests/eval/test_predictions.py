@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from ivl.eval.benchmarks.tasks import TASKS
 from ivl.eval.predictions import align, join, read
-from ivl.eval.tasks import TASKS
 from ivl.types import UserError
 
 

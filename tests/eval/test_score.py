@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from ivl.__main__ import run_command
-from ivl.eval.tasks import TASKS
+from ivl.eval.benchmarks.tasks import TASKS
 from ivl.types import UserError
 
 main = partial(run_command, "score")
@@ -122,3 +122,12 @@ def test_every_task_names_a_rule_and_its_files(name):
     assert task.rule in RULES
     assert task.files and task.source and task.title
     assert "{question}" in task.prompt or task.rule == "captions"
+
+
+def test_a_runs_folder_stands_for_its_answers(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"no predictions.jsonl"):
+        run_command("score", [str(tmp_path)])
+    line = {"id": "1", "response": "yes", "reference": "yes"}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+    assert run_command("score", [str(tmp_path)]) == 0
+    assert (tmp_path / "predictions.scores.json").is_file()

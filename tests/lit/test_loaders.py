@@ -4,7 +4,7 @@ import time
 import pytest
 from torch.utils.data import Dataset, get_worker_info
 
-from ivl.data.sets.samplers import GroupedBatches
+from ivl.data.packing.samplers import GroupedBatches
 from ivl.lit.loaders import Pace, PacedLoader
 
 

@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import Dataset
 
 from ivl.data.processor import Processor
-from ivl.data.rows.open_file import open_file
-from ivl.data.rows.row_file import RowFile
-from ivl.data.rows.table_file import TableFile
+from ivl.data.row_files.open_file import open_file
+from ivl.data.row_files.row_file import RowFile
+from ivl.data.row_files.table_file import TableFile
 from ivl.options import FileLimits
 from ivl.types import Conversation, Example, UserError
 
@@ -53,7 +53,7 @@ class RowDataset(Dataset[Example]):
             as_prompt: leave out the last answer, for generation.
             on_error: error: a bad row raises UserError; skip: `__getitems__`, which a DataLoader calls with the
                 rows of a batch, leaves it out and calls `on_skip`. Rows known to be bad are left out before batches
-                are made, by `ivl.data.sets.index`.
+                are made, by `ivl.data.index.index`.
             source: name of this data set in scores and losses per source; a row's key `source` goes before it.
             max_tiles: most tiles of an image of these rows; None: the processor's limit.
             seed: seed of random choices inside rows, together with epoch and number.

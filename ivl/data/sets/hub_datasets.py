@@ -26,7 +26,7 @@ import ivl
 from ivl.data.cache import default_cache, writable
 from ivl.data.media.download import fetch
 from ivl.data.media.source import HEAD, kind_of
-from ivl.data.rows.row_file import load_rows
+from ivl.data.row_files.row_file import load_rows
 from ivl.hub import huggingface, modelscope
 from ivl.options import FetchPolicy
 from ivl.storage.files import file_digest

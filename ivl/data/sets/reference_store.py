@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from ivl.data.cache import default_cache, go_without, optional
+from ivl.data.index.index import Index, concat
+from ivl.data.index.index_build import build_index
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import Index, concat
-from ivl.data.sets.index_build import build_index
 from ivl.storage.files import atomic_file
 
 KEY = "S32"

@@ -21,8 +21,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
+from ivl.data.index.index_build import fingerprint
 from ivl.data.object_store import absolute
-from ivl.data.sets.index_build import fingerprint
+from ivl.eval.predictions import NAME
 from ivl.lit.prediction.prediction_rows import Row
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.types import RunModule, as_data, as_lit, data_of
@@ -32,7 +33,6 @@ from ivl.types import UserError
 if sys.platform != "win32":  # where two programs that write the same file are not told apart
     import fcntl
 
-NAME = "predictions.jsonl"
 SYNC_SECONDS = 1.0
 """Longest time between two flushes to the disk; answers are handed to the system at once"""
 

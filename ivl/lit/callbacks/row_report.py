@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from ivl.data.index.index import Index, progress_bar, reasons
+from ivl.data.index.index_build import build_index
+from ivl.data.index.unread_keys import describe
 from ivl.data.process_group import ProcessGroup
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import Index, progress_bar, reasons
-from ivl.data.sets.index_build import build_index
-from ivl.data.sets.unread_keys import describe
 
 
 def index_rows(rows: RowDataset, name: str, group: ProcessGroup, probe_urls: bool = False) -> Index:

@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from ivl.data.cache import default_cache, writable
-from ivl.eval.tasks import Task, task
+from ivl.eval.benchmarks.tasks import Task, task
 from ivl.types import Conversation
 
 

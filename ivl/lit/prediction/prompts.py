@@ -10,9 +10,9 @@ from itertools import islice
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
+from ivl.data.index.index import Index
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import Index
 from ivl.types import Batch, Conversation, Example, UserError
 
 GROUP = 4096

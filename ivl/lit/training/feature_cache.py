@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ivl.architecture.config import Config
 from ivl.checkpoint.fingerprint import fingerprint
+from ivl.data.index.index import Index
 from ivl.data.media.feature_store import FeatureStore, bytes_needed
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture
-from ivl.data.sets.index import Index
 from ivl.model.internvl import InternVL
 from ivl.types import Batch, UserError
 

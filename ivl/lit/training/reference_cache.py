@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import ivl
 from ivl.checkpoint.fingerprint import fingerprint
+from ivl.data.index import index_build as indexing
+from ivl.data.index.index import Index
+from ivl.data.packing.packing import fill_packs
 from ivl.data.processor import Processor
-from ivl.data.sets import index_build as indexing
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import Index
-from ivl.data.sets.packing import fill_packs
 from ivl.data.sets.reference_store import ReferenceStore, indexed
 from ivl.data.worker_loader import WorkerLoader
 from ivl.finetune.reference import evaluating

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ivl.architecture.config import Config
-from ivl.data.sets.sections import RowCosts
+from ivl.data.packing.sections import RowCosts
 from ivl.estimate.flops import model_costs
 from ivl.options import Tune
 

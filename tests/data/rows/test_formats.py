@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ivl.data.row_files.json_line import loads
 from ivl.data.rows.formats import parse
-from ivl.data.rows.json_line import loads
 from ivl.types import Media, UserError
 
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from ivl.data.index.index_build import build_index
+from ivl.data.index.unread_keys import counts, describe, merged, number_of
 from ivl.data.processor import Processor
 from ivl.data.rows.formats import parse
 from ivl.data.rows.keys import LOSS, WEIGHT
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index_build import build_index
-from ivl.data.sets.unread_keys import counts, describe, merged, number_of
 from ivl.system_text import NONE, R1
 from ivl.types import Media, UserError
 from tests.tiny import write_checkpoint

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from ivl.data.index.index_build import build_index
 from ivl.data.processor import Processor
 from ivl.data.rows.formats import parse
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index_build import build_index
 from ivl.data.text.template import TEMPLATES, written
 from ivl.types import UserError
 from tests.tiny import write_checkpoint

@@ -7,7 +7,7 @@ import pytest
 
 from ivl.__main__ import main, run_command
 from ivl.data.rows.formats import parse
-from ivl.eval.tasks import TASKS
+from ivl.eval.benchmarks.tasks import TASKS
 from ivl.lit.prediction.benchmark import rows_file, score_fields, settings
 from ivl.types import UserError
 from tests.eval import official

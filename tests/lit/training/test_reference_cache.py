@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from ivl.__main__ import main
+from ivl.data.index.index_build import fingerprint
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index_build import fingerprint
 from ivl.data.sets.reference_store import KEY, ReferenceStore, indexed
 from ivl.finetune import tune as tuning
 from ivl.lit.training.reference_cache import check_strategy, share

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from ivl.data.index.index_build import build_index
+from ivl.data.packing.samplers import PackedBatches
 from ivl.data.processor import Processor
 from ivl.data.sets.dataset import Mixture, RowDataset
-from ivl.data.sets.index_build import build_index
-from ivl.data.sets.samplers import PackedBatches
 from tests.lit.rows import write_rows
 from tests.lit.test_runs import fit, losses
 from tests.tiny import write_checkpoint

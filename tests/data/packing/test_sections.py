@@ -6,9 +6,9 @@ import warnings
 import numpy as np
 import pytest
 
-from ivl.data.sets import samplers, sections
-from ivl.data.sets.samplers import GroupedBatches, PackedBatches
-from ivl.data.sets.sections import RowCosts
+from ivl.data.packing import samplers, sections
+from ivl.data.packing.samplers import GroupedBatches, PackedBatches
+from ivl.data.packing.sections import RowCosts
 from tests.data.sets.test_samplers import mixed
 
 COSTS = RowCosts(300.0, 1.0, 2e-5, 0.1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.architecture.config import read_json
-from ivl.commands.model_card import CARD, hub_id, private_base, with_licence
+from ivl.export.model_card import CARD, hub_id, private_base, with_licence
 from ivl.hub.push import Remote, licence_of, look_up, push_folder
 from ivl.storage.files import write_text
 from ivl.types import UserError, first_few, printable

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from ivl.data.packing.packing import fill_packs
+from ivl.data.packing.samplers import GroupedBatches, PackedBatches
 from ivl.data.sets.dataset import Mixture, MixtureSource, RowDataset
-from ivl.data.sets.packing import fill_packs
-from ivl.data.sets.samplers import GroupedBatches, PackedBatches
 from ivl.types import UserError
 from tests.data.sets.test_dataset import Stub
 

@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ivl.data.mapped_array import spooled
+from ivl.data.packing.packing import divide
 from ivl.data.sets.dataset import permutation
-from ivl.data.sets.packing import divide
 from ivl.data.worker_loader import WorkerLoader, unchanged
 from ivl.types import UserError
 

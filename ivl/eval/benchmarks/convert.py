@@ -2,7 +2,7 @@
 
 Each takes the data folder, laid out as internvl_chat's READMEs have it (`data/docvqa/val/…`), and yields records with
 `id`, `question`, `images` or `videos`, and the ground truth: `response` (one expected answer), `answers`, `options`,
-`category`, `group`, `box`, `size`. `ivl.eval.tasks` writes the prompt from the question.
+`category`, `group`, `box`, `size`. `ivl.eval.benchmarks.tasks` writes the prompt from the question.
 """
 
 from __future__ import annotations

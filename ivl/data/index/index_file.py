@@ -19,9 +19,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ivl.data.cache import optional
+from ivl.data.index.index import RECORD, Index
+from ivl.data.index.media_stamps import MediaStamps
 from ivl.data.mapped_array import load_mapped
-from ivl.data.sets.index import RECORD, Index
-from ivl.data.sets.media_stamps import MediaStamps
 from ivl.storage.files import atomic_file
 
 _DAMAGED = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, BadZipFile)

@@ -12,11 +12,11 @@ from PIL import Image
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
+from ivl.data.index.index_build import build_index  # noqa: E402
 from ivl.data.processor import Processor  # noqa: E402
-from ivl.data.rows.row_file import FileLimits  # noqa: E402
-from ivl.data.rows.table_file import TableFile  # noqa: E402
+from ivl.data.row_files.row_file import FileLimits  # noqa: E402
+from ivl.data.row_files.table_file import TableFile  # noqa: E402
 from ivl.data.sets.dataset import RowDataset  # noqa: E402
-from ivl.data.sets.index_build import build_index  # noqa: E402
 from ivl.types import UserError  # noqa: E402
 from tests.tiny import write_checkpoint  # noqa: E402
 
@@ -65,7 +65,7 @@ def test_the_rows_of_batches_are_read_once(tmp_path, monkeypatch):
     counted = np.load(note).tolist()
     assert counted[0] == 0 and counted[-1] == 200 and counted == sorted(set(counted))
     with monkeypatch.context() as patch:
-        patch.setattr("ivl.data.rows.table_file.np.cumsum", lambda *_, **__: pytest.fail("counted again"))
+        patch.setattr("ivl.data.row_files.table_file.np.cumsum", lambda *_, **__: pytest.fail("counted again"))
         again = TableFile(path, cache)
     assert [again[n] for n in (0, 69, 70, 199)] == [first[n] for n in (0, 69, 70, 199)]
     note.write_bytes(b"damaged")
@@ -88,7 +88,7 @@ def test_a_table_is_converted_once(tmp_path, monkeypatch):
     path, cache = parquet(tmp_path / "a.parquet", [{"query": "q"}] * 3), tmp_path / "cache"
     first = TableFile(path, cache)
     made = list((cache / "tables").glob("*.arrow"))
-    monkeypatch.setattr("ivl.data.rows.table_file._write", lambda *_: pytest.fail("written twice"))
+    monkeypatch.setattr("ivl.data.row_files.table_file._write", lambda *_: pytest.fail("written twice"))
     assert TableFile(path, cache).digest == first.digest
     copy = tmp_path / "copy.parquet"
     copy.write_bytes(path.read_bytes())
@@ -150,7 +150,7 @@ def test_limits_hold(tmp_path):
 
 
 def test_expansion_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("ivl.data.rows.row_file._ALWAYS", 1000)
+    monkeypatch.setattr("ivl.data.row_files.row_file._ALWAYS", 1000)
     path = parquet(tmp_path / "bomb.parquet", [{"query": "x" * 100_000}] * 1000)
     with pytest.raises(UserError, match=r"bomb\.parquet: .* bytes that become more than"):
         TableFile(path, tmp_path / "cache", FileLimits(max_expansion=10))

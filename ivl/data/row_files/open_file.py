@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ivl.data.object_store import fetch_rows, is_object, parent_of
-from ivl.data.rows.row_file import RowFile
-from ivl.data.rows.table_file import SUFFIXES, TableFile
+from ivl.data.row_files.row_file import RowFile
+from ivl.data.row_files.table_file import SUFFIXES, TableFile
 from ivl.options import FileLimits
 from ivl.types import UserError
 

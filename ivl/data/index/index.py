@@ -1,6 +1,6 @@
 """Index: lengths and facts of every row, and which rows can be used.
 
-Packing, checking and planning read it; `ivl.data.sets.index_build` makes it.
+Packing, checking and planning read it; `ivl.data.index.index_build` makes it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ivl.data.index import facts
+from ivl.data.index import unread_keys as unread
+from ivl.data.index.media_stamps import MediaStamps
 from ivl.data.mapped_array import spooled
-from ivl.data.sets import facts
-from ivl.data.sets import unread_keys as unread
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.media_stamps import MediaStamps
 from ivl.data.truncation import CHANGES
 from ivl.storage.files import write_text
 from ivl.types import UserError, printable
@@ -42,7 +42,7 @@ RECORD = np.dtype(
 """Record of a row: tokens (text and image together), tiles, supervised labels; changes: bits of `on_too_long`, see
 `ivl.data.truncation.changes`; exact: False where media behind URLs were not probed; usable: False where the row is left
 out, all other fields then 0; plain: pictures and frames of one colour (at most 255), counted where they are decoded;
-turned: True where EXIF turned boxes; those of `ivl.data.sets.facts`; unread: number of the row's set of keys in
+turned: True where EXIF turned boxes; those of `ivl.data.index.facts`; unread: number of the row's set of keys in
 `Index.unread`"""
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ivl.__main__ import run_command
 from ivl.data.rows.formats import parse
-from ivl.eval.tasks import TASKS, fingerprint, task
+from ivl.eval.benchmarks.tasks import TASKS, fingerprint, task
 from ivl.types import UserError
 from tests.eval import official
 

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ivl.commands.export import export
-from ivl.commands.model_card import hub_id
+from ivl.export.model_card import hub_id
 from ivl.options import LoRA, Tune
 from tests.commands.test_export import write_run
 from tests.tiny import write_checkpoint

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import UserError
-from ivl.eval import convert, kit_tables
-from ivl.eval.convert import Record
+from ivl.eval.benchmarks import convert, kit_tables
+from ivl.eval.benchmarks.convert import Record
 
 _SHORT = "Answer the question using a single word or phrase."
 _LETTER = "Answer with the option's letter from the given choices directly."

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ivl.commands.export_push import REPORT
+from ivl.export.push import REPORT
 from ivl.types import UserError
 
 

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ivl.data.cache import default_cache, written
-from ivl.data.rows.json_line import loads
-from ivl.data.rows.row_table import MOST_BYTES, RowTable, remembered, row_table
+from ivl.data.row_files.json_line import loads
+from ivl.data.row_files.row_table import MOST_BYTES, RowTable, remembered, row_table
 from ivl.options.data import FileLimits
 from ivl.storage.files import atomic_file, file_digest
 from ivl.types import UserError, printable

@@ -21,11 +21,11 @@ from ivl.checkpoint.folder import Checkpoint
 from ivl.checkpoint.hf_layout import hf_tensor
 from ivl.checkpoint.layouts import layout_of
 from ivl.checkpoint.weights import Files, check
-from ivl.commands.export_files import HF_MARKS, Settings, copied_files
 from ivl.data.processor import Processor
 from ivl.data.text import template
 from ivl.data.text.jinja_template import RELEASED_MARKS, opening
 from ivl.data.text.tokenizer import GROUNDING_TOKENS, IMAGE_TOKENS, Tokenizer
+from ivl.export.files import HF_MARKS, Settings, copied_files
 from ivl.finetune.tune import part_of
 from ivl.model.internvl import InternVL
 from ivl.types import Batch, UserError

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ivl.data.cache import default_cache, optional, written
-from ivl.data.rows.row_file import expansion_limit
+from ivl.data.row_files.row_file import expansion_limit
 from ivl.options import FileLimits
 from ivl.storage.files import atomic_file, file_digest, write_text
 from ivl.storage.parquet import import_pyarrow

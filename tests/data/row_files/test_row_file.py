@@ -12,8 +12,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ivl.data.rows import row_file, row_table
-from ivl.data.rows.row_file import RowFile, load_rows
+from ivl.data.row_files import row_file, row_table
+from ivl.data.row_files.row_file import RowFile, load_rows
 from ivl.options import FileLimits
 from ivl.types import UserError
 
@@ -159,8 +159,8 @@ def test_a_row_above_the_limit_is_a_problem_of_its_own(tmp_path):
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_a_compressed_file_that_becomes_too_much(tmp_path, monkeypatch, kind):
     pack = gzip.compress if kind == "gz" else pytest.importorskip("zstandard").compress
-    monkeypatch.setattr("ivl.data.rows.row_file._ALWAYS", 1 << 20)
-    monkeypatch.setattr("ivl.data.rows.row_file._CHUNK", 1 << 16)
+    monkeypatch.setattr("ivl.data.row_files.row_file._ALWAYS", 1 << 20)
+    monkeypatch.setattr("ivl.data.row_files.row_file._CHUNK", 1 << 16)
     path = written(tmp_path, f"bomb.jsonl.{kind}", pack((lines() + " " * (8 << 20)).encode()))
     with pytest.raises(
         UserError, match=rf"bomb\.jsonl\.{kind}: .* become more than .*data\.file_limits\.max_expansion"
@@ -175,7 +175,7 @@ def test_a_compressed_file_that_becomes_too_much(tmp_path, monkeypatch, kind):
 
 def test_blank_lines_cost_no_memory(tmp_path, monkeypatch):
     """Rows with blanks of all kinds between them, cut anywhere into what is read at a time."""
-    monkeypatch.setattr("ivl.data.rows.row_file._CHUNK", 64)
+    monkeypatch.setattr("ivl.data.row_files.row_file._CHUNK", 64)
     draw = random.Random(0)
     for _ in range(200):
         parts = [

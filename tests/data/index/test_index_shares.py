@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from ivl.data.index import index_build as indexing
+from ivl.data.index.index import RECORD
+from ivl.data.index.index_build import build_index
 from ivl.data.process_group import ProcessGroup, all_processes
 from ivl.data.processor import Processor
-from ivl.data.sets import index_build as indexing
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import RECORD
-from ivl.data.sets.index_build import build_index
 from tests.tiny import write_checkpoint
 
 ROWS = 330

@@ -1,7 +1,7 @@
 """Tables of VLMEvalKit → plain records, for the benchmarks that OpenGVLab scores with it.
 
 Each file is a table of tab-separated cells, `LMUData/NAME.tsv` of the data folder as VLMEvalKit downloads it; pictures
-are cells. Records as in `ivl.eval.convert`.
+are cells. Records as in `ivl.eval.benchmarks.convert`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import binascii
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ivl.eval.convert import LETTERS, Record, _table, _uri
+from ivl.eval.benchmarks.convert import LETTERS, Record, _table, _uri
 from ivl.types import UserError
 
 _REFERENCE_LENGTH = 64

@@ -25,17 +25,17 @@ from torch.utils.data import Dataset
 
 import ivl
 from ivl.data.cache import default_cache
+from ivl.data.index import facts, index_file
+from ivl.data.index import unread_keys as unread
+from ivl.data.index.index import RECORD, Index, concat
+from ivl.data.index.index_file import IndexBlocks
+from ivl.data.index.media_stamps import MediaStamps, Stamp, seen_files
 from ivl.data.media.source import is_url
 from ivl.data.media.tiling import plain_pictures
 from ivl.data.object_store import absolute
 from ivl.data.process_group import ProcessGroup, folder_name
 from ivl.data.processor import TooLong
-from ivl.data.sets import facts, index_file
-from ivl.data.sets import unread_keys as unread
 from ivl.data.sets.dataset import RowDataset
-from ivl.data.sets.index import RECORD, Index, concat
-from ivl.data.sets.index_file import IndexBlocks
-from ivl.data.sets.media_stamps import MediaStamps, Stamp, seen_files
 from ivl.data.truncation import changes
 from ivl.data.worker_loader import WorkerLoader
 from ivl.data.workers import cores

@@ -3,7 +3,7 @@
 Batches are decided from lengths alone, before any Example is made. They are the same for the same seed and epoch on
 every rank and with any number of workers. Their number is the same for each rank and epoch. Each row comes once.
 
-An epoch is planned in sections (`ivl.data.sets.sections`). Packs of a section are those of `ivl.data.sets.packing`.
+An epoch is planned in sections (`ivl.data.packing.sections`). Packs of a section are those of `packing`.
 Where their number is no multiple of the ranks, or below the number that the section must have, the packs with most rows
 are split in two until it is. Then packs are shuffled within the section, so that those of one step, one a rank, take
 about the same time.
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ivl.data.sets.packing import fill_packs
-from ivl.data.sets.sections import Order, PlannedBatches, RowCosts
+from ivl.data.packing.packing import fill_packs
+from ivl.data.packing.sections import Order, PlannedBatches, RowCosts
 
 _PIECE, _PIECES = 1 << 14, 16
 """Rows and number of the pieces of an epoch from which its packs are estimated"""

@@ -1,0 +1,1 @@
+"""Index of rows: lengths and facts of every row, built by all processes and mapped from disk."""

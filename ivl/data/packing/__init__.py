@@ -1,0 +1,1 @@
+"""Packing: the batches of an epoch, planned in sections and balanced over processes by time."""

@@ -1,0 +1,1 @@
+"""Files of rows with random access: jsonl, JSON lists, parquet, csv, tsv."""

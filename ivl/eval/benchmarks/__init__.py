@@ -1,0 +1,1 @@
+"""Benchmarks: their prompts and rules, and their official files as records."""
