@@ -231,7 +231,7 @@ class IvlData(LightningDataModule):
         order = mixture.order if data.shuffle else lambda epoch: np.arange(len(mixture))
         common: dict[str, Any] = {"order": order, "seed": data.seed, "rank": rank, "ranks": ranks}
         common |= {"costs": self._row_costs(ranks), "supervised": index.supervised}
-        common |= {"background": self._pace().workers > 0, "cache": default_cache()}
+        common["cache"] = default_cache()
         # Parts of an unshuffled epoch say nothing of the others: it is planned as a whole.
         common |= {"section": SECTION if data.shuffle else len(mixture)}
         if data.is_packed:
@@ -279,6 +279,7 @@ class IvlData(LightningDataModule):
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         batches.set_epoch(epochs.processed)  # a resumed run begins here
         loader = self._loader(self.training[0], batches, collate, paced=True)
+        batches.background = loader.num_workers > 0
         loader.used = self._used
         return loader
 

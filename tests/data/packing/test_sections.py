@@ -9,7 +9,7 @@ import pytest
 from ivl.data.packing import samplers, sections
 from ivl.data.packing.samplers import GroupedBatches, PackedBatches
 from ivl.data.packing.sections import RowCosts
-from tests.data.sets.test_samplers import mixed
+from tests.data.packing.test_samplers import mixed
 
 COSTS = RowCosts(300.0, 1.0, 2e-5, 0.1)
 
