@@ -16,22 +16,14 @@ from ivl.finetune.reference import Reference
 from ivl.finetune.tune import LoRA, Tune
 from ivl.model.internvl import InternVL
 from tests.lit.processes import finished, ranks
-from tests.lit.rows import write_pairs, write_rows
+from tests.lit.rows import write_rows
 from tests.lit.test_runs import REPO, config, scalars
-from tests.tiny import write_checkpoint
 
 TUNE = {"vision_model": "frozen", "mlp1": "frozen", "language_model": {"rank": 4}}
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.0}}
+LOGGED = ["--trainer.logger.init_args.version", "run"]
+"""Asks `validate` to log its numbers in the run's folder; by default it prints them alone"""
 MEASURED = [f"train/rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy")] + ["train/kl"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    write_checkpoint(folder / "model")
-    write_pairs(folder / "data", 8, "train.jsonl")
-    write_pairs(folder / "data", 5, "val.jsonl")
-    return folder
 
 
 def settings(**changes) -> dict:
@@ -110,7 +102,8 @@ def test_a_run_is_judged_and_stopped_by_the_objective_of_held_out_pairs(base, tm
     assert best.name.startswith("epoch=0-") and (tmp_path / "run/adapter-best").is_dir()
     margins = scalars(tmp_path, "val/rewards/margin")
     assert values[0] > math.log(2) > 0 > margins[0]
-    assert main(["validate", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(best)]) == 0
+    argv = ["--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(best), *LOGGED]
+    assert main(["validate", *argv]) == 0
     assert scalars(tmp_path, "val/objective")[-1] == pytest.approx(values[0], abs=1e-6)
 
 
@@ -151,7 +144,7 @@ def test_an_adapter_that_goes_on_is_its_own_reference(base, tmp_path):
     fit(base, tmp_path / "dpo", model__adapter=adapter, model__tune=None, **changes)
     assert scalars(tmp_path / "dpo", "train/rewards/chosen")[0] == pytest.approx(0, abs=1e-5)
     assert abs(scalars(tmp_path / "dpo", "train/rewards/chosen")[-1]) > 1e-3
-    assert main(["validate", "--ckpt_path", str(tmp_path / "dpo/run/checkpoints/last.ckpt")]) == 0
+    assert main(["validate", "--ckpt_path", str(tmp_path / "dpo/run/checkpoints/last.ckpt"), *LOGGED]) == 0
     *_, last, again = scalars(tmp_path / "dpo", "val/rewards/chosen")
     assert again == pytest.approx(last, abs=1e-6) and abs(last) > 1e-3
 

@@ -25,23 +25,13 @@ from ivl.options import Tune
 from ivl.types import UserError
 from tests.finetune.record_trl import trl_inputs
 from tests.lit.processes import finished, ranks
-from tests.lit.rows import write_pairs
 from tests.lit.test_runs import REPO, config, scalars
-from tests.lit.training.test_preference import assert_equal, fit, settings, state
+from tests.lit.training.test_preference import LOGGED, assert_equal, fit, settings, state
 from tests.tiny import write_checkpoint
 
 FULL = {"vision_model": "full", "mlp1": "full", "language_model": "full"}
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
 SEEN = ("train/loss", "train/rewards/margin", "train/kl")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    write_checkpoint(folder / "model")
-    write_pairs(folder / "data", 8, "train.jsonl")
-    write_pairs(folder / "data", 5, "val.jsonl")
-    return folder
 
 
 @pytest.fixture
@@ -153,7 +143,7 @@ def test_a_cut_run_goes_on_bit_for_bit_and_finds_the_numbers(base, tmp_path, cac
     without = fit(base, tmp_path / "without", "--ckpt_path", saved, **changes)
     assert printed() == [(0, 8), (5, 5)]
     assert_equal(without, whole)
-    argv = ["--ckpt_path", str(tmp_path / "whole/run/checkpoints/last.ckpt")]
+    argv = ["--ckpt_path", str(tmp_path / "whole/run/checkpoints/last.ckpt"), *LOGGED]
     assert main(["validate", "--config", str(tmp_path / "whole/config.yaml"), *argv]) == 0
     held_out = scalars(tmp_path / "whole", "val/rewards/margin")
     assert held_out[-1] != held_out[0] and printed() == [(5, 5)]
