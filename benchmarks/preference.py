@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import LORA, TARGETS, optimizer, same_start, steps_of
+from train_step import LORA, TARGETS, optimizer, same_start, steps_of, timed_fit
 
 PAIRS, BETA, TOLERANCE = 2, 0.1, 1e-4
 SHAPES = {"6_tiles": ((900, 600), 6, 40, 100), "1_tile": ((600, 600), 1, 40, 100), "text": (None, 1, 150, 300)}
@@ -72,33 +72,11 @@ def write_pairs(folder: Path, shape: str, count: int) -> Path:
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
-    from lightning.pytorch import Callback, Trainer
-
     from ivl.finetune.objectives import DPO, MPO, Preference
     from ivl.lit.datamodule import IvlData
     from ivl.lit.module import LitInternVL
     from ivl.lit.schedule import Warmup
     from ivl.options import Checkpointing, LoRA, Tune
-
-    times, losses = [], []
-
-    class Watch(Callback):
-        def on_train_start(self, trainer, module):
-            same_start(module.model)
-            self.profiler = None
-            times.append(time.perf_counter())
-
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            losses.append(float(trainer.callback_metrics["train/loss"]))
-            times.append(time.perf_counter())
-            if args.profile and len(times) == 3:
-                self.profiler = torch.profiler.profile(profile_memory=True)
-                self.profiler.start()
-            elif self.profiler is not None:
-                self.profiler.stop()
-                table = self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
-                Path(args.profile).write_text(table + "\n")
-                self.profiler = None
 
     objective = Preference(mpo=MPO(BETA, shift="none")) if args.objective == "mpo" else Preference(dpo=DPO(BETA))
     module = LitInternVL(
@@ -113,12 +91,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         str(args.model), train=str(args.rows), batch_size=PAIRS, max_tiles=SHAPES[args.shape][1], shuffle=False,
         num_workers=0,
     )  # fmt: skip
-    trainer = Trainer(
-        accelerator="cpu", max_steps=args.steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[Watch()], use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(module, data)
-    return {"times": times, "losses": losses}
+    return timed_fit(module, data, args)
 
 
 def theirs(args: argparse.Namespace) -> dict[str, Any]:

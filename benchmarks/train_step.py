@@ -119,17 +119,14 @@ def optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
 
 
-def ours(args: argparse.Namespace) -> dict[str, Any]:
+def timed_fit(module: Any, data: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Fit a LitInternVL on IvlData for `args.steps` steps. Returns the time of each, from the first on, and the losses.
+
+    `args.profile`: file for a profile of the third step.
+    """
     from lightning.pytorch import Callback, Trainer
 
-    from ivl.lit.datamodule import IvlData
-    from ivl.lit.module import LitInternVL
-    from ivl.lit.schedule import Warmup
-    from ivl.options import LoRA, Tune
-
     times, losses = [], []
-    lora = LoRA(LORA["rank"], LORA["alpha"], 0.0 if args.no_dropout else LORA["dropout"])
-    tune = Tune("frozen", "frozen", lora) if args.recipe == "lora" else Tune("full", "full", "full")
 
     class Watch(Callback):
         def on_train_start(self, trainer, module):
@@ -149,6 +146,23 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
                 Path(args.profile).write_text(table + "\n")
                 self.profiler = None
 
+    trainer = Trainer(
+        accelerator="cpu", max_steps=args.steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[Watch()], use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return {"times": times, "losses": losses}
+
+
+def ours(args: argparse.Namespace) -> dict[str, Any]:
+    from ivl.lit.datamodule import IvlData
+    from ivl.lit.module import LitInternVL
+    from ivl.lit.schedule import Warmup
+    from ivl.options import LoRA, Tune
+
+    lora = LoRA(LORA["rank"], LORA["alpha"], 0.0 if args.no_dropout else LORA["dropout"])
+    tune = Tune("frozen", "frozen", lora) if args.recipe == "lora" else Tune("full", "full", "full")
+
     module = LitInternVL(
         str(args.model),
         tune,
@@ -159,12 +173,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         str(args.model), train=str(args.rows), batch_size=BATCH, max_tiles=args.max_tiles, shuffle=False, num_workers=0,
         feature_cache=args.cache,
     )  # fmt: skip
-    trainer = Trainer(
-        accelerator="cpu", max_steps=args.steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[Watch()], use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(module, data)
-    return {"times": times, "losses": losses}
+    return timed_fit(module, data, args)
 
 
 def theirs(args: argparse.Namespace) -> dict[str, Any]:
