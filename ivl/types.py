@@ -112,6 +112,11 @@ class Conversation:
         """All media in order of appearance."""
         return tuple(p for m in self.messages for p in m.parts if not isinstance(p, str))
 
+    @property
+    def question(self) -> str:
+        """Text of the last user's turn; empty where there is none."""
+        return next((message.text for message in reversed(self.messages) if message.role == "user"), "")
+
     def as_prompt(self) -> Conversation:
         """Return the conversation up to the last answer, which becomes the reference."""
         last = self.messages[-1]

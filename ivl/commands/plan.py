@@ -12,11 +12,12 @@ from typing import Any
 from ivl.architecture.config import Config
 from ivl.architecture.families import config_for, find_model, llm_family
 from ivl.architecture.hf_config import read_config
-from ivl.commands.plan_reference import begins_anew, reference_of, reference_plan, reference_text
+from ivl.commands.plan_reference import reference_of, reference_plan, reference_text
 from ivl.estimate import flops
 from ivl.estimate.hardware import DEVICES, Device, find_device
 from ivl.estimate.memory import MemoryEstimate, memory_needed
 from ivl.estimate.training_step import BatchShape, ShallowModel, Strategy, TrainSetup
+from ivl.finetune.reference import is_fresh_lora
 from ivl.hub.hints import check_model_folder
 from ivl.hub.unsupported import refuse_name
 from ivl.model.moe.experts import idle_parameters
@@ -128,7 +129,7 @@ def setup_of(fit: Any, devices: int | None, on_gpu: bool | str) -> TrainSetup:
         strategy=strategy,
         devices=count,
         on_gpu=on_gpu is True or on_gpu not in ("cpu", False),
-        keeps_start=reference_of(fit, tune, strategy) == "live" and not begins_anew(fit, tune),
+        keeps_start=reference_of(fit, tune, strategy) == "live" and not is_fresh_lora(tune, fit.model.adapter),
     )
 
 

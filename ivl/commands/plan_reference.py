@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from ivl.architecture.config import Config
 from ivl.estimate import flops
 from ivl.estimate.training_step import Strategy, TrainSetup
+from ivl.finetune.reference import Way, is_fresh_lora, reference_way
 from ivl.finetune.tune import PARTS
 from ivl.options import LoRA, Tune
 
-How = Literal["live", "stored"]
 
-
-def reference_of(fit: Any, tune: Tune, strategy: Strategy) -> How | None:
+def reference_of(fit: Any, tune: Tune, strategy: Strategy) -> Way | None:
     """Way in which the options of a fit have the reference (`ivl.lit.training.preference`); None: of objective sft."""
     objective = fit.model.objective
     if objective == "sft":
         return None
-    if objective.reference != "auto":
-        return objective.reference
-    more_than_lora = any(mode != "frozen" and not isinstance(mode, LoRA) for mode in map(tune.mode, PARTS))
-    splits = strategy in ("fsdp2", "zero3") and not begins_anew(fit, tune)
-    return "stored" if more_than_lora or splits else "live"
-
-
-def begins_anew(fit: Any, tune: Tune) -> bool:
-    """True if the LoRA changes nothing as training begins, so that the reference is the model without it."""
-    modes = map(tune.mode, PARTS)
-    return not fit.model.adapter and not any(isinstance(mode, LoRA) and mode.init == "pissa" for mode in modes)
+    beside_lora = any(mode != "frozen" and not isinstance(mode, LoRA) for mode in map(tune.mode, PARTS))
+    is_fresh = is_fresh_lora(tune, fit.model.adapter)
+    return reference_way(objective.reference, beside_lora, strategy in ("fsdp2", "zero3"), is_fresh)
 
 
 def reference_plan(
-    config: Config, setup: TrainSetup, how: How, batch: flops.Work, epoch: flops.Work | None
+    config: Config, setup: TrainSetup, how: Way, batch: flops.Work, epoch: flops.Work | None
 ) -> dict[str, Any]:
     """Operations of the reference: of each micro-batch where it is live, else of all rows once, where those are known.
 
@@ -54,8 +45,8 @@ def reference_plan(
 def reference_text(plan: dict[str, Any]) -> str:
     """Line about the reference for people."""
     if plan["how"] == "live":
-        each = plan["flops_per_micro_batch"] / 1e12
-        return f"the reference: a forward without the LoRA in each batch, {each:.2f} TFLOP"
+        tflop = plan["flops_per_micro_batch"] / 1e12
+        return f"the reference: a forward without the LoRA in each batch, {tflop:.2f} TFLOP"
     total = plan["flops_before_training"]
     known = "" if total is None else f", {total / 1e12:.2f} TFLOP"
     return f"the reference: a forward of all rows once, before training{known}; it is kept for later runs"

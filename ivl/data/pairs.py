@@ -78,7 +78,7 @@ def _with_one_prompt(rows: list[EncodedRow], encode: Encode) -> list[EncodedRow]
     shorter = min((0, 1), key=lambda n: (len(rows[n].conversation.messages), rows[n].num_tiles))
     model, other = rows[shorter], rows[1 - shorter]
     messages = (*model.conversation.messages[:-1], other.conversation.messages[-1])
-    again = encode(replace(other.conversation, messages=messages), model.shapes, model.limits)
-    again.notes = list(model.notes)
-    rows[1 - shorter] = again
+    shortened = encode(replace(other.conversation, messages=messages), model.shapes, model.limits)
+    shortened.notes = list(model.notes)
+    rows[1 - shorter] = shortened
     return rows

@@ -57,10 +57,10 @@ class DistributedGroup(ProcessGroup):
     def send(self, data: bytes | None, source: int) -> bytes:
         size = self.gather(len(data or b"") if self.rank == source else 0)[source]
         mine = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8) if self.rank == source else None
-        whole = torch.empty(size, dtype=torch.uint8) if mine is None else mine
+        received = torch.empty(size, dtype=torch.uint8) if mine is None else mine
         for start in range(0, size, _PIECE):
-            dist.broadcast(whole[start : min(size, start + _PIECE)], source, group=self._group)
-        return whole[:size].numpy().tobytes()
+            dist.broadcast(received[start : min(size, start + _PIECE)], source, group=self._group)
+        return received[:size].numpy().tobytes()
 
     def share(self, error: Exception | None) -> None:
         texts = [text for text in self.gather(None if error is None else str(error)) if text is not None]

@@ -9,15 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ivl.finetune.tune import PARTS
+from ivl.options import LoRA, Tune
 from ivl.types import Batch, UserError
 
 if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
+
+
+Way = Literal["live", "stored"]
+
+
+def is_fresh_lora(tune: Tune, adapter: object) -> bool:
+    """True if the LoRA changes nothing as training begins, so that the reference is the model without it."""
+    return not adapter and not any(isinstance(mode := tune.mode(part), LoRA) and mode.init == "pissa" for part in PARTS)
+
+
+def reference_way(option: Literal["auto", "live", "stored"], beside_lora: bool, splits: bool, is_fresh: bool) -> Way:
+    """Way to the reference's log-probabilities: at each step, or once before training.
+
+    Args:
+        option: `model.objective.reference`.
+        beside_lora: more than a LoRA trains.
+        splits: the strategy splits the model over processes.
+        is_fresh: as `is_fresh_lora`; the tensors of another adapter are not swapped in shards.
+    """
+    if option != "auto":
+        return option
+    return "stored" if beside_lora or (splits and not is_fresh) else "live"
 
 
 def trained_beside_lora(model: nn.Module) -> str | None:

@@ -70,11 +70,10 @@ def _cell(answer: Answer) -> Image.Image:
     write = ImageDraw.Draw(cell)
     write.rectangle((0, 0, WIDTH, 3), fill=EXPECTED if right else ANSWERED)
     bottom = _paste_media(cell, row, answer["answer"])
-    question = next((m.text for m in reversed(row.messages) if m.role == "user"), "")
     thought = f"({answer['reasoning']}) " if answer.get("reasoning") else ""
     room = LINES + (PICTURE - bottom) // LINE
     texts = [
-        (f"Q: {question}", BLACK, max(4, room - 6)),
+        (f"Q: {row.question}", BLACK, max(4, room - 6)),
         (f"expected: {row.reference}", EXPECTED, 3),
         (f"given: {thought}{answer['answer']}", EXPECTED if right else ANSWERED, 3),
     ]
@@ -100,8 +99,7 @@ def _paste_media(cell: Image.Image, row: Conversation, answer: str) -> int:
     for n, (_, picture) in enumerate(pictures):
         picture = scaled(picture, WIDTH // across - 2 * (across - 1), PICTURE // down - 4)
         if n == last:  # a box does not say which picture it belongs to: most often the last
-            question = next((m.text for m in reversed(row.messages) if m.role == "user"), "")
-            for text in (question, row.reference or ""):
+            for text in (row.question, row.reference or ""):
                 picture = with_boxes(picture, text, EXPECTED, width=6)  # visible around an equal given box
             picture = with_boxes(picture, answer, ANSWERED, width=3)
         place = n % across * (WIDTH // across + 2), 6 + n // across * PICTURE // down

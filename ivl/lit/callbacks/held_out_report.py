@@ -54,14 +54,13 @@ def write_page(path: Path, rows: list[report.Row], most: int, step: int) -> None
 def _row(answer: dict[str, Any]) -> report.Row:
     """Row of an answer of validation, as files of predictions have it."""
     row: Conversation = answer["row"]
-    question = next((m.text for m in reversed(row.messages) if m.role == "user"), "")
     sources = [m.source for m in row.media if m.kind == "image"]
     return {
         "index": answer["index"],
         "id": row.id if row.id is not None else row.where,
         "where": row.where,
         "source": row.source or None,
-        "prompt": question,
+        "prompt": row.question,
         "response": answer["answer"],
         "reasoning": answer["reasoning"],
         "reference": row.reference,

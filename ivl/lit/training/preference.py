@@ -11,8 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ivl.finetune.objectives import MEASURES, PairLogProbs, PairOfAnswers, Preference, PreferenceObjective
-from ivl.finetune.reference import Reference, trained_beside_lora
-from ivl.finetune.tune import PARTS, LoRA
+from ivl.finetune.reference import Reference, is_fresh_lora, reference_way, trained_beside_lora
 from ivl.lit.training.reference_cache import store_references
 from ivl.lit.types import RunModule
 from ivl.model.loss import Output
@@ -47,13 +46,12 @@ class PreferenceTuning:
             option = "label_smoothing" if lit.label_smoothing else "loss_reduction"
             raise UserError(f"model.{option}: is of objective sft; model.objective dpo or mpo weighs pairs alike")
         model = lit.model
-        starts = {mode.init for part in PARTS if isinstance(mode := lit.tune.mode(part), LoRA)}
-        is_fresh = lit.adapter is None and "pissa" not in starts
-        splits, how = model.always_run_vision and not is_fresh, self.options.reference
-        if how == "stored" or (how == "auto" and (splits or trained_beside_lora(model))):
+        is_fresh, splits = is_fresh_lora(lit.tune, lit.adapter), model.always_run_vision
+        beside_lora = trained_beside_lora(model) is not None
+        if reference_way(self.options.reference, beside_lora, splits, is_fresh) == "stored":
             store_references(lit, is_fresh)
             return
-        if splits:
+        if splits and not is_fresh:
             raise UserError(
                 "model.objective.reference: live, under a strategy that splits the model, is the base model; expected "
                 "stored (or auto), a new LoRA (no model.adapter, no pissa), or trainer.strategy ddp"
