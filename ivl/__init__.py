@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ivl.model.internvl import InternVL
     from ivl.types import Batch, Conversation, Example, Media, Message, UserError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Chat": "ivl.chat",

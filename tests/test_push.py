@@ -6,6 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+import ivl
 from ivl import hub
 from ivl.__main__ import main
 from ivl.export import push as export_push
@@ -49,7 +50,7 @@ def test_an_export_is_pushed_with_its_card(made, server, tmp_path, capsys):
     out = tmp_path / "merged"
     argv = ["export", "--run", str(made / "run"), "--out", str(out), "--push", NAME, "--private", "--token", TOKEN]
     assert main(argv) == 0
-    assert server.private and server.commits == ["Export by ivl 0.1.0"]
+    assert server.private and server.commits == [f"Export by ivl {ivl.__version__}"]
     here = {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.name != "export_report.json"}
     assert server.files == here | {".gitattributes": b"*.bin lfs"}
     card = server.files["README.md"].decode()

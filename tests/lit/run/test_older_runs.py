@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from ivl.__main__ import main
@@ -52,3 +54,34 @@ def test_rows_are_answered_by_it(old_run):
 def test_it_is_exported(old_run):
     assert main(["export", "--run", str(old_run), "--out", "merged"]) == 0
     assert Path("merged/config.json").is_file()
+
+
+# -- options --------------------------------------------------------------------------------------------------------
+
+
+def flat(options: dict, prefix: str = "") -> dict[str, object]:
+    """Nested options as one level, `data.video.fps` and so on."""
+    found = {}
+    for key, value in options.items():
+        nested = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
+
+
+def test_all_its_options_are_known_and_the_defaults_are_the_same_but_for_those_of_the_page(
+    tmp_path, capsys, monkeypatch
+):
+    """`options.yaml`: all options of fit with their defaults, printed by version 0.1.0."""
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for argv in (["--model.pretrained", "internvl2-2b"], ["--config", str(OLD / "options.yaml")]):
+        monkeypatch.setattr("sys.argv", ["ivl", "fit", *argv, "--print_config"])
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *argv, "--print_config"])
+        assert not stop.value.code
+        printed.append(flat(yaml.safe_load(capsys.readouterr().out)))
+    old = flat(yaml.safe_load((OLD / "options.yaml").read_text()))
+    assert old.keys() <= printed[0].keys() and printed[1].items() >= old.items()
+    page = (Path(__file__).parents[3] / "docs/upgrading.md").read_text(encoding="utf-8")
+    other = {name for name in old if old[name] != printed[0][name]}
+    assert other == set(re.findall(r"^\| `([\w.]+)` \| `", page, re.MULTILINE))
