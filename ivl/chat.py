@@ -8,8 +8,10 @@ The template writes the full conversation at every turn, and the tokens of an ea
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Generator, Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from ivl.data.media.tiler import MediaCache
@@ -28,6 +30,11 @@ from ivl.types import Conversation, Message, UserError
 
 Settings = ChatOptions
 """Options of the answers: length and sampling."""
+
+PLAIN_TAG = re.compile(r"\\<(?=/?(?:image|video|img)>)")
+r"""Backslash and bracket of `\<image>`, `\<video>` or `\<img>` in a question: the tag as plain characters."""
+_HIDDEN = "<\0"
+"""Bracket of a plain tag while media are put in place of marks; no text is typed with it."""
 
 
 class Chat:
@@ -96,10 +103,11 @@ class Chat:
         self.prefix_cache.forget()
 
     def ask(self, query: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), prefix: str = "") -> str:
-        """Return the answer to a question about these media and the conversation so far, with its thought if any.
+        r"""Return the answer to a question about these media and the conversation so far, with its thought if any.
 
         `<image>` and `<video>` in the question are the places of media; without marks they come first. `images`:
-        paths, URLs, `data:` URIs, bytes or PIL images; a path may also be written as `<img>path</img>`.
+        paths, URLs, `data:` URIs, bytes or PIL images; a path may also be written as `<img>path</img>`. `\<image>` is
+        the tag as plain characters, to ask about it.
         `prefix`: beginning of the answer, from which the model goes on.
         Raises UserError for media that cannot be opened or do not match the marks, and where there is no room left.
         """
@@ -112,6 +120,7 @@ class Chat:
         return self._answer(self._message(query, images, videos), prefix)
 
     def _message(self, query: str, images: Sequence[Any], videos: Sequence[Any]) -> Message:
+        query = PLAIN_TAG.sub(_HIDDEN, query)
         for mark, media in (("<image>", images), ("<video>", videos)):
             if mark in query and not media:
                 kind = mark.strip("<>")
@@ -119,7 +128,9 @@ class Chat:
         row = {"query": query, "images": list(images), "videos": list(videos)}
         conversation = self.processor.parse(row)
         self.notes = conversation.unread
-        return conversation.messages[-1]
+        message = conversation.messages[-1]
+        parts = (part.replace(_HIDDEN, "<") if isinstance(part, str) else part for part in message.parts)
+        return replace(message, parts=tuple(parts))
 
     def _answer(self, message: Message, prefix: str = "") -> Generator[str, None, None]:
         conversation = Conversation((*self._messages, message), self.system, prefix=prefix)

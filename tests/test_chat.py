@@ -239,6 +239,22 @@ def test_the_functions_of_the_document(parts):
     assert answer == fresh(model, processor, {"query": "Which is it?", "history": [["How far?", response]]})
 
 
+def test_a_tag_after_a_backslash_is_plain_characters(parts):
+    model, processor = parts
+    chat = Chat(model, processor, settings=SHORT)
+    question = r"Is this \<image> of HTML? \<video> and \<img>a\</img> too, <image>"
+    answer = chat.ask(question, [picture(1)])
+    message = chat._messages[0]
+    texts = [part for part in message.parts if isinstance(part, str)]
+    assert "".join(texts) == "Is this <image> of HTML? <video> and <img>a</img> too, "
+    assert len(message.parts) - len(texts) == 1
+    other = Chat(model, processor, settings=SHORT)
+    assert "".join(other._answer(message)) == answer
+    assert Chat(model, processor, settings=SHORT).ask(r"What is \<video>?") == fresh(
+        model, processor, {"query": "What is <video>?"}
+    )
+
+
 def test_a_split_model_talks_as_the_whole_one(tmp_path):
     folder = tiny.write_checkpoint(tmp_path)
     processor = Processor.from_pretrained(folder)

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 
 from ivl.architecture.families import find_model
-from ivl.chat import Chat
+from ivl.chat import PLAIN_TAG, Chat
 from ivl.commands.export import Trained, read_run
 from ivl.data.media.source import is_url
 from ivl.data.processor import Processor
@@ -30,7 +30,8 @@ from ivl.reasoning import ReasoningStream
 from ivl.system_text import system_text
 from ivl.types import UserError, printable
 
-WORDS = """Type a question; <image> or <video> in it asks for a path or URL, <img>PATH</img> names one.
+WORDS = r"""Type a question; <image> or <video> in it asks for a path or URL, <img>PATH</img> names one.
+\<image>: the tag as plain characters, to ask about it   Find <ref>the dog</ref>: its box, in thousandths
 clear: a new conversation   reset-system: another system message   multi-line, single-line: how questions end
 /think on, /think off: thoughts shown or folded   /help: these lines
 exit or quit: leave (also Ctrl-D)   Ctrl-C: stop an answer"""
@@ -117,9 +118,11 @@ class Session:
 
     def _answer(self, text: str) -> None:
         media: dict[str, list[str]] = {"image": [], "video": []}
-        for kind in _MARK.findall(text):
-            media[kind].append(self._path(_NAMED[kind], f"the <{kind}> of the question needs one"))
-        if self.asks_for_media and not self.chat.history and not any(media.values()) and "<img>" not in text:
+        marked = PLAIN_TAG.sub("", text)
+        for kind in _MARK.findall(marked):
+            needed = f"the <{kind}> of the question needs one; \\<{kind}> is the tag as plain characters"
+            media[kind].append(self._path(_NAMED[kind], needed))
+        if self.asks_for_media and not self.chat.history and not any(media.values()) and "<img>" not in marked:
             media["image"] = [path for path in [self._path(_ANY)] if path]
         pieces = self.chat.stream(text, media["image"], media["video"])
         printer = AnswerPrinter(self.shows_thoughts)
@@ -144,7 +147,7 @@ class Session:
             _remember(line)
             path = typed_path(line)
             if not path and needed:
-                raise UserError(f"no path given, and {needed}; ask again")
+                raise UserError(f"no path given, and {needed}")
             if not path or is_url(path) or path.startswith("data:") or os.path.exists(path):
                 return path
             print(f"error: {printable(path, ' ')}: no such file; give another path, or none to drop the question")

@@ -175,6 +175,12 @@ def test_words_of_command_and_what_goes_wrong(folder, tmp_path):
         terminal.until("path or URL <<< ")
         terminal.type(path)
         assert message in terminal.until("<<< ").partition("error: ")[2]
+    terminal.type(r"What is \<image> in HTML?")
+    assert terminal.until(f"\n{LINE}\n") == printable(chat.ask(r"What is \<image> in HTML?"))
+    chat.clear()
+    terminal.until("<<< ")
+    terminal.type("clear")
+    terminal.until("<<< ")
     terminal.type("sheep " * 120)
     terminal.until("tokens with this question, and max_length is 400; start anew")
     terminal.until("<<< ")
