@@ -25,6 +25,7 @@ from tests.diffs import REPO, applied
 
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 WANTED = {
+    "first_project",
     "data",
     "finetuning",
     "preference",
@@ -105,6 +106,7 @@ def workplace(tmp_path_factory) -> Path:
     (checkpoints / "last.ckpt").touch()
     (folder / "runs/version_0/config.yaml").write_text("model: {pretrained: internvl2-2b}\n")
     (folder / "my.yaml").write_text("data: {batch_size: 2}\n")
+    (folder / "project.yaml").write_text(blocks(REPO / "docs/first_project.md", "yaml")[0])
     return folder
 
 

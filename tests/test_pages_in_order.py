@@ -15,13 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import ivl
 from ivl.__main__ import main
 from ivl.architecture.families import find_model
 from ivl.data.sets.hub_datasets import SETS
 from tests.lit.rows import write_rows
-from tests.test_docs import REPO, commands
+from tests.test_docs import REPO, blocks, commands
 from tests.tiny import FAMILIES, write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.slow
 MODELS_NAMED = ("internvl2-2b", "internvl2-8b", "internvl2-26b", "internvl-chat-v1_5", "internvl3-8b")
 PAGES = {
     "README": False,
+    "docs/first_project": True,
     "docs/data": False,
     "docs/finetuning": False,
     "docs/preference": True,
@@ -160,11 +162,24 @@ def settle(folder: Path, hub: Path, cache: Path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+def write_project(folder: Path) -> None:
+    """Write photographs with labels, and run the page's script that makes rows of them; write its config."""
+    page = REPO / "docs/first_project.md"
+    (folder / "photos").mkdir()
+    for n in range(20):
+        Image.effect_noise((64 + n, 48), 60).convert("RGB").save(folder / f"photos/{n + 1:04}.jpg")
+    (folder / "labels.csv").write_text("".join(f"{n + 1:04}.jpg,{n % 10}\n" for n in range(20)))
+    exec(compile(blocks(page, "python")[0], str(page), "exec"), {})
+    (folder / "project.yaml").write_text(blocks(page, "yaml")[0].replace("max_epochs: 20", "max_epochs: 1"))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page_run_one_after_the_other(page, hub, named_set, first_run, tmp_path, monkeypatch, capsys):
     settle(tmp_path, hub, named_set, monkeypatch)
     if PAGES[page]:
         shutil.copytree(first_run, "runs")
+    if page == "docs/first_project":
+        write_project(tmp_path)
     failed = []
     for line in commands(REPO / f"{page}.md"):
         if reason_to_leave_out(line) is not None:
@@ -176,3 +191,6 @@ def test_commands_of_a_page_run_one_after_the_other(page, hub, named_set, first_
         if status != 0:
             failed.append(f"{line.strip()}\n  exit status {status}: {os.linesep.join(printed.splitlines()[-3:])}")
     assert not failed, "\n".join(failed)
+    if page == "docs/first_project":
+        exec(compile(blocks(REPO / f"{page}.md", "python")[1], page, "exec"), {})
+        assert capsys.readouterr().out.endswith("\n")
