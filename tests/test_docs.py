@@ -22,6 +22,7 @@ from ivl.data.rows.formats import parse
 from ivl.lit import cli
 from ivl.lit.cli import IvlCLI
 from tests.diffs import REPO, applied
+from tests.tiny import write_checkpoint
 
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 WANTED = {
@@ -99,12 +100,13 @@ COMMAND_LINES = [(page, line) for page in PAGES for line in commands(page)]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with a run in it, where commands that name one find its config."""
+    """A folder with runs and a base in it, where commands that name one find its config."""
     folder = tmp_path_factory.mktemp("work")
-    checkpoints = folder / "runs/version_0/checkpoints"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "last.ckpt").touch()
-    (folder / "runs/version_0/config.yaml").write_text("model: {pretrained: internvl2-2b}\n")
+    write_checkpoint(folder / "base")
+    for run in (folder / "runs/version_0", folder / "runs/version_1"):
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "checkpoints/last.ckpt").touch()
+        (run / "config.yaml").write_text("model: {pretrained: internvl2-2b}\n")
     (folder / "my.yaml").write_text("data: {batch_size: 2}\n")
     (folder / "project.yaml").write_text(blocks(REPO / "docs/first_project.md", "yaml")[0])
     return folder
