@@ -74,6 +74,25 @@ def test_made_twice_it_is_the_same_and_nothing_is_made_over(demo, tmp_path):
     assert (again / "train.jsonl").stat().st_mtime_ns == stamp
 
 
+def test_two_processes_make_the_rows_of_one_and_say_so(demo, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("ivl.demo.making.FEW", 0)
+    monkeypatch.setattr("ivl.data.workers.cores", lambda: 2)
+    prepare(tmp_path / "demo", {"train": FEW, "val": FEW})
+    for path in sorted(p for p in demo.rglob("*") if p.is_file() and p.suffix != ".mp4"):
+        assert (tmp_path / "demo" / path.relative_to(demo)).read_bytes() == path.read_bytes(), path
+    printed = capfd.readouterr().err
+    assert f"demo: making rows and a tiny model in {tmp_path / 'demo'}/, once" in printed
+    assert "48/48" in printed and "demo: made in " in printed
+
+
+def test_an_error_in_another_process_ends_the_making(tmp_path, monkeypatch):
+    monkeypatch.setattr("ivl.demo.making.FEW", 0)
+    monkeypatch.setattr("ivl.data.workers.cores", lambda: 2)
+    with pytest.raises(RuntimeError, match="rows train, haiku: status 1"):
+        prepare(tmp_path / "demo", {"train": {"single": 2, "haiku": 2}})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is not the whole demo"):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 import tempfile
+import time
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ivl.types import UserError
+from ivl.errors import UserError
 
 ROWS = {
     "train": {"single": 12000, "turns": 2500, "grounding": 5000, "video": 500},
     "val": {"single": 300, "turns": 100, "grounding": 150, "video": 60},
 }
 """Number of rows of each kind, by split."""
+TEXTS = ("query", "response")
+"""Fields of a row that the tokenizer is trained on"""
 
 
 def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS, seed: int = 0) -> None:
@@ -29,27 +32,36 @@ def prepare(folder: str | Path, rows: dict[str, dict[str, int]] = ROWS, seed: in
     if folder.exists():
         raise UserError(f"{folder}: exists and is not the whole demo; remove it, or name another folder with --demo")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    print(f"demo: making rows and a tiny model in {folder}/, once", file=sys.stderr, flush=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write(temporary, rows, seed)
         temporary.chmod(0o755)
         if not folder.exists():  # another process may have been faster
             temporary.rename(folder)
+            print(f"demo: made in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(folder: Path, rows: dict[str, dict[str, int]], seed: int) -> None:
+    from ivl.demo.making import Part, make_rows
     from ivl.demo.model import write_checkpoint
-    from ivl.demo.rows import write_rows
+    from ivl.demo.rows import make_folders
     from ivl.demo.scenes import CELL, STEP
 
-    texts = []
-    with tqdm(total=sum(sum(counts.values()) for counts in rows.values()), desc="prepare the demo", unit="row") as bar:
-        for n, (split, counts) in enumerate(rows.items()):
-            for row in write_rows(folder, split, counts, 2 * seed + n):
-                texts += [row["query"], row["response"]] if split == "train" else []
-                bar.update()
+    make_folders(folder)
+    parts = [
+        Part(str(folder), split, kind, count, 2 * seed + n)
+        for n, (split, counts) in enumerate(rows.items())
+        for kind, count in counts.items()
+    ]
+    made = list(zip(parts, make_rows(parts), strict=True))
+    for split in rows:
+        lines = [json.dumps(row) + "\n" for part, part_rows in made if part.split == split for row in part_rows]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    texts = [row[key] for part, part_rows in made if part.split == "train" for row in part_rows for key in TEXTS]
     # The tokenizer shall have a word for each number of a box.
     numbers = [round(1000 * pixel / (2 * CELL)) for pixel in range(0, 2 * CELL + 1, STEP)]
     texts += [f"<box> [[{n}, {n}, {n}, {n}]] </box>" for n in numbers] * 50

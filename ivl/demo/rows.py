@@ -14,6 +14,7 @@ from ivl.demo.scenes import Note, Scans, clip, compose, write_clip
 
 KINDS = ("single", "turns", "grounding", "video")
 
+Row = dict[str, Any]
 QuestionAnswer = tuple[str, str]
 """Question and answer."""
 
@@ -28,23 +29,31 @@ class Boards:
     """Share, among questions on one image, of boards twice as wide: cut into tiles, or else too small to read"""
 
 
-def write_rows(
-    folder: Path, split: str, counts: dict[str, int], seed: int, boards: Boards = Boards()
-) -> Iterator[dict[str, Any]]:
+def write_rows(folder: Path, split: str, counts: dict[str, int], seed: int, boards: Boards = Boards()) -> Iterator[Row]:
     """Make rows of each kind: media below `folder`, rows in `folder/SPLIT.jsonl`. Yields them one by one.
 
     Rows of the split `train` are made from the scans for training, those of any other from the held-out ones. Equal
     arguments make equal rows, and of each kind the first n are the same however many follow.
     """
-    for name in ("images", "videos"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
         for kind, count in counts.items():
-            maker = Maker(folder, split, [seed, KINDS.index(kind)], boards)
+            maker = Maker(folder, split, kind_seed(seed, kind), boards)
             for number in range(count):
                 row = maker.row(kind, number)
                 file.write(json.dumps(row) + "\n")
                 yield row
+
+
+def make_folders(folder: Path) -> None:
+    """Make the folders of media below `folder`."""
+    for name in ("images", "videos"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+def kind_seed(seed: int, kind: str) -> list[int]:
+    """Return the seed of a kind of rows: a kind's rows do not depend on the others."""
+    return [seed, KINDS.index(kind)]
 
 
 class Maker:
@@ -54,18 +63,18 @@ class Maker:
         self.folder, self.split, self.rng, self.boards = folder, split, np.random.default_rng(seed), boards
         self.scans = Scans(held_out=split != "train")
 
-    def row(self, kind: str, number: int) -> dict[str, Any]:
+    def row(self, kind: str, number: int) -> Row:
         """Make row `number` of a kind, its `source`; `id` names it in predictions."""
         name = f"{self.split}-{kind}-{number:05d}"
         return {"id": name, "source": kind, **getattr(self, kind)(name)}
 
-    def single(self, name: str) -> dict[str, Any]:
+    def single(self, name: str) -> Row:
         """One question on one image."""
         image, notes = self.board(name, columns=4 if self.rng.random() < self.boards.wide else 2)
         query, response = self.question(notes)
         return {"query": query, "response": response, "images": [image]}
 
-    def turns(self, name: str) -> dict[str, Any]:
+    def turns(self, name: str) -> Row:
         """Questions in several turns, on one image or on two; no answer gives that of a later one away."""
         if self.rng.random() < 0.5:
             image, notes = self.board(name)
@@ -77,7 +86,7 @@ class Maker:
         pairs = [(f"<image>\n{query}", response) for query, response in pairs]
         return {**conversation(pairs), "images": [image for image, _ in boards]}
 
-    def grounding(self, name: str) -> dict[str, Any]:
+    def grounding(self, name: str) -> Row:
         """Question from a name to its box, or from a box to its content."""
         image, notes = self.board(name)
         note = notes[self.rng.integers(len(notes))]
@@ -88,7 +97,7 @@ class Maker:
         objects = [{"caption": caption, "bbox": list(note.box), "bbox_type": "real", "image": 0}]
         return {**row, "images": [image], "objects": objects}
 
-    def video(self, name: str) -> dict[str, Any]:
+    def video(self, name: str) -> Row:
         """Question on a clip: the direction of its note, or the digit on it."""
         frames, note, direction = clip(self.rng, self.scans)
         path = f"videos/{name}.mp4"
@@ -129,7 +138,7 @@ def count(notes: list[Note]) -> QuestionAnswer:
     return "How many notes are there?", str(len(notes))
 
 
-def conversation(pairs: list[QuestionAnswer], mark: str = "") -> dict[str, Any]:
+def conversation(pairs: list[QuestionAnswer], mark: str = "") -> Row:
     """Fields of a row: the last question and its answer, the others as history; `mark` stands at the very beginning."""
     turns = [[("" if n else mark) + query, response] for n, (query, response) in enumerate(pairs)]
     query, response = turns.pop()

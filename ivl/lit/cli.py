@@ -27,6 +27,7 @@ from ivl.lit.callbacks.held_out_report import PAGE, HeldOutReport
 from ivl.lit.callbacks.monitor import Progress, Watch
 from ivl.lit.callbacks.prediction_writer import PredictionWriter
 from ivl.lit.callbacks.sample_answers import Pictures
+from ivl.lit.callbacks.score_lines import ScoreLines
 from ivl.lit.datamodule import IvlData
 from ivl.lit.metrics import scores_table
 from ivl.lit.module import LitInternVL
@@ -208,6 +209,7 @@ class IvlCLI(LightningCLI):
             kwargs["callbacks"] = [*(options.callbacks or []), Progress()]
         self.peers = Peers()
         kwargs["callbacks"] = [*kwargs.get("callbacks", options.callbacks or []), self.peers]
+        kwargs["callbacks"] += [ScoreLines()] if self.subcommand == "fit" else []
         plugins = options.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):

@@ -158,14 +158,20 @@ def scores_table(scores: dict[str, dict[str, float]], with_loss: bool = False) -
     """Table of held-out scores per kind of row, as text; shares in percent, the others as they are."""
     columns = [*(["loss"] if with_loss else []), *get_args(Metric)]
     names = [name for name in columns if any(name in values for values in scores.values())]
-    rows = [["held-out rows", "rows", *(_TITLES.get(name, name) for name in names)]]
+    rows = [["held-out rows", "rows", *map(title, names)]]
     for kind, values in sorted(scores.items(), key=lambda item: (item[0] == "", item[0])):
-        cells = [_cell(name, values.get(name)) for name in names]
+        cells = [cell(name, values.get(name)) for name in names]
         rows.append([printable(kind, " ") or "all", str(int(values["rows"])), *cells])
     return text_table(rows)
 
 
-def _cell(name: str, value: float | None) -> str:
+def title(name: str) -> str:
+    """Return a metric's name in tables."""
+    return _TITLES.get(name, name)
+
+
+def cell(name: str, value: float | None) -> str:
+    """Write a metric's value in tables: a share in percent, others with three digits, "-" where there is none."""
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if name in ("exact", "vqa", "relaxed", "iou50") else f"{value:.3f}"

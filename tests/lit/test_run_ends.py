@@ -66,6 +66,10 @@ def test_the_best_and_the_last_are_both_offered(base, tmp_path, capsys):
     assert f"--ckpt_path {run}/checkpoints/last.ckpt --data.predict FILE.jsonl  # step 6, the last" in printed
     from safetensors.torch import load_file
 
+    table = [line.split() for line in printed.splitlines() if line.split()[:1] in (["epoch"], ["1"], ["2"], ["3"])]
+    assert table[0][:4] == ["epoch", "step", "time", "loss"] and "exact" in table[0]
+    assert [line[:2] for line in table[1:]] == [["1", "2"], ["2", "4"], ["3", "6"]]
+    assert all(line[4:6] == ["0.0", "%"] for line in table[1:]), table
     adapters = [load_file(run / name / "adapter_model.safetensors") for name in ("adapter", "adapter-best")]
     for adapter, path in zip(adapters, (run / "checkpoints/last.ckpt", best)):
         sums = sorted(float(tensor.abs().sum()) for tensor in adapter.values())
