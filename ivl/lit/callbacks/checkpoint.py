@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -277,9 +279,29 @@ class Checkpoints(ModelCheckpoint):
         if step_ended:
             self._stop_on_signal(trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        with self._position_in_epoch(trainer):
+            super().on_train_epoch_end(trainer, module)
+
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.save_last and self._last_global_step_saved != trainer.global_step:  # steps after the last validation
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            with self._position_in_epoch(trainer):
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    @contextmanager
+    def _position_in_epoch(self, trainer: Trainer) -> Iterator[None]:
+        """Save the position of the last step, where max_steps, max_time or early stopping cut an epoch short.
+
+        Lightning counts such an epoch as ended; a longer run that is resumed would leave out its other rows.
+        """
+        counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        position = self._step_end
+        if position and position.step == trainer.global_step and counts.ready < trainer.num_training_batches:
+            self._saved = position
+        try:
+            yield
+        finally:
+            self._saved = None
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._write_adapter(trainer, module)

@@ -80,6 +80,18 @@ def test_a_longer_schedule_counts_from_the_first_resumed_step(base, begun, tmp_p
     assert rates(begun)[3:] == rates(tmp_path / "long")[3:]
 
 
+@pytest.mark.parametrize("every", [None, 1, 2], ids=["at the end", "each step", "each second step"])
+def test_a_run_that_max_steps_ended_inside_an_epoch_goes_on_with_the_rest_of_it(base, tmp_path, every):
+    changes = {"model__schedule": {"class_path": "ivl.lit.schedule.Warmup", "init_args": {"decay": "constant"}}}
+    changes |= {"checkpoint__every_n_train_steps": every} if every else {}
+    assert run(base, tmp_path / "cut", "--trainer.max_steps", "2", **changes) == 0
+    more = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
+    assert resume(base, tmp_path / "cut", *more, **changes) == 0
+    assert run(base, tmp_path / "whole", *more, **changes) == 0
+    assert loaded(tmp_path / "cut")["global_step"] == loaded(tmp_path / "whole")["global_step"] == 6
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 def test_a_schedule_that_cannot_be_changed_on_the_way_is_refused(base, begun, capsys):
     cosine = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR"}
     assert resume(base, begun, trainer__max_epochs=2, model__schedule=cosine) == 2
