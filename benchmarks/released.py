@@ -149,7 +149,7 @@ def mmstar(model: str, table: Path, device: str) -> float:
         subprocess.run([*run, "predict", *options, *asked], check=True)
         subprocess.run([*run, "score", str(out), "--task", "mmstar"], check=True)
         scores = json.loads(out.with_suffix(".scores.json").read_text())
-        return float(scores["score"])
+        return float(scores["files"][0]["score"])
 
 
 def verdict(name: str, found: list[str]) -> bool:

@@ -90,6 +90,12 @@ def test_vlmevalkits_rows(adapter, folder, pictures):
     )
     assert question == "Image-1: <image>\nImage-2: <image>\n<Image-1> or <Image-2>?"
     assert (images, videos) == (["a.png", "b.png"], [])
+    pair = [{"type": "image", "value": "a.png"}, {"type": "image", "value": "b.png"}]
+    texts = [{"type": "text", "value": "Which "}, {"type": "text", "value": "one?"}]
+    write = adapter("vlmevalkit").question_of  # what its `reorganize_prompt` writes
+    assert write(pair + texts)[0] == "Image-1: <image>\nImage-2: <image>\nWhich one?"
+    assert write(texts)[0] == "Which one?"
+    assert write(pair[:1] + texts)[0] == "<image>\nWhich \none?"
 
 
 def test_lmms_evals_rows(adapter, folder, pictures):

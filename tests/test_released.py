@@ -1,6 +1,9 @@
 """benchmarks/released.py: what is published passes, anything else fails and is shown."""
 
+import base64
 import importlib
+import io
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,26 @@ def test_a_run_of_it_on_a_tiny_model(released, folder, images, capsys, monkeypat
     assert released.main(options) == 1
     printed = capsys.readouterr().out
     assert "1 of 2 cases passed" in printed and "logits [" in printed and f"published {answer + '!'!r}" in printed
+
+
+def test_a_table_is_answered_and_scored(released, tmp_path, capsys, monkeypatch):
+    """By `predict` and `score` on a stand-in of MMStar's table; the score is compared with the published one."""
+    tiny = write_checkpoint(tmp_path / "tiny", "Qwen2ForCausalLM", llm={"max_position_embeddings": 256})
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(picture, "PNG")
+    cells = base64.b64encode(picture.getvalue()).decode()
+    head = "index\tquestion\tA\tB\tanswer\tcategory\tl2_category\timage\n"
+    rows = (f"{n}\tWhich?\tcat\tdog\t{'AB'[n % 2]}\tlogic\tall\t{cells}\n" for n in range(2))
+    table = tmp_path / "MMStar_MINI.tsv"
+    table.write_text(head + "".join(rows))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT.parent))
+    options = ["--folder", f"InternVL3-8B={tiny}", "--device", "cpu", "--mmstar", str(table), "InternVL3-8B"]
+    assert released.main(options) == 1
+    (score,) = re.findall(r"FAIL  InternVL3-8B: MMStar_MINI\n      ([\d.]+), published 70.0", capsys.readouterr().out)
+    monkeypatch.setattr(released, "mmstar", lambda *_: float(score))
+    monkeypatch.setitem(released.MMSTAR, "InternVL3-8B", float(score) + 0.5)
+    assert released.main(options) == 0
+    assert "pass  InternVL3-8B: MMStar_MINI" in capsys.readouterr().out
 
 
 def test_a_model_of_which_nothing_is_published_is_refused(released, capsys):

@@ -24,13 +24,14 @@ def question_of(message: list[Item]) -> tuple[str, list[str], list[str]]:
     images = [item["value"] for item in message if item["type"] == "image"]
     videos = [item["value"] for item in message if item["type"] == "video"]
     texts = [item["value"] for item in message if item["type"] == "text"]
-    if len(images) < 2:
-        return "<image>\n" * len(images) + "<video>\n" * len(videos) + "\n".join(texts), images, videos
+    if len(images) == 1:
+        return "<image>\n" + "<video>\n" * len(videos) + "\n".join(texts), images, videos
     words, number = "", 0
     for item in message:
         number += item["type"] == "image"
         words += item["value"] if item["type"] == "text" else f"<Image-{number}>" if item["type"] == "image" else ""
     marks = "".join(f"Image-{n}: <image>\n" for n in range(1, len(images) + 1))
+    words = words.replace("".join(f"<Image-{n}>" for n in range(1, len(images) + 1)), "") if images else words
     return marks + "<video>\n" * len(videos) + words, images, videos
 
 

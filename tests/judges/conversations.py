@@ -64,3 +64,24 @@ def conversations(number: int, images: list[str], seed: int = 0, one_turn: bool 
     """So many conversations of one seed."""
     rng = random.Random(seed)
     return [conversation(rng, images, one_turn) for _ in range(number)]
+
+
+def questions(images: list[str]) -> list[dict[str, Any]]:
+    """Questions with no, one and two pictures, a system turn, and a second turn."""
+
+    def user(text: str, number: int = 0) -> dict[str, Any]:
+        return {"role": "user", "content": [{"type": "image"}] * number + [{"type": "text", "text": text}]}
+
+    def said(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    asked = [
+        ([user("What is it?")], 0),
+        ([user("What is it?", 1)], 1),
+        ([user("请描述这张图片。", 2)], 2),
+        ([said("system", SYSTEMS[0]), user("How many sheep?", 1)], 1),
+        ([user("How many?", 1), said("assistant", "four"), user("And cats?")], 1),
+    ]
+    return [
+        {"messages": m, "images": [images[(k + n) % len(images)] for k in range(c)]} for n, (m, c) in enumerate(asked)
+    ]

@@ -45,13 +45,38 @@ ENVIRONMENTS = {
         without=("torch", "torchaudio", "torchvision", "torchcodec", "opencv-python-headless"),
         layered=False,  # its kernels are compiled for one release of torch; that of PyPI has them for GPUs as well
     ),
-    "lmdeploy": Environment(bare=("lmdeploy==0.18.0",)),
-    "trl": Environment(packages=("trl==1.16.0",)),
+    "lmdeploy": Environment(  # its prompts, ids and pixels; the engine needs a GPU and another torch
+        packages=(
+            "mmengine-lite", "fire", "fastapi", "pyzmq", "pybase64", "shortuuid", "openai", "openai_harmony", "einops",
+            "partial_json_parser", "cloudpickle", "prometheus_client", "aiohttp", "uvicorn", "opencv-python-headless",
+            "xgrammar", "requests",
+            "pillow<13",  # 13 resizes tall pictures in another order, as ivl/data/media/tiling.py says
+        ),
+        bare=("lmdeploy==0.18.0",),
+    ),
+    "internvl": Environment(  # runs OpenGVLab's code, IVL_INTERNVL
+        packages=(
+            "transformers==4.37.2", "tokenizers==0.15.2", "huggingface-hub<1", "peft==0.10.0", "accelerate==0.27.2",
+            "timm==0.9.12", "numpy==1.26.4", "sentencepiece", "protobuf<5", "einops", "imageio", "decord",
+            "opencv-python-headless<4.12",
+        ),
+    ),
+    "trl": Environment(packages=("trl==1.16.0", "datasets>=3", "pytest>=8")),
     "lmms-eval": Environment(
         packages=("loguru", "sqlitedict", "datasets", "evaluate", "pytz"), bare=("lmms-eval==0.7.3",)
     ),
-    "gguf": Environment(packages=("gguf==0.19.0",)),
-}
+    "vlmevalkit": Environment(  # runs the code of IVL_VLMEVALKIT, which no registry has
+        packages=(
+            "timeout-decorator==0.5.0", "datasets", "pandas", "tabulate", "termcolor", "python-dotenv", "openpyxl",
+            "xlsxwriter", "validators", "requests", "rich", "sty", "portalocker", "matplotlib", "json_repair", "nltk",
+            "levenshtein", "editdistance", "distance", "sympy", "latex2sympy2-extended", "math-verify", "num2words",
+            "tiktoken", "einops", "imageio", "opencv-python-headless", "openai", "jieba", "zss", "apted", "anls",
+            "rouge", "pylatexenc", "colormath", "lxml", "nest_asyncio", "omegaconf", "ipdb", "torchmetrics",
+            "beautifulsoup4", "geopy", "networkx", "squarify", "matplotlib_venn", "evaluate",
+        ),
+    ),
+    "gguf": Environment(packages=("gguf==0.19.0",)),  # llama.cpp's converter as well, IVL_LLAMA_CPP
+}  # fmt: skip
 
 _NEEDS = """
 import sys

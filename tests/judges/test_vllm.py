@@ -17,7 +17,7 @@ from ivl.data.processor import Processor
 from ivl.model.internvl import InternVL
 from ivl.options import LoRA, Tune
 from tests.commands.test_export import write_run
-from tests.judges.conversations import SYSTEMS, pictures
+from tests.judges.conversations import pictures, questions
 from tests.judges.make_env import python_of
 from tests.judges.results import Result, record, versions_in
 from tests.tiny import FAMILIES, write_checkpoint
@@ -30,27 +30,6 @@ SCALING = {"type": "su", "short_factor": [1.0] * 32, "long_factor": [2.0 + 0.1 *
 """Of Phi-3, half a head long. vLLM takes the long factors for every row where its context is above the short one's"""
 NEAR = 1e-3
 """Two best logits so near to one another may change places"""
-
-
-def rows(images: list[str]) -> list[dict[str, Any]]:
-    """Questions with no, one and two pictures, a system turn, and a second turn."""
-
-    def user(text: str, number: int = 0) -> dict[str, Any]:
-        return {"role": "user", "content": [{"type": "image"}] * number + [{"type": "text", "text": text}]}
-
-    def said(role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text}]}
-
-    asked = [
-        ([user("What is it?")], 0),
-        ([user("What is it?", 1)], 1),
-        ([user("请描述这张图片。", 2)], 2),
-        ([said("system", SYSTEMS[0]), user("How many sheep?", 1)], 1),
-        ([user("How many?", 1), said("assistant", "four"), user("And cats?")], 1),
-    ]
-    return [
-        {"messages": m, "images": [images[(k + n) % len(images)] for k in range(c)]} for n, (m, c) in enumerate(asked)
-    ]
 
 
 def ask_vllm(folder: Path, asked: list[dict], tmp_path: Path, trust: bool = False, adapter: Path | None = None) -> list:
@@ -113,7 +92,7 @@ def written(folder: Path, architecture: str) -> Path:
 def test_answers_of_an_hf_export(architecture, judge, tmp_path):
     base = written(tmp_path / "base", architecture)
     out = export(str(tmp_path / "hf"), base=str(base), layout="hf", dtype="float32")
-    asked = rows(pictures(tmp_path / "pictures"))
+    asked = questions(pictures(tmp_path / "pictures"))
     compare(f"hf layout, {architecture}", out, asked, ask_vllm(out, asked, tmp_path))
 
 
@@ -130,7 +109,7 @@ def test_answers_of_a_released_export(architecture, judge, tmp_path):
     config["auto_map"] = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
     (base / "config.json").write_text(json.dumps(config))
     out = export(str(tmp_path / "released"), base=str(base), dtype="float32")
-    asked = rows(pictures(tmp_path / "pictures"))
+    asked = questions(pictures(tmp_path / "pictures"))
     compare(f"released layout, {architecture}", out, asked, ask_vllm(out, asked, tmp_path, trust=True))
 
 
@@ -143,6 +122,6 @@ def test_answers_with_an_adapter(architecture, judge, tmp_path):
     write_run(tmp_path / "run", base, Tune(language_model=LoRA(rank=4)))
     adapter = export(str(tmp_path / "adapter"), run=str(tmp_path / "run"), adapter_only=True)
     merged = export(str(tmp_path / "merged"), run=str(tmp_path / "run"), layout="hf", dtype="float32")
-    asked = rows(pictures(tmp_path / "pictures"))
+    asked = questions(pictures(tmp_path / "pictures"))
     answers = ask_vllm(base, asked, tmp_path, adapter=adapter)
     compare(f"LoRA adapter, {architecture}", base, asked, answers, merged)

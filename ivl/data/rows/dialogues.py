@@ -129,14 +129,13 @@ def _parts(content: Any, name: str, row: Row, role: str, reader: RowReader) -> I
         return
     if not isinstance(content, list):
         raise UserError(f"{name}: expected a text or a list of parts, found {short(content)}")
-    after_medium = False
+    after_medium = False  # parts have no line break between them, and the models were trained with one after a medium
     for n, part in enumerate(content):
         where = f"{name}[{n}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             reader.keys.look("text part", part, where)
             text = text_of(part.get("text"), f"{where}.text")
-            # Parts have no line break between them, and the models were trained with one after a medium
             text = "\n" * (after_medium and not text.startswith("\n")) + text
             yield from reader.content(text, role, f"{where}.text")
         elif kind in ("image", "image_url", "video", "video_url"):
@@ -145,6 +144,8 @@ def _parts(content: Any, name: str, row: Row, role: str, reader: RowReader) -> I
             source = next((part[key] for key in (kind, "url", "path", word) if not nothing(part.get(key))), None)
             if source is None and nothing(row.get(word)) and nothing(row.get(f"{word}s")):
                 raise UserError(f"{where}: names no {word}, and the row has no {word}s; add its path or URL")
+            if after_medium:
+                yield "\n"
             yield f"<{word}>" if source is None else reader.part_medium(word, part, source, where)
         else:
             raise UserError(f"{where}: expected a part of type text, image, image_url or video, found {short(part)}")

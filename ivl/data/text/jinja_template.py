@@ -20,7 +20,7 @@ from ivl.types import Conversation, Message, UserError
 RELEASED_MARKS = ("<image>", "<video>")
 """Marks of media in a text: vLLM and lmdeploy replace them, as the released `chat` does"""
 
-# A text after a medium begins a new line, as in `ivl.data.rows.formats`.
+# A part after a medium begins a new line, as in `ivl.data.rows.formats`.
 _JINJA = """\
 {%- macro words(content) -%}
 {%- if content is string -%}{{ content MARKS }}
@@ -31,6 +31,7 @@ _JINJA = """\
 {%- if last.medium and not part['text'].startswith('\\n') -%}{{ '\\n' }}{%- endif -%}
 {{ part['text'] }}{%- set last.medium = false -%}
 {%- else -%}
+{%- if last.medium -%}{{ '\\n' }}{%- endif -%}
 {{ VIDEO if 'video' in part['type'] else IMAGE }}{%- set last.medium = true -%}
 {%- endif -%}
 {%- endfor -%}

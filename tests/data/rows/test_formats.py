@@ -222,6 +222,10 @@ SAID = {"role": "assistant", "content": "Yes"}
             [(A, "\nHi", B), ("Yes",)],
         ),
         (
+            {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Hi"}]}, SAID], "images": ["a.jpg", "b.jpg"]},
+            [(A, "\n", B, "\nHi"), ("Yes",)],
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nHi"}]}, SAID], "images": ["a.jpg"]},
             [(A, "\nHi"), ("Yes",)],
         ),
