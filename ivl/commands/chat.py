@@ -22,7 +22,7 @@ from ivl.commands.export import Trained, read_run
 from ivl.data.media.source import is_url
 from ivl.data.processor import Processor
 from ivl.finetune.adapter import peft_adapter as adapting
-from ivl.hub import resolve
+from ivl.hub import resolve, resolve_adapter
 from ivl.model.internvl import InternVL
 from ivl.options import ChatSessionOptions, FetchPolicy, MediaPolicy
 from ivl.parallel.devices import device_of
@@ -294,10 +294,11 @@ def _trained(options: ChatSessionOptions) -> Trained:
     if options.ckpt_path is not None:
         return read_run(options.ckpt_path, "--ckpt_path", options.model)
     if options.adapter is not None:
-        base = adapting.base_of(options.adapter, options.model, "--model")
-        if note := adapting.other_base(options.adapter, base):
+        folder = resolve_adapter(options.adapter)
+        base = adapting.base_of(folder, options.model, "--model")
+        if note := adapting.other_base(folder, base):
             print(f"note: {printable(note, ' ')}")
-        return Trained(base, adapter=Path(options.adapter), where=options.adapter)
+        return Trained(base, adapter=folder, where=options.adapter)
     return Trained(str(options.model))
 
 

@@ -32,7 +32,7 @@ from ivl.finetune import tune as tuning
 from ivl.finetune.adapter import peft_adapter as adapting
 from ivl.finetune.adapter.adapter_writer import Layout
 from ivl.finetune.tune import PARTS, How
-from ivl.hub import resolve
+from ivl.hub import resolve, resolve_adapter
 from ivl.hub.hints import is_run
 from ivl.model.internvl import InternVL
 from ivl.options import DType, ExportOptions, LoRA, Quantize, Tune
@@ -281,8 +281,9 @@ def _trained(options: ExportOptions) -> Trained:
     if options.run is not None:
         return read_run(options.run, "--run", options.base)
     if options.adapter is not None:
-        base = adapting.base_of(options.adapter, options.base, "--base")
-        return Trained(base, adapter=Path(options.adapter), where=options.adapter)
+        folder = resolve_adapter(options.adapter)
+        base = adapting.base_of(folder, options.base, "--base")
+        return Trained(base, adapter=folder, where=options.adapter)
     return Trained(str(options.base))
 
 

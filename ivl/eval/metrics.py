@@ -95,7 +95,10 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], mode: Mode = "compat")
     if people == 1:
         return float(agree[0])
     enough = (people - 1) / 3
-    return sum(min(1, (sum(agree) - match) / enough) for match in agree) / people
+    total = 0.0
+    for match in agree:  # one by one: from Python 3.12 on, sum() rounds otherwise than the script did
+        total += min(1, (sum(agree) - match) / enough)
+    return total / people
 
 
 # -- documents, charts, exact answers ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 from ivl.architecture.families import MODELS, find_model
 from ivl.errors import UserError
 from ivl.hub import huggingface, modelscope
-from ivl.hub.files import Hub, missing_files
+from ivl.hub.files import ADAPTER, CHECKPOINT, Hub, Kind
 from ivl.hub.hints import check_model_folder
 from ivl.hub.unsupported import refuse_name
 
@@ -84,28 +84,54 @@ def resolve(
 
     Raises UserError where there is no such folder or model, it may not be had, or a file does not match its checksum.
     """
-    from filelock import FileLock
-    from huggingface_hub.constants import is_offline_mode
-
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if revision:
             raise UserError(f"{name_or_path}: is a folder here, which has no revision {revision!r}; leave it out")
         check_model_folder(path)
         return path
-    name, _, ending = str(name_or_path).partition("@")
+    ending = str(name_or_path).partition("@")[2]
     if ending and _settings.revision not in (None, ending):
         raise UserError(f"{name_or_path}: --revision is {_settings.revision}; expected one of them")
-    hub, token = _known_hub(hub) or _settings.hub, token or _settings.token
     revision = revision or ending or _settings.revision
+    return _from_hub(str(name_or_path), CHECKPOINT, hub, token, revision, offline)
+
+
+def resolve_adapter(name_or_path: str | Path) -> Path:
+    """Return the local folder of a PEFT adapter: a path as it is, there or not, else of a hub, as `resolve`.
+
+    A hub's id is `OWNER/NAME`, with the folder of one adapter among several `OWNER/NAME:FOLDER`, and may end with
+    `@REVISION`; the revision given to `choose` is the model's. Raises UserError as `resolve` does.
+    """
+    path, name = Path(name_or_path).expanduser(), str(name_or_path).partition("@")[0]
+    if path.exists() or path.parent.is_dir() or not _ID.fullmatch(name) or ".." in name:
+        return path
+    if find_model(name) is not None:
+        raise UserError(f"{name_or_path}: is a model, not an adapter; give it with --model (chat), --base (export)")
+    return _from_hub(str(name_or_path), ADAPTER, revision=str(name_or_path).partition("@")[2] or None)
+
+
+def _from_hub(
+    name_or_path: str,
+    kind: Kind,
+    hub: Hub | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    offline: bool | None = None,
+) -> Path:
+    from filelock import FileLock
+    from huggingface_hub.constants import is_offline_mode
+
+    hub, token = _known_hub(hub) or _settings.hub, token or _settings.token
     if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise UserError(
             f"{name_or_path}: revision: expected the name of a branch or a tag, or a commit, found {revision!r}"
         )
-    refuse_name(str(name_or_path))
-    ids = _ids(name)
+    if kind is CHECKPOINT:
+        refuse_name(name_or_path)
+    ids = _ids(name_or_path.partition("@")[0])
     hubs = [hub] if revision else [hub, *(h for h in HUBS if h != hub)]
-    if folder := _cached_folder(hubs, ids, revision):
+    if folder := _cached_folder(hubs, ids, revision, kind):
         return folder
     if offline if offline is not None else is_offline_mode():
         raise UserError(
@@ -117,8 +143,8 @@ def resolve(
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # of several processes that start together one downloads
-            folder = _cached_folder(hubs, ids, revision)
-            return folder or module.download(repo_id, revision, token, subfolder) / subfolder
+            folder = _cached_folder(hubs, ids, revision, kind)
+            return folder or module.download(repo_id, revision, token, subfolder, kind) / subfolder
     except OSError as error:
         variable = {"huggingface": "HF_HUB_CACHE", "modelscope": "MODELSCOPE_CACHE"}[hub]
         raise UserError(
@@ -137,10 +163,10 @@ _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[\w./-]+")
 
 
-def _cached_folder(hubs: list[Hub], ids: dict[Hub, str], revision: str | None) -> Path | None:
+def _cached_folder(hubs: list[Hub], ids: dict[Hub, str], revision: str | None, kind: Kind) -> Path | None:
     names = ((hub, *ids[hub].partition(":")) for hub in hubs)
     folders = (folder / sub for hub, repo_id, _, sub in names for folder in _MODULES[hub].cached(repo_id, revision))
-    return next((folder for folder in folders if not missing_files(folder)), None)
+    return next((folder for folder in folders if not kind.missing(folder)), None)
 
 
 def _ids(name: str) -> dict[Hub, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
@@ -23,8 +24,8 @@ CHUNK = 1 << 20
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def wanted(names: Iterable[str]) -> list[str]:
-    return sorted(n for n in names if "/" not in n and any(fnmatch(n, pattern) for pattern in WANTED))
+def wanted(names: Iterable[str], patterns: tuple[str, ...] = WANTED) -> list[str]:
+    return sorted(n for n in names if "/" not in n and any(fnmatch(n, pattern) for pattern in patterns))
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -82,10 +83,32 @@ def missing_files(folder: Path) -> list[str]:
     return missing
 
 
-def need_complete(folder: Path, repo_id: str) -> None:
-    missing = missing_files(folder)
-    if missing:
-        raise UserError(f"{repo_id}: not a checkpoint this program can read: it has no {', no '.join(missing)}")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kind of folder that a hub holds."""
+
+    name: str
+    patterns: tuple[str, ...]
+    """Files to download, at the top of the folder"""
+    missing: Callable[[Path], list[str]]
+    """Files that a folder lacks to be loaded"""
+
+    def need_complete(self, folder: Path, repo_id: str) -> None:
+        """Raise UserError where a downloaded folder cannot be loaded."""
+        if missing := self.missing(folder):
+            raise UserError(f"{repo_id}: not {self.name} this program can read: it has no {', no '.join(missing)}")
+
+
+CHECKPOINT = Kind("a checkpoint", WANTED, missing_files)
+# All weights at the top: those of a tower beside the adapter are read, others refused.
+ADAPTER = Kind(
+    "a PEFT adapter",
+    ("adapter_config.json", "*.safetensors"),
+    lambda folder: [n for n in ADAPTER_FILES if not (folder / n).is_file()],
+)
 
 
 class Unreachable(UserError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import UserError
-from ivl.hub.files import UNFINISHED, WANTED, corrupt, need_complete, refused, unreachable
+from ivl.hub.files import CHECKPOINT, UNFINISHED, Kind, corrupt, refused, unreachable
 
 
 def cache() -> Path:
@@ -47,8 +47,10 @@ def cached(repo_id: str, revision: str | None) -> list[Path]:
         return []
 
 
-def download(repo_id: str, revision: str | None, token: str | None, subfolder: str = "") -> Path:
-    """Bring a checkpoint into the cache, and compare its files with the hub's record. Raises UserError.
+def download(
+    repo_id: str, revision: str | None, token: str | None, subfolder: str = "", kind: Kind = CHECKPOINT
+) -> Path:
+    """Bring a checkpoint, or an adapter, into the cache, and compare its files with the hub's record. Raises UserError.
 
     `subfolder`: folder of the checkpoint in a repository of several. Returns the folder of the repository.
     """
@@ -66,14 +68,14 @@ def download(repo_id: str, revision: str | None, token: str | None, subfolder: s
                 revision=revision,
                 token=token,
                 endpoint=endpoint,
-                allow_patterns=[f"{inside}{pattern}" for pattern in WANTED],
+                allow_patterns=[f"{inside}{pattern}" for pattern in kind.patterns],
                 ignore_patterns=f"{inside}*/*",
             )
         )
         api = HfApi(endpoint=endpoint, token=token)
         _check(folder, api.verify_repo_checksums(repo_id, revision=folder.name, local_dir=folder).mismatches)
     (storage / UNFINISHED).unlink(missing_ok=True)
-    need_complete(folder / subfolder, repo_id)
+    kind.need_complete(folder / subfolder, repo_id)
     return folder
 
 

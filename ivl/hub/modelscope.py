@@ -18,7 +18,7 @@ from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
 from ivl.errors import UserError
-from ivl.hub.files import CHUNK, UNFINISHED, corrupt, need_complete, refused, unreachable, wanted
+from ivl.hub.files import CHECKPOINT, CHUNK, UNFINISHED, Kind, corrupt, refused, unreachable, wanted
 from ivl.storage.files import file_digest
 
 
@@ -55,13 +55,15 @@ def cached(repo_id: str, revision: str | None) -> list[Path]:
     return [f for f in folders if f.is_dir() and not (f / UNFINISHED).exists()]
 
 
-def download(repo_id: str, revision: str | None, token: str | None, subfolder: str = "") -> Path:
-    """Bring a checkpoint into the cache, and compare its files with the hub's record. Raises UserError.
+def download(
+    repo_id: str, revision: str | None, token: str | None, subfolder: str = "", kind: Kind = CHECKPOINT
+) -> Path:
+    """Bring a checkpoint, or an adapter, into the cache, and compare its files with the hub's record. Raises UserError.
 
     `subfolder`: folder of the checkpoint in a repository of several. Returns the folder of the repository.
     """
     token = token or os.environ.get("MODELSCOPE_API_TOKEN")
-    files = _files(repo_id, revision or "master", token, subfolder)
+    files = _files(repo_id, revision or "master", token, subfolder, kind)
     folder = cache() / "models" / _folder(repo_id, revision)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / UNFINISHED
@@ -72,11 +74,11 @@ def download(repo_id: str, revision: str | None, token: str | None, subfolder: s
     if subfolder:
         (unfinished / subfolder).rmdir()
     unfinished.rmdir()
-    need_complete(folder / subfolder, repo_id)
+    kind.need_complete(folder / subfolder, repo_id)
     return folder
 
 
-def _files(repo_id: str, revision: str, token: str | None, subfolder: str) -> list[_Remote]:
+def _files(repo_id: str, revision: str, token: str | None, subfolder: str, kind: Kind) -> list[_Remote]:
     query = urlencode({"Revision": revision, "Recursive": "False"} | ({"Root": subfolder} if subfolder else {}))
     try:
         with _open(f"{endpoint()}/api/v1/models/{repo_id}/repo/files?{query}", token) as answer:
@@ -92,7 +94,8 @@ def _files(repo_id: str, revision: str, token: str | None, subfolder: str) -> li
     inside = f"{subfolder}/" if subfolder else ""
     files = (f for f in body["Data"]["Files"] if f.get("Type") != "tree" and f["Path"].startswith(inside))
     listing = {f["Path"].removeprefix(inside): f for f in files}
-    return [_Remote(inside + n, listing[n]["Size"], listing[n].get("Sha256") or "") for n in wanted(listing)]
+    names = wanted(listing, kind.patterns)
+    return [_Remote(inside + n, listing[n]["Size"], listing[n].get("Sha256") or "") for n in names]
 
 
 def _file(repo_id: str, revision: str, token: str | None, file: _Remote, folder: Path) -> None:

@@ -26,6 +26,7 @@ from ivl.lit.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
 from ivl.lit.callbacks.held_out_report import PAGE, HeldOutReport
 from ivl.lit.callbacks.monitor import Progress, Watch
 from ivl.lit.callbacks.prediction_writer import PredictionWriter
+from ivl.lit.callbacks.rate_finder import check_tuners
 from ivl.lit.callbacks.sample_answers import Pictures
 from ivl.lit.callbacks.score_lines import ScoreLines
 from ivl.lit.datamodule import IvlData
@@ -203,6 +204,7 @@ class IvlCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init[self.subcommand].trainer
+        check_tuners(options.callbacks or [])
         if options.enable_progress_bar is not False and not any(
             isinstance(c, ProgressBar) for c in options.callbacks or []
         ):

@@ -64,7 +64,8 @@ class LitInternVL(MemoryGuard):
     Args:
         pretrained: Checkpoint: a folder in the released layout, or a model's name.
         tune: What trains, per part.
-        adapter: PEFT adapter folder to put on the model first. A fit goes on training it: `tune` follows from it.
+        adapter: PEFT adapter to put on the model first, a folder or a hub's OWNER/NAME. A fit goes on training it:
+            `tune` follows from it.
         dtype: Type of frozen weights; `auto` follows trainer.precision. What trains is float32.
         quantize: Keep the linear layers of the language model's blocks in 8 or 4 bits (needs bitsandbytes): for
             inference, and as the frozen base of a LoRA (QLoRA). The vision encoder, projector and head stay whole.

@@ -71,7 +71,7 @@ class ChatSessionOptions(ChatOptions):
     model: str | None = argument(None, names=("model", "model.pretrained"), metavar="NAME")
     """Model's name, or a checkpoint folder. Default: the one that the run or the adapter names."""
     adapter: str | None = argument(None, metavar="FOLDER")
-    """PEFT adapter folder to put on it."""
+    """PEFT adapter to put on it: a folder, or a hub's OWNER/NAME."""
     ckpt_path: str | None = argument(None, metavar="RUN")
     """Run's folder, of which the last checkpoint is taken, or one of its .ckpt files."""
     system: str | None = argument(None, metavar="TEXT")
@@ -122,7 +122,7 @@ class ExportOptions:
     run: str | None = argument(None, metavar="RUN")
     """Run to export: its folder (the last checkpoint is taken), or one of its .ckpt files."""
     adapter: str | None = argument(None, metavar="FOLDER")
-    """PEFT adapter folder to merge, instead of a run."""
+    """PEFT adapter to merge, instead of a run: a folder, or a hub's OWNER/NAME."""
     base: str | None = argument(None, metavar="NAME")
     """Checkpoint it belongs to, a folder or a name. Default: the one the run or the adapter names. Alone: that
     checkpoint is written again, in another layout, dtype or shard size."""

@@ -71,7 +71,10 @@ class PyAVReader:
             self._source.seek(0)
         # `file:` keeps ffmpeg from taking a name with a colon for another protocol
         place = f"file:{self._source}" if isinstance(self._source, str) else self._source
-        self._container = av.open(place, "r", metadata_errors="ignore", options={"protocol_whitelist": "file"})
+        options: dict[str, Any] = {"options": {"protocol_whitelist": "file"}}
+        if int(av.__version__.partition(".")[0]) < 19:  # later ones take any bytes for a title
+            options["metadata_errors"] = "ignore"
+        self._container = av.open(place, "r", **options)
         if not self._container.streams.video:
             raise ValueError("it has no video stream")
         self._stream = self._container.streams.video[0]

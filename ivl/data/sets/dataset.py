@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from ivl.data.processor import Processor
 from ivl.data.row_files.open_file import open_file
+from ivl.data.row_files.row_digests import file_digests
 from ivl.data.row_files.row_file import RowFile
 from ivl.data.row_files.table_file import TableFile
 from ivl.options import FileLimits
@@ -249,9 +250,7 @@ def permutation(count: int, *seed: int | str) -> np.ndarray:
 
 def digests(rows: RowDataset, seed: int = 0) -> np.ndarray:
     """Digest of each row's text, (rows,) uint64."""
-    salt = str(seed).encode()
-    hashes = (hashlib.blake2b(rows.raw(i).strip(), digest_size=8, key=salt).digest() for i in range(len(rows)))
-    return np.frombuffer(b"".join(hashes), dtype=">u8")
+    return np.concatenate([file_digests(file, seed) for file in rows.files])[rows.numbers]
 
 
 def split(rows: RowDataset, fraction: float, seed: int = 0) -> tuple[RowDataset, RowDataset]:

@@ -102,6 +102,8 @@ class Checkpoints(ModelCheckpoint):
             monitor, mode = "step", "max"
         super().__init__(monitor=monitor, mode=mode or best_mode(monitor), save_top_k=save_top_k, **kwargs)
 
+    _keeps: bool = True
+    """False where the weights are of no use"""
     _saves: bool = True
     _resumes_in_place: bool = False
     """True if a run is resumed in its folder"""
@@ -122,6 +124,10 @@ class Checkpoints(ModelCheckpoint):
         self._saves = stage == "fit"
         if self._saves:
             check_monitors(trainer, module)
+
+    def keep_nothing(self) -> None:
+        """Write no checkpoint and no adapter from now on, unless the run is stopped by a signal."""
+        self.save_last, self.save_top_k, self.monitor, self._keeps = False, 0, None, False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._saves:  # the other commands keep no checkpoints, and Lightning would warn of their other folder
@@ -309,7 +315,7 @@ class Checkpoints(ModelCheckpoint):
     def _write_adapter(self, trainer: Trainer, module: LightningModule) -> None:
         model, tune, base = as_lit(module).model, as_lit(module).tune, str(as_lit(module).pretrained)
         split, adapted = zero.is_zero(trainer.strategy), adapting.has_adapter(model)
-        if not self.dirpath or not (adapted or split):
+        if not self.dirpath or not self._keeps or not (adapted or split):
             return
         # Both ask all processes where each has a shard.
         state = zero.trained(model) if split else trainer.strategy.lightning_module_state_dict()

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ivl.data.index.index_build import fingerprint
 from ivl.data.object_store import absolute
 from ivl.eval.predictions import NAME
+from ivl.hub import resolve_adapter
 from ivl.lit.prediction.prediction_rows import Row
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.types import RunModule, as_data, as_lit, data_of
@@ -251,7 +252,7 @@ class PredictionWriter(Callback):
         """Settings that determine the answers. Files of weights are recorded by size and time."""
         rows = as_data(module.trainer).rows("predict")
         weights: list[str | Path | None] = [self.checkpoint]
-        weights += [f"{module.adapter}/{name}" for name in _ADAPTER if module.adapter]
+        weights += [f"{resolve_adapter(module.adapter)}/{name}" for name in _ADAPTER if module.adapter]
         weights += sorted(Path(module.pretrained).glob("*.safetensors"))  # none where it is a model's name
         return {
             "rows": [[absolute(file.name), file.digest] for file in rows.files],

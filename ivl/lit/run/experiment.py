@@ -19,6 +19,7 @@ from jsonargparse import Namespace
 from ivl.architecture.families import find_model
 from ivl.data.sets.sources import is_meta
 from ivl.finetune.tune import PARTS, scale_alpha
+from ivl.hub import resolve_adapter
 from ivl.options import LoRA, Tune
 from ivl.storage.files import file_digest
 from ivl.types import UserError, first_few, shortened
@@ -56,7 +57,8 @@ def experiment_of(config: Namespace) -> Experiment:
     experiment["model.pretrained"] = _checkpoint(str(config.model.pretrained))
     experiment["model.tune"] = tune_settings(Tune.from_dict(experiment["model.tune"] or {}))
     if config.model.adapter:
-        experiment["model.adapter"] = _folder(Path(config.model.adapter), "*.safetensors")
+        folder = _folder(resolve_adapter(config.model.adapter), "*.safetensors")
+        experiment["model.adapter"] = folder | {"name": str(config.model.adapter)}
     train = experiment["data.train"]
     experiment["data.train"] = [_rows(path) for path in ([train] if isinstance(train, str) else train or ())]
     experiment["data.mixture"] = [

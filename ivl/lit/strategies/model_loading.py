@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from ivl.finetune import tune as tuning
 from ivl.finetune.adapter import peft_adapter as adapting
 from ivl.finetune.adapter.adapter_training import continue_adapter
+from ivl.hub import resolve_adapter
 from ivl.lit.strategies.deepspeed import is_zero, unpartitioned_init
 from ivl.lit.strategies.layer_split import LayerSplit
 from ivl.lit.strategies.precision import weight_dtype
@@ -59,11 +60,12 @@ def _distributed(lit: RunModule, strategy: Strategy) -> InternVL:
 
 
 def _set_up_training(lit: RunModule, model: InternVL) -> None:
-    if lit.adapter and (lit.trainer.training or (lit.learns_pairs and not lit.trainer.predicting)):
-        lit.tune = continue_adapter(model, lit.adapter, lit.pretrained, lit.tune)
-    elif lit.adapter:
-        adapting.load_adapter(model, lit.adapter)
-        if note := adapting.other_base(lit.adapter, lit.pretrained):
+    folder = resolve_adapter(lit.adapter) if lit.adapter else None
+    if folder and (lit.trainer.training or (lit.learns_pairs and not lit.trainer.predicting)):
+        lit.tune = continue_adapter(model, folder, lit.pretrained, lit.tune)
+    elif folder:
+        adapting.load_adapter(model, folder)
+        if note := adapting.other_base(folder, lit.pretrained):
             rank_zero_info(note)
     else:
         tuning.apply(model, lit.tune)
