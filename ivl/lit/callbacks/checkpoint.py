@@ -32,7 +32,14 @@ from ivl.checkpoint.ckpt_file import read_ckpt, trained_state
 from ivl.finetune import tune as tuning
 from ivl.finetune.adapter import peft_adapter as adapting
 from ivl.lit.run.monitored_metric import best_mode, check_monitors, check_open_monitors
-from ivl.lit.run.position import VALIDATION_DUE, Position, begin_with_validation, micro_batches_pending, validation_due
+from ivl.lit.run.position import (
+    VALIDATION_DUE,
+    Position,
+    begin_with_validation,
+    is_cut_short,
+    micro_batches_pending,
+    validation_due,
+)
 from ivl.lit.run.random_state import random_state, set_random_state, state_of_rank
 from ivl.lit.run.signals import STOP, Stopped
 from ivl.lit.strategies import deepspeed as zero
@@ -296,18 +303,10 @@ class Checkpoints(ModelCheckpoint):
 
     @contextmanager
     def _position_in_epoch(self, trainer: Trainer) -> Iterator[None]:
-        """Save the position of the last step, where max_steps, max_time or early stopping cut an epoch short.
-
-        Lightning counts such an epoch as ended; a longer run that is resumed would leave out its other rows.
-        """
-        counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        position = self._step_end
-        if position and position.step == trainer.global_step and counts.ready < trainer.num_training_batches:
-            self._saved = position
-        try:
-            yield
-        finally:
-            self._saved = None
+        """Save the position of the last step where the epoch was cut short."""
+        self._saved = self._step_end if is_cut_short(trainer, self._step_end) else None
+        yield
+        self._saved = None
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._write_adapter(trainer, module)

@@ -48,6 +48,15 @@ def validation_due(trainer: Trainer) -> bool:
     return counts.processed > counts.completed and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
+def is_cut_short(trainer: Trainer, step_end: Position | None) -> bool:
+    """Return true if max_steps, max_time or early stopping ended the epoch at its last step, before its last batch.
+
+    Lightning counts that epoch as ended; a longer run that is resumed would leave out its other rows.
+    """
+    counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return step_end is not None and step_end.step == trainer.global_step and counts.ready < trainer.num_training_batches
+
+
 def begin_with_validation(loops: dict[str, Any]) -> None:
     """Change a checkpoint's counters so that Lightning begins with the validation, instead of skipping it."""
     for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
