@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -198,10 +199,61 @@ def memory(devices: Sequence[torch.device]) -> dict[str, float]:
 class Progress(TQDMProgressBar):
     """Progress bar of an epoch, with time left of the run, loss and tokens/s, as of the last log step.
 
-    The time left comes first, as what does not fit into the terminal's width is cut off at the end.
+    The time left comes first, as what does not fit into the terminal's width is cut off at the end. Where the output is
+    no terminal, a line now and then takes the place of the bar.
     """
 
     TRAINING = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+    SECONDS = 30.0
+    """Seconds between two lines, at least, where the output is no terminal"""
+
+    _time_of_line = -math.inf
+
+    @property
+    def is_disabled(self) -> bool:
+        """True where no bar is drawn: in a file, such as a batch job's log, each refresh would stay."""
+        return super().is_disabled or not sys.stdout.isatty()
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        if self.is_enabled and self.is_disabled:
+            print(*args, sep=sep, flush=True, **kwargs)
+        else:
+            super().print(*args, sep=sep, **kwargs)
+
+    def _print_line(self, name: str, done: int, total: float, items: dict[str, Any] | None = None) -> None:
+        """Print a line in place of a bar, where none is drawn: one in `SECONDS`, and one at the end of an epoch."""
+        now, is_end = time.monotonic(), items is not None and done == total
+        if not (self.is_enabled and self.is_disabled) or (now - self._time_of_line < self.SECONDS and not is_end):
+            return
+        self._time_of_line = now
+        count = f"{done}" if math.isinf(total) else f"{done}/{total:.0f}"
+        self.print(", ".join([f"{name}: {count}", *(f"{key}={value}" for key, value in (items or {}).items())]))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        name, items = f"Epoch {trainer.current_epoch}", self.get_metrics(trainer, module)
+        self._print_line(name, batch_idx + 1, self.total_train_batches, items)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *loader: int
+    ) -> None:
+        super().on_validation_batch_end(trainer, module, outputs, batch, batch_idx, *loader)
+        if not trainer.sanity_checking:
+            self._print_line(self.validation_description, batch_idx + 1, self.total_val_batches_current_dataloader)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *loader: int
+    ) -> None:
+        super().on_test_batch_end(trainer, module, outputs, batch, batch_idx, *loader)
+        self._print_line(self.test_description, batch_idx + 1, self.total_test_batches_current_dataloader)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *loader: int
+    ) -> None:
+        super().on_predict_batch_end(trainer, module, outputs, batch, batch_idx, *loader)
+        self._print_line(self.predict_description, batch_idx + 1, self.total_predict_batches_current_dataloader)
 
     def init_train_tqdm(self) -> Tqdm:
         bar = super().init_train_tqdm()

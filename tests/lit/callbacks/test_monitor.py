@@ -86,6 +86,22 @@ def test_the_bar_keeps_the_time_left_in_80_columns_and_invents_no_digits(monkeyp
     bar.close()
 
 
+def test_a_log_has_lines_in_place_of_bars(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(monitor.Progress, "SECONDS", 0.0)
+    fit(base, tmp_path / "out", trainer__max_epochs=2, trainer__enable_progress_bar=True)
+    text = capsys.readouterr().out
+    assert "\r" not in text and "\x1b" not in text
+    lines = text.splitlines()
+    steps = [line for line in lines if line.startswith("Epoch ")]
+    assert steps[0].startswith("Epoch 0: 1/3") and steps[-1].startswith("Epoch 1: 3/3, left=")
+    assert any(line.startswith("Validation: 1/") for line in lines)
+    assert [line.split()[:2] for line in lines if line.endswith("%") and line.split()[0] in "12"][:2]
+    monkeypatch.setattr(monitor.Progress, "SECONDS", 3600.0)
+    fit(base, tmp_path / "quiet", trainer__max_epochs=2, trainer__enable_progress_bar=True)
+    lines = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch ")]
+    assert lines == ["Epoch 0: 1/3", "Epoch 0: 3/3", "Epoch 1: 3/3"]
+
+
 def test_a_short_run_logs_every_step(tmp_path):
     base = tmp_path / "base"
     write_checkpoint(base / "model")
