@@ -168,7 +168,7 @@ def write_project(folder: Path) -> None:
     (folder / "photos").mkdir()
     for n in range(20):
         Image.effect_noise((64 + n, 48), 60).convert("RGB").save(folder / f"photos/{n + 1:04}.jpg")
-    (folder / "labels.csv").write_text("".join(f"{n + 1:04}.jpg,{n % 10}\n" for n in range(20)))
+    (folder / "labels.csv").write_text("".join(f"{n + 1:04}.jpg,{('red', 'blue')[n % 2]}\n" for n in range(20)))
     exec(compile(blocks(page, "python")[0], str(page), "exec"), {})
     (folder / "project.yaml").write_text(blocks(page, "yaml")[0].replace("max_epochs: 20", "max_epochs: 1"))
 
