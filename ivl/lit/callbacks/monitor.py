@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,21 +220,26 @@ class Progress(TQDMProgressBar):
         else:
             super().print(*args, sep=sep, **kwargs)
 
-    def _print_line(self, name: str, done: int, total: float, items: dict[str, Any] | None = None) -> None:
-        """Print a line in place of a bar, where none is drawn: one in `SECONDS`, and one at the end of an epoch."""
-        now, is_end = time.monotonic(), items is not None and done == total
-        if not (self.is_enabled and self.is_disabled) or (now - self._time_of_line < self.SECONDS and not is_end):
+    def _print_line(self, name: str, done: int, total: float, items: Callable[[], dict[str, Any]] = dict) -> None:
+        """Print a line in place of a bar, where none is drawn, at most one in `SECONDS`.
+
+        `items` is called for a line alone: its metrics may have to be fetched from a device.
+        """
+        now = time.monotonic()
+        if not (self.is_enabled and self.is_disabled) or now - self._time_of_line < self.SECONDS:
             return
         self._time_of_line = now
         count = f"{done}" if math.isinf(total) else f"{done}/{total:.0f}"
-        self.print(", ".join([f"{name}: {count}", *(f"{key}={value}" for key, value in (items or {}).items())]))
+        self.print(", ".join([f"{name}: {count}", *(f"{key}={value}" for key, value in items().items())]))
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        name, items = f"Epoch {trainer.current_epoch}", self.get_metrics(trainer, module)
-        self._print_line(name, batch_idx + 1, self.total_train_batches, items)
+        name, done, total = f"Epoch {trainer.current_epoch}", batch_idx + 1, self.total_train_batches
+        if done == total:  # an epoch has a line at its end
+            self._time_of_line = -math.inf
+        self._print_line(name, done, total, lambda: self.get_metrics(trainer, module))
 
     def on_validation_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *loader: int
