@@ -57,11 +57,13 @@ def _write(folder: Path, rows: dict[str, dict[str, int]], seed: int) -> None:
         for n, (split, counts) in enumerate(rows.items())
         for kind, count in counts.items()
     ]
-    made = list(zip(parts, make_rows(parts), strict=True))
+    rows_by_part = list(zip(parts, make_rows(parts), strict=True))
     for split in rows:
-        lines = [json.dumps(row) + "\n" for part, part_rows in made if part.split == split for row in part_rows]
+        lines = [json.dumps(row) + "\n" for part, part_rows in rows_by_part if part.split == split for row in part_rows]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    texts = [row[key] for part, part_rows in made if part.split == "train" for row in part_rows for key in TEXTS]
+    texts = [
+        row[key] for part, part_rows in rows_by_part if part.split == "train" for row in part_rows for key in TEXTS
+    ]
     # The tokenizer shall have a word for each number of a box.
     numbers = [round(1000 * pixel / (2 * CELL)) for pixel in range(0, 2 * CELL + 1, STEP)]
     texts += [f"<box> [[{n}, {n}, {n}, {n}]] </box>" for n in numbers] * 50

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ivl.demo.rows import Maker, Row, kind_seed
+from ivl.demo.rows import Row, rows_of_kind
 
 FEW = 1000
 """Rows up to which further processes take longer to start than they save"""
@@ -65,9 +65,7 @@ def make_rows(parts: Sequence[Part]) -> list[list[Row]]:
 
 def rows_of(part: Part) -> Iterator[Row]:
     """Make the rows of a part, one by one."""
-    maker = Maker(Path(part.folder), part.split, kind_seed(part.seed, part.kind))
-    for number in range(part.count):
-        yield maker.row(part.kind, number)
+    return rows_of_kind(Path(part.folder), part.split, part.kind, part.count, part.seed)
 
 
 def _rows_of_a_process(part: Part) -> Iterator[Row]:

@@ -38,9 +38,7 @@ def write_rows(folder: Path, split: str, counts: dict[str, int], seed: int, boar
     make_folders(folder)
     with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
         for kind, count in counts.items():
-            maker = Maker(folder, split, kind_seed(seed, kind), boards)
-            for number in range(count):
-                row = maker.row(kind, number)
+            for row in rows_of_kind(folder, split, kind, count, seed, boards):
                 file.write(json.dumps(row) + "\n")
                 yield row
 
@@ -51,9 +49,13 @@ def make_folders(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
 
 
-def kind_seed(seed: int, kind: str) -> list[int]:
-    """Return the seed of a kind of rows: a kind's rows do not depend on the others."""
-    return [seed, KINDS.index(kind)]
+def rows_of_kind(
+    folder: Path, split: str, kind: str, count: int, seed: int, boards: Boards = Boards()
+) -> Iterator[Row]:
+    """Make the rows of one kind, one by one, with their media; they do not depend on the other kinds."""
+    maker = Maker(folder, split, [seed, KINDS.index(kind)], boards)
+    for number in range(count):
+        yield maker.row(kind, number)
 
 
 class Maker:

@@ -120,14 +120,14 @@ class RateFinder(Callback):
             lines = [f"{rate:.6g},{loss:.6g},{mean:.6g}" for rate, loss, mean in rows]
             write_text(Path(folder) / TABLE, "\n".join(["rate,loss,smoothed", *lines]) + "\n")
         place = f"; all in {Path(folder) / TABLE}" if folder is not None else ""
-        found = self.suggestion()
-        if found is None:
+        suggested = self.suggestion()
+        if suggested is None:
             rank_zero_info(f"learning rates: the loss never fell in {len(self.rates)} steps{place}")
             return
         lowest = self.rates[int(np.argmin(self.smoothed))]
         rank_zero_info(
             f"learning rates: {self.rates[0]:.2g} to {self.rates[-1]:.2g} in {len(self.rates)} steps; the loss falls "
-            f"fastest at {found:.2g} and is lowest at {lowest:.2g}{place}\n  --model.optimizer.lr {found:.2g}"
+            f"fastest at {suggested:.2g} and is lowest at {lowest:.2g}{place}\n  --model.optimizer.lr {suggested:.2g}"
         )
 
 
