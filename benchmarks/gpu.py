@@ -247,6 +247,36 @@ def decoding(model: InternVL, found: Card, args: argparse.Namespace) -> str:
     return f"| {len(row)} | {cells[0]} | {spread} | {' | '.join(cells[1:])} | {peak(args.device)} |"
 
 
+# Kernels
+
+
+def profile(model: InternVL, batches: list[Batch], file: Path, args: argparse.Namespace) -> None:
+    """Write the kernels of 16 decoded tokens and of a window of training, after one without the profiler."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] * (args.device.type == "cuda")
+    by = "self_cuda_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
+
+    def table(name: str, work: Callable[[], object]) -> str:
+        work()
+        with torch.profiler.profile(activities=kinds) as found:
+            seconds = timed(work, args.device, 1)[0]
+        kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        busy = sum(event.device_time for event in kernels) / 1e6
+        head = f"{name}: {seconds:.4g} s under the profiler, {len(kernels)} kernels, the device busy for {busy:.4g} s"
+        return head + "\n" + found.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=70) + "\n"
+
+    model.eval()
+    prompt = collate(
+        [example(model.config, TILES[-1], TEXT[0], torch.Generator().manual_seed(0))], pad_id=0,
+        image_id=model.image_token_id,
+    )  # fmt: skip
+    written = table("16 tokens", lambda: list(model.stream(prompt, max_new_tokens=16, eos_ids=())))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    written += table("training", lambda: [step(model, optimizer, batch) for batch in batches] and None)
+    file.write_text(written)
+
+
 # All of it
 
 
@@ -288,17 +318,26 @@ def measure(name: str, found: Card, args: argparse.Namespace) -> None:
             compile_layers(model)
         for title, given in (("with the tower", batches), ("features kept", kept)):
             print(training(title + ", compiled" * compiled, model, given, found, args), flush=True)
+    if args.profile:
+        profile(model, batches, args.profile.with_stem(f"{args.profile.stem}-{Path(name).name}"), args)
+
+
+def machine(device: torch.device) -> str:
+    """Device, versions and commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
+    return (
+        f"{name}; torch {torch.__version__}, CUDA {torch.version.cuda}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}, commit {commit}"
+    )
 
 
 def about(args: argparse.Namespace) -> str:
     """What was run, on what."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"CPU, {platform.machine()}"
     again = "yes" if args.checkpointing else "no"
     return (
-        f"{name}; torch {torch.__version__}, CUDA {torch.version.cuda}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}, commit {commit}. Packs of {args.tokens} tokens, {args.packs} a window, "
+        f"{machine(args.device)}. Packs of {args.tokens} tokens, {args.packs} a window, "
         f"{args.repeats} windows after {WARM}; the language model's layers again in backward: {again}."
     )
 
@@ -316,6 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--attention", default="auto", help="kernel, as model.attention")
     parser.add_argument("--side", type=int, default=8192, help="of the largest matrices of the card's own rate")
     parser.add_argument("--buffer", type=float, default=4.0, help="GB that are copied and read for the bandwidth")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write the kernels of each size to FILE-SIZE")
     args = parser.parse_args(argv)
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is found here; --device cpu --size tiny tries the script")

@@ -5,7 +5,7 @@
 Rows are made: a third text only, a half with one picture of up to 12 tiles and a thumbnail, a sixth with three; texts
 of 20 to 400 words. Pictures are 200 files of many shapes, so their headers come from the page cache. CHECKPOINT is any
 checkpoint folder: its tokenizer does most of the work. Tiles are of 448 pixels, whatever its config says. `--parquet`:
-the rows are a parquet file with their pictures' bytes in cells, of 48 different pictures so that it stays small.
+the same rows are a parquet file with their pictures' bytes in cells.
 """
 
 import argparse
@@ -59,11 +59,12 @@ def write_parquet(folder: Path, lines: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pictures = {f"{n}.jpg": (folder / f"{n % 48}.jpg").read_bytes() for n in range(200)}
+    pictures = {f"{n}.jpg": (folder / f"{n}.jpg").read_bytes() for n in range(200)}
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("query", pa.string()), ("response", pa.string()), ("images", pa.list_(picture))])
     path = folder / "rows.parquet"
-    with open(lines) as opened, pq.ParquetWriter(path, schema) as writer:
+    # A dictionary page that holds all pictures: each is stored once in a row group.
+    with open(lines) as opened, pq.ParquetWriter(path, schema, dictionary_pagesize_limit=1 << 26) as writer:
         rows = []
         for line in opened:
             row = json.loads(line)

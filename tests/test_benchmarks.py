@@ -3,8 +3,10 @@
 import argparse
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,7 +30,7 @@ def script(monkeypatch):
         return importlib.import_module(name)
 
     yield load
-    for module in ("gpu", "train_step", "models"):
+    for module in ("gpu", "gpu_run", "gpu_peer", "train_step", "models"):
         sys.modules.pop(module, None)
 
 
@@ -204,3 +206,48 @@ def test_the_peer_of_the_readme_trains(script, tmp_path):
     assert found["times"] == sorted(found["times"]) and found["peak_gb"] > 0.1
     assert all(5 < loss < 8 for loss in found["losses"])  # log 700 is 6.6
     json.dumps(found)
+
+
+# -- gpu_run.py ------------------------------------------------------------------------------------------------------
+
+
+def test_both_sides_of_a_gpu_run_learn_the_same_tokens(script, tmp_path):
+    from transformers import AutoProcessor
+
+    from ivl.data.processor import Processor
+
+    gpu_run = script("gpu_run")
+    peer, models = importlib.import_module("gpu_peer"), importlib.import_module("models")
+    rows = [json.loads(line) for line in gpu_run.write_rows(tmp_path, 6).open()]
+    assert (tmp_path / "questions.jsonl").read_text().count("\n") == 6 and "response" in rows[0]
+    model = gpu_run.write_model(tmp_path / "model", "tiny", "cpu")
+    ours = Processor.from_pretrained(model, max_tiles=2)
+    theirs = AutoProcessor.from_pretrained(models.write_twin(tmp_path / "model-hf", model))
+    batch = peer.processed(theirs, rows, argparse.Namespace(max_tiles=2), answers=True)
+    assert sum(len(row["images"]) for row in rows) > 3
+    for n, row in enumerate(rows):
+        example = ours(row)
+        assert batch["input_ids"][n][batch["attention_mask"][n].bool()].tolist() == example.input_ids.tolist()
+        assert batch["labels"][n][: len(example)].tolist() == example.labels.tolist()
+
+
+@pytest.mark.slow
+def test_a_gpu_run_on_a_cpu(tmp_path):
+    """The whole script with tiny models: every stage ends well and has its figures."""
+    command = ["bash", str(ROOT / "gpu.sh"), str(tmp_path)]
+    environment = os.environ | {"ON": "cpu", "STAGES": "train predict full card"}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert printed.count("status 0") == 4 == printed.count("status ")
+    found = tables(printed)
+    for side in ("fit", "trainer", "predict", "generate"):
+        assert found[side][0] > 0 and found[side][1] > 0
+    assert found["fit"][5] == pytest.approx(found["trainer"][5], abs=0.1)
+    assert "`ivl plan` predicts a peak of" in printed and list(tmp_path.glob("kernels-*.txt"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_run_without_a_gpu_is_told(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_run.py"])
+    with pytest.raises(SystemExit, match="2"):
+        script("gpu_run").main()
+    assert "no GPU is found here; --device cpu" in capsys.readouterr().err

@@ -58,7 +58,9 @@ def batch_of(model: InternVL, packed: bool, tiles=(0, 2, 1)) -> Batch:
     return collate(examples, 0, packed, image_id=model.image_token_id)
 
 
-@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Phi3ForCausalLM", "InternLM2ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["Qwen2ForCausalLM", "Phi3ForCausalLM", "InternLM2ForCausalLM", "Qwen3MoeForCausalLM"]
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("tune", [Tune("full", "full", "full"), Tune(language_model=LoRA(4))], ids=["full", "lora"])

@@ -9,8 +9,8 @@ are split in two until it is. Then packs are shuffled within the section, so tha
 about the same time.
 
 An epoch of one section has as many packs as the epoch that needs most. The packs of longer ones are estimated from
-pieces spread over the epoch, with a margin of several standard deviations, since counting them takes as long as
-planning all. Rows for which a section finds no room would be told by a warning.
+pieces spread over the epoch, with a margin, since counting them takes as long as planning all. Rows for which a section
+finds no room would be told by a warning.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,10 @@ import numpy as np
 from ivl.data.packing.packing import fill_packs
 from ivl.data.packing.sections import Order, PlannedBatches, RowCosts
 
-_PIECE, _PIECES = 1 << 14, 16
+_PIECE, _PIECES = 1 << 15, 16
 """Rows and number of the pieces of an epoch from which its packs are estimated"""
-_DEVIATIONS = 4
-"""Standard deviations of the number of packs of a section that it may need above the estimate"""
+_RISK = 0.01
+"""Chance that any section of an epoch needs more packs than the estimate and its margin"""
 
 
 class PackedBatches(PlannedBatches):
@@ -117,7 +118,8 @@ class PackedBatches(PlannedBatches):
         times = (self._num_rows / self.sections) / len(pieces[0])
         # The pieces of a section differ independently; the error of the ratio is the same for all of them.
         variance = deviation**2 * (times + times**2 / len(pieces))
-        return float(ratio), float(_DEVIATIONS * math.sqrt(variance))
+        deviations = NormalDist().inv_cdf(1 - _RISK / self.sections)
+        return float(ratio), float(deviations * math.sqrt(variance))
 
     def _count_sections(self) -> int:
         ratio, margin = self._ratio
