@@ -142,10 +142,10 @@ def test_saved_before_the_first_step_a_resumed_run_keeps_the_random_state(base, 
 
 
 def test_a_run_resumed_at_the_end_of_an_epoch_is_resumed_again(base, tmp_path):
-    changes = kinds(base)["packed"] | EACH | {"data__val": None, "trainer__max_epochs": 4}
+    changes = kinds(base)["packed"] | EACH | {"data__val": None, "trainer__max_epochs": 3}
     run(base, tmp_path / "whole", **changes)
     steps = torch.load(tmp_path / "whole/run/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    first = steps // 4
+    first = steps // 3
     for n, start in enumerate((first, 2 * first, 2 * first + 1)):
         (path,) = (tmp_path / ("whole" if n == 0 else "again0") / "run/checkpoints").glob(f"*-step={start}.ckpt")
         run(base, tmp_path / f"again{n}", "--ckpt_path", str(path), **changes)
@@ -197,7 +197,7 @@ def killed(base: Path, root: Path, count: int, seed: int, **changes) -> None:
 
 
 def test_killed_at_any_moment_a_run_loses_nothing_that_was_saved(base, tmp_path):
-    killed(base, tmp_path, 3, seed=0, trainer__max_epochs=10)
+    killed(base, tmp_path, 3, seed=0, trainer__max_epochs=6)
 
 
 @pytest.mark.slow
