@@ -17,12 +17,12 @@ COMMANDS = {
     "predict": ("ivl.lit.cli", "answer rows, one JSON line each       --ckpt_path … --data.predict FILE.jsonl"),
     "chat": ("ivl.commands.chat", "talk to a model                       --model internvl2-2b"),
     "check": ("ivl.commands.check", "look for mistakes in data             --config FILE.yaml, or --data.train FILE"),
-    "plan": ("ivl.commands.plan", "memory and time before a weight is read  --config FILE.yaml --device H100-80GB"),
+    "plan": ("ivl.commands.plan", "memory and time of a run              --config FILE.yaml --device H100-80GB"),
     "export": ("ivl.commands.export", "merge and write a checkpoint          --run RUN --out DIR"),
-    "reproduce": ("ivl.commands.reproduce", "a run's command, and what changed since  RUN"),
-    "score": ("ivl.eval.score", "score answers with references       FILE... --html report.html, or --task docvqa"),
+    "reproduce": ("ivl.commands.reproduce", "a run's command, and what changed    RUN"),
+    "score": ("ivl.eval.score", "score answers with references         FILE... --html report.html, or --task docvqa"),
     "pairs": ("ivl.commands.pairs", "right and wrong answers as pairs      ANSWERS.jsonl --rows ROWS.jsonl"),
-    "models": ("ivl.commands.models", "the models this program knows"),
+    "models": ("ivl.commands.models", "the models this program knows         [TEXT]"),
 }
 
 USAGE = """usage: python -m ivl COMMAND [OPTIONS]
@@ -42,6 +42,7 @@ FILE of --config: a path, or the name of a config that comes with the program, s
   strategy/ddp ({folder}). Several are merged from left to right.
 
 `python -m ivl COMMAND --help` lists the options of a command; `python -m ivl --version` says which version this is.
+Installed, `ivl COMMAND` is the same.
 """
 
 

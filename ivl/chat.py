@@ -33,6 +33,8 @@ Settings = ChatOptions
 
 PLAIN_TAG = re.compile(r"\\<(?=/?(?:image|video|img)>)")
 r"""Backslash and bracket of `\<image>`, `\<video>` or `\<img>` in a question: the tag as plain characters."""
+TAG = re.compile(r"<(?=/?(?:image|video|img)>)")
+"""Bracket of such a tag"""
 _HIDDEN = "<\0"
 """Bracket of a plain tag while media are put in place of marks; no text is typed with it."""
 
@@ -92,9 +94,12 @@ class Chat:
 
     @property
     def history(self) -> list[list[str]]:
-        """Pairs [question, answer] of the turns; media as their marks, answers with their thoughts."""
-        texts = [message.text for message in self._messages]
-        return [list(pair) for pair in zip(texts[::2], texts[1::2])]
+        r"""Pairs [question, answer] of the turns, as `inference` takes them.
+
+        Media as their marks, tags that are plain characters of a question as `\<image>`, answers with their thoughts.
+        """
+        questions = [_as_typed(message) for message in self._messages[::2]]
+        return [list(pair) for pair in zip(questions, (message.text for message in self._messages[1::2]))]
 
     def clear(self) -> None:
         """Start anew, with the same system message."""
@@ -120,17 +125,14 @@ class Chat:
         return self._answer(self._message(query, images, videos), prefix)
 
     def _message(self, query: str, images: Sequence[Any], videos: Sequence[Any]) -> Message:
-        query = PLAIN_TAG.sub(_HIDDEN, query)
+        shown = PLAIN_TAG.sub(_HIDDEN, query)
         for mark, media in (("<image>", images), ("<video>", videos)):
-            if mark in query and not media:
+            if mark in shown and not media:
                 kind = mark.strip("<>")
-                raise UserError(f"{query.count(mark)} {mark} marks but no {kind}; add the {kind} or drop a mark")
-        row = {"query": query, "images": list(images), "videos": list(videos)}
-        conversation = self.processor.parse(row)
+                raise UserError(f"{shown.count(mark)} {mark} marks but no {kind}; add the {kind} or drop a mark")
+        conversation = _parsed(self.processor, query, (), images, videos)
         self.notes = conversation.unread
-        message = conversation.messages[-1]
-        parts = (part.replace(_HIDDEN, "<") if isinstance(part, str) else part for part in message.parts)
-        return replace(message, parts=tuple(parts))
+        return conversation.messages[-1]
 
     def _answer(self, message: Message, prefix: str = "") -> Generator[str, None, None]:
         conversation = Conversation((*self._messages, message), self.system, prefix=prefix)
@@ -181,6 +183,33 @@ class Chat:
             self._messages = (*self._messages, message, Message("assistant", (answer,)))
 
 
+def _parsed(
+    processor: Processor,
+    query: str,
+    history: Sequence[Sequence[str]],
+    images: Sequence[Any],
+    videos: Sequence[Any],
+) -> Conversation:
+    r"""Return a conversation whose questions have `\<image>` for a tag that is plain characters."""
+    turns = [[PLAIN_TAG.sub(_HIDDEN, question), answer] for question, answer in history]
+    row = {"query": PLAIN_TAG.sub(_HIDDEN, query), "history": turns, "images": list(images), "videos": list(videos)}
+    conversation = processor.parse(row)
+    return replace(conversation, messages=tuple(_with_tags(message) for message in conversation.messages))
+
+
+def _with_tags(message: Message) -> Message:
+    """Return a message whose plain tags have their brackets again."""
+    return replace(
+        message, parts=tuple(part.replace(_HIDDEN, "<") if isinstance(part, str) else part for part in message.parts)
+    )
+
+
+def _as_typed(message: Message) -> str:
+    r"""Text of a question as a user types it: media as marks, tags that are plain characters as `\<image>`."""
+    parts = [TAG.sub(r"\\<", part) if isinstance(part, str) else f"<{part.kind}>" for part in message.parts]
+    return "".join(parts)
+
+
 class StreamDecoder:
     """Incremental decoder: token ids → complete characters, without blanks around the answer."""
 
@@ -228,13 +257,7 @@ def inference_stream(
 
     `images` are those of the full conversation, in order. Raises UserError as `Chat.ask` does.
     """
-    row = {
-        "query": query,
-        "history": [list(pair) for pair in history],
-        "images": list(images),
-        "videos": list(videos),
-    }
-    conversation = processor.parse(row)
+    conversation = _parsed(processor, query, history, images, videos)
     chat = Chat(model, processor, system, settings)
     chat._messages = conversation.messages[:-1]
     turns = [list(pair) for pair in history]

@@ -67,6 +67,20 @@ def test_every_turn_answers_as_a_fresh_prompt_does(tmp_path, architecture, templ
     assert chat.history == history
 
 
+def test_history_with_a_plain_tag_goes_in_again_as_it_came(parts):
+    model, processor = parts
+    chat, media, questions = Chat(model, processor, settings=SHORT), [picture(1)], []
+    for question, images in ((r"<image>What does \<image> mean?", media), (r"And \</img> or \<video>?", [])):
+        chat.ask(question, images)
+        questions.append(question)
+    assert [question for question, _ in chat.history] == questions
+    again = [inference(model, processor, "Why?", chat.history, images=media, settings=SHORT)]
+    assert again[0][0] == chat.ask("Why?") and again[0][1] == chat.history
+    plain, history = inference(model, processor, r"Is \<image> a tag?", settings=SHORT)
+    assert history == [[r"Is \<image> a tag?", plain]]
+    assert plain == Chat(model, processor, settings=SHORT).ask(r"Is \<image> a tag?")
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 def test_a_thought_that_the_prompt_begins_belongs_to_the_answer(tmp_path, thinking):
     folder = tiny.write_checkpoint(tmp_path, "Qwen3ForCausalLM")

@@ -1,7 +1,7 @@
 """A release: its number stands the same everywhere, and docs/licences.md has the licence of every dependency."""
 
 import re
-from importlib.metadata import PackageNotFoundError, metadata
+from importlib.metadata import EntryPoint, PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,18 @@ def test_the_number_is_the_same_everywhere():
     assert re.search(r"^version: (.+)$", text_of("CITATION.cff"), re.MULTILINE)[1] == ivl.__version__
     headings = re.findall(r"^## (.+)$", text_of("CHANGELOG.md"), re.MULTILINE)
     assert next(line for line in headings if line != "Unreleased").split()[0] == ivl.__version__
+
+
+def test_the_console_script_is_the_program(capsys, monkeypatch):
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    scripts = tomllib.loads(text_of("pyproject.toml"))["project"]["scripts"]
+    assert scripts.keys() == {"ivl"}
+    main = EntryPoint("ivl", scripts["ivl"], "console_scripts").load()
+    for words, status in ((["--version"], 0), (["models", "internvl2-2b"], 0), (["fitt"], 2)):
+        monkeypatch.setattr("sys.argv", ["/somewhere/bin/ivl", *words])
+        assert main() == status
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{ivl.__version__}\n") and printed.err.startswith("error: fitt: no such command")
 
 
 def dependencies() -> set[str]:

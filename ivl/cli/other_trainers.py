@@ -8,10 +8,15 @@ NAMES: dict[str, str] = {
     # model
     "model_name_or_path": "--model.pretrained",
     "model_type": "--model.pretrained",
+    "model": "--model.pretrained",
+    "vision_path": "--model.pretrained, a whole model",
+    "llm_path": "--model.pretrained, a whole model",
+    "mlp_path": "--model.pretrained, a whole model",
     "model_id_or_path": "--model.pretrained",
     "pretrained_model_name_or_path": "--model.pretrained",
     "resume_from_checkpoint": "--ckpt_path",
     "ckpt_dir": "--ckpt_path",
+    "resume": "--ckpt_path last",
     "adapters": "--model.adapter",
     "adapter_name_or_path": "--model.adapter",
     "attn_impl": "--model.attention",
@@ -26,6 +31,7 @@ NAMES: dict[str, str] = {
     "load_in_4bit": "--model.quantize nf4",
     "quant_bits": "--model.quantize int8 or nf4",
     "quantization_bit": "--model.quantize int8 or nf4",
+    "bits": "--model.quantize int8 or nf4",
     "gradient_checkpointing": "--model.checkpointing.language_model true",
     "grad_checkpoint": "--model.checkpointing.language_model true",
     "neftune_noise_alpha": "--model.neftune",
@@ -34,6 +40,21 @@ NAMES: dict[str, str] = {
     # tuning
     "train_type": "--model.tune.language_model full, or LoRA settings as '{rank: 16}'",
     "sft_type": "--model.tune.language_model full, or LoRA settings as '{rank: 16}'",
+    "tuner_type": "--model.tune.language_model full, or LoRA settings as '{rank: 16}'",
+    "lora": "--config tune/lora, or --model.tune.language_model with LoRA settings as '{rank: 16}'",
+    "full": "--config tune/full",
+    "rank": LORA.format("rank"),
+    "alpha": LORA.format("alpha"),
+    "init_lora_weights": LORA.format("init"),
+    "target_regex": LORA.format("targets"),
+    "modules_to_save": "--model.tune.head full, or that of another part",
+    "additional_target": "--model.tune.head full, or that of another part",
+    "stage": "--config tune/dpo or tune/mpo for preferences; fit without them is sft",
+    "rlhf_type": "--config tune/dpo or tune/mpo",
+    "beta": "--model.objective.dpo.beta",
+    "pref_beta": "--model.objective.dpo.beta",
+    "pref_loss": "--model.objective.dpo.loss",
+    "rpo_alpha": "--config tune/mpo, with --model.objective.mpo.sft for the loss of the chosen answer",
     "finetuning_type": "--model.tune.language_model full, or LoRA settings as '{rank: 16}'",
     "lora_rank": LORA.format("rank"),
     "lora_r": LORA.format("rank"),
@@ -61,6 +82,14 @@ NAMES: dict[str, str] = {
     "dataset": "--data.train",
     "meta_path": "--data.train",
     "train_dataset": "--data.train",
+    "data_path": "--data.train",
+    "train_file": "--data.train",
+    "validation_file": "--data.val",
+    "test_file": "--data.test",
+    "interleave_probs": "--data.mixture, sources with a ratio each",
+    "mix_strategy": "--data.mixture, sources with a ratio each",
+    "use_data_resampling": "--data.mixture, sources with a ratio each",
+    "predict_with_generate": "--data.val FILE: where it is given, answers are scored as well",
     "custom_train_dataset_path": "--data.train",
     "val_dataset": "--data.val",
     "eval_dataset": "--data.val",
@@ -73,6 +102,8 @@ NAMES: dict[str, str] = {
     "val_size": "--data.val_fraction",
     "dataset_dir": "--data.media_root",
     "image_folder": "--data.media_root",
+    "image_dir": "--data.media_root",
+    "image_root": "--data.media_root",
     "media_dir": "--data.media_root",
     "max_length": "--data.max_length",
     "max_seq_length": "--data.max_length",
@@ -83,6 +114,8 @@ NAMES: dict[str, str] = {
     "image_max_pixels": "--data.max_tiles",
     "max_pixels": "--data.max_tiles",
     "video_max_frames": "--data.video.max_frames",
+    "max_num_frame": "--data.video.max_frames",
+    "sampling_method": "--data.video.sample",
     "video_segments": "--data.video.num_segments",
     "video_fps": "--data.video.fps",
     "system": "--data.system_message",
@@ -90,6 +123,11 @@ NAMES: dict[str, str] = {
     "train_on_prompt": "--data.learn says which answers are learnt; prompts are not",
     "mask_history": "--data.learn last_answer",
     "packing": "--data.packing",
+    "neat_packing": "--data.packing true",
+    "padding_free": "--data.packing true",
+    "dataset_shuffle": "--data.shuffle",
+    "train_dataloader_shuffle": "--data.shuffle",
+    "enable_thinking": "--data.thinking",
     "use_packed_ds": "--data.packing true",
     "max_packed_tokens": "--data.pack_tokens",
     "num_images_expected": "--data.pack_tiles",
@@ -112,6 +150,10 @@ NAMES: dict[str, str] = {
     "weight_decay": "--model.optimizer.weight_decay",
     "optim": "--model.optimizer",
     "warmup_ratio": "--model.schedule.warmup",
+    "warmup_steps": "--model.schedule.warmup",
+    "adam_beta1": "--model.optimizer.betas '[0.9, 0.999]'",
+    "adam_beta2": "--model.optimizer.betas '[0.9, 0.999]'",
+    "adam_epsilon": "--model.optimizer.eps",
     "lr_scheduler_type": "--model.schedule",
     "max_grad_norm": "--trainer.gradient_clip_val",
     "num_train_epochs": "--trainer.max_epochs",
@@ -121,6 +163,17 @@ NAMES: dict[str, str] = {
     # run
     "output_dir": "--trainer.logger.init_args.save_dir",
     "logging_dir": "--trainer.logger.init_args.save_dir",
+    "save_dir": "--trainer.logger.init_args.save_dir",
+    "run_dir": "--trainer.logger.init_args.save_dir",
+    "run_name": "--trainer.logger.init_args.name",
+    "use_cpu": "--trainer.accelerator cpu",
+    "no_cuda": "--trainer.accelerator cpu",
+    "gpus": "--trainer.devices",
+    "early_stopping_patience": "--trainer.callbacks, with EarlyStopping and its patience",
+    "early_stop_interval": "--trainer.callbacks, with EarlyStopping and its patience",
+    "load_best_model_at_end": "--checkpoint.monitor: its best checkpoints are kept, and named at the end",
+    "save_strategy": "--checkpoint.every_n_train_steps or every_n_epochs",
+    "save_only_model": "--checkpoint.save_weights_only",
     "logging_steps": "--trainer.log_every_n_steps",
     "report_to": "--trainer.logger",
     "save_steps": "--checkpoint.every_n_train_steps",
@@ -137,6 +190,7 @@ NAMES: dict[str, str] = {
     "nnodes": "--trainer.num_nodes",
     # answers
     "max_new_tokens": "--model.generation.max_new_tokens",
+    "do_sample": "--model.generation.temperature, above 0 for sampling",
     "temperature": "--model.generation.temperature",
     "top_p": "--model.generation.top_p",
     "top_k": "--model.generation.top_k",
@@ -153,12 +207,34 @@ CHECKPOINT_FACTS = (
 )  # fmt: skip
 """Names there of facts that are read from the checkpoint here"""
 
+_OTHER_COMMAND = "a command of its own does it: python -m ivl "
+NEEDLESS: dict[str, str] = {
+    "drop_path_rate": "it is read from the checkpoint",
+    "streaming": "files of any size are read where they lie (tar files are converted once)",
+    "lazy_tokenize": "rows are read when their turn comes",
+    "overwrite_output_dir": "each run has a folder of its own, runs/version_N",
+    "trust_remote_code": "a checkpoint's code is never run",
+    "remove_unused_columns": "check and fit list the keys of rows that are not read",
+    "use_liger_kernel": "the loss never makes all logits at once",
+    "infer_backend": "predict and chat have one engine",
+    "do_train": "the command says it: fit",
+    "do_eval": "the command says it: validate, or fit with --data.val",
+    "do_predict": "the command says it: predict",
+    "plot_loss": "tensorboard --logdir runs shows it",
+    "merge_lora": _OTHER_COMMAND + "export",
+    "push_to_hub": _OTHER_COMMAND + "export --push OWNER/NAME",
+    "hub_model_id": _OTHER_COMMAND + "export --push OWNER/NAME",
+    "hub_token": "--token or HF_TOKEN goes with every command",
+    "use_hf": "models are looked up on Hugging Face, with --hub modelscope there",
+}
+"""Name there → why it needs no option here"""
+
 
 def equivalent(name: str) -> str | None:
     """Return the option that another trainer's stands for, with words about its value; None for an unknown name."""
     name = name.replace("-", "_")
     if name in CHECKPOINT_FACTS:
         return "not needed here: it is read from the checkpoint"
-    if name == "streaming":
-        return "not needed here: files of any size are read where they lie (tar files are converted once)"
+    if name in NEEDLESS:
+        return f"not needed here: {NEEDLESS[name]}"
     return f"{NAMES[name]} here" if name in NAMES else None

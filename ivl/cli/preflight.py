@@ -26,9 +26,8 @@ def check(command: str, argv: Sequence[str], further: Sequence[str] = ()) -> Non
     typed = list(typed_options(argv))
     names = {name for name, _ in typed}
     check_names(command, argv, {*option_index(), *further})
-    for name, value in typed:
-        if name == "model" and value and "{" not in value and not Path(value).is_file():
-            raise UserError(f"--model {value}: --model.pretrained takes a model's folder or name")
+    check_groups(typed)
+    check_present(argv)
     keys: dict[str, Any] = {}
     for config in [value for option, value in pairs(argv) if option in CONFIG]:
         for key, value in config_options(config):
@@ -56,7 +55,30 @@ def check_names(command: str, argv: Sequence[str], names: Collection[str]) -> No
 def check_data(command: str, argv: Sequence[str], further: Sequence[str]) -> None:
     """Raise UserError for typed options that are neither of data nor `further` ones of the command, and for values."""
     check_names(command, argv, {*further, *(name for name in option_index() if name.split(".")[0] == "data")})
+    check_groups(list(typed_options(argv)))
+    check_present(argv)
     check_values(list(typed_options(argv)))
+
+
+def check_groups(typed: Sequence[tuple[str, str]]) -> None:
+    """Raise UserError where a group of options is given one of its options' value: `--data rows.jsonl`."""
+    for name, value in typed:
+        if not value or "{" in value or name not in ("model", "data"):
+            continue
+        if name == "model" and not Path(value).is_file():
+            raise UserError(f"--model {value}: --model.pretrained takes a model's folder or name")
+        if name == "data" and Path(value).suffix not in (".yaml", ".yml"):
+            raise UserError(f"--data {value}: --data.train takes files of rows")
+
+
+def check_present(argv: Sequence[str]) -> None:
+    """Raise UserError for an option at the end or before another that has no value."""
+    index = option_index()
+    for word, following in zip(argv, [*argv[1:], "--"]):
+        option = index.get(word[2:].rstrip("+")) if word.startswith("--") else None
+        if option and option.type and following.startswith("--"):
+            kind = "file" if option.type == "config" else readable(option.type).replace("|", " or ")
+            raise UserError(f"{word}: expected a value ({kind}), found none")
 
 
 def check_values(typed: Sequence[tuple[str, str]]) -> None:
