@@ -7,15 +7,17 @@ measurement is a process of its own; sides alternate. Rows have 1 to 3 pictures 
 texts of mixed lengths. Pictures are opened and tiled by our processor on both sides, so that the step is compared; a
 warm feature cache is filled by a run before. `--profile`: also a torch profiler summary of one of our steps.
 
-`--peer NAME=COMMAND`, once for each, lets another framework take turns with these, such as
+`--peer ms-swift` and `--peer llamafactory` let these take turns with the two sides, each in the environment that
+`python tests/judges/make_env.py NAME` makes (benchmarks/peers); `--peer NAME=COMMAND` any other, such as
 
     --peer "mine=python peer.py {model} {rows} {steps} {max_tiles} {threads}"
 
 COMMAND is split as a shell does, without a shell. {model} and {hf} are checkpoints in the released layout and in
-transformers', {rows} the JSON lines, {recipe} lora or full; a brace of its own is doubled. It trains on the rows in
-order, in batches of 4, and prints as its last line {"times": [...], "losses": [...]}: `time.perf_counter()` before the
-first step and after each, and each step's loss. Peak memory in GB is `peak_gb` where it is given, else the largest
-resident set of the process and those it waited for, and of no less than this one. benchmarks/README.md has a whole one.
+transformers', {rows} the JSON lines, {recipe} lora or full, {dropout} the LoRA's, 0 where losses are compared; a brace
+of its own is doubled. It trains on the rows in order, in batches of 4, and prints as its last line {"times": [...],
+"losses": [...]}: `time.perf_counter()` before the first step and after each, and each step's loss. Peak memory in GB is
+`peak_gb` where it is given, else the largest resident set of the process and those it waited for, and of no less than
+this one. benchmarks/README.md has a whole one.
 """
 
 from __future__ import annotations
@@ -243,12 +245,23 @@ def measure(args: argparse.Namespace, side: str, *more: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-PLACES = ("model", "hf", "rows", "steps", "max_tiles", "threads", "recipe")
+PLACES = ("model", "hf", "rows", "steps", "max_tiles", "threads", "recipe", "dropout")
 """What a peer's command may name"""
+
+HERE = Path(__file__).resolve().parent
+PEERS = {"ms-swift": "ms_swift.py", "llamafactory": "llama_factory.py"}
+"""Frameworks with a side in benchmarks/peers, by the name of their environment (tests/judges/make_env.py)"""
 
 
 def peer_of(text: str) -> tuple[str, list[str]]:
-    """NAME=COMMAND as a name and the words of a template. Raises ArgumentTypeError for what cannot be filled in."""
+    """NAME=COMMAND, or a name of PEERS, as a name and the words of a template. Raises ArgumentTypeError for what cannot
+    be filled in, and for an environment that is not made."""
+    if text in PEERS:
+        python = Path(os.environ.get("IVL_JUDGES", HERE.parent / ".judges")) / text / "bin" / "python"
+        if not python.is_file():
+            raise argparse.ArgumentTypeError(f"{text}: no {python}; python tests/judges/make_env.py {text} makes it")
+        places = ("hf", "rows", "steps", "max_tiles", "threads", "recipe", "dropout")
+        return text, [str(python), str(HERE / "peers" / PEERS[text]), *(f"{{{place}}}" for place in places)]
     name, equals, command = text.partition("=")
     try:
         words = shlex.split(command)
@@ -262,9 +275,9 @@ def peer_of(text: str) -> tuple[str, list[str]]:
     return name, words
 
 
-def peer(args: argparse.Namespace, name: str, words: list[str]) -> dict[str, Any]:
+def peer(args: argparse.Namespace, name: str, words: list[str], dropout: float = LORA["dropout"]) -> dict[str, Any]:
     """One run of a peer, in a process of its own. Exits with what it said where it does not keep to the contract."""
-    values = {place: getattr(args, place, None) for place in PLACES} | {"hf": f"{args.model}-hf"}
+    values = {place: getattr(args, place, None) for place in PLACES} | {"hf": f"{args.model}-hf", "dropout": dropout}
     command = [word.format_map(values) for word in words]
     with tempfile.TemporaryFile("w+") as said:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
@@ -302,7 +315,10 @@ def table(args: argparse.Namespace) -> None:
             found[name].append(measure(args, side, *more))
         for name, words in args.peer:
             found.setdefault(name, []).append(peer(args, name, words))
-    curves = [] if args.no_curves else [measure(args, side, "--no_dropout")["losses"] for side in ("theirs", "ours")]
+    curves: dict[str, list[float]] = {}
+    if not args.no_curves:
+        curves = {side: measure(args, side, "--no_dropout")["losses"] for side in ("theirs", "ours")}
+        curves |= {name: peer(args, name, words, 0.0)["losses"] for name, words in args.peer}
     import peft
     import transformers
 
@@ -328,9 +344,10 @@ def table(args: argparse.Namespace) -> None:
         print(f"{memory:.2f} | {memory / memory_of_base:.2f} |")
     ratios = ", with kept features ".join(f"{ratio:.2f}" for ratio in operations if ratio)
     print(f"\nOperations of a padded step with all logits, over those of ours: {ratios}.")
-    if curves:
-        gap = max(abs(a - b) / abs(a) for a, b in zip(*curves))
-        print(f"\nLosses without dropout differ by at most {gap:.1e}, relative, over {len(curves[0])} steps.")
+    for name in list(curves)[1:]:
+        gaps = [abs(a - b) / abs(a) for a, b in zip(curves["theirs"], curves[name])]
+        print(f"\nLosses without dropout of {name} differ from theirs by at most {max(gaps):.1e}, relative, ", end="")
+        print(f"over {len(gaps)} steps; of the first step by {gaps[0]:.1e}.")
     if args.peer:
         means = (f"{name} {statistics.mean(run['losses'][-1] for run in runs):.4g}" for name, runs in found.items())
         print(f"\nLosses of the last step, with the recipe's dropout, mean of the repeats: {', '.join(means)}.")
@@ -348,7 +365,7 @@ def main() -> None:
     parser.add_argument("--profile", metavar="FILE")
     parser.add_argument("--no_curves", action="store_true", help="do not compare losses")
     parser.add_argument(
-        "--peer", type=peer_of, action="append", default=[], metavar="NAME=COMMAND", help="see the head of this file"
+        "--peer", type=peer_of, action="append", default=[], metavar="NAME[=COMMAND]", help="see the head of this file"
     )
     for name in ("--side", "--cache"):
         parser.add_argument(name, help=argparse.SUPPRESS)

@@ -173,6 +173,26 @@ def test_peers_take_turns_with_the_sides(run, tmp_path, capsys):
     assert rest == ["3", "6", "2", "lora"] and len(log.read_text().splitlines()) == 2
 
 
+def test_a_framework_by_name_is_run_in_its_environment(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("IVL_JUDGES", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        run("--peer", "ms-swift")
+    assert stop.value.code == 2 and "make_env.py ms-swift makes it" in capsys.readouterr().err
+    for name in ("ms-swift", "llamafactory"):
+        python = tmp_path / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        line = json.dumps({"times": [5, 9, 11, 12], "losses": [3, 2, 1]})
+        log = tmp_path / "log"
+        python.write_text(f"#!/bin/sh\nbasename $1 >> {log}\nshift\necho $* >> {log}\necho '{line}'\n")
+        python.chmod(0o755)
+    run("--peer", "ms-swift", "--peer", "llamafactory", "--repeats", "1")
+    assert list(tables(capsys.readouterr().out))[-2:] == ["ms-swift", "llamafactory"]
+    swift, words, factory, _ = (tmp_path / "log").read_text().splitlines()
+    assert (swift, factory) == ("ms_swift.py", "llama_factory.py")
+    hf, rows, *rest = words.split()
+    assert hf == str(tmp_path / "tiny-hf") and rows.endswith("rows.jsonl") and rest == ["3", "6", "2", "lora", "0.05"]
+
+
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [

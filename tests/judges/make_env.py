@@ -61,6 +61,11 @@ ENVIRONMENTS = {
             "opencv-python-headless<4.12",
         ),
     ),
+    "llamafactory": Environment(  # the peer of benchmarks/peers/llamafactory.py, without its web page
+        bare=("llamafactory==0.9.5", "torchaudio==2.11.1"),
+        needs_of="llamafactory",
+        without=("torch", "torchaudio", "torchvision", "gradio"),
+    ),
     "trl": Environment(packages=("trl==1.16.0", "datasets>=3", "pytest>=8")),
     "lmms-eval": Environment(
         packages=("loguru", "sqlitedict", "datasets", "evaluate", "pytz"), bare=("lmms-eval==0.7.3",)
