@@ -16,6 +16,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import plot
+
 from ivl.demo import prepare
 from ivl.demo.rows import Boards, Maker, write_rows
 
@@ -27,7 +29,7 @@ ROWS = {"train": {"single": 12000, "grounding": 6000}, "val": {"single": 300, "g
 STEPS, CHECKS = 375, 5  # all `single` rows once, in batches of 32
 ONE = Boards(notes=(1.0,), wide=0.0)
 
-Scores = dict[str, list[tuple[int, float]]]
+Scores = plot.Scores
 
 
 class Columns(Maker):
@@ -119,7 +121,7 @@ def _scores(run: Path) -> Scores:
 
 
 def sweep(folder: Path, settings: dict[str, dict[str, str]], scores: tuple[str, ...], kind: str = "single") -> None:
-    """Fit every setting with every seed; `result.md` and `result.png` beside `run.py` show the last of each score.
+    """Fit every setting with every seed; `result.md` has the last of each score, `result.json` and `result.png` all.
 
     An option's value may hold `{base}`: the checkpoint of `base` for the seed.
     """
@@ -145,23 +147,5 @@ def sweep(folder: Path, settings: dict[str, dict[str, str]], scores: tuple[str, 
         cells = [f"{statistics.mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in last]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     (folder / "result.md").write_text(f"{len(SEEDS)} seeds; mean (least to most)\n\n" + "\n".join(lines) + "\n")
-    _draw(folder / "result.png", found, scores)
+    plot.write(folder, found, scores)
     print("\n".join(lines))
-
-
-def _draw(path: Path, found: dict[str, list[Scores]], scores: tuple[str, ...]) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(scores), figsize=(5 * len(scores), 4), squeeze=False)
-    for axis, score in zip(axes[0], scores):
-        for n, (name, runs) in enumerate(found.items()):
-            for k, run in enumerate(runs):
-                axis.plot(*zip(*run[score]), color=f"C{n}", alpha=0.7, label=None if k else name)
-        axis.set(title=score, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
