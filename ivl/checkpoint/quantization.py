@@ -1,4 +1,4 @@
-"""Quantised linear layers, 8 or 4 bits by bitsandbytes: inference, or a LoRA's frozen base.
+"""Quantised linear layers: inference, or a LoRA's frozen base; 8 or 4 bits by bitsandbytes, FP8 by torch alone.
 
 Two ways in: a release stored in 8 bits (int8 weights with the scales of their rows, as bitsandbytes writes them), and
 any other one quantised while it is loaded: then only the linear layers of the language model's blocks, experts too
@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ivl.checkpoint.fp8_linear import FP8Linear
 from ivl.checkpoint.layouts import groups, layout_of
 from ivl.checkpoint.quantized_experts import QuantizedExperts
 from ivl.checkpoint.weights import Files, Where, check, device_of, place, tie
@@ -42,8 +43,11 @@ def compute_dtype(files: Files, dtype: torch.dtype, quantize: str | None) -> tor
         raise UserError(f"quantize: expected one of {', '.join(get_args(Quantize))}, found {quantize!r}")
     if not is_int8(files):
         return dtype
-    if quantize == "nf4":
-        raise UserError(f"{files.folder}: stored in 8 bits, it cannot be loaded in 4; use the release it was made from")
+    if quantize in ("nf4", "fp8"):
+        kind = "4" if quantize == "nf4" else "FP8"
+        raise UserError(
+            f"{files.folder}: stored in 8 bits, it cannot be loaded in {kind}; use the release it was made from"
+        )
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         warnings.warn(f"{files.folder}: stored in 8 bits, so it computes in bfloat16, not in {name}", stacklevel=3)
@@ -52,7 +56,7 @@ def compute_dtype(files: Files, dtype: torch.dtype, quantize: str | None) -> tor
 
 def load_quantized(model: ModelParts, files: Files, device: Where, quantize: Quantize | None) -> None:
     """Load weights as `load_weights` does, quantised, into a model on the meta device; None: as in the files."""
-    bnb = _bitsandbytes()
+    bnb = None if quantize == "fp8" else _bitsandbytes()
     linears = {n: module for n, module in model.named_modules() if isinstance(module, (nn.Linear, GroupedLinear))}
     stored, quantized = is_int8(files), bits(model, files, quantize).keys()
     scales = {
@@ -87,7 +91,7 @@ def bits(model: ModelParts, files: Files, quantize: Quantize | None) -> dict[str
     if quantize is None:
         return {}
     # nf4: a scale in float32 for 64 weights.
-    width = {"int8": 8.0, "nf4": 4.5}[quantize]
+    width = {"int8": 8.0, "nf4": 4.5, "fp8": 8.0}[quantize]
     return {name: width for name in linears if name.startswith("language_model.model.")}
 
 
@@ -141,9 +145,11 @@ def _of_int8(bnb: Any, linear: nn.Linear, weight: Tensor, SCB: Tensor, device: t
 def _of_float(
     bnb: Any, linear: nn.Linear | GroupedLinear, weight: Tensor, device: torch.device | str, quantize: Quantize
 ) -> nn.Module:
-    """bitsandbytes quantises a weight as it is moved to its device."""
+    """Quantise a layer on its device; bitsandbytes does so as the weight is moved there."""
     if isinstance(linear, GroupedLinear):
         return QuantizedExperts.of(linear, weight.to(device), quantize)
+    if quantize == "fp8":
+        return FP8Linear(weight.to(device), linear.bias is not None)
     if quantize == "int8":
         layer = bnb.nn.Linear8bitLt(*_sizes(linear), has_fp16_weights=False, device="meta")
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)

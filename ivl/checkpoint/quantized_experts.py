@@ -1,8 +1,8 @@
 """Experts of a mixture in 8 or 4 bits: their weights are made again for each product.
 
 bitsandbytes' layers hold a matrix each; a mixture has all its experts in one tensor. It is kept in bitsandbytes' nf4,
-or in 8 bits with a scale for each row, and stands in the computing dtype only while its layer is computed: in forward,
-and once more in backward. Inputs are not quantised, in either.
+or in 8 bits (whole numbers or FP8) with a scale for each row, and stands in the computing dtype only while its layer is
+computed: in forward, and once more in backward. Inputs are not quantised, in any of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ivl.checkpoint.fp8_linear import FP8, quantize
 from ivl.model.layers import autocast_dtype
 from ivl.model.moe.experts import GroupedLinear
 from ivl.model.moe.grouped import grouped_linear, input_gradient
@@ -59,6 +60,9 @@ class QuantizedExperts(nn.Module):
 
             packed, state = quantize_4bit(weight_EOI.contiguous(), blocksize=BLOCK, quant_type="nf4")
             return cls(like, packed, state.absmax, kind)
+        if kind == "fp8":
+            numbers_EOI, scales_EO1 = quantize(weight_EOI)
+            return cls(like, numbers_EOI.view(torch.uint8), scales_EO1, kind)
         scales_EO1 = weight_EOI.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
         return cls(like, (weight_EOI / scales_EO1).round().to(torch.int8), scales_EO1, kind)
 
@@ -66,6 +70,8 @@ class QuantizedExperts(nn.Module):
         """The weight: (E, O, I)."""
         if self.kind == "int8":
             return self.weight.to(dtype).mul_(self.scales)
+        if self.kind == "fp8":
+            return self.weight.view(FP8).to(dtype).mul_(self.scales)
         from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 
         shape = torch.Size((self.num_experts, self.out_features, self.in_features))

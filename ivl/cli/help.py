@@ -67,7 +67,7 @@ _WORDS = {
     "model.compile": ("bool", "False", "Compile the decoding step: the first steps take minutes, the others less."),
     "model.optimizer.lr": ("float", "0.0001", "Peak learning rate (of AdamW)."),
     "model.quantize": (
-        "int8|nf4",
+        "int8|nf4|fp8",
         "",
         "Language model in 8 or 4 bits: for answers, and as a LoRA's base (QLoRA).",
     ),

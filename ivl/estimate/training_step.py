@@ -33,7 +33,7 @@ from ivl.types import SequenceLayout, UserError
 DEPTH = 3
 """Blocks of each stack in the simulation: the first may differ, the other two give the cost of one more"""
 FP32 = 4
-QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+QUANTIZED = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}
 """Bytes of a quantised weight, with its scales"""
 Strategy = Literal["single", "ddp", "zero2", "fsdp2", "zero3", "layer_split"]
 

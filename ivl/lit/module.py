@@ -67,8 +67,9 @@ class LitInternVL(MemoryGuard):
         adapter: PEFT adapter to put on the model first, a folder or a hub's OWNER/NAME. A fit goes on training it:
             `tune` follows from it.
         dtype: Type of frozen weights; `auto` follows trainer.precision. What trains is float32.
-        quantize: Keep the linear layers of the language model's blocks in 8 or 4 bits (needs bitsandbytes): for
-            inference, and as the frozen base of a LoRA (QLoRA). The vision encoder, projector and head stay whole.
+        quantize: Keep the linear layers of the language model's blocks in 8 or 4 bits (int8, nf4: by bitsandbytes; fp8:
+            by torch alone): for inference, and as the frozen base of a LoRA (QLoRA). The vision encoder, projector and
+            head stay whole.
         attention: Attention kernel; `auto` takes the fastest that is installed and runs here.
         checkpointing: Activation checkpointing per part.
         efficient: Train in less memory and time (`ivl.model.efficient`); false: the same by plain layers.

@@ -8,7 +8,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Type of weights and computation"""
 AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 """Attention kernel; `auto` is the fastest that is installed and runs here"""
-Quantize = Literal["int8", "nf4"]
+Quantize = Literal["int8", "nf4", "fp8"]
 """Bits of a language model's linear layers: 8 or 4"""
 Reduction = Literal["token", "sample", "square"]
 """Weight of a row in an optimizer step: its supervised tokens, 1, or the root of their number"""

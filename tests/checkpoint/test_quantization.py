@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ivl.architecture.config import Config
+from ivl.checkpoint import fp8_linear
 from ivl.checkpoint import quantization as quant
 from ivl.checkpoint.folder import Checkpoint
+from ivl.checkpoint.fp8_linear import FP8Linear, multiply
 from ivl.checkpoint.quantized_experts import QuantizedExperts
 from ivl.commands.export import export
 from ivl.finetune import tune
@@ -81,8 +84,9 @@ def test_no_notice_where_bfloat16_is_asked_for(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         InternVL.from_pretrained(small, dtype="bfloat16", quantize="int8")
-    with pytest.raises(UserError, match="stored in 8 bits, it cannot be loaded in 4"):
-        InternVL.from_pretrained(small, quantize="nf4")
+    for quantize, kind in (("nf4", "4"), ("fp8", "FP8")):
+        with pytest.raises(UserError, match=f"stored in 8 bits, it cannot be loaded in {kind}"):
+            InternVL.from_pretrained(small, quantize=quantize)
 
 
 @needs_bitsandbytes
@@ -92,10 +96,13 @@ def test_another_order_of_numbers_is_refused(tmp_path):
         InternVL.from_pretrained(small, dtype="bfloat16")
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize(("quantize", "bound"), [("int8", 0.05), ("nf4", 0.4)])
+BY_BITSANDBYTES = [pytest.param("int8", marks=needs_bitsandbytes), pytest.param("nf4", marks=needs_bitsandbytes)]
+BOUNDS = {"int8": 0.05, "nf4": 0.4, "fp8": 0.1}
+
+
+@pytest.mark.parametrize("quantize", ["fp8", *BY_BITSANDBYTES])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_only_the_blocks_of_the_language_model_are_quantised(tmp_path, architecture, quantize, bound):
+def test_only_the_blocks_of_the_language_model_are_quantised(tmp_path, architecture, quantize):
     # bitsandbytes' 4-bit kernel of the CPU takes widths that are multiples of 64.
     folder = write_checkpoint(tmp_path, architecture, llm={"intermediate_size": 128})
     whole = InternVL.from_pretrained(folder, dtype="bfloat16")
@@ -107,11 +114,10 @@ def test_only_the_blocks_of_the_language_model_are_quantised(tmp_path, architect
     assert all(not model.get_submodule(n).weight.is_floating_point() for n in changed)
     found = distance(logits(model), logits(whole))
     # A token whose experts are nearly as probable as others may go to those.
-    assert 1e-4 < found < bound * (2 if architecture == "Qwen3MoeForCausalLM" else 1)
+    assert 1e-4 < found < BOUNDS[quantize] * (2 if architecture == "Qwen3MoeForCausalLM" else 1)
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["fp8", *BY_BITSANDBYTES])
 def test_experts_are_quantised_and_a_lora_trains_on_top(tmp_path, quantize):
     folder = write_checkpoint(tmp_path / "base", "Qwen3MoeForCausalLM", llm={"intermediate_size": 128})
     model = InternVL.from_pretrained(folder, dtype="bfloat16", quantize=quantize)
@@ -129,12 +135,13 @@ def test_experts_are_quantised_and_a_lora_trains_on_top(tmp_path, quantize):
     adapter.load_adapter(again, tmp_path / "adapter")
 
 
-def test_quantised_experts_compute_and_pass_gradients_as_the_weights_they_stand_for():
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("fp8", 0.2)])
+def test_quantised_experts_compute_and_pass_gradients_as_the_weights_they_stand_for(kind, bound):
     plain = GroupedLinear(5, 16, 24)
     torch.nn.init.normal_(plain.weight)
-    layer = QuantizedExperts.of(plain, plain.weight.detach(), "int8")
+    layer = QuantizedExperts.of(plain, plain.weight.detach(), kind)
     ends = torch.tensor([3, 3, 7, 8, 8], dtype=torch.int32)
-    assert (layer.dequantized(torch.float32) - plain.weight).abs().max() < 0.02
+    assert (layer.dequantized(torch.float32) - plain.weight).abs().max() < bound
     plain.weight.data = layer.dequantized(torch.float32)
     found = []
     for module in (plain, layer):
@@ -146,8 +153,57 @@ def test_quantised_experts_compute_and_pass_gradients_as_the_weights_they_stand_
         torch.testing.assert_close(one, other)
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_fp8_computes_and_passes_gradients_as_the_weight_it_stands_for(dtype, bias):
+    plain = nn.Linear(48, 32, bias=bias)
+    layer = FP8Linear(plain.weight.detach(), bias)
+    layer.bias = plain.bias
+    assert distance(layer.dequantized(torch.float32), plain.weight.detach()) < 0.04
+    assert layer.weight.nbytes == 32 * 48 and not layer.weight.requires_grad
+    plain.weight.data = layer.dequantized(torch.float32)
+    plain, layer = plain.to(dtype), layer.to(dtype)
+    layer.scales = layer.scales.float()
+    found = []
+    for module in (plain, layer):
+        x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_(True)
+        y = module(x)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+    tolerance = {"atol": 0.05, "rtol": 0.02} if dtype == torch.bfloat16 else {}
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_a_product_of_fp8_numbers(monkeypatch):
+    """torch's own product, which a CPU has as well: near that of the weight, as far as inputs are rounded too."""
+    plain = nn.Linear(64, 32, bias=False)
+    layer, x = FP8Linear(plain.weight.detach(), False), torch.randn(7, 64).bfloat16()
+    x[3] *= 1000  # a scale for each row
+    x[5] = 0
+    found = multiply(x, layer)
+    expected = x.float() @ layer.dequantized(torch.float32).t()
+    assert found.dtype == torch.bfloat16 and not found[5].any()
+    for row in (0, 1, 2, 3, 4, 6):
+        assert distance(found[row].float(), expected[row]) < 0.06
+    monkeypatch.setattr(fp8_linear, "multiplies_fp8", lambda x, layer: True)
+    assert torch.equal(layer(x[None])[0], found)
+
+
+def test_a_product_of_fp8_numbers_is_asked_for_as_a_gpu_takes_it(monkeypatch):
+    """On fake tensors of a GPU, which need none: torch checks dtypes, strides and scales."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        layer = FP8Linear(torch.empty(32, 64, device="cuda", dtype=torch.bfloat16), False)
+        x = torch.empty(2, 7, 64, device="cuda", dtype=torch.bfloat16)
+        y = layer(x)
+        assert fp8_linear.multiplies_fp8(x, layer) and not fp8_linear.multiplies_fp8(x.float(), layer)
+        assert (y.shape, y.dtype) == ((2, 7, 32), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not fp8_linear.multiplies_fp8(x, layer)
+
+
+@pytest.mark.parametrize("quantize", ["fp8", *BY_BITSANDBYTES])
 def test_a_lora_trains_on_top_and_is_merged_into_the_whole_weights(tmp_path, quantize):
     folder = write_checkpoint(tmp_path / "base", llm={"intermediate_size": 128})
     how = Tune(language_model=LoRA(rank=4))
@@ -185,7 +241,7 @@ def test_without_bitsandbytes_the_error_says_what_to_install(tmp_path, monkeypat
 
 def test_an_unknown_kind(tmp_path):
     folder = write_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="quantize: expected one of int8, nf4, found 'int4'"):
+    with pytest.raises(UserError, match="quantize: expected one of int8, nf4, fp8, found 'int4'"):
         InternVL.from_pretrained(folder, quantize="int4")
 
 

@@ -104,6 +104,8 @@ class LoRALinear(lora.Linear):
             return False
         (adapter,) = self.active_adapters
         base = self.base_layer
+        if not base.weight.is_floating_point():  # quantised, it computes by itself
+            return False
         frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
         weights = [*frozen, self.lora_A[adapter].weight, self.lora_B[adapter].weight]
         return not any(map(is_sharded, weights)) and not any(p.requires_grad for p in frozen)
