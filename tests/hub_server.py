@@ -27,6 +27,8 @@ class Hub:
     """For each download of a file in turn: after how many bytes the connection breaks"""
     token: str | None = None
     """Without it the repository does not exist"""
+    kind: str | None = None
+    """models or datasets; None: both"""
     gated: bool = False
     whole: bool = False
     """Send whole files, whatever range is asked for"""
@@ -142,6 +144,10 @@ class Handler(BaseHTTPRequestHandler):
         path, query = unquote(url.path), {k: v[0] for k, v in parse_qs(url.query).items()}
         if path.startswith("/storage/"):
             return self.file(hub, path.rpartition("/")[2])
+        if path.startswith(f"/api/v1/datasets/{hub.repo}/repo/tree") and hub.kind == "datasets":
+            return self.json({"Code": 200, "Data": {"Files": []}})
+        if path.startswith("/api/v1/datasets/"):
+            return self.json({"Code": 404, "Message": "no such data set"}, 404)
         if path.startswith("/api/v1/models/"):
             return self.modelscope(hub, path.removeprefix("/api/v1/models/"), query)
         return self.huggingface(hub, path)
@@ -149,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
     def modelscope(self, hub: Hub, path: str, query: dict[str, str]):
         repo = path.partition("/repo")[0]
         allowed = hub.token is None or f"m_session_id={hub.token}" == self.headers.get("Cookie")
-        if repo != hub.repo or not allowed:
+        if repo != hub.repo or not allowed or hub.kind == "datasets":
             return self.json({"Code": 10010205001, "Message": f"the request model: {repo} does not exist"}, 404)
         if query.get("Revision") not in ("master", "v2"):
             return self.json({"Code": 10010205001, "Message": "no such revision"}, 404)
@@ -166,11 +172,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def huggingface(self, hub: Hub, path: str):
         allowed = hub.token is None or self.headers.get("Authorization") == f"Bearer {hub.token}"
-        if hub.repo not in path or not allowed or not hub.exists:
+        kind = "datasets" if path.removeprefix("/api").startswith("/datasets/") else "models"
+        if hub.repo not in path or not allowed or not hub.exists or hub.kind not in (None, kind):
             return self.json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         if hub.gated:
             return self.json({"error": "restricted"}, 403, {"X-Error-Code": "GatedRepo"})
         rest = path.partition(hub.repo)[2]
+        if rest == f"/revision/{hub.commit}":
+            rest = "/revision/main"
         if rest.startswith("/revision/") and rest != "/revision/main":
             return self.json({"error": "no revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
         if rest in ("", "/revision/main"):

@@ -122,6 +122,44 @@ def test_what_cannot_be_measured_is_refused(script, capsys, monkeypatch, argv, s
     assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
+# -- video.py --------------------------------------------------------------------------------------------------------
+
+
+def test_decoders_are_compared_frame_by_frame(script, tmp_path, monkeypatch, capsys):
+    """A decoder that is one frame late shows other pictures, and one that fails stops no other."""
+    video = script("video")
+    clip = video.Clip("a.mp4", size=(64, 48), count=12)
+    path = video.write(clip, tmp_path)
+
+    class Late(video.PyAVReader):
+        def read(self, indices):
+            return super().read([min(i + 1, self.frames - 1) for i in indices])
+
+    class Other(video.PyAVReader):
+        def read(self, indices):
+            return super().read(indices) ^ 1
+
+    def broken(source):
+        raise ValueError("no such codec")
+
+    monkeypatch.setattr(
+        video, "READERS", {"av": video.PyAVReader, "alike": video.PyAVReader, "late": Late, "b": broken, "other": Other}
+    )
+    ours, alike, late, fails, other = video.cells(path, list(video.READERS), 1)
+    assert re.fullmatch(r"12; [\d.]+ ms", ours) and re.fullmatch(r"12; same; [\d.]+ ms", alike)
+    assert "11 other" in late and fails == "fails" and "; ≤ 1; " in other
+    assert "a.mp4: b: no such codec" in capsys.readouterr().err
+
+
+def test_the_table_of_decoders_has_a_row_for_each_video(script, monkeypatch, capsys):
+    video = script("video")
+    monkeypatch.setattr(video, "CLIPS", (video.Clip("a.mkv", title="small", size=(64, 48), count=9),))
+    video.main(["--repeats", "1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| file", "| ---", "| a.mkv", "| pauses.gif"]
+    assert rows[2].split(" | ")[2].startswith("9; ") and rows[3].split(" | ")[2].startswith("12; ")
+
+
 # -- train_step.py: other frameworks ---------------------------------------------------------------------------------
 
 PRINTS = (

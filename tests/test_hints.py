@@ -78,7 +78,7 @@ def test_what_is_no_adapter_is_named(tmp_path, capsys):
     folder, model = run(tmp_path / "run"), write_checkpoint(tmp_path / "model")
     for given, message in (
         (folder, f"is a run, not an adapter; give its adapter, {folder / 'adapter'}"),
-        (model, "is a model, not an adapter; give it with --model"),
+        (model, "is a model, not an adapter; give it with --model (chat), --base (export) or --model.pretrained"),
         (tmp_path / "none", "no such folder; expected a PEFT adapter"),
         (tmp_path, "no adapter_config.json; expected a PEFT adapter's folder"),
     ):

@@ -16,12 +16,13 @@ from ivl.hub import huggingface, modelscope, resolve
 from ivl.hub.files import UNFINISHED, missing_files
 from ivl.types import UserError
 from tests.hub_server import COMMIT, Hub, serve
-from tests.tiny import write_checkpoint
+from tests.tiny import config, write_checkpoint
 
 REPO = "OpenGVLab/InternVL2-2B"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+CONFIG = json.dumps(config("LlamaForCausalLM", "300m", "internvl_zh", {"a": 1}, {}, {})).encode()
 KEPT = {
-    "config.json": b'{"model_type": "internvl_chat"}',
+    "config.json": CONFIG,
     "model.safetensors.index.json": json.dumps({"weight_map": dict(zip("ab", SHARDS))}).encode(),
     SHARDS[0]: bytes(range(256)) * 400,
     SHARDS[1]: b"second" * 9000,
@@ -356,11 +357,25 @@ def test_a_revision_is_asked_for_by_name(server, place):
 
 @BOTH
 def test_a_repository_without_weights_is_refused(server, place):
-    server.files = {"config.json": b"{}", "pytorch_model.bin": b"a pickle"}
+    server.files = {"config.json": CONFIG, "pytorch_model.bin": b"a pickle"}
     with pytest.raises(
         UserError, match=r"no tokenizer\.json or tokenizer\.model or vocab\.json, no model\.safetensors"
     ):
         resolve("internvl2-2b", hub=place)
+
+
+@BOTH
+def test_rows_are_read_before_weights_come(server, place):
+    """Without weights first, as a mistake in rows is told before they are downloaded; then the rest."""
+    small = {name: content for name, content in KEPT.items() if name not in SHARDS}
+    folder = resolve(REPO, hub=place, weights=False)
+    assert contents(folder) == small and not server.downloads(SHARDS[0])
+    server.log.clear()
+    assert resolve(REPO, hub=place, weights=False, offline=True) == folder and server.log == []
+    with pytest.raises(UserError, match="not on this machine, and offline"):
+        resolve(REPO, hub=place, offline=True)
+    assert contents(resolve(REPO, hub=place)) == KEPT
+    assert not server.downloads("tokenizer.model")
 
 
 def test_a_listing_cannot_write_elsewhere(server, caches):

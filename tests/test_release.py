@@ -1,7 +1,7 @@
 """A release: its number stands the same everywhere, and docs/licences.md has the licence of every dependency."""
 
 import re
-from importlib.metadata import EntryPoint, PackageNotFoundError, metadata
+from importlib.metadata import EntryPoint, PackageNotFoundError, metadata, version
 from pathlib import Path
 
 import pytest
@@ -55,6 +55,11 @@ def dependencies() -> set[str]:
     return {re.match(r"[\w.-]+", line)[0] for one in lists for line in one}
 
 
+def lowest() -> dict[str, str]:
+    """Lower bounds of pyproject.toml by package."""
+    return dict(re.findall(r'"([\w.-]+)(?:\[\w+\])?>=([\d.]+)"', text_of("pyproject.toml")))
+
+
 def licence_of(package: str) -> str | None:
     """Licence that an installed package's metadata name, as its SPDX expression; None where there is none."""
     try:
@@ -80,6 +85,8 @@ def test_every_dependency_has_its_licence():
 
 def test_licences_are_those_of_the_packages_that_are_installed():
     installed = {package: licence for package in rows() if (licence := licence_of(package)) is not None}
+    if version("transformers").startswith(lowest()["transformers"] + "."):
+        pytest.skip("the table is of today's packages, and those installed are at their lower bounds")
     assert len(installed) > 20
     # A version may name the parts that its wheel brings along as well.
     page = rows()

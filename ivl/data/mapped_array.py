@@ -26,7 +26,7 @@ class MappedArray(np.memmap):
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
         plain = np.asarray(array)
-        return plain[()] if return_scalar else plain
+        return plain[()] if return_scalar or plain.ndim == 0 else plain  # NumPy 1 does not say return_scalar
 
     def __reduce__(self) -> Any:
         if self._mmap is None:  # type: ignore[attr-defined]

@@ -109,7 +109,7 @@ class Processor:
         """Load the processor of a checkpoint, with its options in one."""
         from ivl.hub import resolve
 
-        folder = resolve(name_or_path)
+        folder = resolve(name_or_path, weights=False)  # they come once the rows are read
         config = read_config(folder)
         if not config.template:
             config = recognised(folder, config)

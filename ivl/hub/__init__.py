@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 from ivl.architecture.families import MODELS, find_model
 from ivl.errors import UserError
 from ivl.hub import huggingface, modelscope
-from ivl.hub.files import ADAPTER, CHECKPOINT, Hub, Kind
-from ivl.hub.hints import check_model_folder
+from ivl.hub.files import ADAPTER, CHECKPOINT, CONFIGS, SETTINGS, Hub, Kind
+from ivl.hub.hints import MODEL, check_model_folder, check_repository
 from ivl.hub.unsupported import refuse_name
 
 HUBS: tuple[Hub, ...] = ("huggingface", "modelscope")
@@ -71,6 +72,7 @@ def resolve(
     token: str | None = None,
     revision: str | None = None,
     offline: bool | None = None,
+    weights: bool = True,
 ) -> Path:
     """Return the local folder of a checkpoint: a folder as it is, else from a hub's local cache, else downloaded.
 
@@ -78,7 +80,8 @@ def resolve(
     (`OpenGVLab/InternVL2-2B`, with the folder of one model among several `OWNER/NAME:FOLDER`); a name may end with
     a revision (a branch, a tag or a commit), `NAME@REVISION`.
     `hub` and `token`: None takes the values given to `choose`, else Hugging Face, and HF_TOKEN or the stored login, or
-    MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE.
+    MODELSCOPE_API_TOKEN. `offline`: None takes HF_HUB_OFFLINE. `weights`: False for the other files alone, where the
+    weights are not here yet.
     A copy either hub left on this machine serves both, unless a `revision` is asked for. Downloads go to the hub's own
     cache, go on where they broke off and overwrite nothing. HF_ENDPOINT and MODELSCOPE_DOMAIN name other servers.
 
@@ -94,7 +97,7 @@ def resolve(
     if ending and _settings.revision not in (None, ending):
         raise UserError(f"{name_or_path}: --revision is {_settings.revision}; expected one of them")
     revision = revision or ending or _settings.revision
-    return _from_hub(str(name_or_path), CHECKPOINT, hub, token, revision, offline)
+    return _from_hub(str(name_or_path), CHECKPOINT if weights else SETTINGS, hub, token, revision, offline)
 
 
 def resolve_adapter(name_or_path: str | Path) -> Path:
@@ -107,7 +110,7 @@ def resolve_adapter(name_or_path: str | Path) -> Path:
     if path.exists() or path.parent.is_dir() or not _ID.fullmatch(name) or ".." in name:
         return path
     if find_model(name) is not None:
-        raise UserError(f"{name_or_path}: is a model, not an adapter; give it with --model (chat), --base (export)")
+        raise UserError(f"{name_or_path}: {MODEL}")
     return _from_hub(str(name_or_path), ADAPTER, revision=str(name_or_path).partition("@")[2] or None)
 
 
@@ -127,13 +130,16 @@ def _from_hub(
         raise UserError(
             f"{name_or_path}: revision: expected the name of a branch or a tag, or a commit, found {revision!r}"
         )
-    if kind is CHECKPOINT:
+    if kind is not ADAPTER:
         refuse_name(name_or_path)
     ids = _ids(name_or_path.partition("@")[0])
     hubs = [hub] if revision else [hub, *(h for h in HUBS if h != hub)]
     if folder := _cached_folder(hubs, ids, revision, kind):
         return folder
     if offline if offline is not None else is_offline_mode():
+        for folder in _folders(hubs, ids, revision):
+            if any((folder / name).is_file() for name in CONFIGS.patterns):
+                check_repository(folder, kind is ADAPTER, name_or_path)
         raise UserError(
             f"{name_or_path}: not on this machine, and offline; looked for a complete copy in {huggingface.cache()} "
             f"and {modelscope.cache()}; give the path of a local folder, or go online once (HF_HUB_OFFLINE=0)"
@@ -143,8 +149,11 @@ def _from_hub(
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):  # of several processes that start together one downloads
-            folder = _cached_folder(hubs, ids, revision, kind)
-            return folder or module.download(repo_id, revision, token, subfolder, kind) / subfolder
+            if folder := _cached_folder(hubs, ids, revision, kind):
+                return folder
+            configs = module.download(repo_id, revision, token, subfolder, CONFIGS) / subfolder
+            check_repository(configs, kind is ADAPTER, name_or_path)
+            return module.download(repo_id, revision, token, subfolder, kind) / subfolder
     except OSError as error:
         variable = {"huggingface": "HF_HUB_CACHE", "modelscope": "MODELSCOPE_CACHE"}[hub]
         raise UserError(
@@ -164,9 +173,14 @@ _REVISION = re.compile(r"[\w./-]+")
 
 
 def _cached_folder(hubs: list[Hub], ids: dict[Hub, str], revision: str | None, kind: Kind) -> Path | None:
-    names = ((hub, *ids[hub].partition(":")) for hub in hubs)
-    folders = (folder / sub for hub, repo_id, _, sub in names for folder in _MODULES[hub].cached(repo_id, revision))
-    return next((folder for folder in folders if not kind.missing(folder)), None)
+    return next((folder for folder in _folders(hubs, ids, revision) if not kind.missing(folder)), None)
+
+
+def _folders(hubs: list[Hub], ids: dict[Hub, str], revision: str | None) -> Iterator[Path]:
+    """Yield the folders of a name in the caches, complete or not."""
+    for hub in hubs:
+        repo_id, _, subfolder = ids[hub].partition(":")
+        yield from (folder / subfolder for folder in _MODULES[hub].cached(repo_id, revision))
 
 
 def _ids(name: str) -> dict[Hub, str]:

@@ -102,7 +102,15 @@ class Kind:
             raise UserError(f"{repo_id}: not {self.name} this program can read: it has no {', no '.join(missing)}")
 
 
+def _missing_settings(folder: Path) -> list[str]:
+    return [name for name in missing_files(folder) if not name.endswith((".safetensors", INDEX))]
+
+
 CHECKPOINT = Kind("a checkpoint", WANTED, missing_files)
+SETTINGS = Kind("a checkpoint", tuple(p for p in WANTED if p != "*.safetensors"), _missing_settings)
+"""Checkpoint without its weights: all that rows are read with"""
+CONFIGS = Kind("a checkpoint or adapter", ("config.json", "adapter_config.json"), lambda folder: [])
+"""Files that tell a model from an adapter; they are fetched first"""
 # All weights at the top: those of a tower beside the adapter are read, others refused.
 ADAPTER = Kind(
     "a PEFT adapter",
@@ -124,6 +132,17 @@ def refused(repo_id: str, hub: Hub, why: object, page: str, tokens: str, variabl
         f"{repo_id}: {hub} says that it does not exist or that you may not have it ({why}). Check the name. Some "
         f"must be applied for: log in, open {page} and apply. Once approved, make a token at {tokens} and pass it with "
         f"--token or in {variable}; or download it by hand and give the path of the local folder"
+    )
+
+
+def other_kind(repo_id: str, is_data: bool) -> UserError:
+    """Error for a data set's name that was given for a model, or, where not `is_data`, a model's given for data."""
+    if is_data:
+        return UserError(
+            f"{repo_id}: is a data set, not a model; give it with --data.train (fit) or --data.predict (predict)"
+        )
+    return UserError(
+        f"{repo_id}: is a model, not a data set; give it with --model (chat) or --model.pretrained (fit, predict)"
     )
 
 

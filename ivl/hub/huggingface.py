@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import UserError
-from ivl.hub.files import CHECKPOINT, UNFINISHED, Kind, corrupt, refused, unreachable
+from ivl.hub.files import CHECKPOINT, CONFIGS, UNFINISHED, Kind, corrupt, other_kind, refused, unreachable
 
 
 def cache() -> Path:
@@ -59,7 +59,8 @@ def download(
     endpoint = custom_endpoint()
     storage = _storage(repo_id)
     storage.mkdir(parents=True, exist_ok=True)
-    (storage / UNFINISHED).touch()
+    if kind is not CONFIGS:  # they come again with the rest, which is checked
+        (storage / UNFINISHED).touch()
     inside = f"{subfolder}/" if subfolder else ""
     with hub_errors(repo_id, revision=revision):
         folder = Path(
@@ -73,8 +74,10 @@ def download(
             )
         )
         api = HfApi(endpoint=endpoint, token=token)
-        _check(folder, api.verify_repo_checksums(repo_id, revision=folder.name, local_dir=folder).mismatches)
-    (storage / UNFINISHED).unlink(missing_ok=True)
+        if folder.is_dir():  # no file has such a name otherwise
+            _check(folder, api.verify_repo_checksums(repo_id, revision=folder.name, local_dir=folder).mismatches)
+    if kind is not CONFIGS:
+        (storage / UNFINISHED).unlink(missing_ok=True)
     kind.need_complete(folder / subfolder, repo_id)
     return folder
 
@@ -99,6 +102,7 @@ def hub_errors(repo_id: str, folder: str = "", revision: str | None = None) -> I
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HTTPError,  # of httpx or httpx2, whichever this version is built on
         LocalEntryNotFoundError,
@@ -118,12 +122,27 @@ def hub_errors(repo_id: str, folder: str = "", revision: str | None = None) -> I
         code = error.response.status_code
         if code not in (401, 403, 404):
             raise unreachable(repo_id, "huggingface", error) from error
-        why = type(error).__name__ if isinstance(error, RepositoryNotFoundError) else code
+        not_found = isinstance(error, RepositoryNotFoundError)
+        gated = isinstance(error, GatedRepoError)
+        if not_found and not gated and _exists(repo_id, "model" if folder else "dataset"):
+            raise other_kind(repo_id, is_data=not folder) from error
+        why = type(error).__name__ if not_found else code
         raise refused(repo_id, "huggingface", why, page, tokens, "HF_TOKEN") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
         if constants.HF_HUB_OFFLINE:
             raise UserError(f"{repo_id}: not in the cache, and offline; go online once (HF_HUB_OFFLINE=0)") from error
         raise unreachable(repo_id, "huggingface", error) from error
+
+
+def _exists(repo_id: str, kind: str) -> bool:
+    """True for the name of a model or data set that may be had without a login; False where nothing is known."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return HfApi(endpoint=custom_endpoint(), token=False).repo_exists(repo_id, repo_type=kind)
+    except (HTTPError, OSError):
+        return False
 
 
 def lock(repo_id: str) -> Path:

@@ -11,6 +11,7 @@ import json
 import os
 import time
 import urllib.error
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +19,18 @@ from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
 from ivl.errors import UserError
-from ivl.hub.files import CHECKPOINT, CHUNK, UNFINISHED, Kind, corrupt, refused, unreachable, wanted
+from ivl.hub.files import (
+    CHECKPOINT,
+    CHUNK,
+    CONFIGS,
+    UNFINISHED,
+    Kind,
+    corrupt,
+    other_kind,
+    refused,
+    unreachable,
+    wanted,
+)
 from ivl.storage.files import file_digest
 
 
@@ -71,9 +83,10 @@ def download(
     (unfinished / subfolder).mkdir(parents=True, exist_ok=True)
     for file in files:
         _file(repo_id, revision or "master", token, file, folder)
-    if subfolder:
-        (unfinished / subfolder).rmdir()
-    unfinished.rmdir()
+    with suppress(OSError) if kind is CONFIGS else nullcontext():  # the rest may have begun to come before
+        if subfolder:
+            (unfinished / subfolder).rmdir()
+        unfinished.rmdir()
     kind.need_complete(folder / subfolder, repo_id)
     return folder
 
@@ -85,17 +98,30 @@ def _files(repo_id: str, revision: str, token: str | None, subfolder: str, kind:
             body = json.loads(answer.read())
     except urllib.error.HTTPError as error:
         if error.code in (400, 401, 403, 404):
+            if _is_data_set(repo_id):
+                raise other_kind(repo_id, is_data=True) from error
             raise _refused(repo_id, error.code) from error
         raise unreachable(repo_id, "modelscope", error) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise unreachable(repo_id, "modelscope", error) from error
     if body.get("Code") != 200:
+        if _is_data_set(repo_id):
+            raise other_kind(repo_id, is_data=True)
         raise _refused(repo_id, body.get("Message"))
     inside = f"{subfolder}/" if subfolder else ""
     files = (f for f in body["Data"]["Files"] if f.get("Type") != "tree" and f["Path"].startswith(inside))
     listing = {f["Path"].removeprefix(inside): f for f in files}
     names = wanted(listing, kind.patterns)
     return [_Remote(inside + n, listing[n]["Size"], listing[n].get("Sha256") or "") for n in names]
+
+
+def _is_data_set(repo_id: str) -> bool:
+    query = urlencode({"Revision": "master", "PageNumber": 1, "PageSize": 1})
+    try:
+        with _open(f"{endpoint()}/api/v1/datasets/{repo_id}/repo/tree?{query}", None) as answer:
+            return json.loads(answer.read()).get("Code") == 200
+    except (OSError, ValueError, AttributeError, http.client.HTTPException):
+        return False
 
 
 def _file(repo_id: str, revision: str, token: str | None, file: _Remote, folder: Path) -> None:

@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ivl.cli.help import PURPOSES
-from ivl.hub import with_revision
+from ivl.hub import resolve_adapter, with_revision
+from ivl.hub.hints import check_adapter_folder
 from ivl.lit.arguments import run_config, value_of, with_lists, with_todays_classes
 from ivl.lit.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
 from ivl.lit.callbacks.held_out_report import PAGE, HeldOutReport
@@ -127,6 +128,8 @@ class IvlCLI(LightningCLI):
         check_installed(config.trainer.strategy)
         if config.demo:
             self.prepare_demo(Path(config.demo))
+        if config.model.adapter:  # before the base is downloaded
+            check_adapter_folder(resolve_adapter(config.model.adapter))
         if self.subcommand == "fit":
             self._place_run(config)
         elif config.get("ckpt_path") == "last":

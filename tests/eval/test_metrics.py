@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.text import EditDistance
 from torchvision.ops import box_iou
@@ -33,6 +33,7 @@ texts = st.text("abc .'ß\t-1", max_size=12)
 modes = st.sampled_from(("compat", "strict"))
 
 
+@settings(deadline=None)  # torchvision's first call takes longer
 @given(boxes, boxes)
 def test_iou_is_torchvisions(a, b):
     official = box_iou(torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64)).item()

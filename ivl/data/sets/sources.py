@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ivl.architecture.families import find_model
 from ivl.data.object_store import is_object, object_files
 from ivl.data.processor import Processor
 from ivl.data.sets import hub_datasets as named
 from ivl.data.sets.dataset import MixtureSource, RowDataset, permutation
 from ivl.data.sets.meta_file import read_meta
 from ivl.hub.dataset_files import NAME, dataset_files
+from ivl.hub.files import other_kind
 from ivl.options.data import Source
 from ivl.types import UserError
 
@@ -125,6 +127,8 @@ def _files(name: str, path: Path, cache_dir: str | Path | None) -> Sequence[str 
         return [path]
     if named.find(name) is not None:
         return [named.fetch_rows(name, cache_dir)]
+    if find_model(name) is not None:
+        raise other_kind(name, is_data=False)
     if re.search(r"[*?\[]", name):
         if files := sorted(Path(file) for file in glob.glob(str(path), recursive=True)):
             return files
