@@ -66,6 +66,11 @@ def text_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str
     return "\n".join(line.rstrip() for line in lines)
 
 
+def amount(value: float) -> str:
+    """Write a number of a unit for people: two decimals, and of less than a tenth two digits."""
+    return f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
+
+
 def plural(count: int, noun: str) -> str:
     """Write a count with its noun: `1 row`, `2 rows`."""
     return f"{count} {noun}{'s' * (count != 1)}"

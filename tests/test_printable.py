@@ -8,6 +8,7 @@ import pytest
 
 from ivl.__main__ import main, run_command
 from ivl.data.row_files.row_file import RowFile
+from ivl.errors import amount
 from ivl.types import UserError, printable
 from tests.tiny import write_checkpoint
 
@@ -22,6 +23,12 @@ def test_what_steers_is_written_as_an_escape():
     assert printable("one\r\ntwo\u2028three\n", " ") == "one two three "
     assert printable("a\udcffb\rc") == "a\\udcffb\\rc"
     assert not RAW & set(printable(STEERING))
+
+
+def test_small_amounts_keep_two_digits():
+    assert [amount(value) for value in (0, 0.00032, 0.05, 0.1, 3.14159, 24.0)] == [
+        "0.00", "0.00032", "0.05", "0.10", "3.14", "24.00",
+    ]  # fmt: skip
 
 
 def test_an_error_has_only_the_lines_it_was_given():

@@ -13,6 +13,7 @@ from ivl.architecture.config import Config
 from ivl.architecture.families import config_for, find_model, llm_family
 from ivl.architecture.hf_config import read_config
 from ivl.commands.plan_reference import reference_of, reference_plan, reference_text
+from ivl.errors import amount
 from ivl.estimate import flops
 from ivl.estimate.hardware import DEVICES, Device, find_device
 from ivl.estimate.memory import MemoryEstimate, memory_needed
@@ -305,12 +306,12 @@ def report(plan: dict[str, Any]) -> str:
     )
     lines.append("memory of one device, estimated, GB:")
     names = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
-    lines += [f"  {name:<14}{memory[name] / 1e9:>9.2f}" for name in names]
-    lines.append(f"  logits are {memory['logits'] / 1e9:.2f} of the activations, whatever the length")
+    lines += [f"  {name:<14}{amount(memory[name] / 1e9):>9}" for name in names]
+    lines.append(f"  logits are {amount(memory['logits'] / 1e9)} of the activations, whatever the length")
     work = plan["flops_per_step"]
     lines.append(
-        f"\na step: {plan['tokens_per_step']:,} tokens at most, {work['model'] / 1e12:.2f} TFLOP of the model, "
-        f"{work['computed'] / 1e12:.2f} with what is computed again"
+        f"\na step: {plan['tokens_per_step']:,} tokens at most, {amount(work['model'] / 1e12)} TFLOP of the model, "
+        f"{amount(work['computed'] / 1e12)} with what is computed again"
     )
     if "reference" in plan:
         lines.append(reference_text(plan["reference"]))

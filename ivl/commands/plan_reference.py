@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ivl.architecture.config import Config
+from ivl.errors import amount
 from ivl.estimate import flops
 from ivl.estimate.training_step import Strategy, TrainSetup
 from ivl.finetune.reference import Way, is_fresh_lora, reference_way
@@ -46,7 +47,7 @@ def reference_text(plan: dict[str, Any]) -> str:
     """Line about the reference for people."""
     if plan["how"] == "live":
         tflop = plan["flops_per_micro_batch"] / 1e12
-        return f"the reference: a forward without the LoRA in each batch, {tflop:.2f} TFLOP"
+        return f"the reference: a forward without the LoRA in each batch, {amount(tflop)} TFLOP"
     total = plan["flops_before_training"]
-    known = "" if total is None else f", {total / 1e12:.2f} TFLOP"
+    known = "" if total is None else f", {amount(total / 1e12)} TFLOP"
     return f"the reference: a forward of all rows once, before training{known}; it is kept for later runs"

@@ -26,7 +26,7 @@ from ivl.storage.picture_file import check_jpeg, check_size, open_picture, open_
 
 Row = dict[str, Any]
 PAGE = Path(__file__).with_name("report.html")
-"""Page with the places @TITLE@, @FACTS@, @ROWS@ and @PICTURES@"""
+"""Page with the places @TITLE@, @FACTS@, @NAMES@, @ROWS@ and @PICTURES@"""
 SIDE = 192
 """Longest side of a picture on the page, in pixels"""
 MOST_PICTURES = 4
@@ -49,13 +49,15 @@ def write(path: Path, record: Mapping[str, Any], rows: Sequence[Row], scored: Sc
 def write_own(
     path: Path,
     title: str,
-    totals: Mapping[str, Any],
+    totals: Sequence[Mapping[str, Any]],
     rows: Sequence[Sequence[Row]],
     scores: Sequence[Sequence[own.Scores]],
+    names: Sequence[str] = (),
 ) -> None:
     """Write the page of the user's own rows, of one file of answers, or of two in the same order.
 
-    `totals`: value and ends of each metric, as `ivl.eval.own.summarized` has them of all rows.
+    `totals`: of each file value and ends of each metric, as `ivl.eval.own.summarized` has them of all rows. `names`:
+    those of two files.
     """
     pictures = _Pictures()
     lines = []
@@ -67,13 +69,19 @@ def write_own(
             line |= {"other": other["response"], "otherFound": own.boxes_in(other["response"]), "gap": round(gap, 4)}
             line["otherParsed"] = _described(scores[1][n])
         lines.append(line)
-    numbers = ", ".join(
-        f"{name} {totals[key]['value']:.1f} [{totals[key]['low']:.1f}, {totals[key]['high']:.1f}]"
+    heads = [f"{name}: " for name in names[:2]] or [""]
+    numbers = "; ".join(f"{head}{_numbers(total)}" for head, total in zip(heads, totals))
+    of_row = f"score of a row{f' of {names[0]}' if names else ''}: IoU of its boxes, else exact"
+    facts = f"{numbers} · times 100, with 95 % intervals · {of_row}"
+    _write(path, f"{title}: {totals[0]['rows']} rows", facts, lines, pictures, names)
+
+
+def _numbers(total: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {total[key]['value']:.1f} [{total[key]['low']:.1f}, {total[key]['high']:.1f}]"
         for key, name in own.TITLES.items()
-        if key in totals
+        if key in total
     )
-    facts = f"{numbers} · times 100, with 95 % intervals · score of a row: IoU of its boxes, else exact"
-    _write(path, f"{title}: {totals['rows']} rows", facts, lines, pictures)
 
 
 def _described(scores: own.Scores) -> str:
@@ -112,14 +120,24 @@ def _line(row: Row, score: float, pictures: _Pictures) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, head: str, facts: str, lines: list[dict[str, Any]], pictures: _Pictures) -> None:
+def _write(
+    path: Path,
+    head: str,
+    facts: str,
+    lines: list[dict[str, Any]],
+    pictures: _Pictures,
+    names: Sequence[str] = (),
+) -> None:
     parts = {
         "TITLE": html.escape(head),
         "FACTS": html.escape(facts),
+        "NAMES": _script(list(names[:2])),
         "ROWS": _script(lines),
         "PICTURES": _script(pictures.thumbnails),
     }
-    page = re.sub("@(TITLE|FACTS|ROWS|PICTURES)@", lambda match: parts[match[1]], PAGE.read_text(encoding="utf-8"))
+    page = re.sub(
+        "@(TITLE|FACTS|NAMES|ROWS|PICTURES)@", lambda match: parts[match[1]], PAGE.read_text(encoding="utf-8")
+    )
     write_text(path, page)
 
 

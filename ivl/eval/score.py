@@ -57,8 +57,10 @@ def _score_own(options: ScoreOptions) -> int:
     summary = own.record(files, rows, scores, options.resamples, options.seed)
     _save(options, summary, own.table(summary))
     if options.html:
-        names = " and ".join(path.name for path in files)
-        report.write_own(options.html, names, summary["files"][0]["scores"][own.ALL], rows, scores)
+        names = [path.name for path in files]
+        totals = [file["scores"][own.ALL] for file in summary["files"]]
+        title = " and ".join(names)
+        report.write_own(options.html, title, totals, rows, scores, names if len(files) > 1 else ())
         print(options.html)
     return 0
 

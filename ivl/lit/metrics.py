@@ -159,6 +159,8 @@ def scores_table(scores: dict[str, dict[str, float]], with_loss: bool = False) -
     columns = [*(["loss"] if with_loss else []), *get_args(Metric)]
     names = [name for name in columns if any(name in values for values in scores.values())]
     rows = [["held-out rows", "rows", *map(title, names)]]
+    if len(scores) == 2 and "" in scores:  # one kind: its line is that of all
+        scores = {"": scores[""]}
     for kind, values in sorted(scores.items(), key=lambda item: (item[0] == "", item[0])):
         cells = [cell(name, values.get(name)) for name in names]
         rows.append([printable(kind, " ") or "all", str(int(values["rows"])), *cells])

@@ -17,8 +17,8 @@ _WARNINGS = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",  # then `Watch` logs every step
     r"Checkpoint directory .* exists and is not empty",  # of the run that goes on
 )
-_REMARKS = ("litlogger", "`weights_only` was not set")
-"""An advertisement; a remark on a default of Lightning's"""
+_REMARKS = ("litlogger", "`weights_only` was not set", "TPU available: False")
+"""An advertisement; a remark on a default of Lightning's; a device that this program does not use"""
 
 
 @contextmanager

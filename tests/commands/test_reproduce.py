@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import ivl
 from ivl.__main__ import main
 from ivl.lit.run.record import without_secrets
 from tests.lit.conftest import base  # noqa: F401  (a fixture)
@@ -46,6 +47,7 @@ def test_what_changed_since_is_named(run, base, tmp_path, monkeypatch, capsys): 
     file = run / "versions.json"
     record = json.loads(file.read_text())
     assert record["rows"] == {"train.jsonl": 12, "val.jsonl": 5}
+    assert record["versions"]["ivl"] == ivl.__version__, "of the code that ran, whatever was installed"
     record["versions"]["torch"], record["base"]["digest"] = "1.0", "0" * 32
     file.write_text(json.dumps(record))
     with open("train.jsonl", "a") as rows:

@@ -91,6 +91,10 @@ def test_other_names_are_given_for_all_files_or_one(tmp_path, capsys):
     assert "theirs.jsonl less ours.jsonl" in capsys.readouterr().out
     (row, *_) = rows_of(tmp_path / "r.html")
     assert row["other"] == "x" and row["gap"] == 0
+    page = (tmp_path / "r.html").read_text()
+    assert '["ours.jsonl","theirs.jsonl"]' in page and "other answer" not in page
+    facts = page.partition('<p class="quiet">')[2].partition("</p>")[0]
+    assert facts.startswith("ours.jsonl: exact 50.0 [") and "; theirs.jsonl: exact 100.0 [" in facts
 
 
 def test_files_are_matched_by_source_and_id_or_by_place(tmp_path):

@@ -72,6 +72,12 @@ def test_means_per_source_and_over_processes():
     assert "exact" in text and "66.7 %" in text and text.splitlines()[-1].startswith("all")
 
 
+def test_one_kind_of_rows_has_one_line():
+    scores = Scores(["exact"])
+    scores.add_answer(row("cat", "pets"), "cat")
+    assert [line.split() for line in scores_table(scores.means()).splitlines()[1:]] == [["all", "1", "100.0", "%"]]
+
+
 def test_caption_metrics_are_of_all_rows_together():
     pytest.importorskip("pycocoevalcap")
     scores = Scores(CAPTIONS)

@@ -29,6 +29,7 @@ def test_remarks_of_lightning_are_left_out_and_others_are_not(caplog):
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     with clear_screen(), caplog.at_level("INFO"):
         logger.info("try litlogger")
+        logger.info("TPU available: False, using: 0 TPU cores")
         logger.info("GPU available")
     assert caplog.messages == ["GPU available"]
 

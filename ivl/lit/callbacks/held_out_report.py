@@ -48,7 +48,7 @@ def write_page(path: Path, rows: list[report.Row], most: int, step: int) -> None
     picked = [n * len(rows) // most for n in range(most)] if len(rows) > most else list(range(len(rows)))
     part = "" if len(picked) == len(rows) else f" ({len(picked)} of them here)"
     title = f"held-out rows after step {step}{part}"
-    report.write_own(path, title, totals, [[rows[n] for n in picked]], [[scores[n] for n in picked]])
+    report.write_own(path, title, [totals], [[rows[n] for n in picked]], [[scores[n] for n in picked]])
 
 
 def _row(answer: dict[str, Any]) -> report.Row:

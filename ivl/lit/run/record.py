@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ivl
 from ivl.checkpoint.fingerprint import files_fingerprint
 from ivl.hub import commit_of, resolve
 from ivl.run import SCORES, Run
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # `python -m ivl reproduce` starts without Lightning
 
     from ivl.lit.types import RunData
 
-PACKAGES = ("ivl", "torch", "lightning", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pillow")
+PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pillow")
 EXTRAS = ("torchvision", "accelerate", "av", "bitsandbytes", "deepspeed", "flash-attn", "pyarrow")
 """Packages that are recorded where they are installed"""
 _SECRET = re.compile(r"(--[\w.]*(?:token|key|password|secret))(?:=.*)?", re.IGNORECASE | re.DOTALL)
@@ -62,7 +63,8 @@ def add_scores(folder: Path, step: int, scores: dict[str, dict[str, float]]) -> 
 
 def versions() -> dict[str, str]:
     """Versions of python and of the packages that compute, and the commit of this package in a checkout."""
-    versions = {"python": platform.python_version()}
+    # of the code that runs, which need not be the installed one
+    versions = {"python": platform.python_version(), "ivl": ivl.__version__}
     for name in (*PACKAGES, *EXTRAS):
         try:
             versions[name] = metadata.version(name)
