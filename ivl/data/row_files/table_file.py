@@ -6,10 +6,13 @@ read without decoding others, and processes share its pages. Pictures may be in 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +52,8 @@ class TableFile:
             self.digest = _content_digest(self.path, cache)
             most = expansion_limit(self.path, self.limits.max_expansion)
             place = cache / "tables" / f"{self.digest}{self.path.suffix}.arrow"
-            self._arrow = written(place, lambda place: _convert(self.path, place, most))
+            longest = self.limits.max_row_bytes
+            self._arrow = written(place, lambda place: _convert(self.path, place, most, longest))
             reader = self._open()
             self.columns: list[str] = reader.schema.names
             # (batches + 1,) number of the first row of each batch, and of all rows
@@ -118,10 +122,29 @@ def _first_rows(reader: pa.ipc.RecordBatchFileReader, arrow: Path) -> np.ndarray
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop fields without a value: all rows of a table have all of its fields."""
+    """Drop fields without a value, since all rows of a table have all of its fields; a decimal is a number."""
+    if isinstance(value, Decimal):
+        return float(value)
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def with_lists(row: dict[str, Any]) -> dict[str, Any]:
+    """Read the JSON in texts that stand for lists, as a csv file has them: `["a.png", "b.png"]`."""
+    return {key: _list(value) if key in _LISTS else value for key, value in row.items()}
+
+
+_LISTS = frozenset(("messages", "conversations", "history", "images", "videos", "rejected_messages", "rejected_images"))
+
+
+def _list(value: Any) -> Any:
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value  # a path may begin so; a text that is neither is refused by its format
 
 
 def _digest_or_text(value: Any) -> str:
@@ -143,63 +166,95 @@ def _content_digest(path: Path, cache: Path) -> str:
     return digest
 
 
-def _convert(path: Path, place: Path, most: int) -> Path:
+def _convert(path: Path, place: Path, most: int, longest: int) -> Path:
     """Write a table as an Arrow file; of several processes that start together one writes it."""
     from filelock import FileLock
 
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
         if not place.is_file():
-            _write(path, place, most)
+            _write(path, place, most, longest)
     return place
 
 
-def _write(path: Path, place: Path, most: int) -> None:
+def _write(path: Path, place: Path, most: int, longest: int) -> None:
     import pyarrow as pa
 
-    schema, batches, total = _csv_batches(path) if path.suffix != ".parquet" else _parquet_batches(path)
+    with _problems(path, longest):
+        schema, batches, total = _csv_batches(path, longest) if path.suffix != ".parquet" else _parquet_batches(path)
+    if twice := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
+        raise UserError(f"{path}: two columns are called {twice[0]!r}; expected one of each name")
     plain = pa.schema([(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in schema])
     bar = tqdm(total=total, desc=printable(f"reading {path.name}", " "), unit="row", disable=None, leave=False)
+    with bar, atomic_file(place) as out, pa.ipc.new_file(out, plain) as writer:
+        for batch in _read(batches, path, longest):
+            columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=plain))
+            bar.update(batch.num_rows)
+            if out.tell() > most:
+                raise UserError(
+                    f"{path}: {path.stat().st_size:,} bytes that become more than {most:,}; raise "
+                    f"data.file_limits.max_expansion where that is meant"
+                )
+
+
+def _read(batches: Iterator[pa.RecordBatch], path: Path, longest: int) -> Iterator[pa.RecordBatch]:
+    """Yield batches. Raises UserError where one cannot be read, apart from faults of the disk that is written to."""
+    with _problems(path, longest):
+        yield from batches
+
+
+@contextmanager
+def _problems(path: Path, longest: int) -> Iterator[None]:
+    """Turn pyarrow's errors of reading, some of which are OSErrors without a number, into UserErrors with a remedy."""
+    import pyarrow as pa
+
     try:
-        with bar, atomic_file(place) as out, pa.ipc.new_file(out, plain) as writer:
-            for batch in batches:
-                columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
-                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=plain))
-                bar.update(batch.num_rows)
-                if out.tell() > most:
-                    raise UserError(
-                        f"{path}: {path.stat().st_size:,} bytes that become more than {most:,}; raise "
-                        f"data.file_limits.max_expansion where that is meant"
-                    )
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable table ({error}); is the file complete?") from None
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        text = " ".join(str(error).split())
+        remedy = next((remedy for words, remedy in _REMEDIES.items() if words in text), "is the file complete?")
+        kind = "parquet file" if path.suffix == ".parquet" else "table"
+        raise UserError(f"{path}: not a readable {kind} ({text[:200]}); {remedy.format(longest=longest)}") from None
+
+
+_REMEDIES = {
+    "invalid UTF8": "expected text in UTF-8; save the table anew as UTF-8",
+    "straddling object": "expected rows of at most {longest:,} bytes (data.file_limits.max_row_bytes); name media by "
+    "their paths",
+    "Expected": "expected a header and the same cells a row",
+    "Empty CSV": "expected a header and the same cells a row",
+    "Nested data conversions": "expected texts, not categories (dictionary), in lists and objects; save the column as "
+    "texts",
+}
+"""Words of pyarrow's message → what to do"""
 
 
 def _parquet_batches(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch], int]:
-    import pyarrow as pa
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({error}); is the file complete?") from None
+    file = pyarrow.parquet.ParquetFile(path)
     return file.schema_arrow, file.iter_batches(_BATCH), file.metadata.num_rows
 
 
-def _csv_batches(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch], None]:
+def _csv_batches(path: Path, longest: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch], None]:
     """Batches of a csv or tsv file with a header; every cell is a text, an empty one no value."""
     import pyarrow as pa
     from pyarrow import csv
 
+    with path.open("rb") as opened:
+        if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path}: is UTF-16; expected text in UTF-8; save the table anew as UTF-8")
     parse = csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
-    try:
-        names = csv.open_csv(path, parse_options=parse).schema.names
-        texts = csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
-        )
-        reader = csv.open_csv(path, parse_options=parse, convert_options=texts)
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable table ({error}); expected a header and the same cells a row") from None
+    # A block holds a row whole, and is read at once.
+    read = csv.ReadOptions(block_size=max(1 << 20, min(path.stat().st_size, longest)))
+    names = csv.open_csv(path, read, parse).schema.names
+    texts = csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
+    )
+    reader = csv.open_csv(path, read, parse, texts)
     return reader.schema, (part for batch in reader for part in _parts(batch)), None
 
 

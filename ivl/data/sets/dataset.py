@@ -21,7 +21,7 @@ from ivl.data.processor import Processor
 from ivl.data.row_files.open_file import open_file
 from ivl.data.row_files.row_digests import file_digests
 from ivl.data.row_files.row_file import RowFile
-from ivl.data.row_files.table_file import TableFile
+from ivl.data.row_files.table_file import TableFile, with_lists
 from ivl.options import FileLimits
 from ivl.types import Conversation, Example, UserError
 
@@ -147,7 +147,8 @@ class RowDataset(Dataset[Example]):
     def row(self, i: int) -> Any:
         """Row as parsed JSON, its keys renamed by `columns`. Raises UserError with `file:line`."""
         file, at = self._at(i)
-        return _renamed(file[at], self.columns, file.where(at))
+        row = _renamed(file[at], self.columns, file.where(at))
+        return with_lists(row) if isinstance(file, TableFile) else row
 
     def conversation(self, i: int) -> Conversation:
         """Row as a Conversation. Raises UserError with `file:line`."""

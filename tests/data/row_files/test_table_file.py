@@ -1,5 +1,6 @@
 """Tables of rows: random access, what a cell becomes, and the same Examples as from jsonl."""
 
+import decimal
 import io
 import json
 import os
@@ -143,6 +144,96 @@ def test_what_cannot_be_read_is_named(tmp_path):
     assert not list(cache.rglob("*.part*"))
 
 
+def refused(path, words, cache, **limits):
+    with pytest.raises(UserError, match=words):
+        TableFile(path, cache, FileLimits(**limits))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    """Of two only the last would be read."""
+    table = pa.Table.from_arrays([pa.array(["q"]), pa.array(["a"]), pa.array(["b"])], ["query", "response", "response"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("query,response,response\nq,a,b\n")
+    for name in ("a.parquet", "a.csv"):
+        refused(tmp_path / name, rf"{name}: two columns are called 'response'", tmp_path / "cache")
+
+
+def test_a_long_cell_of_a_csv_file_is_read(tmp_path):
+    """Pictures in cells are longer than the blocks that pyarrow reads by default."""
+    path, text = tmp_path / "a.csv", "x " * 1_500_000
+    path.write_text(f'query,response\nq,{text}\n"two\nlines",r\n')
+    file = TableFile(path, tmp_path / "cache")
+    assert [file[0]["response"], file[1]] == [text, {"query": "two\nlines", "response": "r"}]
+    words = r"a\.csv: .*rows of at most 1,048,576 bytes \(data\.file_limits\.max_row_bytes\)"
+    refused(path, words, tmp_path / "other", max_row_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "gbk", "utf-16"])
+@pytest.mark.parametrize("first", [True, False])
+def test_text_in_another_encoding_is_named(tmp_path, encoding, first):
+    text = (
+        "query,response\n" + ("" if first else "q,a\n" * 300_000) + ("é,a\n" if encoding == "latin-1" else "中文,是\n")
+    )
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    refused(tmp_path / "a.csv", r"a\.csv: .* UTF-8; save the table anew as UTF-8", tmp_path / "cache")
+
+
+def test_a_message_does_not_repeat_a_long_row(tmp_path):
+    (tmp_path / "a.csv").write_text(f"query,response\nq,{'x' * 100_000},r\n")
+    with pytest.raises(UserError, match="expected a header and the same cells a row") as error:
+        TableFile(tmp_path / "a.csv", tmp_path / "cache")
+    assert len(str(error.value)) < 600
+
+
+def test_a_mark_of_utf8_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "a.tsv").write_text("\ufeffquery\tresponse\nq\ta\n", encoding="utf-8")
+    assert TableFile(tmp_path / "a.tsv", tmp_path / "cache")[0] == {"query": "q", "response": "a"}
+
+
+def test_damage_inside_a_table_is_no_fault_of_the_cache(tmp_path, capsys):
+    rows = [{"query": os.urandom(50).hex(), "response": "a"} for _ in range(5000)]
+    path = parquet(tmp_path / "a.parquet", rows, 5000)
+    data = bytearray(path.read_bytes())
+    data[1000:3000] = b"\xff" * 2000
+    path.write_bytes(data)
+    refused(path, r"a\.parquet: not a readable parquet file .*is the file complete", tmp_path / "cache")
+    assert "cache" not in capsys.readouterr().err
+
+
+def test_categories_inside_lists_are_told(tmp_path):
+    turn = pa.struct([("role", pa.dictionary(pa.int32(), pa.string())), ("content", pa.string())])
+    turns = pa.array([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]] * 200, pa.list_(turn))
+    pq.write_table(pa.table({"messages": turns}), tmp_path / "a.parquet", row_group_size=30)
+    try:
+        file = TableFile(tmp_path / "a.parquet", tmp_path / "cache")
+    except UserError as error:  # not read by pyarrow 26
+        assert "expected texts, not categories" in str(error)
+    else:
+        assert file[199]["messages"][1] == {"role": "assistant", "content": "a"}
+
+
+def test_decimals_and_lists_as_json(tmp_path, processor):
+    """Numbers of databases are decimals, and a csv file has lists as JSON."""
+    weights = pa.array([decimal.Decimal("0.5")] * 2)
+    pq.write_table(pa.table({"query": ["q"] * 2, "response": ["a"] * 2, "weight": weights}), tmp_path / "a.parquet")
+    data = RowDataset(tmp_path / "a.parquet", processor, cache_dir=tmp_path / "cache")
+    assert data.conversation(1).weight == 0.5
+    for name in ("p.png", "[q].png"):
+        (tmp_path / name).write_bytes(png("red"))
+    (tmp_path / "a.csv").write_text(
+        'query,response,images,history\n<image>x<image>,"[1, 2]","[""p.png"", ""p.png""]","[[""a"", ""b""]]"\n'
+        "<image>y,a,[q].png,\n"
+    )
+    data = RowDataset(tmp_path / "a.csv", processor, cache_dir=tmp_path / "cache")
+    conversation = data.conversation(0)
+    assert [message.text for message in conversation.messages[1::2]] == ["b", "[1, 2]"]
+    assert len(conversation.media) == 2 and len(data.conversation(1).media) == 1
+    messages = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    file = parquet(tmp_path / "b.parquet", [{"messages": messages}])
+    data = RowDataset(file, processor, cache_dir=tmp_path / "cache")
+    assert data.conversation(0).messages[1].text == "a"
+
+
 def test_limits_hold(tmp_path):
     path, cache = parquet(tmp_path / "a.parquet", [{"query": "x" * 10_000}] * 2), tmp_path / "cache"
     with pytest.raises(UserError, match=r"a\.parquet:2: a row of .* the limit is 1,000"):
@@ -204,3 +295,42 @@ def test_the_same_rows_as_jsonl(tmp_path, processor):
     assert np.array_equal(first.records[same], second.records[same])
     again = build_index(two, workers=0, cache_dir=tmp_path / "cache")
     assert np.array_equal(again.records, second.records)
+
+
+def test_rows_with_all_that_they_may_have_are_those_of_jsonl(tmp_path, processor):
+    """Boxes of each form, histories, weights, systems, media in turns, videos with their own frames, marks of turns."""
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(png((60 * n, 90, 30)))
+    frames = [f"{n}.png" for n in range(4)]
+    image = {"bytes": png((0, 90, 30)), "path": "0.png"}
+    turns = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content": "y"}]
+    objects = [{"caption": "c", "bbox": [1, 2, 30, 20], "bbox_type": "real", "image": 0}]
+    common = {"query": "<image>Find <ref-object>", "response": "<bbox>", "history": [["a", "b"]], "system": "s"}
+    shares = [{"caption": "c", "bbox": [0.1, 0.2, 0.5, 0.6], "bbox_type": "norm_1"}]
+    unlearnt = [*turns[:1], turns[1] | {"loss": False}, {"role": "user", "content": "z"}, turns[1]]
+    spoken = [{"from": "human", "value": "<image>h"}, {"from": "gpt", "value": "g"}]
+    video = {"query": "<video>v", "response": "r"}
+    rows = [  # and what the table has instead
+        (common | {"images": ["0.png"], "objects": objects, "weight": 0.25}, {"images": [image]}),
+        (common | {"images": ["0.png"], "objects": shares}, {}),
+        (video | {"videos": [frames], "weight": 2.0}, {}),
+        (video | {"videos": [{"path": frames, "num_frames": 2}]}, {}),
+        ({"messages": turns, "images": ["0.png"]}, {"images": [image]}),
+        ({"messages": unlearnt, "images": ["1.png"]}, {}),
+        ({"image": "0.png", "conversations": spoken}, {"image": image}),
+        ({"query": "q", "response": "r", "tools": "[]"}, {}),
+    ]
+    for n, (row, other) in enumerate(rows):
+        (tmp_path / f"{n}.jsonl").write_text(json.dumps(row) + "\n")
+        lines = RowDataset(tmp_path / f"{n}.jsonl", processor, cache_dir=tmp_path / "cache")
+        # Other rows have other keys, so that most cells of this one are empty.
+        empty = dict.fromkeys(("query", "response", "images", "source"))
+        table = parquet(tmp_path / f"{n}.parquet", [empty | row | other, {"query": "q", "response": "r"}])
+        table = RowDataset(table, processor, cache_dir=tmp_path / "cache")
+        a, b = lines[0], table[0]
+        assert a.input_ids.tolist() == b.input_ids.tolist() and a.labels.tolist() == b.labels.tolist(), row
+        assert np.array_equal(a.tiles, b.tiles), row
+        assert lines.conversation(0).weight == table.conversation(0).weight
+        first, second = (build_index(rows, workers=0, cache_dir=tmp_path / "cache") for rows in (lines, table))
+        same = [name for name in first.records.dtype.names if name != "same"]
+        assert np.array_equal(first.records[same], second.records[same][:1])
