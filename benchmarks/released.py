@@ -1,13 +1,19 @@
 """Published answers, logits and scores of released models, compared with those computed here.
 
-    python benchmarks/released.py [MODEL ...] [--folder MODEL=DIR] [--images DIR] [--device cuda] [--mmstar FILE.tsv]
+    python benchmarks/released.py                                # InternVL3-1B-hf and InternVL2_5-2B-MPO-hf
+    python benchmarks/released.py InternVL3-8B --mmstar MMStar_MINI.tsv
+    python benchmarks/released.py InternVL3-1B-hf --folder InternVL3-1B-hf=DIR --images DIR --device cuda:1
 
-One line for each case, `pass` or `FAIL` with what was expected and found; exit status 1 where any failed. MODEL is
-InternVL3-1B-hf, InternVL2_5-2B-MPO-hf (both by default) or InternVL3-8B (`--mmstar`: VLMEvalKit's MMStar_MINI.tsv).
-Weights come by name as with every command, or from `--folder`; pictures from their URLs, or by name from `--images`.
+Needs: the program installed, a GPU (8 GB for the first line, 24 GB for InternVL3-8B), and either a network or
+`--folder` with `--images`. Weights are looked up by name as with every command, pictures at their addresses.
+MMStar_MINI.tsv is VLMEvalKit's, from the address in its vlmeval/dataset/image_mcq.py.
 
-The answers and logits are those that transformers' slow tests state for float16 on NVIDIA GPUs, the score is that of
-VLMEvalKit's continuous integration. An answer may be any of those stated for different GPUs.
+Prints a line for each case: `pass`, or `FAIL` with what was expected and found, or why it could not be asked; at the
+end "N of M cases passed". Exit status: 0 where all passed, 1 where one did not, 2 for a mistake in the command.
+
+Answers and logits are those that transformers' slow tests state for float16 on NVIDIA GPUs, the score is that of
+VLMEvalKit's continuous integration. An answer may be any of those stated for different GPUs. `--device cpu --dtype
+float32` takes minutes an answer; an answer that differs late or logits by more than 0.1 say little there.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ import torch
 
 from ivl import InternVL, Processor
 from ivl.data.processor import Processor as ProcessorType
+from ivl.types import UserError
 
 COCO = "http://images.cocodataset.org/val2017/000000039769.jpg"
 VIEW = "https://llava-vl.github.io/static/images/view.jpg"
@@ -111,11 +118,16 @@ MMSTAR = {"InternVL3-8B": 70.0}
 POINTS = 1.0
 
 
+def name_of(url: str) -> str:
+    """Name of a picture's file."""
+    return url.rsplit("/", 1)[1]
+
+
 def row_of(case: Case, images: Path | None) -> dict:
     """Row of a case, without a system turn as transformers' processor writes it."""
     if case.image is None:
         return {"query": case.question, "system": False}
-    image = case.image if images is None else str(images / case.image.rsplit("/", 1)[1])
+    image = case.image if images is None else str(images / name_of(case.image))
     return {"query": f"<image>\n{case.question}", "images": [image], "system": False}
 
 
@@ -158,33 +170,59 @@ def verdict(name: str, found: list[str]) -> bool:
     return not found
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", default=list(CASES))
-    parser.add_argument("--folder", action="append", default=[], metavar="MODEL=DIR")
-    parser.add_argument("--images", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--mmstar", type=Path, help="MMStar_MINI.tsv of VLMEvalKit")
+def options(argv: list[str] | None) -> argparse.Namespace:
+    """Read and check the command, so that nothing is loaded for one that cannot end."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    known = [*CASES, *MMSTAR]
+    parser.add_argument("models", nargs="*", metavar="MODEL", default=list(CASES), help=", ".join(known))
+    parser.add_argument("--folder", action="append", default=[], metavar="MODEL=DIR", help="weights of a model, here")
+    names = sorted({name_of(case.image) for cases in CASES.values() for case in cases if case.image})
+    parser.add_argument("--images", type=Path, metavar="DIR", help=f"folder with {', '.join(names)}; no network then")
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument("--dtype", default="float16", help="default: float16, as published")
+    parser.add_argument("--mmstar", type=Path, metavar="FILE", help="MMStar_MINI.tsv of VLMEvalKit")
     args = parser.parse_args(argv)
-    folders = dict(text.split("=", 1) for text in args.folder)
-    passed = []
+    args.folders = dict(text.partition("=")[::2] for text in args.folder)
+    for name in [*args.models, *args.folders]:
+        if name not in known:
+            parser.error(f"{name}: nothing is published of it here; expected one of {', '.join(known)}")
+    for name, folder in args.folders.items():
+        if not Path(folder, "config.json").is_file():
+            parser.error(f"--folder {name}={folder}: has no config.json; expected --folder MODEL=DIR, a checkpoint's")
+    if lost := [name for name in names if args.images and not (args.images / name).is_file()]:
+        parser.error(f"--images {args.images}: has no {lost[0]}; expected {', '.join(names)}")
+    if MMSTAR.keys() & set(args.models) and (args.mmstar is None or not args.mmstar.is_file()):
+        parser.error(f"{', '.join(MMSTAR)}: needs --mmstar, the table of its score; found {args.mmstar}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: there is no GPU; --device cpu --dtype float32 tries it without")
+    return args
+
+
+def check_model(name: str, source: str, args: argparse.Namespace) -> list[bool]:
+    """Ask a model all its cases, and print a line for each. Returns True for those that passed."""
+    if name in MMSTAR:
+        score = mmstar(source, args.mmstar, args.device)
+        near = abs(score - MMSTAR[name]) <= POINTS
+        return [verdict(f"{name}: MMStar_MINI", [] if near else [f"{score}, published {MMSTAR[name]}"])]
+    model = InternVL.from_pretrained(source, dtype=args.dtype, device=args.device)
+    processor, passed = Processor.from_pretrained(source), []
+    for case in CASES[name]:
+        try:
+            found = failures(case, model, processor, args.images)
+        except UserError as error:
+            found = [f"could not be asked: {error}"]
+        passed.append(verdict(f"{name}: {case.question} {case.image or ''}".rstrip(), found))
+    return passed
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, passed = options(argv), list[bool]()
     for name in args.models:
-        if name not in CASES and name not in MMSTAR:
-            parser.error(f"{name}: nothing is published of it here; expected one of {', '.join([*CASES, *MMSTAR])}")
-        source = folders.get(name, f"OpenGVLab/{name}")
-        if name in MMSTAR:
-            if args.mmstar is None:
-                parser.error(f"{name}: needs --mmstar, the table of its score")
-            score = mmstar(source, args.mmstar, args.device)
-            near = abs(score - MMSTAR[name]) <= POINTS
-            passed.append(verdict(f"{name}: MMStar_MINI", [] if near else [f"{score}, published {MMSTAR[name]}"]))
-            continue
-        model = InternVL.from_pretrained(source, dtype=args.dtype, device=args.device)
-        processor = Processor.from_pretrained(source)
-        for case in CASES[name]:
-            line = f"{name}: {case.question} {case.image or ''}".rstrip()
-            passed.append(verdict(line, failures(case, model, processor, args.images)))
+        try:
+            passed += check_model(name, args.folders.get(name, f"OpenGVLab/{name}"), args)
+        except (UserError, subprocess.CalledProcessError) as error:
+            passed.append(verdict(name, [f"could not be run: {error}"]))
     print(f"{sum(passed)} of {len(passed)} cases passed")
     return 0 if all(passed) else 1
 

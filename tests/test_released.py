@@ -88,10 +88,40 @@ def test_a_table_is_answered_and_scored(released, tmp_path, capsys, monkeypatch)
     assert "pass  InternVL3-8B: MMStar_MINI" in capsys.readouterr().out
 
 
-def test_a_model_of_which_nothing_is_published_is_refused(released, capsys):
-    with pytest.raises(SystemExit):
-        released.main(["InternVL9-1B"])
-    assert "nothing is published of it here" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        released.main(["InternVL3-8B"])
-    assert "needs --mmstar" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("InternVL9-1B", "nothing is published of it here"),
+        ("--folder InternVL9-1B=x", "nothing is published of it here"),
+        ("--folder InternVL3-1B-hf=nowhere", "has no config.json"),
+        ("--folder InternVL3-1B-hf", "expected --folder MODEL=DIR"),
+        ("InternVL3-8B", "needs --mmstar"),
+        ("InternVL3-1B-hf InternVL3-8B --mmstar nowhere.tsv", "found nowhere.tsv"),
+        ("--images .", "has no 000000039769.jpg"),
+        ("InternVL3-1B-hf", "there is no GPU; --device cpu"),
+    ],
+)
+def test_a_command_that_cannot_end_is_refused_before_weights_are_read(released, options, reason, capsys, monkeypatch):
+    monkeypatch.setattr(released.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(released.InternVL, "from_pretrained", None)
+    with pytest.raises(SystemExit) as ended:
+        released.main(options.split())
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and reason in error
+
+
+def test_a_case_that_cannot_be_asked_fails_and_the_others_go_on(released, folder, images, capsys, monkeypatch):
+    """A picture that does not open, and a model that does not load, have their reason in place of an answer."""
+    cases = [released.Case("What is it?", released.VIEW), released.Case("Write a haiku", None, tokens=2)]
+    monkeypatch.setitem(released.CASES, "InternVL3-1B-hf", cases)
+    (images / "view.jpg").write_text("no picture")
+    broken = images / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    options = ["--folder", f"InternVL3-1B-hf={folder}", "--folder", f"InternVL2_5-2B-MPO-hf={broken}"]
+    options += ["--images", str(images), "--device", "cpu", "--dtype", "float32"]
+    assert released.main(options) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"FAIL  InternVL3-1B-hf: What is it\? \S+\n      could not be asked: .*view.jpg", printed)
+    assert "pass  InternVL3-1B-hf: Write a haiku" in printed and "1 of 3 cases passed" in printed
+    assert re.search(r"FAIL  InternVL2_5-2B-MPO-hf\n      could not be run: .*config.json", printed)
