@@ -32,4 +32,5 @@ def test_environments_are_listed_and_pinned():
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert [line.split(":")[0] for line in printed.splitlines()] == list(ENVIRONMENTS)
     for name, environment in ENVIRONMENTS.items():
-        assert any("==" in package for package in (*environment.packages, *environment.bare)), name
+        wanted = f"{environment.packages} {environment.bare}".split()
+        assert wanted and all("==" in package for package in wanted), name
