@@ -258,8 +258,8 @@ def _commands(layout: str, architecture: str, folder: Path) -> dict[str, str]:
     if not list(folder.glob("*.py")):  # the engines run them
         return {"ivl": "python -m ivl chat --model {}"}
     backend = " --backend pytorch" if architecture == "Phi3ForCausalLM" else ""  # not in its turbomind
-    return {
-        "vllm": "vllm serve {} --trust-remote-code",
+    vllm = {} if architecture == "InternLM2ForCausalLM" else {"vllm": "vllm serve {} --trust-remote-code"}  # see notes
+    return vllm | {
         "lmdeploy": f"lmdeploy serve api_server {{}}{backend}",
         "transformers": "AutoModel.from_pretrained('{}', trust_remote_code=True)",
     }

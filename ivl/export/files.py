@@ -88,6 +88,11 @@ def write_released(settings: Settings, folder: Path) -> list[str]:
             "the base has no .py files: transformers, vLLM and lmdeploy take the released layout only with the "
             "release's own; copy them in, or use --layout hf"
         )
+    elif settings.checkpoint.config.llm_architecture == "InternLM2ForCausalLM":
+        notes.append(
+            "--layout hf for vLLM: in the released layout it decodes prompts with pictures and encodes them again, and "
+            "the release's InternLM2 tokenizer then adds a blank after each special token"
+        )
     return notes
 
 

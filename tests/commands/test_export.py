@@ -155,7 +155,8 @@ def test_what_the_released_folder_says(base, tmp_path):
     report = json.loads((out / "export_report.json").read_text())
     assert report["parts"] == ["vision_model", "mlp1", "language_model"]
     assert any("adapter changes vision_model and mlp1" in note for note in report["notes"])
-    assert set(report["commands"]) == {"vllm", "lmdeploy", "transformers"}
+    assert set(report["commands"]) == {"lmdeploy", "transformers"}
+    assert any("--layout hf for vLLM" in note for note in report["notes"])
 
 
 def test_the_releases_own_system_message_stays(tmp_path):
