@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from ivl.commands.export import export, read_run
-from ivl.export.verify import difference
+from ivl.data.processor import Processor
+from ivl.export.verify import BOUND, Probe, difference
 from ivl.finetune import tune
 from ivl.model.internvl import InternVL
 from ivl.options import Blocks, LoRA, Tune
@@ -80,3 +81,25 @@ def test_an_adapter_is_rounded_once(base, tmp_path):
     from_run = stored(export(str(tmp_path / "a"), run=str(tmp_path / "run")))
     from_adapter = stored(export(str(tmp_path / "b"), adapter=str(tmp_path / "adapter")))
     assert all(torch.equal(from_run[n], from_adapter[n]) for n in from_run)
+
+
+@pytest.mark.parametrize("layout", ["released", "hf"])
+def test_a_mixture_of_experts_on_a_bfloat16_base_is_merged(tmp_path, layout):
+    """Rounding moves tokens to other experts there, which a check of the logits took for other weights."""
+    base = write_checkpoint(tmp_path / "base", "Qwen3MoeForCausalLM", dtype=torch.bfloat16)
+    write_run(tmp_path / "run", base, Tune(vision_model=LoRA(rank=2), language_model=LoRA(rank=4)))
+    out = export(str(tmp_path / "out"), run=str(tmp_path / "run"), layout=layout)
+    probe = json.loads((out / "export_report.json").read_text())["checks"][-1]
+    assert probe["name"] == "probe" and probe["ok"]
+
+
+def test_other_weights_of_experts_are_told_from_rounding(tmp_path):
+    model = InternVL.from_pretrained(write_checkpoint(tmp_path / "base", "Qwen3MoeForCausalLM"), dtype="bfloat16")
+    probe = Probe.of(Processor.from_pretrained(tmp_path / "base"), "cpu")
+    before, moe = probe(model), model.language_model.model.layers[0].mlp
+    moe.gate.weight.data = moe.gate.weight.flip(0)
+    assert difference(before, probe(model)) > BOUND["bfloat16"]
+    moe.gate.weight.data = moe.gate.weight.flip(0)
+    assert torch.equal(before, probe(model))
+    moe.experts.down_proj.weight.data[1] *= 1.5
+    assert difference(before, probe(model)) > BOUND["bfloat16"]

@@ -11,6 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ivl.architecture.hf_config import read_config
 from ivl.commands.export import export
 from ivl.data.processor import Processor
+from ivl.data.text.tokenizer import Tokenizer
+from ivl.export.verify import TEXTS
 from ivl.model.internvl import InternVL
 from ivl.types import UserError
 from tests.tiny import FAMILIES, write_checkpoint
@@ -61,6 +63,24 @@ def test_processor_and_model_of_transformers_answer_as_ours(tmp_path, architectu
         assert ours({"query": text}).input_ids.tolist().count(start.id) == ours(
             {"query": "Is it a tag?"}
         ).input_ids.tolist().count(start.id)
+
+
+FORMS = [(architecture, tokenizer) for architecture, tokenizer, overrides in CASES if not overrides]
+
+
+@pytest.mark.parametrize(("architecture", "tokenizer"), FORMS)
+def test_a_folder_of_this_layout_is_exported_again(tmp_path, architecture, tokenizer):
+    """In both layouts: the tokenizer is read from `tokenizer.json` then, and written from what was read."""
+    base = write_checkpoint(tmp_path / "base", architecture, tokenizer=tokenizer)
+    first = export(str(tmp_path / "first"), base=str(base), layout="hf")
+    ours = Processor.from_pretrained(base).tokenizer
+    for layout in ("hf", "released"):
+        again = export(str(tmp_path / layout), base=str(first), layout=layout)
+        assert [Tokenizer.load(again).encode(text, bos=True) for text in TEXTS] == [
+            ours.encode(text, bos=True) for text in TEXTS
+        ]
+    theirs = [AutoProcessor.from_pretrained(folder).tokenizer for folder in (first, tmp_path / "hf")]
+    assert theirs[0](list(TEXTS)).input_ids == theirs[1](list(TEXTS)).input_ids
 
 
 @torch.no_grad()

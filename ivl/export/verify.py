@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ivl.data.text.tokenizer import GROUNDING_TOKENS, IMAGE_TOKENS, Tokenizer
 from ivl.export.files import HF_MARKS, Settings, copied_files
 from ivl.finetune.tune import part_of
 from ivl.model.internvl import InternVL
+from ivl.model.moe.experts import Router
 from ivl.types import Batch, UserError
 
 BOUND = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -80,10 +82,16 @@ def stored_dtype(files: Files) -> str:
 
 
 class Probe:
-    """One question with an image for every model: `probe(model)` returns the logits (T, V), float32 on the CPU."""
+    """One question with an image for every model: `probe(model)` returns the logits (T, V), float32 on the CPU.
+
+    In a mixture of experts, tokens go to the experts of the first model that is asked. Rounding makes a token change
+    experts where two are nearly alike, a step in the logits that says nothing about the weights.
+    """
 
     def __init__(self, batch: Batch, device: str) -> None:
         self.batch, self.device = batch, device
+        self.experts: dict[str, Tensor] = {}
+        """Experts of each token, by name of the router"""
 
     @classmethod
     def of(cls, processor: Processor, device: str) -> Probe:
@@ -93,8 +101,20 @@ class Probe:
         return cls(processor.collate([processor(row, max_tiles=1)]), device)
 
     def __call__(self, model: InternVL) -> Tensor:
-        with torch.no_grad():
-            return model(**self.batch.to(self.device), return_logits=True).logits[0].float().cpu()
+        routers = [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
+        hooks = [router.register_forward_hook(partial(self._route, name)) for name, router in routers]
+        try:
+            with torch.no_grad():
+                return model(**self.batch.to(self.device), return_logits=True).logits[0].float().cpu()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _route(self, name: str, router: Router, _: Any, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Put the first model's experts in the place of a router's."""
+        experts_TA, _, probabilities_TE = made
+        experts_TA = self.experts.setdefault(name, experts_TA).to(probabilities_TE.device)
+        return experts_TA, router.weights(probabilities_TE, experts_TA), probabilities_TE
 
 
 def difference(before: Tensor, after: Tensor) -> float:

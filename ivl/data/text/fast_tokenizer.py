@@ -31,6 +31,8 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         if engine.byte_level:
             fast.decoder = decoders.ByteLevel()
     raw = json.loads(fast.to_str())
+    if tokenizer.leading_space:  # `json_engine` leaves the blank to its caller
+        raw["pre_tokenizer"] = json.loads(json.dumps(raw["pre_tokenizer"]).replace('"never"', '"first"'))
     raw["added_tokens"] = [_added(token, tokenizer) for token in added]
     fast = tokenizers.Tokenizer.from_str(json.dumps(raw))
     if tokenizer.add_bos and tokenizer.bos_id is not None:

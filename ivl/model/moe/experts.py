@@ -82,10 +82,13 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Experts of each token, (T, A), the largest first; their weights, (T, A); all probabilities, (T, E)."""
         probabilities_TE = F.linear(x_TD, self.weight).softmax(-1, dtype=torch.float32)
-        weights_TA, experts_TA = probabilities_TE.topk(self.config.per_token, dim=-1)
-        if self.config.normalised:
-            weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
-        return experts_TA, weights_TA, probabilities_TE
+        experts_TA = probabilities_TE.topk(self.config.per_token, dim=-1).indices
+        return experts_TA, self.weights(probabilities_TE, experts_TA), probabilities_TE
+
+    def weights(self, probabilities_TE: Tensor, experts_TA: Tensor) -> Tensor:
+        """Weights of a token's experts, (T, A)."""
+        weights_TA = probabilities_TE.gather(-1, experts_TA)
+        return weights_TA / weights_TA.sum(-1, keepdim=True) if self.config.normalised else weights_TA
 
 
 class GroupedLinear(nn.Module):
