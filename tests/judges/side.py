@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,39 @@ def checkout(variable: str, source: str, file: str) -> Path:
     if not (folder / file).exists():
         pytest.skip(f"{variable} names no checkout of {source}")
     return folder
+
+
+def commit_of(folder: Path) -> str:
+    """Commit of a checkout, or the text of a file COMMIT in it."""
+    if (folder / "COMMIT").is_file():
+        return (folder / "COMMIT").read_text().strip()[:9]
+    done = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()[:9]
+
+
+def with_code(base: Path) -> None:
+    """Put the releases' own files for config and tokenizer into a folder; the test is skipped without IVL_INTERNVL.
+
+    Engines run them, this program never does.
+    """
+    models = checkout("IVL_INTERNVL", "OpenGVLab/InternVL", MODELS) / MODELS
+    for file in models.glob("*/configuration_*.py"):
+        (base / file.name).write_text(re.sub(r"internvl\.model\.\w+\.", ".", file.read_text()))
+    add(base / "config.json", auto_map={"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"})
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())["tokenizer_class"]
+    if tokenizer == "InternLM2Tokenizer":
+        shutil.copy(models / "internlm2/tokenization_internlm2.py", base)
+        classes = [f"tokenization_internlm2.{tokenizer}", None]
+        add(base / "tokenizer_config.json", auto_map={"AutoTokenizer": classes})
+
+
+MODELS = "internvl_chat/internvl/model"
+"""Their folder in a checkout of OpenGVLab/InternVL"""
+
+
+def add(file: Path, **keys: Any) -> None:
+    """Add keys to a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
 def run(judge: str, arguments: list[Any], tmp_path: Path, **environment: str) -> str:

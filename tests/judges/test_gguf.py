@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from ivl.commands.export import export
 from tests.commands.test_export import stored
-from tests.judges.make_env import python_of
 from tests.judges.results import Result, record, versions_in
+from tests.judges.side import answer, interpreter
 from tests.tiny import FAMILIES, write_checkpoint
 
-SIDE = Path(__file__).with_name("gguf_side.py")
 GGUF = {
     "InternLM2ForCausalLM": "INTERNLM2",
     "Qwen2ForCausalLM": "QWEN2",
@@ -54,19 +51,11 @@ def language_names(names: list[str]) -> list[str]:
     return sorted({re.sub(r"experts\.\d+\.", "experts.", name) for name in plain})
 
 
-def names_there(architecture: str, blocks: int, names: list[str], tmp_path: Path) -> list[str | None]:
-    task, out = tmp_path / "task.json", tmp_path / "out.json"
-    task.write_text(json.dumps({"architecture": architecture, "blocks": blocks, "names": names}))
-    subprocess.run([python_of("gguf"), SIDE, task, out], check=True, env={"PATH": ""})
-    return json.loads(out.read_text())
-
-
 @pytest.mark.judge
 @pytest.mark.parametrize("vision", ["300m", "6b"])
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_the_converter_knows_every_name(architecture, vision, tmp_path):
-    if not python_of("gguf").is_file():
-        pytest.skip("gguf is not installed: python tests/judges/make_env.py gguf")
+    interpreter("gguf")
     base = write_checkpoint(tmp_path / "base", architecture, vision)
     out = export(str(tmp_path / "out"), base=str(base))
     config = json.loads((out / "config.json").read_text())
@@ -75,7 +64,8 @@ def test_the_converter_knows_every_name(architecture, vision, tmp_path):
     seeing = mmproj_names([name for name in stored(out) if not name.startswith("language_model.")])
     unknown, cases = [], 0
     for part, names in ((GGUF[architecture], language_names(language)), ("MMPROJ", seeing)):
-        found = names_there(part, 24, names, tmp_path)
+        task = {"architecture": part, "blocks": 24, "names": names}
+        found = answer("gguf", task, tmp_path, PYTHONPATH="")
         cases += len(names)
         unknown += [name for name, other in zip(names, found, strict=True) if other is None]
     what = f"names of tensors for llama.cpp's converter, {architecture}, InternViT {vision}"

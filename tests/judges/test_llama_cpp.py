@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,13 @@ from ivl.commands.export import export
 from ivl.data.text.tokenizer import Tokenizer
 from tests.commands.test_export import stored
 from tests.judges.results import Result, record, versions_in
-from tests.judges.side import answer, checkout
+from tests.judges.side import answer, checkout, commit_of
 from tests.judges.test_gguf import GGUF, language_names, mmproj_names
 from tests.tiny import config, write_checkpoint
 
-PRE = {"LlamaForCausalLM": "llama-bpe"}
-CASES = [
-    (name, vision)
-    for name in ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM")
-    for vision in ("300m", "6b")
-]
+FAMILIES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM", "LlamaForCausalLM")
+CASES = [(name, vision) for name in FAMILIES for vision in ("300m", "6b")]
+HEADS = {"q": "num_attention_heads", "k": "num_key_value_heads"}
 
 
 def parts(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
@@ -33,8 +30,15 @@ def parts(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
     return {mmproj_names([name])[0]: tensor}
 
 
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys in the order of Llama's first files: the two of a rotated pair side by side."""
+    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+
+
 def expected(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Tensors of the language model and of the rest by the converter's names, experts stacked."""
+    llm = json.loads((folder / "config.json").read_text())["llm_config"]
+    llama = llm["architectures"] == ["LlamaForCausalLM"]
     language: dict[str, np.ndarray] = {}
     seeing: dict[str, np.ndarray] = {}
     experts: dict[str, list[np.ndarray]] = {}
@@ -43,6 +47,8 @@ def expected(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]
         (short,) = language_names([name]) if name.startswith("language_model.") else ("",)
         if ".experts." in name:
             experts.setdefault(short, []).append(value)
+        elif moved := re.search(r"self_attn\.([qk])_proj", short) if llama else None:
+            language[short] = interleaved(value, llm[HEADS[moved[1]]])
         elif short:
             language[short] = value
         else:
@@ -118,7 +124,7 @@ def test_a_conversion(architecture, vision, tmp_path):
     tokenizer = Tokenizer.load(out)
     language, seeing = expected(out)
     task = {
-        "checkout": str(llama), "folder": str(out), "out": str(tmp_path), "pre": PRE.get(architecture, "qwen2"),
+        "checkout": str(llama), "folder": str(out), "out": str(tmp_path), "pre": "qwen2",
         "names": {"language": [GGUF[architecture], [*language]], "mmproj": ["MMPROJ", [*seeing]]},
     }  # fmt: skip
     made = answer("gguf", task, tmp_path, "llama_cpp_side.py", PYTHONPATH="")
@@ -135,14 +141,6 @@ def test_a_conversion(architecture, vision, tmp_path):
     wrong += [f"token {text}: {tokens[n]}" for text, n in names.items() if tokens[n] != text]
     cases = len(language) + len(seeing) + sum(map(len, fields.values())) + len(names)
     what = f"a whole conversion: tensors, sizes and added tokens, {architecture}, InternViT {vision}"
-    versions = {"llama.cpp": version_of(llama)} | versions_in("gguf", "transformers")
+    versions = {"llama.cpp": commit_of(llama)} | versions_in("gguf", "transformers")
     record(f"llama_cpp_{architecture}_{vision}", [Result("llama.cpp", what, cases, len(wrong), {}, versions)])
     assert not wrong, wrong
-
-
-def version_of(llama: Path) -> str:
-    """Commit of a checkout, or the text of a file COMMIT in it."""
-    if (llama / "COMMIT").is_file():
-        return (llama / "COMMIT").read_text().strip()[:9]
-    done = subprocess.run(["git", "-C", llama, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    return done.stdout.strip()[:9]

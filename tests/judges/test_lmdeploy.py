@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from ivl.commands.export import export
 from ivl.data.processor import Processor
 from tests.judges.conversations import pictures, questions
 from tests.judges.results import Result, record, versions_in
-from tests.judges.side import answer, checkout, interpreter
+from tests.judges.side import answer, interpreter, with_code
 from tests.tiny import write_checkpoint
 
 CASES = {
@@ -29,7 +27,6 @@ CASES = {
     "3.5": [("Qwen3ForCausalLM", "internvl2_5"), ("Qwen3MoeForCausalLM", "internvl2_5")],
 }
 """Version → language models and templates"""
-CODE = "internvl_chat/internvl/model"
 NEAR = 0.05
 """Of pixels in transformers' processor, which resizes otherwise; those of the released layout are equal"""
 
@@ -48,29 +45,17 @@ def differences(processor: Processor, row: dict[str, Any], theirs: dict[str, Any
     return f"pixels: {gap}" if gap > near else ""
 
 
-def with_code(base: Path, code: Path) -> None:
-    """Put the release's own configuration files into a folder, which lmdeploy runs."""
-    for file in code.glob("*/configuration_*.py"):
-        (base / file.name).write_text(re.sub(r"internvl\.model\.\w+\.", ".", file.read_text()))
-    config = json.loads((base / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
-    (base / "config.json").write_text(json.dumps(config))
-
-
 @pytest.mark.judge
 @pytest.mark.parametrize("layout", ["hf", "released"])
 def test_prompts_ids_and_pixels(layout, tmp_path):
     interpreter("lmdeploy")
     released = layout == "released"
-    code = checkout("IVL_INTERNVL", "OpenGVLab/InternVL", CODE) / CODE if released else Path()
     kinds = [(v, *kind) for v, all_kinds in CASES.items() for kind in all_kinds]
-    if released:  # its class for InternLM2's tokenizer does not run there
-        kinds = [kind for kind in kinds if kind[1] != "InternLM2ForCausalLM"]
     folders = []
     for n, (_, architecture, template) in enumerate(kinds):
         base = write_checkpoint(tmp_path / f"base{n}", architecture, template=template)
         if released:
-            with_code(base, code)
+            with_code(base)
         folders.append(export(str(tmp_path / f"out{n}"), base=str(base), layout=layout, dtype="float32"))
     rows = questions(pictures(tmp_path / "pictures"))
     task = {"folders": [str(f) for f in folders], "trust": released, "pixels": str(tmp_path), "rows": rows}

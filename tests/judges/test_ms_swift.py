@@ -6,10 +6,8 @@ to be equal; docs/from_ms_swift.md names each such difference.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +20,9 @@ from ivl.data.text.template import SYSTEM_2_5, Template, find_template
 from ivl.data.text.tokenizer import Tokenizer
 from ivl.types import IGNORE
 from tests.judges.conversations import conversations, pictures
-from tests.judges.make_env import python_of
 from tests.judges.results import Result, record, versions_in
+from tests.judges.side import answer, interpreter
 
-SIDE = Path(__file__).with_name("ms_swift_side.py")
 CHECKOUT = Path(os.environ.get("IVL_INTERNVL", "/"))
 """A checkout of OpenGVLab/InternVL: its class reads InternLM2's tokenizer"""
 INTERNLM2 = CHECKOUT / "internvl_chat/internvl/model/internlm2/tokenization_internlm2.py"
@@ -51,18 +48,11 @@ ROWS = 1000
 
 
 def encode_there(folder: Path, template: str, rows: list[dict[str, Any]], tmp_path: Path) -> list[dict[str, Any]]:
-    task, out = tmp_path / "task.json", tmp_path / "out.json"
     own = "InternLM2" in (folder / "tokenizer_config.json").read_text()
     if own and not INTERNLM2.is_file():
         pytest.skip("IVL_INTERNVL names no checkout of OpenGVLab/InternVL: its class reads this tokenizer")
-    wanted = {"folder": str(folder), "template": template, "tokenizer": str(INTERNLM2) if own else None, "rows": rows}
-    task.write_text(json.dumps(wanted))
-    environment = {**os.environ, "INPUT_SIZE": "56", "MAX_NUM": "6", "PYTHONPATH": ""}
-    done = subprocess.run(
-        [python_of("ms-swift"), SIDE, task, out], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    task = {"folder": str(folder), "template": template, "tokenizer": str(INTERNLM2) if own else None, "rows": rows}
+    return answer("ms-swift", task, tmp_path, INPUT_SIZE="56", MAX_NUM="6", PYTHONPATH="")
 
 
 def as_written_there(row: dict[str, Any]) -> dict[str, Any]:
@@ -125,15 +115,10 @@ def differences(
     return known
 
 
-@pytest.fixture
-def judge() -> None:
-    if not python_of("ms-swift").is_file():
-        pytest.skip("ms-swift is not installed: python tests/judges/make_env.py ms-swift")
-
-
 @pytest.mark.judge
 @pytest.mark.parametrize("name", CASES)
-def test_ids_and_labels(name, judge, golden, tmp_path):
+def test_ids_and_labels(name, golden, tmp_path):
+    interpreter("ms-swift")
     checkpoint, here, first_line = CASES[name]
     folder = golden / "checkpoints" / checkpoint
     rows = conversations(ROWS, pictures(tmp_path / "pictures"), one_turn=first_line)

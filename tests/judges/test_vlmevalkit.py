@@ -11,8 +11,7 @@ from ivl.chat import Settings
 from tests.judges.conversations import pictures
 from tests.judges.make_env import REPO
 from tests.judges.results import Result, record, versions_in
-from tests.judges.side import answer, checkout
-from tests.judges.test_llama_cpp import version_of
+from tests.judges.side import answer, checkout, commit_of
 from tests.tiny import write_checkpoint
 
 
@@ -41,6 +40,6 @@ def test_five_rows(tmp_path):
         ours = Chat(model, processor, settings=Settings(max_new_tokens=5)).ask(row["question"], row["images"])
         different += [] if ours == row["prediction"] else [row | {"ours": ours}]
     compared = "answers asked by its table of models, data set and inference, `ivl.harness.vlmevalkit`"
-    versions = {"VLMEvalKit": version_of(kit)} | versions_in("vlmevalkit", "transformers")
+    versions = {"VLMEvalKit": commit_of(kit)} | versions_in("vlmevalkit", "transformers")
     record("vlmevalkit", [Result("VLMEvalKit", compared, len(made["rows"]), len(different), {}, versions)])
     assert len(made["rows"]) == 5 and "Overall" in made["scores"] and not different, different

@@ -1,7 +1,8 @@
 """Answers by vLLM, run in its environment: `python vllm_side.py TASK.json OUT.json`.
 
-TASK: {"folder", "trust", "adapter", "rows": [{"messages", "images"}], "max_tokens"}; OUT: for each row {"prompt",
-"answer"}, token ids both. An `{"type": "image"}` of a message stands for the next image.
+TASK: {"folder", "dtype", "trust", "adapter", "rows": [{"messages", "images"}], "max_tokens"}; OUT: for each row
+{"prompt", "answer", "logprobs"}: token ids, and the logarithm of the probability of each token of the answer. An
+`{"type": "image"}` of a message stands for the next image.
 """
 
 import json
@@ -37,7 +38,7 @@ def main() -> None:
     adapter = task["adapter"]
     llm = LLM(
         task["folder"],
-        dtype="float32",
+        dtype=task["dtype"],
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=4,
@@ -46,10 +47,13 @@ def main() -> None:
         enable_lora=bool(adapter),
         max_lora_rank=8,
     )
-    params = SamplingParams(temperature=0, max_tokens=task["max_tokens"])
+    params = SamplingParams(temperature=0, max_tokens=task["max_tokens"], logprobs=1)
     request = LoRARequest("adapter", 1, adapter) if adapter else None
     answers = llm.chat([with_pictures(row) for row in task["rows"]], params, lora_request=request)
-    out = [{"prompt": list(a.prompt_token_ids), "answer": list(a.outputs[0].token_ids)} for a in answers]
+    out = []
+    for prompt, made in ((answer.prompt_token_ids, answer.outputs[0]) for answer in answers):
+        chosen = [table[token].logprob for token, table in zip(made.token_ids, made.logprobs, strict=True)]
+        out.append({"prompt": list(prompt), "answer": list(made.token_ids), "logprobs": chosen})
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(out, file)
 
