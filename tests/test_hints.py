@@ -69,6 +69,12 @@ def test_what_is_no_model_is_named(tmp_path, capsys, kind):
     assert capsys.readouterr().err.startswith(f"error: {folder}: ")
 
 
+def test_a_file_is_no_model(tmp_path, capsys):
+    file = write_checkpoint(tmp_path / "model") / "config.json"
+    assert main(["chat", "--model", str(file)]) == 2
+    assert f"error: {file}: is a file; give the checkpoint's folder, {file.parent}" in capsys.readouterr().err
+
+
 def test_the_release_in_8_bits_is_read(tmp_path):
     make = quantised(quantization_config={"load_in_8bit": True, "quant_method": "bitsandbytes"})
     assert resolve(make(tmp_path / "int8")) == tmp_path / "int8"
@@ -81,6 +87,7 @@ def test_what_is_no_adapter_is_named(tmp_path, capsys):
         (model, "is a model, not an adapter; give it with --model (chat), --base (export) or --model.pretrained"),
         (tmp_path / "none", "no such folder; expected a PEFT adapter"),
         (tmp_path, "no adapter_config.json; expected a PEFT adapter's folder"),
+        (model / "model.safetensors", f"is a file; give the adapter's folder, {model}"),
     ):
         for argv in (
             ["chat", "--adapter", str(given)],

@@ -58,6 +58,8 @@ def _command(run: Run, config: Path, record: dict[str, Any]) -> list[str]:
     if record.get("processes", 1) > 1 and not isinstance(trainer.get("devices"), int):
         words += ["--trainer.devices", str(record["processes"] // record["nodes"])]
     lines = [] if there == Path.cwd() else [f"cd {shlex.quote(str(there))}"]
+    if not there.is_dir():
+        lines = [f"# its folder {there} is gone; run it where the paths of its config start"]
     lines.append(shlex.join(words))
     if typed := record.get("command"):
         lines.append(f"# typed: {typed}")

@@ -93,6 +93,8 @@ def resolve(
             raise UserError(f"{name_or_path}: is a folder here, which has no revision {revision!r}; leave it out")
         check_model_folder(path)
         return path
+    if path.is_file():
+        raise UserError(f"{name_or_path}: is a file; give the checkpoint's folder, {path.parent}")
     ending = str(name_or_path).partition("@")[2]
     if ending and _settings.revision not in (None, ending):
         raise UserError(f"{name_or_path}: --revision is {_settings.revision}; expected one of them")

@@ -88,6 +88,8 @@ def check_adapter_folder(folder: Path) -> None:
     """Raise UserError where a folder that was given for an adapter's has no adapter_config.json."""
     if (folder / ADAPTER).is_file():
         return
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give the adapter's folder, {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a PEFT adapter ({ADAPTER}, adapter_model.safetensors)")
     if (folder / "adapter" / ADAPTER).is_file():

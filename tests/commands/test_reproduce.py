@@ -31,7 +31,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
-def test_the_printed_command_gives_the_same_weights(run, capsys):
+def test_the_printed_command_gives_the_same_weights(run, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["reproduce", str(run)]) == 0
     printed = capsys.readouterr().out
@@ -41,6 +41,14 @@ def test_the_printed_command_gives_the_same_weights(run, capsys):
     assert main(shlex.split(command)[3:]) == 0
     first, again = weights(run), weights(run.with_name("run-1"))
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    tmp_path.rename(moved)
+    monkeypatch.chdir(moved)
+    capsys.readouterr()
+    assert main(["reproduce", "run"]) == 0, "rows are found where it stands now"
+    told, command, *_ = (line.strip() for line in capsys.readouterr().out.partition("\n\n")[2].splitlines())
+    assert told == f"# its folder {tmp_path} is gone; run it where the paths of its config start"
+    assert Path(shlex.split(command)[5]).is_file()
 
 
 def test_what_changed_since_is_named(run, base, tmp_path, monkeypatch, capsys):  # noqa: F811

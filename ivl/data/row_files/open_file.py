@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ivl.data.object_store import fetch_rows, is_object, parent_of
@@ -29,12 +30,22 @@ def open_file(
     return file
 
 
+TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2|txz)$")
+"""Ending of a tar file, which webdataset has"""
+
+
+def tar_remedy(path: Path, files: str) -> str:
+    """Message about a tar file, or a folder of them, with the command that converts it. `files`: path or pattern."""
+    return (
+        f"{path}: a tar file (webdataset) has no random access, which shuffling, packing and exact resume need; "
+        f'convert it once: pip install datasets; python -c "from datasets import load_dataset; rows = load_dataset('
+        f"'webdataset', data_files='{files}', split='train'); rows.add_column('query', ['Describe it.'] * len(rows))"
+        f".to_parquet('{TAR.sub('', path.name)}.parquet')\"; then give that, with --data.columns "
+        "'{images: jpg, response: txt}', or as its files are called (data_files='shards/*.tar' converts many at once)"
+    )
+
+
 def _open_local(path: Path, cache_dir: str | Path | None, limits: FileLimits | None) -> RowFile | TableFile:
-    if ".tar" in path.suffixes:
-        raise UserError(
-            f"{path}: a tar file (webdataset) has no random access, which shuffling, packing and exact resume need; "
-            f'convert it once: pip install datasets; python -c "from datasets import load_dataset; load_dataset('
-            f"'webdataset', data_files='{path}', split='train').to_parquet('{path.stem}.parquet')\"; then give that, "
-            "with its columns, such as {images: jpg, response: txt}"
-        )
+    if TAR.search(path.name):
+        raise UserError(tar_remedy(path, str(path)))
     return TableFile(path, cache_dir, limits) if path.suffix in SUFFIXES else RowFile(path, cache_dir, limits)

@@ -15,6 +15,7 @@ import numpy as np
 from ivl.architecture.families import find_model
 from ivl.data.object_store import is_object, object_files
 from ivl.data.processor import Processor
+from ivl.data.row_files.open_file import TAR, tar_remedy
 from ivl.data.sets import hub_datasets as named
 from ivl.data.sets.dataset import MixtureSource, RowDataset, permutation
 from ivl.data.sets.meta_file import read_meta
@@ -120,6 +121,8 @@ def _files(name: str, path: Path, cache_dir: str | Path | None) -> Sequence[str 
         return object_files(name, _ROWS)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _ROWS.search(file.name))
+        if not files and any(TAR.search(file.name) for file in path.iterdir()):
+            raise UserError(tar_remedy(path, f"{path}/*.tar*"))
         if not files:
             raise UserError(f"{path}: a folder without rows; expected files named *.jsonl, *.parquet, *.csv or *.tsv")
         return files
