@@ -45,6 +45,8 @@ CUT = {
     "context": "the answer is cut off, since the model's context is full; `clear` begins anew",
 }
 """Finish reason of an answer that is cut off → the note printed under it."""
+_COMMAND = re.compile(r"/[a-z][a-z_-]*|/think .*")
+"""Lines that look like words of command"""
 _MARK = re.compile(r"<(image|video)>")
 _NAMED = {"image": "Input an image path or URL <<< ", "video": "Input a video path or URL <<< "}
 _ANY = "Input a media path or URL <<< "
@@ -86,18 +88,22 @@ class Session:
             return
         if word == "clear":
             self.chat.clear()
+            print("A new conversation.")
         elif word == "reset-system":
             system = self._read("<<<[S] ")
             self.chat.clear()
             self.chat.system = system_text(system)
+            print("A new conversation with this system message.")
         elif word in ("/help", "/?"):
             print(WORDS)
         elif word.split() in (["/think", "on"], ["/think", "off"]):
             self.shows_thoughts = word.endswith("on")
+            print("Thoughts are shown." if self.shows_thoughts else "Thoughts are folded to one line.")
         elif word in ("multi-line", "single-line"):
             self.several_lines = word == "multi-line"
-            if self.several_lines:
-                print("A question ends with a line that ends in #.")
+            print("A question ends with a line that ends in #." if self.several_lines else "A question is one line.")
+        elif _COMMAND.fullmatch(word):
+            print(f"{word}: no such command; /help lists them. A question that begins with / needs a second word.")
         else:
             try:
                 self._answer(text)

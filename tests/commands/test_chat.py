@@ -180,7 +180,12 @@ def test_words_of_command_and_what_goes_wrong(folder, tmp_path):
     chat.clear()
     terminal.until("<<< ")
     terminal.type("clear")
-    terminal.until("<<< ")
+    assert "A new conversation." in terminal.until("<<< ")
+    for word in ("/nonsense", "/think maybe"):
+        terminal.type(word)
+        assert f"{word}: no such command; /help lists them" in terminal.until("<<< ")
+    terminal.type("/think off")
+    assert "Thoughts are folded" in terminal.until("<<< ")
     terminal.type("sheep " * 120)
     terminal.until("tokens with this question, and max_length is 400; start anew")
     terminal.until("<<< ")
