@@ -412,10 +412,11 @@ def test_errors_of_rows_are_written_beside_the_answers(base, tmp_path, caplog, h
     assert found[1]["id"] == "missing" and found[7]["response"]
 
 
-def test_an_error_of_a_row_stops_before_the_model_is_read(base, tmp_path, capsys, hanging):
-    path = bad_rows(base, tmp_path, hanging)
-    argv = command(base, tmp_path / "answers.jsonl", "--data.predict", str(path))
-    line = error(capsys, [*argv, "--model.adapter", str(tmp_path)])
+def test_an_error_of_a_row_stops_before_the_model_is_read(base, tmp_path, capsys, monkeypatch, hanging):
+    path, read = bad_rows(base, tmp_path, hanging), []
+    monkeypatch.setattr("ivl.lit.module.load_model", read.append)
+    line = error(capsys, command(base, tmp_path / "answers.jsonl", "--data.predict", str(path)))
+    assert not read
     assert f"{path}:2: " in line and "4 more rows" in line and "--data.on_error skip" in line
     assert list(tmp_path.glob("answers*")) == []
 
