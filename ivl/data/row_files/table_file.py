@@ -255,7 +255,25 @@ def _csv_batches(path: Path, longest: int) -> tuple[pa.Schema, Iterator[pa.Recor
         column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
     )
     reader = csv.open_csv(path, read, parse, texts)
-    return reader.schema, (part for batch in reader for part in _parts(batch)), None
+    return reader.schema, (part for batch in _closed(reader, path) for part in _parts(batch)), None
+
+
+def _closed(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[pa.RecordBatch]:
+    """Yield batches of csv. Raises UserError at the end for a quote without its second, which takes all to the end."""
+    last = None
+    for batch in batches:
+        last = batch if batch.num_rows else last
+        yield batch
+    value = "" if last is None else last.column(last.num_columns - 1)[-1].as_py() or ""
+    with path.open("rb") as opened:
+        opened.seek(max(0, path.stat().st_size - 64))
+        ending = opened.read().rstrip(b"\r\n")
+    if "\n" in value and not ending.endswith(b'"'):
+        start = printable(value.split("\n")[0][:60], " ")
+        raise UserError(
+            f'{path}: the cell that begins with {start!r} is in a quote (") that is not closed, and takes the rest of '
+            f"the file, {len(value.splitlines())} lines; close it, or double a quote that is part of the text"
+        )
 
 
 def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

@@ -334,3 +334,17 @@ def test_rows_with_all_that_they_may_have_are_those_of_jsonl(tmp_path, processor
         first, second = (build_index(rows, workers=0, cache_dir=tmp_path / "cache") for rows in (lines, table))
         same = [name for name in first.records.dtype.names if name != "same"]
         assert np.array_equal(first.records[same], second.records[same][:1])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_quote_that_is_not_closed(tmp_path, suffix):
+    """It would take the rest of the file as one cell, and all its rows with it."""
+    comma = "," if suffix == ".csv" else "\t"
+    path = tmp_path / f"rows{suffix}"
+    head = f"query{comma}response\n"
+    path.write_text(head + f'a{comma}b\nc{comma}"it goes on\n' + f"d{comma}e\n" * 50)
+    with pytest.raises(UserError, match=r"begins with 'it goes on' is in a quote .* the rest of the file, 51 lines"):
+        TableFile(path, tmp_path / "cache")
+    for ending in ("\n", "", "\r\n"):  # a cell of two lines at the end, and a quote within a cell
+        path.write_text(head + f'a 5" pipe{comma}b\nc{comma}"it goes\non"{ending}')
+        assert [row["response"] for row in TableFile(path, tmp_path / "cache")] == ["b", "it goes\non"]
