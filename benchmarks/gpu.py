@@ -34,10 +34,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from models import SIZES, raw_config
+from models import raw_config
 
 from ivl.architecture.config import Config
-from ivl.architecture.families import config_for, find_model
 from ivl.data.collate import collate
 from ivl.estimate import flops
 from ivl.finetune import tune as tuning
@@ -282,10 +281,7 @@ def profile(model: InternVL, batches: list[Batch], file: Path, args: argparse.Na
 
 def size_of(name: str) -> Config:
     """Of a released model or of `models.py`. Raises ValueError for another name."""
-    released = find_model(name)
-    if released is None and name not in SIZES:
-        raise ValueError(f"--size: {name!r} is neither a released model nor one of {', '.join(SIZES)}")
-    return Config.from_dict(config_for(released) if released else raw_config(name))
+    return Config.from_dict(raw_config(name))
 
 
 def measure(name: str, found: Card, args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from gpu import wait
 from PIL import Image
 
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05}
@@ -19,12 +20,6 @@ SYSTEM, USER, ASSISTANT, END = (
     "<|im_start|>assistant\n",
     "<|im_end|>",
 )
-
-
-def wait() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def peak() -> float:
@@ -86,7 +81,7 @@ def train_with_transformers(args: argparse.Namespace) -> dict[str, Any]:
     class Watch(TrainerCallback):
         def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == args.warm:
-                wait()
+                wait(torch.device(args.device))
                 began[0] = time.perf_counter()
                 found.update(rows=0, tokens=0, positions=0)
 
@@ -94,7 +89,7 @@ def train_with_transformers(args: argparse.Namespace) -> dict[str, Any]:
             found["loss"] = (logs or {}).get("loss", found["loss"])
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            wait()
+            wait(torch.device(args.device))
             found["seconds"] = time.perf_counter() - began[0]
 
     class Counting(Trainer):

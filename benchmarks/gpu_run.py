@@ -31,48 +31,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu import machine
-from gpu_peer import END, LORA, generate_with_transformers, peak, train_with_transformers, wait
+from gpu import machine, wait
+from gpu_peer import LORA, generate_with_transformers, peak, train_with_transformers
 from lightning.pytorch import Callback
-from models import SIZES, TEXT, raw_config, write_twin
+from models import TEXT, raw_config, write, write_twin
 from PIL import Image
 
-from ivl.architecture.config import Config
-from ivl.architecture.families import config_for, find_model
-from ivl.checkpoint.weights import save_weights
-from ivl.demo.model import write_tokenizer
-from ivl.model.internvl import InternVL
 from ivl.storage.files import write_json
 
 CONFIG = Path(__file__).parents[1] / "configs/internvl2_2b.yaml"
 
 
 # -- what is run on --------------------------------------------------------------------------------------------------
-
-
-def write_model(folder: Path, size: str, device: str) -> Path:
-    """Write a checkpoint of random weights in bfloat16, in the released layout; one that is there is kept."""
-    if (folder / "config.json").is_file():
-        return folder
-    released = find_model(size)
-    if released is None and size not in SIZES:
-        sys.exit(f"--size: {size!r} is neither a released model nor one of {', '.join(SIZES)}")
-    raw = dict(config_for(released)) if released else raw_config(size)
-    folder.mkdir(parents=True)
-    ids = write_tokenizer(folder, [TEXT])
-    raw |= {"template": "Hermes-2", "system_message": "", "torch_dtype": "bfloat16"}
-    raw["llm_config"] = dict(raw["llm_config"]) | {"eos_token_id": ids[END]}
-    config = Config.from_dict(raw)
-    torch.manual_seed(0)
-    model = InternVL.from_config(config, "bfloat16", device, image_token_id=ids["<IMG_CONTEXT>"])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.02)
-    save_weights({name: tensor.cpu() for name, tensor in model.state_dict().items()}, folder, "native", config)
-    write_json(folder / "generation_config.json", {"eos_token_id": [ids[END]]})
-    write_json(folder / "config.json", raw)
-    return folder
 
 
 def write_rows(folder: Path, count: int) -> Path:
@@ -108,31 +78,31 @@ class Stopwatch(Callback):
         self.path, self.warm = Path(path), warm
         self.steps = self.rows = self.tokens = 0
 
-    def _start(self) -> None:
-        wait()
+    def _start(self, module: Any) -> None:
+        wait(module.device)
         self.began, self.rows, self.tokens = time.perf_counter(), 0, 0
 
-    def _stop(self) -> None:
-        wait()
+    def _stop(self, module: Any) -> None:
+        wait(module.device)
         found = {"rows": self.rows, "tokens": self.tokens, "seconds": time.perf_counter() - self.began}
         write_json(self.path, found | {"peak": peak()})
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        self._start()
+        self._start(module)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.steps, self.rows, self.tokens = self.steps + 1, self.rows + len(batch), self.tokens + batch.num_tokens
         if self.steps == self.warm:
-            self._start()
+            self._start(module)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        self._stop()
+        self._stop(module)
 
     def on_predict_start(self, trainer: Any, module: Any) -> None:
-        self._start()
+        self._start(module)
 
     def on_predict_end(self, trainer: Any, module: Any) -> None:
-        self._stop()
+        self._stop(module)
 
 
 def options(args: argparse.Namespace) -> list[str]:
@@ -269,6 +239,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is found here; --device cpu --size tiny tries the script")
+    try:
+        raw_config(args.size)
+    except ValueError as error:
+        parser.error(str(error))
     args.folder = args.folder / f"{args.size}-{args.rows}"
     args.model, args.hf = args.folder / "model", args.folder / "model-hf"
     if args.side:
@@ -278,7 +252,7 @@ def main() -> None:
         write_json(args.folder / f"{args.side}.result.json", SIDES[args.side](args))
         return
     write_rows(args.folder, args.rows)
-    write_twin(args.hf, write_model(args.model, args.size, args.device))
+    write_twin(args.hf, write(args.model, args.size, dtype="bfloat16", device=args.device))
     print(f"{machine(torch.device(args.device))}. {args.size}, {args.recipe}; {' '.join(sys.argv[1:])}", flush=True)
     table(sys.argv[1:], args)
 

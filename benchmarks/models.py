@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ivl.architecture.config import Config
+from ivl.architecture.families import config_for, find_model
 from ivl.checkpoint.weights import save_weights
 from ivl.demo.model import write_tokenizer
 from ivl.model.internvl import InternVL
@@ -133,7 +134,14 @@ SIZES: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
 
 
 def raw_config(size: str) -> dict[str, Any]:
-    """A config.json of these dimensions, for `ivl.architecture.config.Config.from_dict`."""
+    """A config.json of these dimensions, or of a released model's, for `ivl.architecture.config.Config.from_dict`.
+
+    Raises ValueError for another name.
+    """
+    if (released := find_model(size)) is not None:
+        return copy.deepcopy(dict(config_for(released)))
+    if size not in SIZES:
+        raise ValueError(f"--size: {size!r} is neither a released model nor one of {', '.join(SIZES)}")
     pixels, vision, llm = SIZES[size]
     raw = copy.deepcopy(BASE) | {"force_image_size": pixels}
     raw["vision_config"] |= {"image_size": pixels} | vision
@@ -141,20 +149,23 @@ def raw_config(size: str) -> dict[str, Any]:
     return raw
 
 
-def write(folder: Path, size: str, seed: int = 0) -> Path:
-    """A checkpoint in the released layout, random by `seed`; one that is there is kept. Returns `folder`."""
+def write(folder: Path, size: str, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> Path:
+    """A checkpoint in the released layout, random by `seed`; one that is there is kept. Returns `folder`.
+
+    Prompts are those of `BASE`, whatever a released model's are. Weights are drawn on `device`.
+    """
     if (folder / "config.json").is_file():
         return folder
     folder.mkdir(parents=True)
     ids = write_tokenizer(folder, [TEXT])
     end = ids["<|im_end|>"]
-    raw = raw_config(size)
+    raw = raw_config(size) | {key: BASE[key] for key in ("template", "system_message")} | {"torch_dtype": dtype}
     raw["llm_config"]["eos_token_id"] = end
     parsed = Config.from_dict(raw)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = InternVL.from_config(parsed, image_token_id=ids["<IMG_CONTEXT>"])
-    save_weights(model.state_dict(), folder, "native", parsed)
+        model = InternVL.from_config(parsed, dtype, device, image_token_id=ids["<IMG_CONTEXT>"])
+    save_weights({name: tensor.cpu() for name, tensor in model.state_dict().items()}, folder, "native", parsed)
     write_json(folder / "generation_config.json", {"eos_token_id": [end, ids["<|endoftext|>"]]})
     write_json(folder / "config.json", raw)
     return folder

@@ -278,7 +278,7 @@ def test_both_sides_of_a_gpu_run_learn_the_same_tokens(script, tmp_path):
     peer, models = importlib.import_module("gpu_peer"), importlib.import_module("models")
     rows = [json.loads(line) for line in gpu_run.write_rows(tmp_path, 6).open()]
     assert (tmp_path / "questions.jsonl").read_text().count("\n") == 6 and "response" in rows[0]
-    model = gpu_run.write_model(tmp_path / "model", "tiny", "cpu")
+    model = models.write(tmp_path / "model", "tiny", dtype="bfloat16")
     ours = Processor.from_pretrained(model, max_tiles=2)
     theirs = AutoProcessor.from_pretrained(models.write_twin(tmp_path / "model-hf", model))
     batch = peer.processed(theirs, rows, argparse.Namespace(max_tiles=2), answers=True)

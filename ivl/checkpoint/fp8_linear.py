@@ -30,6 +30,11 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scales).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 
+def dequantize(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the numbers of FP8 that are stored as bytes, times the scales of their rows."""
+    return stored.view(FP8).to(dtype).mul_(scales)
+
+
 class FP8Linear(nn.Linear):
     """Linear layer with a frozen weight of 8 bits, (O, I), and scales (O, 1)."""
 
@@ -45,7 +50,7 @@ class FP8Linear(nn.Linear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, (O, I)."""
-        return self.weight.view(FP8).to(dtype).mul_(self.scales)
+        return dequantize(self.weight, self.scales, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x.device.type) or x.dtype

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ivl.checkpoint.fp8_linear import FP8, quantize
+from ivl.checkpoint.fp8_linear import dequantize, quantize
 from ivl.model.layers import autocast_dtype
 from ivl.model.moe.experts import GroupedLinear
 from ivl.model.moe.grouped import grouped_linear, input_gradient
@@ -71,7 +71,7 @@ class QuantizedExperts(nn.Module):
         if self.kind == "int8":
             return self.weight.to(dtype).mul_(self.scales)
         if self.kind == "fp8":
-            return self.weight.view(FP8).to(dtype).mul_(self.scales)
+            return dequantize(self.weight, self.scales, dtype)
         from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 
         shape = torch.Size((self.num_experts, self.out_features, self.in_features))

@@ -89,7 +89,7 @@ def test_answers(tmp_path, device, architecture):
 
 
 def test_the_recorded_checkpoints(golden, device):
-    """Logits of the reference implementation."""
+    """Logits of the CPU, and those that the reference implementation computed."""
     from tests.model.conftest import RECORDED, Recorded
 
     for name in RECORDED:
@@ -100,3 +100,6 @@ def test_the_recorded_checkpoints(golden, device):
             expected = cpu(**recorded.batch(), return_logits=True).logits
             found = gpu(**batch, return_logits=True).logits.cpu()
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4, msg=name)
+        reference = recorded.arrays("forward.npz")
+        row, position = reference["full_rows_index"].long().unbind(1)
+        torch.testing.assert_close(found[row, position], reference["full_rows"], atol=2e-4, rtol=1e-4, msg=name)

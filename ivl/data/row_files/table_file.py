@@ -267,7 +267,7 @@ def _closed(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[pa.Record
     value = "" if last is None else last.column(last.num_columns - 1)[-1].as_py() or ""
     with path.open("rb") as opened:
         opened.seek(max(0, path.stat().st_size - 64))
-        ending = opened.read().rstrip(b"\r\n")
+        ending = opened.read().rstrip()
     if "\n" in value and not ending.endswith(b'"'):
         start = printable(value.split("\n")[0][:60], " ")
         raise UserError(

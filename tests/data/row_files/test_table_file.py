@@ -348,3 +348,5 @@ def test_a_quote_that_is_not_closed(tmp_path, suffix):
     for ending in ("\n", "", "\r\n"):  # a cell of two lines at the end, and a quote within a cell
         path.write_text(head + f'a 5" pipe{comma}b\nc{comma}"it goes\non"{ending}')
         assert [row["response"] for row in TableFile(path, tmp_path / "cache")] == ["b", "it goes\non"]
+    path.write_text(head + f'a{comma}"it goes\non" \n')  # a blank behind the quote is part of the cell
+    assert [row["response"] for row in TableFile(path, tmp_path / "cache")] == ["it goes\non "]
