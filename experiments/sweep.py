@@ -1,6 +1,6 @@
 """Fits the demo's tiny model once per setting and seed, and draws what held-out rows score as it learns.
 
-The rows are the demo's, but of one kind at a time and with one note on a board, so that a model reads after some
+The rows are the demo's, but of one kind at a time and with one thing in a picture, so that a model reads after some
 hundred steps, a minute on one core; as many run at once as there are cores. A run that is finished is not repeated: a
 sweep goes on where it was stopped, and experiments share equal runs. Used by each folder's `run.py`.
 """
@@ -33,7 +33,7 @@ Scores = plot.Scores
 
 
 class Columns(Maker):
-    """Boards of a certain number of columns, whatever is asked; the row's source says how many."""
+    """Pictures of a certain number of columns, whatever is asked; the row's source says how many."""
 
     columns = 2
 

@@ -1,4 +1,4 @@
-"""Demo data and model: real handwriting on boards and in clips, and a tiny InternVL; offline."""
+"""Demo data and model: numbers on notes, tags, parcels and signs in pictures and clips, a tiny InternVL; offline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ivl.errors import UserError
 
 ROWS = {
-    "train": {"single": 12000, "turns": 2500, "grounding": 5000, "video": 500},
+    "train": {"single": 8400, "turns": 1750, "grounding": 3500, "video": 350},
     "val": {"single": 300, "turns": 100, "grounding": 150, "video": 60},
 }
 """Number of rows of each kind, by split."""
@@ -49,7 +49,7 @@ def _write(folder: Path, rows: dict[str, dict[str, int]], seed: int) -> None:
     from ivl.demo.making import Part, make_rows
     from ivl.demo.model import write_checkpoint
     from ivl.demo.rows import make_folders
-    from ivl.demo.scenes import CELL, STEP
+    from ivl.demo.things import CELL, STEP
 
     make_folders(folder)
     parts = [

@@ -54,7 +54,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> dict[str, int]:
 
 
 def config(ids: dict[str, int]) -> dict[str, Any]:
-    """Content of config.json: a tile of 32 pixels is 16 patches and 4 tokens, one for each place of a board."""
+    """Content of config.json: a tile of 32 pixels is 16 patches and 4 tokens, one for each place of a picture."""
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",

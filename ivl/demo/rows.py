@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ivl.demo.scenes import Note, Scans, clip, compose, write_clip
+from ivl.demo.digits import Digits
+from ivl.demo.scenes import Note, clip, compose, write_clip
+from ivl.demo.things import SUBJECTS
 
 KINDS = ("single", "turns", "grounding", "video")
 
@@ -21,24 +23,28 @@ QuestionAnswer = tuple[str, str]
 
 @dataclass(frozen=True)
 class Boards:
-    """Shares of the kinds of boards."""
+    """Shares of the kinds of pictures."""
 
     notes: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)
-    """Shares of boards with one note, two, three, four."""
+    """Shares of pictures with one thing, two, three, four"""
     wide: float = 0.1
-    """Share, among questions on one image, of boards twice as wide: cut into tiles, or else too small to read"""
+    """Share, among questions on one image, of pictures twice as wide: cut into tiles, or else too small to read"""
+
+
+TRAIN = Boards(notes=(0.5, 0.24, 0.16, 0.1))
+"""Shares of the demo's rows for training: on one thing, digits are learnt soonest"""
 
 
 def write_rows(folder: Path, split: str, counts: dict[str, int], seed: int, boards: Boards = Boards()) -> Iterator[Row]:
     """Make rows of each kind: media below `folder`, rows in `folder/SPLIT.jsonl`. Yields them one by one.
 
     Rows of the split `train` are made from the scans for training, those of any other from the held-out ones. Equal
-    arguments make equal rows, and of each kind the first n are the same however many follow.
+    arguments make equal rows, and no row depends on how many others there are.
     """
     make_folders(folder)
     with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
         for kind, count in counts.items():
-            for row in rows_of_kind(folder, split, kind, count, seed, boards):
+            for row in rows_of_kind(folder, split, kind, range(count), seed, boards):
                 file.write(json.dumps(row) + "\n")
                 yield row
 
@@ -50,11 +56,11 @@ def make_folders(folder: Path) -> None:
 
 
 def rows_of_kind(
-    folder: Path, split: str, kind: str, count: int, seed: int, boards: Boards = Boards()
+    folder: Path, split: str, kind: str, numbers: Iterable[int], seed: int, boards: Boards = Boards()
 ) -> Iterator[Row]:
-    """Make the rows of one kind, one by one, with their media; they do not depend on the other kinds."""
+    """Make rows of one kind by their numbers, one by one, with their media; no row depends on another."""
     maker = Maker(folder, split, [seed, KINDS.index(kind)], boards)
-    for number in range(count):
+    for number in numbers:
         yield maker.row(kind, number)
 
 
@@ -62,11 +68,14 @@ class Maker:
     """Maker of rows of one half of the data; their media lie below `folder`, named by the row's id."""
 
     def __init__(self, folder: Path, split: str, seed: int | list[int], boards: Boards = Boards()) -> None:
-        self.folder, self.split, self.rng, self.boards = folder, split, np.random.default_rng(seed), boards
-        self.scans = Scans(held_out=split != "train")
+        self.folder, self.split, self.boards = folder, split, boards
+        self.seed = [seed] if isinstance(seed, int) else seed
+        self.digits = Digits(held_out=split != "train")
 
     def row(self, kind: str, number: int) -> Row:
         """Make row `number` of a kind, its `source`; `id` names it in predictions."""
+        self.rng = np.random.default_rng([*self.seed, number])
+        self.subject = SUBJECTS[self.rng.integers(len(SUBJECTS))]
         name = f"{self.split}-{kind}-{number:05d}"
         return {"id": name, "source": kind, **getattr(self, kind)(name)}
 
@@ -80,8 +89,8 @@ class Maker:
         """Questions in several turns, on one image or on two; no answer gives that of a later one away."""
         if self.rng.random() < 0.5:
             image, notes = self.board(name)
-            pairs = [note_of(notes[n]) for n in self.rng.permutation(len(notes))[:2]]
-            pairs = pairs if len(pairs) == 2 else [*pairs, count(notes)]
+            pairs = [self.note_of(notes[n]) for n in self.rng.permutation(len(notes))[:2]]
+            pairs = pairs if len(pairs) == 2 else [*pairs, self.count(notes)]
             return {**conversation(pairs, "<image>\n"), "images": [image]}
         boards = [self.board(f"{name}{letter}") for letter in "ab"]
         pairs = [self.question(notes) for _, notes in boards]
@@ -93,51 +102,48 @@ class Maker:
         image, notes = self.board(name)
         note = notes[self.rng.integers(len(notes))]
         if self.rng.random() < 0.5:
-            row, caption = {"query": f"Find the {note.colour} note.", "response": "<ref-object><bbox>"}, note.colour
+            query, response, caption = f"Find the {note.colour} {self.subject}.", "<ref-object><bbox>", note.colour
         else:
-            row, caption = {"query": "What is in <bbox>?", "response": "<ref-object>"}, f"{note.colour} {note.value}"
+            query, response, caption = "What is in <bbox>?", "<ref-object>", f"{note.colour} {note.value}"
         objects = [{"caption": caption, "bbox": list(note.box), "bbox_type": "real", "image": 0}]
-        return {**row, "images": [image], "objects": objects}
+        return {"query": query, "response": response, "images": [image], "objects": objects}
 
     def video(self, name: str) -> Row:
-        """Question on a clip: the direction of its note, or the digit on it."""
-        frames, note, direction = clip(self.rng, self.scans)
+        """Question on a clip: the direction in which its thing moves, or the digit on it."""
+        frames, note, direction = clip(self.rng, self.digits, self.subject)
         path = f"videos/{name}.mp4"
         write_clip(frames, self.folder / path)
         if self.rng.random() < 0.5:
-            return {"query": "Where does the note move?", "response": direction, "videos": [path]}
-        return {"query": "What is on the note?", "response": f"{note.colour} {note.value}", "videos": [path]}
+            return {"query": f"Where does the {self.subject} move?", "response": direction, "videos": [path]}
+        return {"query": f"What is on the {self.subject}?", "response": f"{note.colour} {note.value}", "videos": [path]}
 
     def question(self, notes: list[Note]) -> QuestionAnswer:
-        """Question on a board: half of them on one note, the others on all."""
+        """Question on a picture: half of them on one thing, the others on all."""
         draw = self.rng.random()
         if draw < 0.5:
-            return note_of(notes[self.rng.integers(len(notes))])
-        return read(notes) if draw < 0.8 else count(notes)
+            return self.note_of(notes[self.rng.integers(len(notes))])
+        return self.read(notes) if draw < 0.8 else self.count(notes)
+
+    def note_of(self, note: Note) -> QuestionAnswer:
+        """Question on one thing. The answer is colour, then digit: after the colour, the digit takes one step."""
+        return f"What is on the {note.colour} {self.subject}?", f"{note.colour} {note.value}"
+
+    def read(self, notes: list[Note]) -> QuestionAnswer:
+        """Question for all things in reading order."""
+        return f"Read the {self.subject}s.", ", ".join(f"{note.colour} {note.value}" for note in notes)
+
+    def count(self, notes: list[Note]) -> QuestionAnswer:
+        """Question for the number of things."""
+        return f"How many {self.subject}s are there?", str(len(notes))
 
     def board(self, name: str, columns: int = 2) -> tuple[str, list[Note]]:
-        """Write a board. Returns its path from the folder, and its notes."""
+        """Write a picture. Returns its path from the folder, and its things."""
         weights = np.array(self.boards.notes)
         many = 1 + int(self.rng.choice(len(weights), p=weights / weights.sum()))
-        image, notes = compose(self.rng, self.scans, many, columns)
+        image, notes = compose(self.rng, self.digits, self.subject, many, columns)
         path = f"images/{name}.jpg"
         image.save(self.folder / path, quality=90)
         return path, notes
-
-
-def note_of(note: Note) -> QuestionAnswer:
-    """Question on one note. The answer is colour, then digit: after the colour, the digit takes one step, not two."""
-    return f"What is on the {note.colour} note?", f"{note.colour} {note.value}"
-
-
-def read(notes: list[Note]) -> QuestionAnswer:
-    """Question for all notes in reading order."""
-    return "Read the notes.", ", ".join(f"{note.colour} {note.value}" for note in notes)
-
-
-def count(notes: list[Note]) -> QuestionAnswer:
-    """Question for the number of notes."""
-    return "How many notes are there?", str(len(notes))
 
 
 def conversation(pairs: list[QuestionAnswer], mark: str = "") -> Row:

@@ -1,117 +1,155 @@
-"""Pictures and clips of the demo: handwritten digits on coloured notes, on boards.
-
-The handwriting is scikit-learn's bundled `load_digits` (1797 scans of 8x8 pixels). A scan is used either for training
-rows or for held-out rows, never for both.
-"""
+"""Pictures and clips of the demo: digits on coloured things, with perspective, uneven light, blur and noise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 
-CELL = 64
-"""Pixels a side of a place on the board; a board is two places high."""
-NOTE = 60
-STEP = 4
-"""Grid of a note within its place, in pixels."""
+from ivl.demo.backdrops import backdrop
+from ivl.demo.digits import INK, Digits
+from ivl.demo.things import (
+    CELL,
+    CENTRES,
+    COLOURS,
+    HANDWRITTEN,
+    NOTE,
+    SIZES,
+    STEP,
+    VARIANTS,
+    Thing,
+    coefficients,
+    thing,
+)
+
 FRAMES = 8
-COLOURS = {"red": (236, 120, 110), "green": (130, 205, 130), "blue": (125, 165, 240), "yellow": (245, 220, 105)}
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-HELD_OUT = 0.15
-"""Share of the scans that only held-out rows use."""
+INKS = ((28, 30, 38), (24, 34, 84), (60, 26, 30))
+SHADOW = 3
+"""Pixels by which a shadow lies lower and more to the right than its thing"""
+LIGHTS = 16
+BLURRED, NOISY = 0.3, 0.5
+"""Shares of the pictures that are out of focus, and that have the noise of a sensor"""
 
 
 @dataclass(frozen=True)
 class Note:
-    """One note: the digit on it, its colour, and its box (left, top, right, bottom) in pixels."""
+    """One thing: the digit on it, its colour, and its box (left, top, right, bottom) in pixels."""
 
     value: int
     colour: str
     box: tuple[int, int, int, int]
 
 
-class Scans:
-    """Handwriting of one half of the data."""
-
-    def __init__(self, held_out: bool) -> None:
-        from sklearn.datasets import load_digits  # scikit-learn takes a second to import
-
-        data = load_digits()
-        order = np.random.default_rng(0).permutation(len(data.target))
-        cut = int(len(order) * HELD_OUT)
-        self.ids = order[:cut] if held_out else order[cut:]
-        self._varied = not held_out
-        self._images = (data.images * (255 / 16)).astype(np.uint8)
-        self._values = data.target
-
-    def note(self, rng: np.random.Generator, value: int, colour: str) -> Image.Image:
-        """Draw a note with a handwritten digit; in training turned, stretched and moved a little."""
-        scan = self._images[rng.choice(self.ids[self._values[self.ids] == value])]
-        ink = Image.fromarray(scan).resize((NOTE - 8, NOTE - 8), Image.Resampling.BICUBIC)
-        if self._varied:
-            ink = _varied(rng, ink)
-        paper = tuple(int(c) for c in np.array(COLOURS[colour]) + rng.integers(-12, 13, size=3))
-        note = Image.new("RGB", (NOTE, NOTE), paper)
-        note.paste((30, 30, 34), (4, 4), ink)
-        return note
+Labelled = tuple[Thing, Image.Image, tuple[int, int, int]]
+"""A thing, the mask of the digit on it, and the colour of its ink"""
 
 
-def _varied(rng: np.random.Generator, ink: Image.Image) -> Image.Image:
-    """Vary a digit as another hand might write it: turn by degrees, stretch by per cent, shift by a pixel or two."""
-    turn, (wide, high), middle = rng.normal(0, 0.12), rng.normal(1, 0.06, size=2), ink.width / 2
-    a, b, d, e = wide * np.cos(turn), wide * np.sin(turn), -high * np.sin(turn), high * np.cos(turn)
-    x, y = middle * (1 - a - b) + rng.normal(0, 2), middle * (1 - d - e) + rng.normal(0, 2)
-    return ink.transform(ink.size, Image.Transform.AFFINE, (a, b, x, d, e, y), Image.Resampling.BILINEAR)
+def labelled(rng: np.random.Generator, digits: Digits, subject: str, value: int, colour: str) -> Labelled:
+    """Put a digit on a thing of a random shade and perspective."""
+    base = thing(subject, colour, int(rng.integers(VARIANTS)))
+    ink = digits.written if subject in HANDWRITTEN else digits.printed
+    scan, hand = ink(rng, value)
+    size, (x, y) = SIZES[subject], CENTRES[subject]
+    scale = INK / size
+    from_plane = np.array([(scale, 0, INK / 2 - scale * x), (0, scale, INK / 2 - scale * y), (0, 0, 1)])
+    shape = (NOTE, NOTE)
+    plane = coefficients(hand @ from_plane @ base.plane)
+    mask = scan.transform(shape, Image.Transform.PERSPECTIVE, plane, Image.Resampling.BILINEAR)
+    return base, mask, INKS[rng.integers(len(INKS))] if subject in HANDWRITTEN else INKS[0]
 
 
-def board(rng: np.random.Generator, columns: int) -> Image.Image:
-    """Draw an empty board: grey cork, a little uneven."""
-    grain = 118 + rng.normal(0, 4, size=(2 * CELL // 4, columns * CELL // 4, 1)).repeat(3, axis=2)
-    return Image.fromarray(grain.astype(np.uint8)).resize((columns * CELL, 2 * CELL), Image.Resampling.BILINEAR)
+def place(picture: Image.Image, drawn: Labelled, x: int, y: int) -> None:
+    """Paste a thing with its digit and its shadow."""
+    base, digit, ink = drawn
+    picture.paste((16, 12, 10), (x + SHADOW, y + SHADOW), base.shadow)
+    picture.paste(base.picture, (x, y), base.mask)
+    picture.paste(ink, (x, y), digit)
 
 
-def _pinned(rng: np.random.Generator, place: int, columns: int) -> tuple[int, int]:
-    x, y = place % columns * CELL, place // columns * CELL
+def empty(rng: np.random.Generator, subject: str, columns: int) -> Image.Image:
+    """Cut a picture without things out of a backdrop."""
+    behind, width, height = backdrop(subject), columns * CELL, 2 * CELL
+    x, y = int(rng.integers(behind.width - width + 1)), int(rng.integers(behind.height - height + 1))
+    return behind.crop((x, y, x + width, y + height))
+
+
+def photographed(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
+    """Light a picture unevenly; some get blur, some noise."""
+    blurred, noisy = rng.random(2) < (BLURRED, NOISY)
+    if blurred:
+        picture = picture.filter(ImageFilter.BoxBlur(float(rng.uniform(0.4, 1.1))))
+    picture = ImageChops.multiply(picture, lights(picture.size)[int(rng.integers(LIGHTS))])
+    return ImageChops.add(picture, noises(picture.size)[int(rng.integers(LIGHTS))], 1, -128) if noisy else picture
+
+
+@cache
+def lights(size: tuple[int, int]) -> list[Image.Image]:
+    """Draw lights: brighter on one side than on the other."""
+    rng, made = np.random.default_rng(0), []
+    x, y = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
+    for angle in rng.uniform(0, 2 * np.pi, LIGHTS):
+        light = 0.9 + rng.uniform(0.02, 0.09) * (np.cos(angle) * x + np.sin(angle) * y)
+        made.append(Image.fromarray((255 * np.clip(light, 0, 1)).astype(np.uint8)).convert("RGB"))
+    return made
+
+
+@cache
+def noises(size: tuple[int, int]) -> list[Image.Image]:
+    """Draw the noise of a sensor, around 128."""
+    rng = np.random.default_rng(1)
+    shape = (size[1], size[0], 3)
+    return [
+        Image.fromarray(np.clip(128 + rng.normal(0, deviation, shape), 0, 255).astype(np.uint8))
+        for deviation in rng.uniform(1, 6, LIGHTS)
+    ]
+
+
+def _spot(rng: np.random.Generator, number: int, columns: int) -> tuple[int, int]:
+    x, y = number % columns * CELL, number // columns * CELL
     slack = (CELL - NOTE) // STEP + 1
     return x + STEP * int(rng.integers(slack)), y + STEP * int(rng.integers(slack))
 
 
-def compose(rng: np.random.Generator, scans: Scans, count: int, columns: int = 2) -> tuple[Image.Image, list[Note]]:
-    """Draw a board with `count` notes (4 at most) of different digits and colours, in reading order."""
-    picture, notes = board(rng, columns), []
+def compose(
+    rng: np.random.Generator, digits: Digits, subject: str, count: int, columns: int = 2
+) -> tuple[Image.Image, list[Note]]:
+    """Draw a picture of `count` things (4 at most) of a subject, of different digits and colours, in reading order."""
+    picture, notes = empty(rng, subject, columns), []
     places = sorted(rng.permutation(2 * columns)[:count].tolist())
-    for place, value, colour in zip(places, rng.permutation(10), rng.permutation(list(COLOURS))):
-        x, y = _pinned(rng, place, columns)
-        picture.paste(scans.note(rng, int(value), str(colour)), (x, y))
+    for number, value, colour in zip(places, rng.permutation(10), rng.permutation(list(COLOURS))):
+        x, y = _spot(rng, number, columns)
+        place(picture, labelled(rng, digits, subject, int(value), str(colour)), x, y)
         notes.append(Note(int(value), str(colour), (x, y, x + NOTE, y + NOTE)))
-    return picture, notes
+    return photographed(rng, picture), notes
 
 
-def clip(rng: np.random.Generator, scans: Scans) -> tuple[list[Image.Image], Note, str]:
-    """Draw frames of one note that slides to the next place. Returns them, the note at its start, and its direction."""
+def clip(rng: np.random.Generator, digits: Digits, subject: str) -> tuple[list[Image.Image], Note, str]:
+    """Draw frames of one thing that slides to the next place. Returns them, the thing at its start, its direction."""
     direction = str(rng.choice(list(DIRECTIONS)))
     dx, dy = DIRECTIONS[direction]
     lane = int(rng.integers(2)) * CELL
     x, y = (CELL * (dx < 0), lane) if dx else (lane, CELL * (dy < 0))
     value, colour = int(rng.integers(10)), str(rng.choice(list(COLOURS)))
-    note, empty = scans.note(rng, value, colour), board(rng, 2)
+    drawn, behind = labelled(rng, digits, subject, value, colour), empty(rng, subject, 2)
+    light, margin = lights(behind.size)[rng.integers(LIGHTS)], (CELL - NOTE) // 2
     frames = []
     for n in range(FRAMES):
-        frame = empty.copy()
+        frame = behind.copy()
         moved = round(CELL * n / (FRAMES - 1))
-        frame.paste(note, (x + 2 + dx * moved, y + 2 + dy * moved))
-        frames.append(frame)
+        place(frame, drawn, x + margin + dx * moved, y + margin + dy * moved)
+        frames.append(ImageChops.multiply(frame, light))
     return frames, Note(value, colour, (x, y, x + NOTE, y + NOTE)), direction
 
 
 def write_clip(frames: list[Image.Image], path: Path) -> None:
     """Write an H.264 mp4 of 8 frames a second."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8, options={"crf": "18", "preset": "veryfast", "threads": "1"})
+        stream = container.add_stream("libx264", rate=8, options={"crf": "18", "preset": "ultrafast", "threads": "1"})
         stream.width, stream.height = frames[0].size
         stream.pix_fmt = "yuv420p"
         for frame in frames:
