@@ -43,7 +43,7 @@ def _planks(rng: np.random.Generator) -> Image.Image:
         veins = veins.resize((WIDTH, high), Image.Resampling.BICUBIC)
         shade = rng.normal(0, 7) + 9 * np.asarray(veins)[..., None]
         pixels[top : top + high] = np.array((112, 82, 56)) + shade * np.array((1, 0.9, 0.75))
-        pixels[top + high - 2 : top + high] = (50, 36, 26)
+        pixels[top + high - 2 : top + high] = (66, 48, 34)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
@@ -51,8 +51,8 @@ def _rollers(rng: np.random.Generator) -> Image.Image:
     """Draw the steel rollers of a conveyor, upright, with a gap between two."""
     pitch = CELL // 4
     place = np.arange(WIDTH) % pitch / pitch
-    bright = 46 + 92 * np.sin(np.pi * np.clip(place / 0.9, 0, 1)) ** 0.8 * (1 - 0.45 * place)
-    bright[place > 0.9] = 26
+    bright = 74 + 44 * np.sin(np.pi * np.clip(place / 0.9, 0, 1)) ** 0.8 * (1 - 0.45 * place)
+    bright[place > 0.9] = 58
     pixels = np.stack([bright, bright + 3, bright + 8], axis=-1)[None].repeat(HEIGHT, axis=0)
     return Image.fromarray(np.clip(pixels + rng.normal(0, 2, size=(1, WIDTH, 1)), 0, 255).astype(np.uint8))
 
@@ -60,13 +60,13 @@ def _rollers(rng: np.random.Generator) -> Image.Image:
 def _bricks(rng: np.random.Generator) -> Image.Image:
     """Draw a wall of bricks in mortar."""
     high, wide = CELL // 5, CELL // 2
-    picture = Image.new("RGB", (WIDTH, HEIGHT), (128, 122, 116))
+    picture = Image.new("RGB", (WIDTH, HEIGHT), (116, 106, 100))
     draw = ImageDraw.Draw(picture)
     for row in range(HEIGHT // high + 1):
         for column in range(-1, WIDTH // wide + 1):
             x, y = column * wide + (row % 2) * wide // 2, row * high
-            shade, red = int(rng.integers(-11, 11)), int(rng.integers(-5, 8))
-            draw.rectangle((x, y, x + wide - 3, y + high - 3), fill=(112 + shade + red, 74 + shade, 62 + shade))
+            shade, red = int(rng.integers(-7, 8)), int(rng.integers(-4, 6))
+            draw.rectangle((x, y, x + wide - 3, y + high - 3), fill=(110 + shade + red, 80 + shade, 70 + shade))
             draw.line((x, y + high - 3, x + wide - 3, y + high - 3), fill=(84 + shade, 54 + shade, 46 + shade))
     return picture.filter(ImageFilter.GaussianBlur(0.4))
 
