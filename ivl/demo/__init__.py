@@ -12,7 +12,7 @@ from pathlib import Path
 from ivl.errors import UserError
 
 ROWS = {
-    "train": {"single": 8400, "turns": 1750, "grounding": 3500, "video": 350},
+    "train": {"single": 12000, "turns": 2500, "grounding": 5000, "video": 500},
     "val": {"single": 300, "turns": 100, "grounding": 150, "video": 60},
 }
 """Number of rows of each kind, by split."""
