@@ -30,7 +30,7 @@ DOTS = (
 
 
 class Digits:
-    """Masks of ink of one half of the data; each use is turned, stretched and moved a little."""
+    """Masks of ink of one half of the data; in training each use is turned, stretched and moved a little."""
 
     def __init__(self, held_out: bool) -> None:
         from sklearn.datasets import load_digits  # scikit-learn takes a second to import
@@ -40,7 +40,7 @@ class Digits:
         cut = int(len(order) * HELD_OUT)
         self.ids = order[:cut] if held_out else order[cut:]
         self._by_value = [self.ids[data.target[self.ids] == value] for value in range(10)]
-        self._scans = data.images
+        self._scans, self._varied = data.images, not held_out
         self._written: dict[int, Image.Image] = {}
 
     def written(self, rng: np.random.Generator, value: int) -> tuple[Image.Image, np.ndarray]:
@@ -48,12 +48,15 @@ class Digits:
         number = int(rng.choice(self._by_value[value]))
         if number not in self._written:
             self._written[number] = stroke(self._scans[number])
-        return self._written[number], variation(rng)
+        return self._written[number], self._variation(rng)
 
     def printed(self, rng: np.random.Generator, value: int) -> tuple[Image.Image, np.ndarray]:
         """Return a digit in one of the typefaces, and its variation."""
         faces = typefaces()
-        return faces[int(rng.integers(len(faces)))][value], variation(rng)
+        return faces[int(rng.integers(len(faces)))][value], self._variation(rng)
+
+    def _variation(self, rng: np.random.Generator) -> np.ndarray:
+        return variation(rng) if self._varied else np.eye(3)
 
 
 def stroke(scan: np.ndarray) -> Image.Image:
