@@ -18,9 +18,9 @@ HANDWRITTEN = ("note", "parcel")
 """Subjects whose digits are written by hand; the others' are printed"""
 CELL = 80
 """Pixels a side of a place in a picture; a picture is two places high."""
-NOTE = 75
+NOTE = 72
 """Pixels a side of a thing"""
-STEP = 5
+STEP = 8
 """Grid of a thing within its place, in pixels."""
 VARIANTS = 12
 """Shades and perspectives of each kind and colour"""
