@@ -40,14 +40,14 @@ class Digits:
         cut = int(len(order) * HELD_OUT)
         self.ids = order[:cut] if held_out else order[cut:]
         self._by_value = [self.ids[data.target[self.ids] == value] for value in range(10)]
-        self._scans, self._varied = data.images, not held_out
+        self._sharp, self._varied = sharpened(data.images), not held_out
         self._written: dict[int, Image.Image] = {}
 
     def written(self, rng: np.random.Generator, value: int) -> tuple[Image.Image, np.ndarray]:
         """Return a handwritten digit, 255 where there is ink (mode L, INK pixels a side), and its variation."""
         number = int(rng.choice(self._by_value[value]))
         if number not in self._written:
-            self._written[number] = stroke(self._scans[number])
+            self._written[number] = stroke(self._sharp[number])
         return self._written[number], self._variation(rng)
 
     def printed(self, rng: np.random.Generator, value: int) -> tuple[Image.Image, np.ndarray]:
@@ -59,17 +59,21 @@ class Digits:
         return variation(rng) if self._varied else np.eye(3)
 
 
-def stroke(scan: np.ndarray) -> Image.Image:
-    """Draw a scan of 8x8 pixels (0 to 16) as a smooth stroke of ink.
+def sharpened(scans: np.ndarray) -> np.ndarray:
+    """Sharpen scans of 8x8 pixels (N, 8, 8; 0 to 16), with a margin: (N, 12, 12), ink near 1.
 
-    A part of its surroundings is taken off each pixel first, which opens loops that ran full.
+    A part of its surroundings is taken off each pixel, which opens loops that ran full.
     """
-    grey = np.pad(scan, 2) / 16
-    around = np.mean([np.roll(grey, (x, y), (0, 1)) for x in (-1, 0, 1) for y in (-1, 0, 1)], axis=0)
-    sharp = Image.fromarray((1.45 * grey - 0.7 * around).astype(np.float32))
+    grey = np.pad(scans, ((0, 0), (2, 2), (2, 2))).astype(np.float32) / 16
+    around = np.mean([np.roll(grey, (x, y), (1, 2)) for x in (-1, 0, 1) for y in (-1, 0, 1)], axis=0)
+    return 1.45 * grey - 0.7 * around
+
+
+def stroke(sharp: np.ndarray) -> Image.Image:
+    """Draw a sharpened scan (12, 12) as a smooth stroke of ink."""
     wide, margin = INK * 12 // 8, INK * 2 // 8
-    fine = np.asarray(sharp.resize((wide, wide), Image.Resampling.BICUBIC))[margin:-margin, margin:-margin]
-    step = np.clip((fine - 0.37) / 0.14 + 0.5, 0, 1)
+    drawn = Image.fromarray(sharp).resize((wide, wide), Image.Resampling.BICUBIC)
+    step = np.clip((np.asarray(drawn)[margin:-margin, margin:-margin] - 0.37) / 0.14 + 0.5, 0, 1)
     return Image.fromarray(np.round(255 * step * step * (3 - 2 * step)).astype(np.uint8))
 
 

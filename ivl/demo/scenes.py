@@ -29,8 +29,6 @@ from ivl.demo.things import (
 FRAMES = 8
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 INKS = ((28, 30, 38), (24, 34, 84), (60, 26, 30))
-SHADOW = 3
-"""Pixels by which a shadow lies lower and more to the right than its thing"""
 LIGHTS = 16
 BLURRED, NOISY = 0.3, 0.5
 """Shares of the pictures that are out of focus, and that have the noise of a sensor"""
@@ -66,8 +64,7 @@ def labelled(rng: np.random.Generator, digits: Digits, subject: str, value: int,
 def place(picture: Image.Image, drawn: Labelled, x: int, y: int) -> None:
     """Paste a thing with its digit and its shadow."""
     base, digit, ink = drawn
-    picture.paste((16, 12, 10), (x + SHADOW, y + SHADOW), base.shadow)
-    picture.paste(base.picture, (x, y), base.mask)
+    picture.paste(base.picture, (x, y), base.cover)
     picture.paste(ink, (x, y), digit)
 
 

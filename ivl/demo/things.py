@@ -18,16 +18,20 @@ HANDWRITTEN = ("note", "parcel")
 """Subjects whose digits are written by hand; the others' are printed"""
 CELL = 80
 """Pixels a side of a place in a picture; a picture is two places high."""
-NOTE = 72
+NOTE = 75
 """Pixels a side of a thing"""
-STEP = 8
+STEP = 5
 """Grid of a thing within its place, in pixels."""
 VARIANTS = 12
 """Shades and perspectives of each kind and colour"""
 FINE = 2
 """Pixels that are drawn for one of a thing, a side"""
-SKEW = 0.09
+SKEW = 0.06
 """Largest shift of a corner by perspective, as a share of a side"""
+SHADOW = 3
+"""Pixels by which a shadow lies lower and more to the right than its thing"""
+DARK = (16, 12, 10)
+"""Colour of a shadow"""
 CENTRES = {"note": (0.5, 0.53), "tag": (0.6, 0.5), "parcel": (0.5, 0.55), "sign": (0.5, 0.5)}
 """Middle of the digit on a thing, as shares of its sides"""
 SIZES = {"note": 0.82, "tag": 0.84, "parcel": 0.78, "sign": 0.82}
@@ -38,11 +42,14 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing without a digit: its picture, mask and shadow, and the map from its picture's pixels to its plane."""
+    """A thing without a digit, its shadow, and the map from its picture's pixels to its plane."""
 
     picture: Image.Image
+    """The thing with its shadow"""
+    cover: Image.Image
+    """How much of what is behind the thing and its shadow cover (mode L)"""
     mask: Image.Image
-    shadow: Image.Image
+    """Where the thing itself is (mode L, NOTE pixels a side)"""
     plane: np.ndarray
     """(3, 3): from pixels of the picture to the thing as drawn from the front, sides from 0 to 1"""
 
@@ -62,8 +69,11 @@ def thing(subject: str, colour: str, variant: int) -> Thing:
     warped = front.transform(front.size, Image.Transform.PERSPECTIVE, coefficients(flat), Image.Resampling.BICUBIC)
     warped = warped.reduce(FINE)
     mask = warped.getchannel("A")
+    picture = Image.new("RGBA", (NOTE + SHADOW, NOTE + SHADOW), (*DARK, 0))
     shadow = mask.filter(ImageFilter.GaussianBlur(NOTE / 40)).point([round(0.45 * v) for v in range(256)])
-    return Thing(warped.convert("RGB"), mask, shadow, plane)
+    picture.paste(Image.merge("RGBA", [*Image.new("RGB", mask.size, DARK).split(), shadow]), (SHADOW, SHADOW))
+    picture.alpha_composite(warped)
+    return Thing(picture.convert("RGB"), picture.getchannel("A"), mask, plane)
 
 
 def corners(rng: np.random.Generator) -> np.ndarray:

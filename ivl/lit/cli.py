@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace, dict_to_namespace, set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
@@ -111,6 +112,12 @@ class IvlCLI(LightningCLI):
             default=None,
             help="Make the embedded demo (data and a tiny model) in this folder first, where it is missing.",
         )
+        parser.add_argument(
+            "--threads",
+            type=int | None,
+            default=None,
+            help="Threads of torch on a CPU; null: one a core. A tiny model is faster with fewer: loaders need cores too.",
+        )
         parser.link_arguments("model.pretrained", "data.pretrained")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 1})
@@ -126,6 +133,8 @@ class IvlCLI(LightningCLI):
             sys.argv += ["--model.pretrained", name]  # for the processes that Lightning starts
         self._settle_tune(config)
         check_installed(config.trainer.strategy)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         if config.demo:
             self.prepare_demo(Path(config.demo))
         if config.model.adapter:  # before the base is downloaded

@@ -9,6 +9,7 @@ from ivl.types import UserError
 
 UNLIMITED = float("inf")
 RANGES: dict[str, tuple[float, float]] = {
+    "threads": (1, UNLIMITED),
     "data.batch_size": (1, UNLIMITED),
     "data.eval_batch_size": (1, UNLIMITED),
     "data.pack_tokens": (1, UNLIMITED),

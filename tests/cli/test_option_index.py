@@ -28,7 +28,7 @@ def parsed() -> set[str]:
 
 def test_the_index_has_every_option_of_the_parser(parsed):
     assert not parsed - option_index().keys()
-    extra = {"config", "help", "print_config", "seed_everything", "demo", "ckpt_path"}
+    extra = {"config", "help", "print_config", "seed_everything", "demo", "threads", "ckpt_path"}
     extra |= {"weights_only", "return_predictions"}
     parts = {name for name in option_index() if name.startswith("model.tune.")}
     assert option_index().keys() - parsed - extra <= parts, "settings of a LoRA are parts of its option to the parser"
