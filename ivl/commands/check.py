@@ -231,9 +231,10 @@ def _report_rows(one: OptionRows, show: int, report: TextIO) -> None:
     _report_weights(one, report)
     if one.usable.any():
         _emit("\n" + distributions(one.index), report)
-        longest = np.argsort(-one.index.tokens, kind="stable")[: min(5, int(one.usable.sum()))]
-        lengths = [f"{_lengths(one.index, int(n)):>24}  {one.where(int(n))}" for n in longest]
-        _emit("\nlongest rows:\n" + "\n".join(lengths), report)
+        if np.ptp(one.index.tokens[one.usable]):  # else no row is longer than another
+            longest = np.argsort(-one.index.tokens, kind="stable")[: min(5, int(one.usable.sum()))]
+            lengths = [f"{_lengths(one.index, int(n)):>24}  {one.where(int(n))}" for n in longest]
+            _emit("\nlongest rows:\n" + "\n".join(lengths), report)
     _report_duplicates(one, report)
 
 

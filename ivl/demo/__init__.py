@@ -12,7 +12,7 @@ from pathlib import Path
 from ivl.errors import UserError
 
 ROWS = {
-    "train": {"single": 12000, "turns": 2500, "grounding": 5000, "video": 500},
+    "train": {"single": 10500, "turns": 2500, "grounding": 6500, "video": 500},
     "val": {"single": 300, "turns": 100, "grounding": 150, "video": 60},
 }
 """Number of rows of each kind, by split."""
@@ -49,7 +49,8 @@ def _write(folder: Path, rows: dict[str, dict[str, int]], seed: int) -> None:
     from ivl.demo.making import Part, make_rows
     from ivl.demo.model import write_checkpoint
     from ivl.demo.rows import make_folders
-    from ivl.demo.things import CELL, STEP
+    from ivl.demo.scenes import edges
+    from ivl.demo.things import CELL
 
     make_folders(folder)
     parts = [
@@ -65,7 +66,7 @@ def _write(folder: Path, rows: dict[str, dict[str, int]], seed: int) -> None:
         row[key] for part, part_rows in rows_by_part if part.split == "train" for row in part_rows for key in TEXTS
     ]
     # The tokenizer shall have a word for each number of a box.
-    numbers = [round(1000 * pixel / (2 * CELL)) for pixel in range(0, 2 * CELL + 1, STEP)]
+    numbers = [round(1000 * pixel / (2 * CELL)) for pixel in edges()]
     texts += [f"<box> [[{n}, {n}, {n}, {n}]] </box>" for n in numbers] * 50
     texts += ["system\nuser\nassistant\nFrame1: "] * 2000
     write_checkpoint(folder / "model", texts, seed)

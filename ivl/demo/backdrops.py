@@ -1,4 +1,4 @@
-"""Backdrops of the demo's pictures: cork, wood, rollers of a conveyor and bricks, each larger than a picture."""
+"""Backdrops of the demo's pictures: cork, wood, the belt of a conveyor and plaster, each larger than a picture."""
 
 from __future__ import annotations
 
@@ -25,52 +25,42 @@ def backdrop(subject: str) -> Image.Image:
 
 def _cork(rng: np.random.Generator) -> Image.Image:
     """Draw cork: crumbs of several browns."""
-    picture = Image.new("RGB", (WIDTH, HEIGHT), (126, 94, 62))
+    picture = Image.new("RGB", (WIDTH, HEIGHT), (112, 82, 54))
     draw = ImageDraw.Draw(picture)
     for _ in range(WIDTH * HEIGHT // 12):
         x, y, r = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), rng.uniform(0.6, 2.6)
         shade, flat = float(rng.normal(0, 17)), rng.uniform(0.5, 1)
-        brown = (int(126 + shade), int(94 + 0.9 * shade), int(62 + 0.7 * shade))
+        brown = (int(112 + shade), int(82 + 0.9 * shade), int(54 + 0.7 * shade))
         draw.ellipse((x - r, y - flat * r, x + r, y + flat * r), fill=brown)
     return picture.filter(ImageFilter.GaussianBlur(0.5))
 
 
-def _planks(rng: np.random.Generator) -> Image.Image:
-    """Draw planks of wood: long veins, and a dark gap below each plank."""
-    pixels, high = np.empty((HEIGHT, WIDTH, 3)), CELL // 2
-    for top in range(0, HEIGHT, high):
-        veins = Image.fromarray(rng.normal(0, 1, size=(high, WIDTH // 64 + 2)).astype(np.float32))
-        veins = veins.resize((WIDTH, high), Image.Resampling.BICUBIC)
-        shade = rng.normal(0, 7) + 9 * np.asarray(veins)[..., None]
-        pixels[top : top + high] = np.array((112, 82, 56)) + shade * np.array((1, 0.9, 0.75))
-        pixels[top + high - 2 : top + high] = (66, 48, 34)
+def _wood(rng: np.random.Generator) -> Image.Image:
+    """Draw the top of a table: long, fine veins."""
+    shade = np.zeros((HEIGHT, WIDTH))
+    for length, strength in ((64, 6), (16, 4)):
+        veins = Image.fromarray(rng.normal(0, 1, size=(HEIGHT, WIDTH // length + 2)).astype(np.float32))
+        shade += strength * np.asarray(veins.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+    pixels = np.array((104, 76, 52)) + shade[..., None] * np.array((1, 0.9, 0.75))
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _rollers(rng: np.random.Generator) -> Image.Image:
-    """Draw the steel rollers of a conveyor, upright, with a gap between two."""
-    pitch = CELL // 4
-    place = np.arange(WIDTH) % pitch / pitch
-    bright = 74 + 44 * np.sin(np.pi * np.clip(place / 0.9, 0, 1)) ** 0.8 * (1 - 0.45 * place)
-    bright[place > 0.9] = 58
-    pixels = np.stack([bright, bright + 3, bright + 8], axis=-1)[None].repeat(HEIGHT, axis=0)
-    return Image.fromarray(np.clip(pixels + rng.normal(0, 2, size=(1, WIDTH, 1)), 0, 255).astype(np.uint8))
+def _belt(rng: np.random.Generator) -> Image.Image:
+    """Draw the ribbed rubber belt of a conveyor."""
+    pitch = CELL // 16
+    rib = 70 + 16 * np.sin(2 * np.pi * np.arange(WIDTH) / pitch)
+    pixels = np.stack([rib, rib + 2, rib + 6], axis=-1)[None].repeat(HEIGHT, axis=0)
+    return Image.fromarray(np.clip(pixels + rng.normal(0, 2, size=(HEIGHT, WIDTH, 1)), 0, 255).astype(np.uint8))
 
 
-def _bricks(rng: np.random.Generator) -> Image.Image:
-    """Draw a wall of bricks in mortar."""
-    high, wide = CELL // 5, CELL // 2
-    picture = Image.new("RGB", (WIDTH, HEIGHT), (116, 106, 100))
-    draw = ImageDraw.Draw(picture)
-    for row in range(HEIGHT // high + 1):
-        for column in range(-1, WIDTH // wide + 1):
-            x, y = column * wide + (row % 2) * wide // 2, row * high
-            shade, red = int(rng.integers(-7, 8)), int(rng.integers(-4, 6))
-            draw.rectangle((x, y, x + wide - 3, y + high - 3), fill=(110 + shade + red, 80 + shade, 70 + shade))
-            draw.line((x, y + high - 3, x + wide - 3, y + high - 3), fill=(84 + shade, 54 + shade, 46 + shade))
-    return picture.filter(ImageFilter.GaussianBlur(0.4))
+def _plaster(rng: np.random.Generator) -> Image.Image:
+    """Draw a wall of rough plaster: grains lit from above, each with its shade below."""
+    grains = Image.fromarray(rng.integers(0, 256, size=(HEIGHT, WIDTH), dtype=np.uint8))
+    height = np.asarray(grains.filter(ImageFilter.GaussianBlur(1.2)), dtype=float)
+    lit = 98 + 1.2 * (height - np.roll(height, 1, axis=0))
+    return Image.fromarray(np.clip(lit[..., None] + np.array((4, 0, -6)), 0, 255).astype(np.uint8))
 
 
 DRAWERS: dict[str, Callable[[np.random.Generator], Image.Image]] = {
-    "note": _cork, "tag": _planks, "parcel": _rollers, "sign": _bricks,
+    "note": _cork, "tag": _wood, "parcel": _belt, "sign": _plaster,
 }  # fmt: skip

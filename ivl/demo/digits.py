@@ -113,7 +113,7 @@ def variation(rng: np.random.Generator) -> np.ndarray:
 
     Returns the map (3, 3) from pixels of the varied mask to those of the mask.
     """
-    turn, wide, high, right, down = (rng.standard_normal(5) * (0.12, 0.06, 0.06, 2.5, 2.5)).tolist()
+    turn, wide, high, right, down = (rng.standard_normal(5) * (0.12, 0.06, 0.06, 1.7, 1.7)).tolist()
     wide, high, middle = 1 + wide, 1 + high, INK / 2
     cos, sin = math.cos(turn), math.sin(turn)
     a, b, d, e = wide * cos, wide * sin, -high * sin, high * cos

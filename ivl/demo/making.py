@@ -90,4 +90,4 @@ def _rows_of_a_process(parts: Sequence[Part], share: int, shares: int) -> Iterat
 if __name__ == "__main__":
     work = json.loads(sys.argv[1])
     for row in rows_of_share([Part(**part) for part in work["parts"]], work["share"], work["shares"]):
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row))

@@ -14,19 +14,20 @@ from ivl.demo.backdrops import backdrop
 from ivl.demo.digits import INK, Digits
 from ivl.demo.things import (
     CELL,
-    CENTRES,
+    CENTRE,
     COLOURS,
     HANDWRITTEN,
     NOTE,
-    SIZES,
-    STEP,
+    OFFSETS,
+    SIZE,
     VARIANTS,
     Thing,
     coefficients,
     thing,
 )
 
-FRAMES = 8
+FRAMES, RESTS = 8, 3
+"""Frames of a clip, and those in which its thing rests, at the beginning and at the end"""
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 INKS = ((28, 30, 38), (24, 34, 84), (60, 26, 30))
 LIGHTS = 16
@@ -52,8 +53,7 @@ def labelled(rng: np.random.Generator, digits: Digits, subject: str, value: int,
     base = thing(subject, colour, int(rng.integers(VARIANTS)))
     ink = digits.written if subject in HANDWRITTEN else digits.printed
     scan, hand = ink(rng, value)
-    size, (x, y) = SIZES[subject], CENTRES[subject]
-    scale = INK / size
+    scale, (x, y) = INK / SIZE, CENTRE
     from_plane = np.array([(scale, 0, INK / 2 - scale * x), (0, scale, INK / 2 - scale * y), (0, 0, 1)])
     shape = (NOTE, NOTE)
     plane = coefficients(hand @ from_plane @ base.plane)
@@ -106,10 +106,16 @@ def noises(size: tuple[int, int]) -> list[Image.Image]:
     ]
 
 
-def _spot(rng: np.random.Generator, number: int, columns: int) -> tuple[int, int]:
-    x, y = number % columns * CELL, number // columns * CELL
-    slack = (CELL - NOTE) // STEP + 1
-    return x + STEP * int(rng.integers(slack)), y + STEP * int(rng.integers(slack))
+def _shifted(rng: np.random.Generator, x: int, y: int) -> tuple[int, int]:
+    """Shift a thing within its place, whose corner is (x, y)."""
+    right, down = rng.integers(len(OFFSETS), size=2).tolist()
+    return x + OFFSETS[right], y + OFFSETS[down]
+
+
+def edges() -> list[int]:
+    """Return the pixels at which a box of a picture of two columns can begin or end."""
+    starts = [place * CELL + offset for place in (0, 1) for offset in OFFSETS]
+    return sorted({*starts, *(start + NOTE for start in starts)})
 
 
 def compose(
@@ -119,7 +125,7 @@ def compose(
     picture, notes = empty(rng, subject, columns), []
     places = sorted(rng.permutation(2 * columns)[:count].tolist())
     for number, value, colour in zip(places, rng.permutation(10), rng.permutation(list(COLOURS))):
-        x, y = _spot(rng, number, columns)
+        x, y = _shifted(rng, number % columns * CELL, number // columns * CELL)
         place(picture, labelled(rng, digits, subject, int(value), str(colour)), x, y)
         notes.append(Note(int(value), str(colour), (x, y, x + NOTE, y + NOTE)))
     return photographed(rng, picture), notes
@@ -133,12 +139,13 @@ def clip(rng: np.random.Generator, digits: Digits, subject: str) -> tuple[list[I
     x, y = (CELL * (dx < 0), lane) if dx else (lane, CELL * (dy < 0))
     value, colour = int(rng.integers(10)), str(rng.choice(list(COLOURS)))
     drawn, behind = labelled(rng, digits, subject, value, colour), empty(rng, subject, 2)
-    light, margin = lights(behind.size)[rng.integers(LIGHTS)], (CELL - NOTE) // 2
+    light = lights(behind.size)[rng.integers(LIGHTS)]
+    x, y = _shifted(rng, x, y)
     frames = []
     for n in range(FRAMES):
         frame = behind.copy()
-        moved = round(CELL * n / (FRAMES - 1))
-        place(frame, drawn, x + margin + dx * moved, y + margin + dy * moved)
+        moved = round(CELL * min(1, max(0, (n - RESTS + 1) / (FRAMES - 2 * RESTS + 1))))
+        place(frame, drawn, x + dx * moved, y + dy * moved)
         frames.append(ImageChops.multiply(frame, light))
     return frames, Note(value, colour, (x, y, x + NOTE, y + NOTE)), direction
 

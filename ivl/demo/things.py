@@ -20,22 +20,20 @@ CELL = 80
 """Pixels a side of a place in a picture; a picture is two places high."""
 NOTE = 75
 """Pixels a side of a thing"""
-STEP = 5
-"""Grid of a thing within its place, in pixels."""
+OFFSETS = (0, CELL - NOTE)
+"""Pixels by which a thing may lie right of, or below, the corner of its place: one pixel of what the model sees"""
 VARIANTS = 12
 """Shades and perspectives of each kind and colour"""
 FINE = 2
 """Pixels that are drawn for one of a thing, a side"""
-SKEW = 0.06
+SKEW = 0.04
 """Largest shift of a corner by perspective, as a share of a side"""
 SHADOW = 3
 """Pixels by which a shadow lies lower and more to the right than its thing"""
 DARK = (16, 12, 10)
 """Colour of a shadow"""
-CENTRES = {"note": (0.5, 0.53), "tag": (0.6, 0.5), "parcel": (0.5, 0.55), "sign": (0.5, 0.5)}
-"""Middle of the digit on a thing, as shares of its sides"""
-SIZES = {"note": 0.82, "tag": 0.84, "parcel": 0.78, "sign": 0.82}
-"""Side of the digit's mask, as a share of a thing's side"""
+CENTRE, SIZE = (0.5, 0.53), 0.8
+"""Middle and side of the digit's mask on a thing, as shares of its sides; a digit that is always there is learnt soonest"""
 
 Colour = tuple[int, int, int]
 
@@ -117,14 +115,14 @@ def _note(draw: ImageDraw.ImageDraw, s: int, paper: Colour) -> None:
 
 
 def _tag(draw: ImageDraw.ImageDraw, s: int, paper: Colour) -> None:
-    """Price tag: pointed on the left, with a ringed hole and a string."""
-    outline = [(0, 0.34 * s), (0.24 * s, 0), (s, 0), (s, s), (0.24 * s, s), (0, 0.66 * s)]
+    """Price tag: pointed at the top, with a ringed hole and a string."""
+    outline = [(0.3 * s, 0), (0.7 * s, 0), (s, 0.22 * s), (s, s), (0, s), (0, 0.22 * s)]
     draw.polygon(outline, fill=paper)
     draw.line([*outline, outline[0]], fill=_shade(paper, 0.78), width=round(0.02 * s))
-    x, y, r = 0.15 * s, 0.5 * s, 0.07 * s
+    x, y, r = 0.5 * s, 0.1 * s, 0.06 * s
     draw.ellipse((x - r, y - r, x + r, y + r), fill=(240, 238, 230))
     draw.ellipse((x - r / 2, y - r / 2, x + r / 2, y + r / 2), fill=(60, 50, 44))
-    draw.line((x, y, 0, 0.42 * s), fill=(240, 238, 230), width=round(0.018 * s))
+    draw.line((x, y, 0.56 * s, 0), fill=(240, 238, 230), width=round(0.018 * s))
 
 
 def _parcel(draw: ImageDraw.ImageDraw, s: int, paper: Colour) -> None:

@@ -109,7 +109,7 @@ def _line(row: Row, score: float, pictures: _Pictures) -> dict[str, Any]:
     return {
         "id": row["id"],
         "category": str(row.get("category") or row.get("source") or ""),
-        "prompt": short_prompt(str(row.get("prompt") or row.get("query") or "")),
+        "prompt": asked(short_prompt(str(row.get("prompt") or row.get("query") or ""))),
         "response": row["response"],
         "reasoning": row.get("reasoning") or "",
         "gold": _gold(row),
@@ -170,6 +170,23 @@ def thumbnail(source: str) -> str | None:
 def short_prompt(prompt: str) -> str:
     """Write a prompt with each medium's tokens as one mark."""
     return re.sub(r"<img>(?:<IMG_CONTEXT>)*</img>", "<image>", prompt)
+
+
+_TURN = re.compile(r"(?:<\|im_start\|>|<\|)(system|user|assistant)(?:\|>)?\n|<(human|bot)>: ?")
+_TURN_END = re.compile(r"(?:<\|im_end\|>|<\|end\|>|</s>)\s*$")
+
+
+def asked(prompt: str) -> str:
+    """Return the words of a prompt without its template and its system message; roles only where there are turns."""
+    begin, *parts = _TURN.split(prompt)
+    turns = [
+        (role or {"human": "user"}.get(name, "assistant"), _TURN_END.sub("", text).strip())
+        for role, name, text in zip(parts[::3], parts[1::3], parts[2::3])
+    ]
+    turns = [(role, text) for role, text in turns if role != "system" and text]
+    if [role for role, _ in turns] == ["user"]:
+        return turns[0][1]
+    return "\n".join(f"{role}: {text}" for role, text in turns) if turns else prompt
 
 
 def _gold(row: Row) -> str:

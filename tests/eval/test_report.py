@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from ivl.__main__ import run_command
-from ivl.eval.report import thumbnail
+from ivl.data.text.template import TEMPLATES
+from ivl.eval.report import asked, thumbnail
 from tests.eval.browser import CHROMIUM, Browser
 
 EVIL = "</script><script>document.title = 'broken'</script><b>bold</b> @ROWS@"
@@ -40,6 +41,17 @@ def test_the_page_needs_nothing_else(page):
     assert "<img><IMG_CONTEXT>" not in text
     assert text.count("data:image/jpeg;base64,") == 49
     assert "RefCOCO: precision at IoU 0.5 60.00 [" in text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_is_shown_without_its_template(name):
+    t = TEMPLATES[name]
+    system = f"{t.system}{t.system_message}{t.after_user}"
+    first = f"{t.user}<image>\nHow many?{t.after_user}{t.answer}"
+    assert asked(system + first) == asked(first) == "<image>\nHow many?"
+    again = f"{system}{first}{t.lead}Two.{t.end}{t.gap}{t.user}Of what?{t.after_user}{t.answer}{t.prefill}"
+    assert asked(again) == "user: <image>\nHow many?\nassistant: Two.\nuser: Of what?"
+    assert asked("Where is <human>?") == "Where is <human>?" and asked("") == ""
 
 
 def test_pictures_are_small_upright_and_may_be_missing(tmp_path):

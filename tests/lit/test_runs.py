@@ -192,6 +192,16 @@ def test_loss_falls(base, tmp_path):
         assert sum(seen[-3:]) < 0.8 * sum(seen[:3]), (name, seen)
 
 
+def test_torch_computes_with_as_many_threads_as_asked(base, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["fit", "--config", str(config(base, tmp_path, trainer__max_steps=1)), "--threads", "1"]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_two_processes_write_one_complete_file_in_order(base, tmp_path):
     rows = write_rows(base / "data", 7, "ask.jsonl")
     answers = []
