@@ -87,7 +87,7 @@ _COMMON = (
     ("print_config", "", "", "Print the merged config, and end.", True),
     ("seed_everything", "bool | int", "42", "Seed of all random generators."),
     ("demo", "str | None", "None", "Make the embedded demo in this folder first, where it is missing."),
-    ("threads", "int | None", "None", "Threads of torch on a CPU; null: one a core. A tiny model is faster with fewer."),
+    ("threads", "int | None", "None", "Threads of torch on a CPU; null: one a core; few for a tiny model."),
     (
         "ckpt_path",
         "str | None",

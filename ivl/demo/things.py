@@ -33,7 +33,7 @@ SHADOW = 3
 DARK = (16, 12, 10)
 """Colour of a shadow"""
 CENTRE, SIZE = (0.5, 0.53), 0.8
-"""Middle and side of the digit's mask on a thing, as shares of its sides; a digit that is always there is learnt soonest"""
+"""Middle and side of the digit's mask on a thing, as shares of its sides: one place is learnt soonest"""
 
 Colour = tuple[int, int, int]
 

@@ -178,7 +178,7 @@ _TURN_END = re.compile(r"(?:<\|im_end\|>|<\|end\|>|</s>)\s*$")
 
 def asked(prompt: str) -> str:
     """Return the words of a prompt without its template and its system message; roles only where there are turns."""
-    begin, *parts = _TURN.split(prompt)
+    parts = _TURN.split(prompt)[1:]
     turns = [
         (role or {"human": "user"}.get(name, "assistant"), _TURN_END.sub("", text).strip())
         for role, name, text in zip(parts[::3], parts[1::3], parts[2::3])

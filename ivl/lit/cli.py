@@ -116,7 +116,7 @@ class IvlCLI(LightningCLI):
             "--threads",
             type=int | None,
             default=None,
-            help="Threads of torch on a CPU; null: one a core. A tiny model is faster with fewer: loaders need cores too.",
+            help="Threads of torch on a CPU; null: one a core. A tiny model leaves cores to the loader.",
         )
         parser.link_arguments("model.pretrained", "data.pretrained")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -133,8 +133,7 @@ class IvlCLI(LightningCLI):
             sys.argv += ["--model.pretrained", name]  # for the processes that Lightning starts
         self._settle_tune(config)
         check_installed(config.trainer.strategy)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(config.threads or torch.get_num_threads())
         if config.demo:
             self.prepare_demo(Path(config.demo))
         if config.model.adapter:  # before the base is downloaded

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ivl.data.media.load import load_image, load_video
 from ivl.lit.callbacks.images import ANSWERED, EXPECTED, grid, lettering, scaled, with_boxes, wrapped
 from ivl.options import Sampling
 from ivl.types import Conversation, Media, UserError
 
-WIDTH, PICTURE, COLUMNS, MARGIN = 300, 220, 2, 16
+WIDTH, PICTURE, COLUMNS, MARGIN = 300, 300, 2, 16
 SIZE, LINE, LINES = 18, 22, 10
 """Height of letters, distance of lines, and number of lines below a picture"""
 MOST = 4
@@ -47,7 +47,7 @@ def answer_panel(answers: Sequence[Answer], most: int) -> Image.Image | None:
     """Draw some of the answers on one picture; None without any. Expected boxes are green, given ones red."""
     if not answers:
         return None
-    cells = grid([_cell(answer) for answer in in_true_share(answers, most)], COLUMNS)
+    cells = _rows([_cell(answer) for answer in in_true_share(answers, most)])
     right = sum(map(is_right, answers))
     head = Image.new("RGB", (cells.width, 2 * LINE + 6), "white")
     write = ImageDraw.Draw(head)
@@ -61,6 +61,21 @@ def answer_panel(answers: Sequence[Answer], most: int) -> Image.Image | None:
     panel = Image.new("RGB", (cells.width, head.height + cells.height), "white")
     panel.paste(head, (0, 0))
     panel.paste(cells, (0, head.height))
+    return panel
+
+
+def _rows(cells: list[Image.Image]) -> Image.Image:
+    """Arrange cells of equal width in rows, each as high as its highest cell."""
+    rows = []
+    for start in range(0, len(cells), COLUMNS):
+        row = cells[start : start + COLUMNS]
+        highest = max(cell.height for cell in row)
+        rows.append(grid([ImageOps.pad(c, (WIDTH, highest), color="white", centering=(0, 0)) for c in row], COLUMNS))
+    panel = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        panel.paste(row, (0, top))
+        top += row.height
     return panel
 
 
@@ -85,7 +100,7 @@ def _cell(answer: Answer) -> Image.Image:
             ending = "…" if n == count - 1 and len(lines) > count else ""
             write.text((0, y), line + ending, fill=colour, font=font)
             y += LINE
-    return cell
+    return cell.crop((0, 0, WIDTH, y + 4))
 
 
 def _paste_media(cell: Image.Image, row: Conversation, answer: str) -> int:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ivl.lit.callbacks import images
-from ivl.lit.callbacks.answer_panel import COLUMNS, WIDTH, answer_panel, in_true_share, is_right
+from ivl.lit.callbacks.answer_panel import COLUMNS, PICTURE, WIDTH, answer_panel, in_true_share, is_right
 from ivl.lit.callbacks.images import ANSWERED, EXPECTED
 from ivl.types import Conversation, Media, Message
 
@@ -57,6 +57,14 @@ def test_pictures_frames_boxes_and_texts_are_drawn(tmp_path, monkeypatch):
     )
     answer_panel([answered((Media("image", "/gone.png"), "这是什么"), "猫", "狗")], 8)
     assert answer_panel([text("yes")] * 9, 8).width < 2 * COLUMNS * WIDTH and answer_panel([], 8) is None
+
+
+def test_a_cell_is_no_larger_than_what_it_holds(tmp_path):
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "a.png")
+    panel = np.asarray(answer_panel([answered((Media("image", str(tmp_path / "a.png")), "?"), "a", "a")] * 2, 8))
+    blue = (panel == (0, 0, 255)).all(axis=-1)
+    assert blue.sum() > 2 * 0.9 * WIDTH * PICTURE
+    assert answer_panel([text("yes")], 8).height < PICTURE
 
 
 def test_a_row_of_text_has_a_cell(tmp_path):
