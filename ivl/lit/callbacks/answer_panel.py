@@ -66,11 +66,11 @@ def answer_panel(answers: Sequence[Answer], most: int) -> Image.Image | None:
 
 def _rows(cells: list[Image.Image]) -> Image.Image:
     """Arrange cells of equal width in rows, each as high as its highest cell."""
-    rows = []
+    rows: list[Image.Image] = []
     for start in range(0, len(cells), COLUMNS):
-        row = cells[start : start + COLUMNS]
-        highest = max(cell.height for cell in row)
-        rows.append(grid([ImageOps.pad(c, (WIDTH, highest), color="white", centering=(0, 0)) for c in row], COLUMNS))
+        beside = cells[start : start + COLUMNS]
+        size = WIDTH, max(cell.height for cell in beside)
+        rows.append(grid([ImageOps.pad(cell, size, color="white", centering=(0, 0)) for cell in beside], COLUMNS))
     panel = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
