@@ -197,7 +197,7 @@ def killed(base: Path, root: Path, count: int, seed: int, **changes) -> None:
 
 
 def test_killed_at_any_moment_a_run_loses_nothing_that_was_saved(base, tmp_path):
-    killed(base, tmp_path, 3, seed=0, trainer__max_epochs=6)
+    killed(base, tmp_path, 3, seed=0, trainer__max_epochs=15)
 
 
 @pytest.mark.slow
