@@ -1,4 +1,4 @@
-"""What rank does a LoRA need to teach a model that reads notes to say where they are?"""
+"""What rank does a LoRA need to teach a model that reads digits on things to say where they are?"""
 
 import sys
 from pathlib import Path
