@@ -54,7 +54,7 @@ def test_the_ten_digits_of_a_typeface_differ():
 def test_a_thing_fills_its_box(subject):
     for colour in COLOURS:
         for variant in range(0, VARIANTS, 6):
-            box = thing(subject, colour, variant).mask.point(lambda value: 255 * (value > 100)).getbbox()
+            box = thing(subject, colour, variant).cover.point(lambda value: 255 * (value > 127)).getbbox()
             assert box is not None
             assert max(box[0], box[1], NOTE - box[2], NOTE - box[3]) <= NOTE // 12, (subject, colour, variant)
 

@@ -42,8 +42,8 @@ def make_rows(parts: Sequence[Part]) -> list[list[Row]]:
     rows: list[list[Row]] = [[{} for _ in range(part.count)] for part in parts]
     with tqdm(total=total, desc="rows with pictures and clips", unit="row") as bar:
 
-        def collect(share: int, made: Iterable[Row]) -> None:
-            for (part, number), row in zip(_numbers(parts, share, processes), made, strict=True):
+        def collect(share: int, share_rows: Iterable[Row]) -> None:
+            for (part, number), row in zip(_numbers(parts, share, processes), share_rows, strict=True):
                 rows[part][number] = row
                 bar.update()
 

@@ -87,12 +87,12 @@ def photographed(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
 @cache
 def lights(size: tuple[int, int]) -> list[Image.Image]:
     """Draw lights: brighter on one side than on the other."""
-    rng, made = np.random.default_rng(0), []
+    rng, pictures = np.random.default_rng(0), []
     x, y = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
     for angle in rng.uniform(0, 2 * np.pi, LIGHTS):
         light = 0.9 + rng.uniform(0.02, 0.09) * (np.cos(angle) * x + np.sin(angle) * y)
-        made.append(Image.fromarray((255 * np.clip(light, 0, 1)).astype(np.uint8)).convert("RGB"))
-    return made
+        pictures.append(Image.fromarray((255 * np.clip(light, 0, 1)).astype(np.uint8)).convert("RGB"))
+    return pictures
 
 
 @cache

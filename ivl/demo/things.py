@@ -45,9 +45,7 @@ class Thing:
     picture: Image.Image
     """The thing with its shadow"""
     cover: Image.Image
-    """How much of what is behind the thing and its shadow cover (mode L)"""
-    mask: Image.Image
-    """Where the thing itself is (mode L, NOTE pixels a side)"""
+    """Opacity: 255 on the thing, less than half of it on its shadow alone (mode L)"""
     plane: np.ndarray
     """(3, 3): from pixels of the picture to the thing as drawn from the front, sides from 0 to 1"""
 
@@ -71,7 +69,7 @@ def thing(subject: str, colour: str, variant: int) -> Thing:
     shadow = mask.filter(ImageFilter.GaussianBlur(NOTE / 40)).point([round(0.45 * v) for v in range(256)])
     picture.paste(Image.merge("RGBA", [*Image.new("RGB", mask.size, DARK).split(), shadow]), (SHADOW, SHADOW))
     picture.alpha_composite(warped)
-    return Thing(picture.convert("RGB"), picture.getchannel("A"), mask, plane)
+    return Thing(picture.convert("RGB"), picture.getchannel("A"), plane)
 
 
 def corners(rng: np.random.Generator) -> np.ndarray:

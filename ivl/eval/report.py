@@ -109,7 +109,7 @@ def _line(row: Row, score: float, pictures: _Pictures) -> dict[str, Any]:
     return {
         "id": row["id"],
         "category": str(row.get("category") or row.get("source") or ""),
-        "prompt": asked(short_prompt(str(row.get("prompt") or row.get("query") or ""))),
+        "prompt": strip_template(short_prompt(str(row.get("prompt") or row.get("query") or ""))),
         "response": row["response"],
         "reasoning": row.get("reasoning") or "",
         "gold": _gold(row),
@@ -176,7 +176,7 @@ _TURN = re.compile(r"(?:<\|im_start\|>|<\|)(system|user|assistant)(?:\|>)?\n|<(h
 _TURN_END = re.compile(r"(?:<\|im_end\|>|<\|end\|>|</s>)\s*$")
 
 
-def asked(prompt: str) -> str:
+def strip_template(prompt: str) -> str:
     """Return the words of a prompt without its template and its system message; roles only where there are turns."""
     parts = _TURN.split(prompt)[1:]
     turns = [

@@ -133,7 +133,7 @@ class IvlCLI(LightningCLI):
             sys.argv += ["--model.pretrained", name]  # for the processes that Lightning starts
         self._settle_tune(config)
         check_installed(config.trainer.strategy)
-        torch.set_num_threads(config.threads or torch.get_num_threads())
+        self._set_threads(config.threads)
         if config.demo:
             self.prepare_demo(Path(config.demo))
         if config.model.adapter:  # before the base is downloaded
@@ -157,6 +157,10 @@ class IvlCLI(LightningCLI):
             config.return_predictions = False  # they are written as they come
         self._settle_screen(config)
         self._choose_precision(config)
+
+    def _set_threads(self, threads: int | None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
 
     def _settle_screen(self, config: Namespace) -> None:
         """One table of scores, and no folder of a logger that holds nothing else."""

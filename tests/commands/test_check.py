@@ -100,6 +100,11 @@ def test_numbers_of_good_rows(base, tmp_path, capsys):
     assert longest.endswith(f"{path}:{1 + max(range(5), key=lambda n: len(examples[n]))}")
 
 
+def test_no_row_of_equal_ones_is_the_longest(base, tmp_path, capsys):
+    assert check(base, tmp_path, "--data.train", write(tmp_path / "rows.jsonl", [GOOD[0]] * 3)) == 0
+    assert "longest rows" not in capsys.readouterr().out
+
+
 def test_lengths_in_words():
     index = Index(np.zeros(3, RECORD))
     index.records["tokens"], index.records["tiles"] = (7, 9, 9), (1, 0, 2)

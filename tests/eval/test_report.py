@@ -9,7 +9,7 @@ from PIL import Image
 
 from ivl.__main__ import run_command
 from ivl.data.text.template import TEMPLATES
-from ivl.eval.report import asked, thumbnail
+from ivl.eval.report import strip_template, thumbnail
 from tests.eval.browser import CHROMIUM, Browser
 
 EVIL = "</script><script>document.title = 'broken'</script><b>bold</b> @ROWS@"
@@ -48,10 +48,10 @@ def test_a_prompt_is_shown_without_its_template(name):
     t = TEMPLATES[name]
     system = f"{t.system}{t.system_message}{t.after_user}"
     first = f"{t.user}<image>\nHow many?{t.after_user}{t.answer}"
-    assert asked(system + first) == asked(first) == "<image>\nHow many?"
+    assert strip_template(system + first) == strip_template(first) == "<image>\nHow many?"
     again = f"{system}{first}{t.lead}Two.{t.end}{t.gap}{t.user}Of what?{t.after_user}{t.answer}{t.prefill}"
-    assert asked(again) == "user: <image>\nHow many?\nassistant: Two.\nuser: Of what?"
-    assert asked("Where is <human>?") == "Where is <human>?" and asked("") == ""
+    assert strip_template(again) == "user: <image>\nHow many?\nassistant: Two.\nuser: Of what?"
+    assert strip_template("Where is <human>?") == "Where is <human>?" and strip_template("") == ""
 
 
 def test_pictures_are_small_upright_and_may_be_missing(tmp_path):
